@@ -1,0 +1,137 @@
+"""The rows that quantize_vs_peers.py gathers and the markdown page it prints."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+
+from scoring import Score
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tool's result at one width. `note` says why there is none; `low` and `high` are perplexities over the draws."""
+
+    tool: str
+    label: str
+    bits: int
+    symmetric: bool
+    version: str = ""
+    wall_s: float | None = None
+    cpu_s: float | None = None
+    peak_mb: float | None = None
+    imports_cpu_s: float | None = None
+    process_cpu_s: float | None = None
+    score: Score | None = None
+    low: float | None = None
+    high: float | None = None
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        """Tool and label, for a table's first column."""
+        return f"{self.tool} {self.label}"
+
+    @property
+    def grid(self) -> str:
+        """Bits and kind of grid, for a table's second column."""
+        return "fp32" if self.bits == 32 else f"{self.bits} {'sym' if self.symmetric else 'asym'}"
+
+
+def merge(rows: Sequence[Row]) -> Row:
+    """Runs of one cell as one row: medians of times and memory, means of scores; the first failure if any failed."""
+    failed = [row for row in rows if row.note]
+    if failed:
+        return failed[0]
+    scores = [row.score for row in rows if row.score]
+    means = Score(*(statistics.fmean(getattr(s, name) for s in scores) for name in ("perplexity", "kl", "top1")))
+    seen = [s.perplexity for s in scores]
+    middle = {name: statistics.median(getattr(row, name) for row in rows) for name in TIMED}
+    return replace(rows[0], **middle, score=means, low=min(seen), high=max(seen))
+
+
+TIMED = ("wall_s", "cpu_s", "peak_mb", "imports_cpu_s", "process_cpu_s")
+
+
+def document(sections: Iterable[tuple[str, list[Row]]], setting: str) -> str:
+    """The whole page."""
+    lines = [f"# Quantization against peers, {date.today()}", "", f"{machine()}; {setting}.", ""]
+    for title, rows in sections:
+        lines += [f"## {title[0].upper()}{title[1:]}", "", *results(rows), "", *ratios(rows), ""]
+    return "\n".join([*lines, *READING])
+
+
+READING = [
+    "Seconds are those of loading, calibrating and quantizing, measured inside each process after its imports (which are given apart);",
+    "ours include writing the checkpoint, the peers' do not. Peak MB is the process's, imports included. Perplexity and KL are the",
+    "judge's, on the dequantized weights of the blocks' linear layers. A ratio below 1 is in our favour.",
+]
+
+
+def results(rows: list[Row]) -> list[str]:
+    """The table of what was measured."""
+    head = ["tool", "grid", "perplexity", "KL", "top-1", "wall s", "CPU s", "peak MB", "imports CPU s", "process CPU s"]
+    lines = [line(head), line(["---"] * 2 + ["---:"] * 8)]
+    return lines + [line([row.name, row.grid, *cells(row)]) for row in rows]
+
+
+def cells(row: Row) -> list[str]:
+    """The figures of one row, or its note."""
+    if row.note:
+        return [row.note, *[""] * 7]
+    score = row.score or Score(float("nan"), float("nan"), float("nan"))
+    perplexity = f"{score.perplexity:.4g}"
+    if row.low and row.high and row.high > row.low:
+        perplexity += f" ({row.low:.4g} to {row.high:.4g})"
+    timed = [number(getattr(row, name), 0 if name == "peak_mb" else 1) for name in TIMED]
+    return [perplexity, f"{score.kl:.4f}", f"{score.top1:.3f}", *timed]
+
+
+def ratios(rows: list[Row]) -> list[str]:
+    """Ours divided by each peer's at the same bits and symmetry."""
+    ours = [row for row in rows if row.tool == "ours" and not row.note]
+    peers = [row for row in rows if row.tool not in ("ours", "original") and not row.note]
+    pairs = [(o, p) for o in ours for p in peers if (o.bits, o.symmetric) == (p.bits, p.symmetric)]
+    if not pairs:
+        return ["No ratio: ours or every peer is missing."]
+    head = ["ours / peer", "grid", "perplexity", "KL", "wall", "CPU", "peak"]
+    lines = [line(head), line(["---"] * 2 + ["---:"] * 5)]
+    return lines + [line([f"{o.label} / {p.name}", o.grid, *(f"{ratio:.2f}" for ratio in quotients(o, p))]) for o, p in pairs]
+
+
+def quotients(ours: Row, peer: Row) -> list[float]:
+    """Perplexity, KL, wall, CPU and peak of ours, each divided by the peer's."""
+    return [a / b for a, b in zip(figures(ours), figures(peer), strict=True)]
+
+
+def figures(row: Row) -> list[float]:
+    """What a ratio is taken of; only for rows without a note."""
+    assert row.score and row.wall_s and row.cpu_s and row.peak_mb
+    return [row.score.perplexity, row.score.kl, row.wall_s, row.cpu_s, row.peak_mb]
+
+
+def machine() -> str:
+    """The processor, its cores, Python and torch, in words."""
+    import torch
+
+    try:
+        models = [x for x in Path("/proc/cpuinfo").read_text("utf-8").splitlines() if x.startswith("model name")]
+    except OSError:
+        models = []
+    name = models[0].split(":")[1].strip() if models else platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def line(values: Iterable[str]) -> str:
+    """One line of a markdown table."""
+    return "| " + " | ".join(values) + " |"
+
+
+def number(value: float | None, digits: int) -> str:
+    """The number with `digits` decimals, or nothing."""
+    return "" if value is None else f"{value:.{digits}f}"

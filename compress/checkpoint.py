@@ -1,0 +1,257 @@
+"""safetensors files, read lazily and written as a stream.
+
+Reading goes through the safetensors library, one short-lived handle per read: it maps the file, so a tensor costs memory
+only while it is used. Writing is ours, because the library wants all tensors of a file in memory at once, while a run
+must be able to write a model larger than memory tensor by tensor. A `Layout` fixes names, order, offsets and header
+before the first byte, so `plan` knows the exact size of files that do not exist yet.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from compress.errors import ModelError, RunError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Name, dtype and shape of one tensor."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        count = 1
+        for n in self.shape:
+            count *= n
+        return count * self.dtype.itemsize
+
+
+def read_header(path: Path) -> dict[str, Spec]:
+    """The tensors of one safetensors file; ModelError if it is missing, truncated or no such file."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > min(path.stat().st_size - 8, 100_000_000):
+                raise ModelError(f"{path}: truncated or not a safetensors file; download it again")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        specs = {n: Spec(n, DTYPES[t["dtype"]], tuple(t["shape"])) for n, t in header.items()}
+        end = max((t["data_offsets"][1] for t in header.values()), default=0)
+    except FileNotFoundError:
+        raise ModelError(f"{path}: no such file; is a shard missing?") from None
+    except OSError as e:
+        raise ModelError(f"{path}: {e.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        if isinstance(e, ModelError):
+            raise
+        raise ModelError(f"{path}: broken safetensors header ({e}); download it again") from None
+    if path.stat().st_size != 8 + length + end:
+        raise ModelError(f"{path}: holds {path.stat().st_size:,} bytes, its header says {8 + length + end:,}; "
+                         "the file is truncated or damaged, download it again")  # fmt: skip
+    return specs
+
+
+class Checkpoint:
+    """The tensors of a folder with one `model.safetensors` or an index and shards. Nothing stays open."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.files: dict[str, Path] = {}
+        self.specs: dict[str, Spec] = {}
+        for path in weight_files(folder):
+            for name, spec in read_header(path).items():
+                self.files[name], self.specs[name] = path, spec
+        self._check_index()
+
+    def _check_index(self) -> None:
+        index = self.folder / INDEX
+        if not index.exists():
+            return
+        for name, file in json.loads(index.read_text())["weight_map"].items():
+            if name not in self.specs:
+                raise ModelError(f"{index}: says that '{name}' is in {file}, which does not hold it; download it again")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.specs
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, on CPU; ModelError naming the file when it cannot be read."""
+        path = self.files[name]
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensor: torch.Tensor = file.get_tensor(name)
+                return tensor
+        except (SafetensorError, OSError) as e:
+            raise ModelError(f"{path}: tensor '{name}' cannot be read ({e})") from None
+
+    def read_rows(self, name: str, index: int) -> torch.Tensor:
+        """One slice along the first dimension (an expert of a 3-D tensor)."""
+        with safe_open(self.files[name], framework="pt") as file:
+            tensor: torch.Tensor = file.get_slice(name)[index]
+            return tensor
+
+    @cached_property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.specs.values())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of every header and of samples of the data: cheap, and different for different weights."""
+        digest = hashlib.sha256()
+        for path in sorted(set(self.files.values())):
+            size = path.stat().st_size
+            digest.update(f"{path.name}:{size}".encode())
+            with path.open("rb") as file:
+                for k in range(65):
+                    file.seek((size - 4096) * k // 64 if size > 4096 else 0)
+                    digest.update(file.read(4096))
+        return digest.hexdigest()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold a model; ModelError says what was found instead."""
+    if (folder / INDEX).exists():
+        try:
+            names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as e:
+            raise ModelError(f"{folder / INDEX}: broken index ({e}); download it again") from None
+        return [folder / name for name in names]
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE]
+    found = sorted(p.name for p in folder.glob("*") if p.suffix in {".bin", ".pt", ".gguf", ".safetensors"})
+    hint = f"found only {', '.join(found[:3])}" if found else "found no weights"
+    raise ModelError(f"{folder}: {hint}; needs {SINGLE} or {INDEX}  (convert with save_pretrained)")
+
+
+@dataclass(frozen=True)
+class File:
+    """One safetensors file as it will be: its name, its tensors in order, its header's bytes."""
+
+    name: str
+    specs: tuple[Spec, ...]
+
+    @cached_property
+    def header(self) -> bytes:
+        table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for spec in self.specs:
+            table[spec.name] = {"dtype": CODES[spec.dtype], "shape": list(spec.shape),
+                                "data_offsets": [offset, offset + spec.nbytes]}  # fmt: skip
+            offset += spec.nbytes
+        text = json.dumps(table, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.header) + sum(spec.nbytes for spec in self.specs)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All files of a checkpoint to be: known to the byte before anything is written."""
+
+    files: tuple[File, ...]
+
+    @classmethod
+    def of(cls, specs: Sequence[Spec], shard_bytes: int = 5_000_000_000) -> Layout:
+        """Tensors in the given order, a new shard before one would pass `shard_bytes`."""
+        shards: list[list[Spec]] = [[]]
+        size = 0
+        for spec in specs:
+            if shards[-1] and size + spec.nbytes > shard_bytes:
+                shards.append([])
+                size = 0
+            shards[-1].append(spec)
+            size += spec.nbytes
+        if len(shards) == 1:
+            return cls((File(SINGLE, tuple(shards[0])),))
+        n = len(shards)
+        return cls(tuple(File(f"model-{i + 1:05}-of-{n:05}.safetensors", tuple(s)) for i, s in enumerate(shards)))
+
+    @property
+    def index(self) -> bytes | None:
+        """The bytes of the index file, or None where one file holds everything."""
+        if len(self.files) == 1:
+            return None
+        weight_map = {spec.name: file.name for file in self.files for spec in file.specs}
+        table = {"metadata": {"total_size": self.tensor_bytes}, "weight_map": weight_map}
+        return json.dumps(table, indent=1).encode()
+
+    @property
+    def tensor_bytes(self) -> int:
+        return sum(spec.nbytes for file in self.files for spec in file.specs)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files, headers and index included."""
+        return sum(file.nbytes for file in self.files) + len(self.index or b"")
+
+    def write(self, folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Write the files from a stream of (name, tensor) in the layout's own order, one tensor in memory at a time."""
+        stream = iter(tensors)
+        for file in self.files:
+            with (folder / file.name).open("wb") as out:
+                write_all(out.fileno(), file.header, folder)
+                for spec in file.specs:
+                    name, tensor = next(stream)
+                    assert (name, tensor.dtype, tuple(tensor.shape)) == (spec.name, spec.dtype, spec.shape), (
+                        f"expected {spec}, got {name} {tensor.dtype} {tuple(tensor.shape)}"
+                    )
+                    write_all(out.fileno(), tensor_bytes(tensor), folder)
+                os.fsync(out.fileno())
+        assert next(stream, None) is None, "more tensors than the layout has room for"
+        if self.index is not None:
+            (folder / INDEX).write_bytes(self.index)
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The raw little-endian bytes of a tensor, without a copy where it is contiguous on CPU."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+def write_all(descriptor: int, data: bytes | memoryview, place: Path) -> None:
+    """Write every byte; a full disk becomes a RunError that says so."""
+    view = memoryview(data)
+    try:
+        while len(view):
+            view = view[os.write(descriptor, view[: 1 << 26]) :]
+    except OSError as e:
+        raise disk_error(e, place) from None
+
+
+def disk_error(e: OSError, place: Path) -> RunError:
+    """What an OSError while writing means to the user."""
+    if e.errno in (errno.ENOSPC, errno.EDQUOT):
+        return RunError(f"{place}: the disk is full; free some space and run again, finished blocks are kept")
+    return RunError(f"{place}: cannot write ({e.strerror})")
+
+
+def specs_of(tensors: dict[str, torch.Tensor]) -> Iterator[Spec]:
+    """The specs of tensors in memory, in their order."""
+    for name, tensor in tensors.items():
+        yield Spec(name, tensor.dtype, tuple(tensor.shape))

@@ -1,0 +1,82 @@
+"""The command line: five verbs. Tuning lives in the recipe; flags only steer the run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from compress.errors import CompressError
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="compress", description="Turn a trained model into the best checkpoint that fits.")
+    top.add_argument("-v", "--verbose", action="store_true", help="show the traceback of an error")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, text in (
+        ("plan", "say what a recipe will do and cost, without touching weights"),
+        ("run", "run a recipe; resumes"),
+    ):
+        p = verbs.add_parser(name, help=text, description=text)
+        p.add_argument("recipe", type=Path)
+        p.add_argument("--out", type=Path, help="the run folder, instead of the recipe's")
+        p.add_argument(
+            "--set", action="append", default=[], metavar="NAME.OPTION=VALUE", help="override an option", dest="overrides"
+        )
+        if name == "run":
+            p.add_argument("--until", metavar="STEP", help="stop after this step (its number or pass)")
+            p.add_argument("--device", default="cpu", help="where the block in hand lies: cpu, cuda:0, ...")
+    text = "measure a run, an artifact, or any model folder"
+    p = verbs.add_parser("eval", help=text, description=text)
+    p.add_argument("what", type=Path, metavar="RUN|ARTIFACT|MODEL")
+    p.add_argument("--text", type=Path, help="a text file to measure on; default: the run's evaluation text")
+    p.add_argument("--sequences", type=int, default=32)
+    p.add_argument("--length", type=int, default=512)
+    p.add_argument("--against", type=Path, metavar="MODEL", help="the original, for KL and agreement; default: the run's")
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--json", action="store_true", help="for machines")
+    p.add_argument("--tasks", help="hand over to lm-eval: a comma-separated list of its tasks")
+    text = "show what is inside a run, an artifact, or a model"
+    p = verbs.add_parser("inspect", help=text, description=text)
+    p.add_argument("what", type=Path, metavar="RUN|ARTIFACT|MODEL")
+    p.add_argument("site", nargs="?", help="one site, or a pattern")
+    p.add_argument("--json", action="store_true", help="for machines")
+    text = "list the passes, or the options of one"
+    p = verbs.add_parser("passes", help=text, description=text)
+    p.add_argument("name", nargs="?")
+    p.add_argument("--schema", action="store_true", help="print the JSON schema of a recipe")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 when it succeeded, 2 on a user's mistake, 130 when interrupted."""
+    options = parser().parse_args(argv)
+    from compress import commands
+
+    try:
+        verb: Any = getattr(commands, f"{options.verb}_command")
+        verb(options)
+    except CompressError as e:
+        if options.verbose:
+            traceback.print_exc()
+        print(f"compress: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ncompress: interrupted; the same command goes on from the last finished block", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def dump(value: Any) -> None:
+    print(json.dumps(value, indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

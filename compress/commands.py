@@ -1,0 +1,234 @@
+"""What the five verbs do, in terms of the pipeline; each prints one screen."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import importlib.util
+import json
+import subprocess
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from compress import data, evaluate, pipeline, report
+from compress.checkpoint import Layout
+from compress.console import Console
+from compress.errors import CompressError, MatchError, ModelError, RecipeError, did_you_mean
+from compress.export import EXPORTERS, compressed_tensors
+from compress.model import Model, open_model
+from compress.passes import PASSES
+from compress.recipe import schema
+from compress.state import State
+
+SHOWN_SITES = 40
+
+
+def plan_command(options: argparse.Namespace) -> None:
+    planned = pipeline.plan(options.recipe, options.overrides, options.out)
+    ready = planned.prepared
+    rows = [[str(i), *row] for i, row in enumerate(planned.steps, 1)]
+    print(report.columns(rows, ["", "step", "options", "state"]))
+    graph, formats = ready.foreseen.graph, dict(ready.foreseen.plan.formats) if ready.foreseen.plan else {}
+    print()
+    print(report.columns(format_rows(ready.foreseen), ["format", "sites", "weights", "bytes"], right=(1, 2, 3)))
+    print(f"\n{len(graph.sites)} sites, {len(formats)} change; original {report.size(planned.original.nbytes)}")
+    for name, layout in planned.layouts.items():
+        share = layout.nbytes / planned.original.nbytes
+        figures = evaluate.sizes(ready.foreseen, layout.tensor_bytes)
+        print(f"{name}: {layout.nbytes:,} bytes in {len(layout.files)} file{'s' * (len(layout.files) > 1)}"
+              f" ({report.size(layout.nbytes)}, {share:.0%} of the original; {figures.linear_bits:.3f} bits per weight in"
+              f" linear layers, {figures.file_bits:.3f} over the whole file)")  # fmt: skip
+    print(f"peak memory about {report.size(planned.peak_bytes)}, time about {report.span(planned.seconds)} on this machine's CPU")
+    for remark in planned.remarks:
+        print(f"note: {remark}")
+
+
+def format_rows(state: State) -> list[list[str]]:
+    formats = state.plan.formats if state.plan else {}
+    groups: dict[str, list[Any]] = {}
+    for site in state.graph:
+        if site.tied is None:
+            groups.setdefault(str(formats.get(site.name, "as it is")), []).append(site)
+    rows = []
+    for text, sites in groups.items():
+        stored = sum(formats[s.name].nbytes(s.shape) if s.name in formats else s.numel * state.dtype.itemsize for s in sites)
+        rows.append([text, str(len(sites)), f"{sum(s.numel for s in sites):,}", f"{stored:,}"])
+    return rows
+
+
+def run_command(options: argparse.Namespace) -> None:
+    console = Console()
+    try:
+        made = pipeline.run(options.recipe, options.overrides, options.out, options.until, options.device, console)
+    finally:
+        console.close()
+    print(f"\n{made.report.summary()}\nreport: {made.out / 'report.html'}")
+
+
+# --- eval and inspect ------------------------------------------------------------------------------------------------
+
+
+def opened(path: Path) -> tuple[Model, State, str]:
+    """A run's artifact, an artifact, or a model folder: its model, its state, and what reads it."""
+    if (path / "steps").is_dir():
+        found = [path / name for name in EXPORTERS if (path / name / "config.json").exists()]
+        if not found:
+            raise ModelError(f"{path}: this run has no artifact yet; run its recipe to the end")
+        path = found[0]
+    if not path.is_dir():
+        raise ModelError(f"{path}: no such folder")
+    if compressed_tensors.is_artifact(path):
+        return compressed_tensors.open_artifact(path), compressed_tensors.read(path), "our reader of compressed-tensors, streamed"
+    model = open_model(str(path))
+    return model, model.state, "transformers' modules, streamed"
+
+
+def eval_command(options: argparse.Namespace) -> None:
+    if options.tasks:
+        hand_over(options)
+        return
+    model, state, engine = opened(options.what)
+    windows, base = windows_of(options)
+    tokens = data.read(windows, model.folder, base, state.graph["embed"].shape[0])
+    original = original_of(options)
+    _, scores = evaluate.compare(original.state if original else None, state, model.config, tokens, options.device)
+    figures = evaluate.sizes(state, model.checkpoint.nbytes)
+    if options.json:
+        print(json.dumps({**scores.json(), **figures.json(), "text": tokens.place, "engine": engine}, indent=1))
+        return
+    rows = [["perplexity", "-" if scores.perplexity is None else f"{scores.perplexity:.4f}"],
+            ["KL from the original (nats)", "-" if scores.kl is None else f"{scores.kl:.5f}"],
+            ["same top token", "-" if scores.agreement is None else f"{scores.agreement:.2%}"],
+            ["weights on disk", report.size(figures.tensor_bytes)],
+            ["bits per weight, linear layers", f"{figures.linear_bits:.3f}"],
+            ["bits per weight, whole file", f"{figures.file_bits:.3f}"]]  # fmt: skip
+    print(report.columns(rows, right=(1,)))
+    print(f"\n{scores.tokens:,} tokens of {tokens.place}, context {scores.length}; read by {engine}")
+
+
+def windows_of(options: argparse.Namespace) -> tuple[data.Windows, Path]:
+    if options.text:
+        return data.Windows(text=str(options.text.resolve()), sequences=options.sequences, length=options.length), Path()
+    recipe = recipe_of(options.what)
+    if recipe is None or not recipe["data"].get("evaluation"):
+        raise RecipeError(f"{options.what}: names no evaluation text; give one with --text FILE")
+    return data.Windows.model_validate(recipe["data"]["evaluation"]), Path()
+
+
+def recipe_of(path: Path) -> dict[str, Any] | None:
+    """The resolved recipe of a run folder, or of the run folder that an artifact lies in."""
+    for folder in (path, path.parent):
+        if (folder / "steps").is_dir() and (folder / "recipe.resolved.yaml").exists():
+            found: dict[str, Any] = yaml.safe_load((folder / "recipe.resolved.yaml").read_text())
+            return found
+    return None
+
+
+def original_of(options: argparse.Namespace) -> Model | None:
+    if options.against:
+        return open_model(str(options.against))
+    recipe = recipe_of(options.what)
+    return open_model(recipe["model"]) if recipe else None
+
+
+def hand_over(options: argparse.Namespace) -> None:
+    """Let lm-eval measure tasks through transformers."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise CompressError("--tasks needs lm-eval:  pip install lm-eval")
+    model, _, _ = opened(options.what)
+    arguments = [
+        "--model",
+        "hf",
+        "--model_args",
+        f"pretrained={model.folder}",
+        "--tasks",
+        options.tasks,
+        "--device",
+        options.device,
+    ]
+    code = subprocess.run([sys.executable, "-m", "lm_eval", *arguments], check=False).returncode
+    if code:
+        raise CompressError(f"lm-eval ended with exit code {code}")
+
+
+def inspect_command(options: argparse.Namespace) -> None:
+    model, state, _ = opened(options.what)
+    sites = [s for s in state.graph if options.site is None or fnmatch.fnmatchcase(s.name, options.site)]
+    if not sites:
+        raise MatchError(f"{options.what}: no site '{options.site}'{did_you_mean(options.site, state.graph.sites)}")
+    rows = []
+    for s in sites:
+        fmt = state.format(s)
+        stored = fmt.nbytes(s.shape) if fmt else 0 if s.tied else s.numel * state.dtype.itemsize
+        rows.append({"site": s.name, "role": s.role, "shape": list(s.shape), "format": str(fmt or "as it is"),
+                     "bytes": stored, "bits": round(8 * stored / s.numel, 4), "tensor": s.weight})  # fmt: skip
+    if options.json:
+        print(json.dumps({"sites": rows, "tensor_bytes": model.checkpoint.nbytes}, indent=1))
+        return
+    shown = rows if options.site else rows[:SHOWN_SITES]
+    table = [[r["site"], f"{r['shape'][0]}x{r['shape'][1]}", r["format"], f"{r['bits']:.3f}", f"{r['bytes']:,}"] for r in shown]
+    print(report.columns(table, ["site", "shape", "format", "bits", "bytes"], right=(3, 4)))
+    if len(shown) < len(rows):
+        print(f"… {len(rows) - len(shown)} more; name a site or a pattern to see it")
+    files = Layout.of(model.specs).tensor_bytes
+    print(f"\n{state.graph.family}, {len(state.graph.blocks)} blocks, {len(rows)} sites, {report.size(files)} of tensors")
+    if len(sites) == 1:
+        print(histogram(state, sites[0]))
+
+
+def histogram(state: State, site: Any, bins: int = 21, width: int = 50) -> str:
+    """The distribution of one site's weights, as text."""
+    weight = state.weight(site).float()
+    limit = float(weight.abs().max()) or 1.0
+    counts = weight.histc(bins, -limit, limit).int().tolist()
+    top = max(counts)
+    edges = [limit * (2 * (i + 0.5) / bins - 1) for i in range(bins)]
+    lines = [f"{e:+.4f}  {'█' * round(width * c / top)} {c:,}" for e, c in zip(edges, counts, strict=True)]
+    return f"\n{site.name}: mean {float(weight.mean()):+.3g}, std {float(weight.std()):.3g}\n" + "\n".join(lines)
+
+
+# --- passes ----------------------------------------------------------------------------------------------------------
+
+
+def passes_command(options: argparse.Namespace) -> None:
+    if options.schema:
+        print(json.dumps(schema(PASSES, EXPORTERS), indent=1))
+        return
+    tables = {**PASSES, **EXPORTERS}
+    if options.name is None:
+        rows = [[name, "pass", summary(cls)] for name, cls in PASSES.items()]
+        rows += [[name, "exporter", summary(cls)] for name, cls in EXPORTERS.items()]
+        print(report.columns(rows))
+        return
+    if options.name not in tables:
+        raise RecipeError(f"no pass '{options.name}'{did_you_mean(options.name, tables)}   known: {', '.join(tables)}")
+    cls = tables[options.name]
+    print(f"{options.name}: {summary(cls)}\n")
+    rows = []
+    for name, field in cls.model_fields.items():
+        default = report.brief(field.default) if field.default is not None else "-"
+        rows.append([name, type_text(field.annotation), default, field.description or ""])
+    print(report.columns(rows, ["option", "type", "default", "meaning"]))
+
+
+def summary(cls: type) -> str:
+    return (cls.__doc__ or "").strip().splitlines()[0]
+
+
+def type_text(kind: Any) -> str:
+    """A field's type as a person would say it."""
+    if typing.get_origin(kind) is typing.Literal:
+        return " | ".join(map(str, typing.get_args(kind)))
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        names = {type_text(a) for a in typing.get_args(kind)}
+        return "format" if names == {"Int", "Dense"} else " | ".join(sorted(names))
+    if typing.get_origin(kind) is dict:
+        return "mapping"
+    return {"str": "text", "int": "integer", "float": "number", "bool": "true or false"}.get(
+        getattr(kind, "__name__", str(kind)), getattr(kind, "__name__", str(kind))
+    )

@@ -1,0 +1,172 @@
+"""Passes and the loop that runs them.
+
+A pass is a frozen pydantic model: its fields are its options, so the class is the schema, the documentation and the check.
+It declares what it needs, gives and breaks, and what it writes. The loop is `run`: for each pass, take the step from the run
+folder if it is there under the same key, else run it; then compare what it promised with what it did.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from compress.data import Tokens
+from compress.errors import ContractError, OrderError
+from compress.formats import Packed
+from compress.graph import Site
+from compress.state import Aspect, Fact, State, Stored, changed
+from compress.stream import Batch, Stream
+
+Record = dict[str, Any]  # what a pass tells about one site: JSON values
+
+
+class Store(Protocol):
+    """Where a running pass keeps finished blocks; the run folder implements it."""
+
+    def committed(self, part: str) -> Mapping[str, Stored] | None: ...
+    def commit(self, part: str, sites: Mapping[str, Packed], records: Sequence[Record]) -> Mapping[str, Stored]: ...
+
+
+@dataclass(frozen=True)
+class Context:
+    """All that a pass may use besides the state and its options.
+
+    calibration: the recipe's calibration tokens, or None. config: transformers' config of the model. device: where the
+    block in hand lies. store: finished parts of this step. say: one line for the user. progress: called with
+    (done, total, what) as work proceeds.
+    """
+
+    seed: int
+    calibration: Tokens | None
+    config: Any
+    device: str
+    store: Store
+    say: Callable[[Record], None]
+    progress: Callable[[float, float, str], None]
+
+    def generator(self, site: Site) -> torch.Generator:
+        """Randomness for one site: the same for the same seed and name, whatever ran before."""
+        digest = hashlib.sha256(f"{self.seed}:{site.name}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+    def stream(self, state: State) -> tuple[Stream, list[Batch]]:
+        """The model and the calibration batches, embedded and in front of the first block."""
+        assert self.calibration is not None, "a pass that streams checks for calibration data in `check`"
+        stream = Stream(state, self.config, self.device)
+        return stream, stream.start(state, self.calibration.batches())
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a pass is expected to take.
+
+    model_flops: operations of matrix products in the model's dtype. exact_flops: the same in fp32. weights: matrix entries
+    that are searched and solved. peak_bytes: of memory, beyond an idle process.
+    """
+
+    model_flops: float = 0.0
+    exact_flops: float = 0.0
+    weights: int = 0
+    peak_bytes: int = 0
+
+
+class Pass(BaseModel, ABC):
+    """One compression step. Subclasses are listed in `passes.PASSES`; docs/writing-a-pass.md walks through one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1  # raised when the same options give other results
+    needs: ClassVar[Fact] = Fact.NONE
+    gives: ClassVar[Fact] = Fact.NONE
+    breaks: ClassVar[Fact] = Fact.NONE
+    writes: ClassVar[Aspect] = Aspect.NONE
+
+    @abstractmethod
+    def foresee(self, state: State) -> State:
+        """The state as it will be, in structure and plan, without touching a weight. Raises on options that do not fit."""
+
+    @abstractmethod
+    def run(self, state: State, ctx: Context) -> State:
+        """The state after this pass, its changed sites committed through `ctx.store`."""
+
+    def check(self, calibrated: bool) -> None:
+        """Raise RecipeError where the recipe lacks something that this pass reads."""
+
+    def cost(self, state: State, tokens: int) -> Cost:
+        """What running it on `tokens` calibration tokens will take; `state` is the foreseen one."""
+        return Cost()
+
+    def text(self) -> str:
+        """Name and options, byte-stable; part of the step's key."""
+        return f"{self.name}{json.dumps(self.model_dump(mode='json'), sort_keys=True)}"
+
+
+def check_order(passes: Sequence[Pass], facts: Fact = Fact.DENSE) -> None:
+    """OrderError, naming both steps, where a pass needs what does not hold when its turn comes."""
+    broken_by: dict[Fact, str] = {}
+    for number, p in enumerate(passes, 1):
+        for fact in p.needs & ~facts:
+            culprit = broken_by.get(fact)
+            why = f"{culprit} removed them" if culprit else "no earlier step gives it"
+            todo = f"Move '{p.name}' before it." if culprit else "Add a step that does."
+            noun = f"{fact.name} weights" if fact is Fact.DENSE else fact.name
+            raise OrderError(f"step {number} '{p.name}' needs {noun}; {why}.  {todo}", ("step", str(number - 1)))
+        for fact in p.breaks:
+            broken_by[fact] = f"step {number} '{p.name}'"
+        facts = (facts & ~p.breaks) | p.gives
+
+
+def settle(p: Pass, before: State, after: State) -> State:
+    """The state with the pass noted in facts and history, after checking that it wrote only what it declared."""
+    extra = changed(before, after) & ~p.writes
+    if extra:
+        raise ContractError(f"pass author: '{p.name}' declares writes={p.writes} but also changed {extra}")
+    return replace(after, facts=(before.facts & ~p.breaks) | p.gives, history=(*before.history, p.text()))
+
+
+def foresee(passes: Sequence[Pass], state: State) -> State:
+    """The state at the end of the passes, in structure and plan only."""
+    for p in passes:
+        state = settle(p, state, p.foresee(state))
+    return state
+
+
+class Steps(Protocol):
+    """The run folder, seen from the loop: one step at a time, finished or to be done."""
+
+    def restore(self, state: State) -> State | None: ...
+    def finish(self, seconds: float, peak_bytes: int) -> None: ...
+    def context(self) -> Context: ...
+
+
+def run(passes: Sequence[Pass], state: State, open_step: Callable[[int, Pass], Steps]) -> State:
+    """Fold the passes over the state."""
+    for number, p in enumerate(passes, 1):
+        step = open_step(number, p)
+        foreseen = p.foresee(state)
+        done = step.restore(foreseen)
+        if done is None:
+            start = time.perf_counter()
+            settle(p, state, p.run(state, step.context()))
+            step.finish(time.perf_counter() - start, peak_memory())
+            done = step.restore(foreseen)  # finished files lie elsewhere than the ones in hand did
+            assert done is not None, "a step that was just finished can be restored"
+        state = settle(p, state, done)
+    return state
+
+
+def peak_memory() -> int:
+    """The most resident memory this process has had, in bytes, as the operating system counts it."""
+    import resource
+    import sys
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

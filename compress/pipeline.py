@@ -1,0 +1,321 @@
+"""From a recipe to artifacts: the one place, beside the command line, that joins passes and exporters.
+
+`prepare` checks everything that can be checked before a weight is read; `plan` tells what `run` will do and cost; `run`
+does it. Both are what the command line calls and what a program may call.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress import data, evaluate, manager, report
+from compress.checkpoint import Layout
+from compress.console import Console
+from compress.errors import CompressError, RecipeError
+from compress.export import EXPORTERS
+from compress.export.artifact import Exporter, Job, Proof, place
+from compress.manager import Context, Pass
+from compress.model import Model, open_model
+from compress.passes import PASSES
+from compress.recipe import Recipe, load
+from compress.run import RunFolder, Step, digest, step_inputs, versions, write_atomic
+from compress.state import State
+
+BASELINE_BYTES = 450 * 2**20  # Python, torch and transformers, imported
+PROOF_TOKENS = (2, 64)  # windows and tokens on which an artifact's logits are compared
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe whose every claim has been checked against the model, before a weight is read."""
+
+    recipe: Recipe
+    model: Model
+    start: State
+    foreseen: State
+
+    @property
+    def seed(self) -> int:
+        return self.recipe.document.seed
+
+    @property
+    def exports(self) -> tuple[Exporter, ...]:
+        return self.recipe.exports
+
+    @cached_property
+    def calibration(self) -> data.Tokens | None:
+        return self._tokens("calibration")
+
+    @cached_property
+    def evaluation(self) -> data.Tokens | None:
+        return self._tokens("evaluation")
+
+    def _tokens(self, which: str) -> data.Tokens | None:
+        windows = getattr(self.recipe.document.data, which)
+        if windows is None:
+            return None
+        try:
+            return data.read(windows, self.model.folder, self.recipe.base, self.start.graph["embed"].shape[0])
+        except CompressError as e:
+            raise type(e)(f"{self.recipe.place(('data', which))}  {e}") from None
+
+    @property
+    def root_key(self) -> str:
+        return digest(self.model.identity())
+
+
+def prepare(path: Path, overrides: Sequence[str] = ()) -> Prepared:
+    """Read a recipe and check it: options, order, patterns, formats against shapes, exporters against formats."""
+    recipe = load(path, PASSES, EXPORTERS, overrides)
+    try:
+        model = open_model(recipe.document.model, recipe.base)
+        graph = model.graph
+    except CompressError as e:
+        raise type(e)(f"{recipe.place(('model',))}  {e}") from None
+    start = model.state if model.has_weights else State(graph, BARE, model.dtype)  # type: ignore[arg-type]
+    try:
+        manager.check_order(recipe.passes, start.facts)
+    except CompressError as e:
+        raise recipe.located(e) from None
+    foreseen = start
+    for i, p in enumerate(recipe.passes):
+        try:
+            p.check(recipe.document.data.calibration is not None)
+            foreseen = manager.foresee([p], foreseen)
+        except CompressError as e:
+            raise recipe.located(e, "passes", i) from None
+    for i, exporter in enumerate(recipe.exports):
+        try:
+            exporter.check(foreseen)
+        except CompressError as e:
+            raise recipe.located(e, "export", i) from None
+    return Prepared(recipe, model, start, foreseen)
+
+
+BARE = None  # a config without weights has no checkpoint; `plan` reads none
+
+
+# --- plan ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What `run` would do. steps: (pass, options, status). layouts: exporter name -> exact files."""
+
+    prepared: Prepared
+    steps: list[tuple[str, str, str]]
+    layouts: dict[str, Layout]
+    original: Layout
+    peak_bytes: int
+    seconds: float
+    remarks: list[str] = field(default_factory=list)
+
+
+def plan(path: Path, overrides: Sequence[str] = (), out: Path | None = None) -> Planned:
+    """What a run of the recipe will do, how large its result will be to the byte, and about how long it takes."""
+    ready = prepare(path, overrides)
+    document = ready.recipe.document
+    windows = document.data.calibration
+    tokens = windows.sequences * windows.length if windows else 0
+    costs = [p.cost(ready.foreseen, tokens) for p in ready.recipe.passes]
+    remarks = [r for e in ready.exports for r in e.remarks(ready.foreseen)]
+    if not ready.model.has_weights:
+        remarks.append(f"{ready.model.folder} holds no weights: sizes are those of the config in {str(ready.start.dtype)[6:]}")
+    return Planned(
+        prepared=ready,
+        steps=step_states(ready, out or ready.recipe.out),
+        layouts={e.name: e.layout(ready.model, ready.foreseen) for e in ready.exports},
+        original=Layout.of(ready.model.specs),
+        peak_bytes=BASELINE_BYTES + max((c.peak_bytes for c in costs), default=0),
+        seconds=estimate(ready, costs),
+        remarks=remarks,
+    )
+
+
+def step_states(ready: Prepared, out: Path) -> list[tuple[str, str, str]]:
+    """(pass, options that are not default, whether it is cached) for every step."""
+    rows = []
+    for p, step in zip(ready.recipe.passes, make_steps(ready, out), strict=True):
+        chosen = {k: v for k, v in p.model_dump(mode="json").items() if k in p.model_fields_set}
+        options = ", ".join(f"{k} {report.brief(v)}" for k, v in chosen.items())
+        status = "?" if step is None else "cached" if step.finished else "in part" if step.partial.exists() else "to do"
+        rows.append((p.name, options, status))
+    return rows
+
+
+def make_steps(ready: Prepared, out: Path) -> list[Step | None]:
+    """The steps with their keys; None where there are no weights to take a key from."""
+    if not ready.model.has_weights:
+        return [None] * len(ready.recipe.passes)
+    return list(steps_of(ready, out, lambda _: None))  # type: ignore[arg-type,return-value]
+
+
+def steps_of(ready: Prepared, out: Path, context_of: Any) -> list[Step]:
+    key = ready.root_key
+    hashed = ready.calibration.hash if ready.calibration else None
+    steps = []
+    for number, p in enumerate(ready.recipe.passes, 1):
+        step = Step(out / "steps", number, step_inputs(p, key, hashed, ready.seed), context_of)
+        steps.append(step)
+        key = step.key
+    return steps
+
+
+def estimate(ready: Prepared, costs: Sequence[manager.Cost]) -> float:
+    """Seconds, from this machine's matrix speed measured now (a tenth of a second each) and the passes' own counts."""
+    if not costs:
+        return 0.0
+    fast, exact = matrix_speed(ready.start.dtype), matrix_speed(torch.float32)
+    return sum(c.model_flops / fast + c.exact_flops / exact + c.weights * report.SECONDS_PER_WEIGHT for c in costs)
+
+
+def matrix_speed(dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a 768-wide product in `dtype`."""
+    a = torch.ones(768, 768, dtype=dtype)
+    a @ a
+    start, n = time.perf_counter(), 0
+    while time.perf_counter() - start < 0.1:
+        a @ a
+        n += 1
+    return 2 * 768**3 * n / (time.perf_counter() - start)
+
+
+# --- run -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run made: the last state, figures before and after, artifacts with their proofs."""
+
+    out: Path
+    state: State
+    scores: dict[str, Any]
+    artifacts: Mapping[str, tuple[Path, Proof | None]]
+    report: report.Report
+
+
+def run(
+    path: Path,
+    overrides: Sequence[str] = (),
+    out: Path | None = None,
+    until: str | None = None,
+    device: str = "cpu",
+    console: Console | None = None,
+) -> Outcome:
+    """Run a recipe, resuming what its folder holds. `until`: stop after this step, by number or pass name."""
+    ready = prepare(path, overrides)
+    console = console or Console(quiet=True)
+    last = last_step(ready.recipe, until)
+    check_device(device)
+    out = out or ready.recipe.out
+    _ = ready.calibration, ready.evaluation  # texts are read before anything is written
+    with RunFolder(out).held():
+        write_atomic(out / "recipe.resolved.yaml", ready.recipe.resolved(ready.recipe.base).encode())
+        write_atomic(out / "run.json", json.dumps(run_record(ready), indent=1).encode())
+        return execute(ready, out, last, device, console)
+
+
+def run_record(ready: Prepared) -> dict[str, Any]:
+    hashes = {n: t.hash for n, t in (("calibration", ready.calibration), ("evaluation", ready.evaluation)) if t}
+    return {"versions": versions(), "seed": ready.seed, "model": ready.model.name, "revision": ready.model.revision,
+            "weights": ready.model.checkpoint.fingerprint, "data": hashes}  # fmt: skip
+
+
+def last_step(recipe: Recipe, until: str | None) -> int:
+    """How many steps to run; RecipeError where `until` names none of them."""
+    if until is None:
+        return len(recipe.passes)
+    names = [p.name for p in recipe.passes]
+    if until.isdigit() and 1 <= int(until) <= len(names):
+        return int(until)
+    if until not in names:
+        raise RecipeError(f"--until {until}: the recipe's steps are {', '.join(f'{i} {n}' for i, n in enumerate(names, 1))}")
+    return names.index(until) + 1
+
+
+def check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise RecipeError(f"--device {device}: {str(e).splitlines()[0]}") from None
+
+
+def execute(ready: Prepared, out: Path, last: int, device: str, console: Console) -> Outcome:
+    def context_of(step: Step) -> Context:
+        return Context(ready.seed, ready.calibration, ready.model.config, device, step, console.say, console.progress)
+
+    steps = steps_of(ready, out, context_of)
+
+    def open_step(number: int, p: Pass) -> Step:
+        step = steps[number - 1]
+        console.step(number, len(ready.recipe.passes), p.name, step.finished, step.difference())
+        return step
+
+    passes = ready.recipe.passes[:last]
+    state = manager.run(passes, ready.start, open_step)
+    records = [r for step in steps[:last] for r in step.records]
+    key = steps[last - 1].key if passes else ready.root_key
+    partial = last < len(ready.recipe.passes)
+    scores = {} if partial else scored(ready, state, key, out, device, console)
+    made = {} if partial else exported(ready, state, key, out, device, console, scores, records)
+    times = [json.loads((s.folder / "record.json").read_text()) for s in steps[:last]]
+    times = [{"name": s.folder.name, **t} for s, t in zip(steps, times, strict=False)]
+    sheet = report.Report.of(ready.recipe, ready.model, state, records, scores, times, made, result_bytes(ready, state))
+    write_atomic(out / "report.md", sheet.markdown().encode())
+    write_atomic(out / "report.html", sheet.html().encode())
+    return Outcome(out, state, scores, made, sheet)
+
+
+def result_bytes(ready: Prepared, state: State) -> int:
+    """Bytes of the tensors as the first exporter lays them out; of the source's own where nothing is exported."""
+    layouts = [e.layout(ready.model, state) for e in ready.exports] or [Layout.of(ready.model.specs)]
+    return layouts[0].tensor_bytes
+
+
+def scored(ready: Prepared, state: State, key: str, out: Path, device: str, console: Console) -> dict[str, Any]:
+    """Figures of the original and of the result, from evaluation.json where the same ones were measured before."""
+    if ready.evaluation is None:
+        return {}
+    mark = digest(key, ready.evaluation.hash)
+    file = out / "evaluation.json"
+    if file.exists():
+        known: dict[str, Any] = json.loads(file.read_text())
+        if known.get("key") == mark:
+            return known
+    console.note("evaluating the original and the result")
+    before, after = evaluate.compare(ready.start, state, ready.model.config, ready.evaluation, device)
+    assert before is not None, "there is an original to compare with"
+    scores = {"key": mark, "text": ready.evaluation.place, "original": before.json(), "compressed": after.json()}
+    write_atomic(file, json.dumps(scores, indent=1).encode())
+    return scores
+
+
+def exported(
+    ready: Prepared,
+    state: State,
+    key: str,
+    out: Path,
+    device: str,
+    console: Console,
+    scores: dict[str, Any],
+    records: list[manager.Record],
+) -> dict[str, tuple[Path, Proof | None]]:
+    tokens = ready.evaluation or ready.calibration
+    sample = None if tokens is None else tokens.ids[: PROOF_TOKENS[0], : PROOF_TOKENS[1]]
+    made = {}
+    for exporter in ready.exports:
+        console.note(f"writing {exporter.name}")
+        size = exporter.layout(ready.model, state).tensor_bytes
+        card = report.card_writer(ready.recipe, ready.model, state, records, scores, size)
+        options = exporter.model_dump(mode="json")
+        job = Job(ready.model, state, sample, digest(key, exporter.name, options, scores.get("key")), card, device)
+        made[exporter.name] = place(exporter, job, out / exporter.name)
+    return made

@@ -1,0 +1,238 @@
+"""The run folder: what a run has finished, under keys, so that a kill loses at most one block.
+
+    runs/NAME/
+      recipe.resolved.yaml     every default written out
+      run.json                 versions, seed, model, data hashes
+      steps/01-quantize-9f31c0/          finished: record.json and one safetensors file per block
+      steps/02-….partial/                in hand: the blocks finished so far
+      compressed_tensors/                the artifact, one folder for each exporter
+      report.md  report.html  evaluation.json
+
+A step's key hashes its parent's key, the pass's text and version, the data and the seed. A file is written under another name,
+flushed to the disk, and renamed: it is there whole or not at all. A finished step is its folder renamed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from compress.checkpoint import disk_error
+from compress.errors import RunError
+from compress.formats import Packed, parse
+from compress.manager import Context, Pass, Record
+from compress.state import State, Stored
+
+SCHEMA = 1
+
+
+def digest(*parts: object) -> str:
+    """sha256 over the JSON of the parts."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write beside, flush, rename into place; RunError on a full disk."""
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        with beside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.rename(path)
+        sync_folder(path.parent)
+    except OSError as e:
+        beside.unlink(missing_ok=True)
+        raise disk_error(e, path.parent) from None
+
+
+def sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class RunFolder:
+    """One run's folder, held by a lock that the system releases however the process ends."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._lock: IO[str] | None = None
+
+    @contextmanager
+    def held(self):  # type: ignore[no-untyped-def]
+        """Inside, nobody else runs here; RunError when somebody does, or when this is no run folder."""
+        self._claim()
+        try:
+            (self.path / "steps").mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("a+")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{self.path}: another run is using this folder; wait for it, or choose another with --out") from None
+        except OSError as e:
+            raise disk_error(e, self.path) from None
+        try:
+            yield self
+        finally:
+            if self._lock:
+                self._lock.close()
+
+    def _claim(self) -> None:
+        """Refuse a folder that holds something else than a run."""
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(f"{self.path}: is a file, not a folder; choose another with --out")
+        if self.path.is_dir() and not (self.path / "steps").exists() and any(self.path.iterdir()):
+            raise RunError(f"{self.path}: holds files that no run made; choose another folder with --out")
+
+    def steps(self) -> list[Path]:
+        """Finished steps, in the order of their numbers."""
+        return sorted(p for p in (self.path / "steps").glob("*") if p.is_dir() and not p.name.endswith(".partial"))
+
+
+@dataclass
+class Step:
+    """One step of a run: restored if its key is known, else filled block by block."""
+
+    root: Path
+    number: int
+    made_of: Mapping[str, Any]
+    context_of: Callable[[Step], Context]
+    records: list[Record] = field(default_factory=list)
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def key(self) -> str:
+        return digest(SCHEMA, self.made_of)
+
+    @property
+    def folder(self) -> Path:
+        return self.root / f"{self.number:02}-{self.made_of['name']}-{self.key[:6]}"
+
+    @property
+    def partial(self) -> Path:
+        return self.folder.with_name(self.folder.name + ".partial")
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / "record.json").exists()
+
+    def context(self) -> Context:
+        return self.context_of(self)
+
+    def restore(self, foreseen: State) -> State | None:
+        """The state after this step from its finished folder, or None; its records come back too."""
+        if not self.finished:
+            return None
+        self.records = json.loads((self.folder / "record.json").read_text())["sites"]
+        sites: dict[str, Stored] = {}
+        for part in sorted(self.folder.glob("*.safetensors")):
+            sites |= read_part(part)[0]
+        return foreseen.with_sites(sites)
+
+    def committed(self, part: str) -> Mapping[str, Stored] | None:
+        path = self.partial / f"{part}.safetensors"
+        if not path.exists():
+            return None
+        sites, records = read_part(path)
+        self.records += records
+        return sites
+
+    def commit(self, part: str, sites: Mapping[str, Packed], records: Sequence[Record]) -> Mapping[str, Stored]:
+        path = self.partial / f"{part}.safetensors"
+        tensors = {f"{site}/{suffix}": t.contiguous() for site, p in sites.items() for suffix, t in p.tensors.items()}
+        table = {site: {"format": str(p.format), "shape": list(p.shape)} for site, p in sites.items()}
+        notes = {"sites": json.dumps(table), "records": json.dumps(list(records))}
+        try:
+            self.partial.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise disk_error(e, self.root) from None
+        write_atomic(path, save(tensors, metadata=notes))
+        self.records += records
+        return read_part(path)[0]
+
+    def finish(self, seconds: float, peak_bytes: int) -> None:
+        """Write the record and rename the folder into place; from then on the step is a cache hit."""
+        record = {"key": self.key, "made_of": self.made_of, "seconds": seconds, "peak_bytes": peak_bytes, "sites": self.records}
+        self.partial.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.partial / "record.json", json.dumps(record, indent=1).encode())
+        for stray in self.partial.glob("*.tmp"):
+            stray.unlink()
+        if self.folder.exists():  # a folder without a record: not ours to trust
+            shutil.rmtree(self.folder)
+        self.partial.rename(self.folder)
+        sync_folder(self.root)
+
+    def difference(self) -> str | None:
+        """How an earlier step of this number differs, in one line; None where there is none or it is the same."""
+        if self.finished or self.partial.exists():
+            return None
+        for other in sorted(self.root.glob(f"{self.number:02}-*/record.json")):
+            theirs = json.loads(other.read_text())["made_of"]
+            change = first_difference(theirs, dict(self.made_of))
+            if change:
+                return f"step {self.number} differs from {other.parent.name}: {change}; running it anew, the old step stays"
+        return None
+
+
+def first_difference(old: Any, new: Any, path: str = "") -> str | None:
+    """The first place where two JSON values differ, as ``path: old → new``."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*new, *(k for k in old if k not in new)]:
+            found = first_difference(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+            if found:
+                return found
+        return None
+    if old == new:
+        return None
+    return f"{path} {shorten(old)} → {shorten(new)}"
+
+
+def shorten(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else text[:12] + "…"
+
+
+def read_part(path: Path) -> tuple[dict[str, Stored], list[Record]]:
+    """The sites and records of one committed block; RunError if the file was damaged after it was written."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            notes = file.metadata()
+    except (SafetensorError, OSError) as e:
+        raise RunError(f"{path}: cannot be read ({e}); delete this file and run again") from None
+    table = json.loads(notes["sites"])
+    sites = {n: Stored(path, f"{n}/", parse(t["format"]), (t["shape"][0], t["shape"][1])) for n, t in table.items()}
+    return sites, json.loads(notes["records"])
+
+
+def step_inputs(p: Pass, parent: str, data: str | None, seed: int) -> dict[str, Any]:
+    """Everything that a step's result depends on, as JSON."""
+    return {"parent": parent, "name": p.name, "version": p.version, "options": p.model_dump(mode="json"),
+            "data": data, "seed": seed}  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """The versions that a run's figures depend on."""
+    known = {"python": sys.version.split()[0], "torch": torch.__version__}
+    for name in ("compress-pipeline", "transformers", "safetensors", "compressed-tensors"):
+        try:
+            known[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            known[name] = "not installed"
+    return known

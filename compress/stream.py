@@ -1,0 +1,387 @@
+"""Run a model block by block, with one block's weights in memory.
+
+The skeleton's own forward is used for everything between the blocks, so masks, rotary tables and residual scalings are the
+architecture's and not ours: its blocks are replaced by probes that let activations pass and note what else each block
+is given (the calls). A block in hand is loaded, run on every batch, and dropped.
+
+Calibration needs more: the inputs of o must carry the error of q, k, v as already quantized, and so on down the block.
+Three ways were considered. Running the block once per stage and stopping early repeats the work, 2.4 forward passes for a
+Llama block. One call with all sequences at once needs every intermediate of every sequence together. Here each batch runs
+as a coroutine (greenlet) that pauses at a tap, in front of the first matrix of a stage; when all batches wait there, the
+stage is solved, its new weights are put in place, and all go on. One forward pass, and what is held for each batch is just
+what its paused frame holds: the residual and the stage's input. The limit: a block's forward must visit its stages in the
+same order for every batch, which holds for every family that we know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import greenlet
+import torch
+from torch import Tensor, nn
+
+from compress.errors import ModelError
+from compress.graph import Site
+from compress.model import candidates, skeleton
+from compress.state import State
+
+Tap = Callable[[str, dict[int | None, Tensor]], None]
+
+
+class _Stop(Exception):
+    """Ends a forward pass at a probe once it has noted what it wants."""
+
+
+class Probe(nn.Module):
+    """Stands where a block stood: notes the call, then passes the hidden states on (or what it is told to)."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self.output: Tensor | None = None
+        self.stop = False
+        self.tuple_out = False
+        for name in ("attention_type", "layer_type", "is_sliding", "layer_idx"):  # what a model's forward may ask a layer
+            if hasattr(layer, name):
+                setattr(self, name, getattr(layer, name))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
+        self.call = (args[1:], rest)
+        self.hidden = hidden
+        if self.stop:
+            raise _Stop
+        out = hidden if self.output is None else self.output
+        return (out,) if self.tuple_out else out
+
+
+@dataclass
+class Batch:
+    """One batch on its way: token ids [b, t], hidden states [b, t, d], and the call of every block."""
+
+    tokens: Tensor
+    hidden: Tensor
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(repr=False)
+
+
+class Stream:
+    """A state's model, streamed. `device` holds the block in hand and the activations."""
+
+    def __init__(self, state: State, config: Any, device: str = "cpu"):
+        self.device = torch.device(device)
+        self.dtype = state.dtype
+        self.graph = state.graph
+        self.model = skeleton(config)
+        self.blocks: list[nn.Module] = [self.model.get_submodule(b.module) for b in self.graph.blocks]
+        self.probes = [Probe(block) for block in self.blocks]
+        self._names = _Names(state, self.model)
+        self._put(self.probes)
+        _move_buffers(self.model, self.device, self.dtype)
+        for block in self.blocks:
+            _move_buffers(block, self.device, self.dtype)
+            _run_experts_one_by_one(block)
+
+    def _put(self, modules: Sequence[nn.Module]) -> None:
+        for block, module in zip(self.graph.blocks, modules, strict=True):
+            parent, _, name = block.module.rpartition(".")
+            self.model.get_submodule(parent)._modules[name] = module
+
+    # --- outside the blocks ---
+
+    @contextmanager
+    def outer(self, state: State) -> Iterator[None]:
+        """Inside, every module outside the blocks loads its own parameters when it is first called; then they go."""
+        inside = {id(m) for block in self.probes for m in block.modules()}
+        modules = [(p, m) for p, m in self.model.named_modules() if m._parameters and id(m) not in inside]
+        hooks = [m.register_forward_pre_hook(self._loader(state, p), prepend=True) for p, m in modules]
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for path, module in modules:
+                self._names.drop(path, module)
+
+    def _loader(self, state: State, path: str) -> Callable[..., None]:
+        def load(module: nn.Module, _: Any) -> None:
+            if any(p is not None and p.is_meta for p in module._parameters.values()):
+                self._names.load(state, path, module, self.device)
+
+        return load
+
+    def start(self, state: State, tokens: Sequence[Tensor]) -> list[Batch]:
+        """Embed each batch of token ids [b, t]; the calls that the blocks will get are noted."""
+        self._learn_output_kind(state, tokens[0][:1, :8])
+        batches = []
+        with self.outer(state):
+            for ids in tokens:
+                self._until(len(self.probes) - 1, ids)
+                batches.append(Batch(ids, self.probes[0].hidden, [p.call for p in self.probes]))
+        return batches
+
+    def _until(self, last: int, ids: Tensor) -> None:
+        for i, probe in enumerate(self.probes):
+            probe.stop = i == last
+        with suppress(_Stop):
+            self.model(input_ids=ids.to(self.device), use_cache=False)
+        for probe in self.probes:
+            probe.stop = False
+
+    def _learn_output_kind(self, state: State, ids: Tensor) -> None:
+        """Whether blocks return a tensor or a tuple: asked of the first one, since the model's forward relies on it."""
+        with self.outer(state):
+            self._until(0, ids)
+        args, kwargs = self.probes[0].call
+        with self.block(state, 0) as block:
+            kind = block(self.probes[0].hidden, *args, **kwargs)
+        for probe in self.probes:
+            probe.tuple_out = isinstance(kind, tuple)
+
+    def logits(self, state: State, batches: Sequence[Batch]) -> Iterator[Tensor]:
+        """The logits [b, t, vocabulary] of each batch, whose hidden states have passed all blocks."""
+        with self.outer(state):
+            for batch in batches:
+                yield self._head(batch)
+
+    def watch_head(self, state: State, batches: Sequence[Batch], head: Site, observe: Tap) -> None:
+        """Show `observe` what the output head is given, for every batch."""
+
+        def note(_: nn.Module, args: tuple[Any, ...]) -> None:
+            observe(head.input_key, {None: args[0].reshape(-1, args[0].shape[-1])})
+            raise _Stop
+
+        hook = self.model.get_submodule(head.module).register_forward_pre_hook(note, prepend=True)
+        try:
+            with self.outer(state):
+                for batch in batches:
+                    with suppress(_Stop):
+                        self._head(batch)
+        finally:
+            hook.remove()
+
+    def _head(self, batch: Batch) -> Tensor:
+        self.probes[-1].output = batch.hidden
+        try:
+            out: Tensor = self.model(input_ids=batch.tokens.to(self.device), use_cache=False).logits
+        finally:
+            self.probes[-1].output = None
+        return out
+
+    # --- the block in hand ---
+
+    @contextmanager
+    def block(self, state: State, index: int) -> Iterator[nn.Module]:
+        """The block with this state's weights, on the device; back on meta afterwards."""
+        block, path = self.blocks[index], self.graph.blocks[index].module
+        modules = [(f"{path}.{p}" if p else path, m) for p, m in block.named_modules() if m._parameters]
+        with torch.no_grad():
+            for name, module in modules:
+                self._names.load(state, name, module, self.device)
+            try:
+                yield block
+            finally:
+                for name, module in modules:
+                    self._names.drop(name, module)
+
+    def advance(self, state: State, index: int, batches: Sequence[Batch]) -> None:
+        """Pass every batch through one block as the state has it."""
+        with self.block(state, index) as block:
+            for batch in batches:
+                batch.hidden = self._call(block, batch, index)
+
+    def _call(self, block: nn.Module, batch: Batch, index: int) -> Tensor:
+        args, kwargs = batch.calls[index]
+        out = block(batch.hidden, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def calibrate(
+        self,
+        state: State,
+        index: int,
+        batches: Sequence[Batch],
+        sites: Sequence[Site],
+        observe: Tap,
+        solve: Callable[[str], dict[str, Tensor]],
+    ) -> None:
+        """Pass every batch through one block, stage by stage.
+
+        At each tap (an `input_key` of `sites`), `observe(stage, {expert or None: X [tokens, in]})` is called for every
+        batch; once all have been seen, `solve(stage)` returns new matrices [out, in] by site name, and the forward pass
+        goes on with them.
+        """
+        with self.block(state, index) as block, self._taps(block, index, sites):
+            runs = [greenlet.greenlet(self._call) for _ in batches]
+            waiting = [run.switch(block, batch, index) for run, batch in zip(runs, batches, strict=True)]
+            while not all(run.dead for run in runs):
+                stage = _one_stage(runs, waiting)
+                for _, inputs in waiting:
+                    observe(stage, inputs)
+                waiting = []
+                for name, matrix in solve(stage).items():
+                    self._install(self.graph[name], matrix)
+                waiting = [run.switch() for run in runs]
+            for batch, hidden in zip(batches, waiting, strict=True):
+                batch.hidden = hidden
+
+    @contextmanager
+    def _taps(self, block: nn.Module, index: int, sites: Sequence[Site]) -> Iterator[None]:
+        """Pause in front of the first matrix of each stage that holds one of `sites`."""
+        path = self.graph.blocks[index].module
+        stages: dict[str, list[Site]] = {}
+        for site in sites:
+            stages.setdefault(site.stage, []).append(site)
+        hooks = []
+        for stage, members in stages.items():
+            module = self.model_module(path, block, members[0].module)
+            if members[0].expert is not None:
+                module.taps = (*getattr(module, "taps", ()), stage)
+            else:
+                paths = dict.fromkeys(p for s in members for p in (s.module, *s.aliases))
+                hooks += self._pausing_hooks(path, block, stage, list(paths))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for module in block.modules():
+                if hasattr(module, "taps"):
+                    del module.taps
+
+    def _pausing_hooks(self, path: str, block: nn.Module, stage: str, modules: list[str]) -> list[Any]:
+        seen: set[int] = set()  # coroutines that have passed this stage: its other matrices need no pause
+
+        def pause(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs["input"]
+            me = greenlet.getcurrent()
+            if id(me) not in seen:
+                seen.add(id(me))
+                me.parent.switch((stage, {None: x.reshape(-1, x.shape[-1])}))
+
+        return [self.model_module(path, block, m).register_forward_pre_hook(pause, with_kwargs=True) for m in modules]
+
+    def model_module(self, path: str, block: nn.Module, module: str) -> nn.Module:
+        return block.get_submodule(module.removeprefix(path).lstrip("."))
+
+    def _install(self, site: Site, matrix: Tensor) -> None:
+        block = self.graph.blocks[site.block or 0]
+        module = self.model_module(block.module, self.blocks[block.index], site.module)
+        put_matrix(module, site, matrix.to(self.device, self.dtype))
+
+
+def _one_stage(runs: list[Any], waiting: list[Any]) -> str:
+    stages = {w[0] for run, w in zip(runs, waiting, strict=True) if not run.dead}
+    if len(stages) != 1 or any(run.dead for run in runs):
+        raise ModelError(f"batches visit the stages of a block in different order ({sorted(stages)}); cannot calibrate")
+    stage: str = stages.pop()
+    return stage
+
+
+def put_matrix(module: nn.Module, site: Site, matrix: Tensor) -> None:
+    """Write a matrix [out, in] where a module keeps it: as it is, transposed, or as rows of a 3-D tensor."""
+    if site.expert is None:
+        module.weight = nn.Parameter(matrix.T.contiguous() if site.transposed else matrix, requires_grad=False)
+    elif site.role == "down":
+        module.down_proj.data[site.expert] = matrix  # type: ignore[operator]
+    else:
+        rows = matrix.shape[0]
+        start = rows * (site.role == "up")
+        module.gate_up_proj.data[site.expert, start : start + rows] = matrix  # type: ignore[operator]
+
+
+class _Names:
+    """Where each parameter of the module tree comes from: a site of the state, or a tensor of the checkpoint."""
+
+    def __init__(self, state: State, model: nn.Module):
+        self.meta = {name: p for name, p in model.named_parameters(remove_duplicate=False)}
+        self.sites: dict[str, list[Site]] = {}
+        for site in state.graph:
+            for path in (site.module, *site.aliases):
+                names = ("gate_up_proj", "down_proj") if site.expert is not None else ("weight",)
+                for name in names:
+                    if site.expert is None or (name == "down_proj") == (site.role == "down"):
+                        self.sites.setdefault(f"{path}.{name}", []).append(site)
+
+    def load(self, state: State, path: str, module: nn.Module, device: torch.device) -> None:
+        """Give one module (not its children) its parameters."""
+        for name in list(module._parameters):
+            meta = self.meta.get(f"{path}.{name}")
+            if meta is None:
+                continue
+            sites = self.sites.get(f"{path}.{name}")
+            if sites and sites[0].expert is not None:
+                module._parameters[name] = nn.Parameter(meta.new_empty(meta.shape, device=device, dtype=state.dtype), False)
+                for site in sites:
+                    put_matrix(module, site, state.weight(site).to(device))
+            elif sites:
+                put_matrix(module, sites[0], state.weight(sites[0]).to(device))
+            else:
+                tensor = self._other(state, f"{path}.{name}", meta)
+                module._parameters[name] = nn.Parameter(tensor.to(device, state.dtype), requires_grad=False)
+
+    def _other(self, state: State, name: str, meta: Tensor) -> Tensor:
+        twins = [name, *(n for n, p in self.meta.items() if p is meta and n != name)]  # a tied parameter has several names
+        for twin in twins:
+            for held in candidates(twin, state.graph.family):
+                if held in state.checkpoint:
+                    return state.checkpoint.read(held)
+        raise ModelError(f"{state.checkpoint.folder}: no tensor for '{name}'; config and weights do not belong together")
+
+    def drop(self, path: str, module: nn.Module) -> None:
+        for name in list(module._parameters):
+            if f"{path}.{name}" in self.meta:
+                module._parameters[name] = self.meta[f"{path}.{name}"]  # type: ignore[assignment]
+
+
+def _move_buffers(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Buffers to the device; their dtype is the architecture's business and stays."""
+    for m in module.modules():
+        for name, buffer in m._buffers.items():
+            if buffer is not None:
+                m._buffers[name] = buffer.to(device)
+
+
+def _run_experts_one_by_one(block: nn.Module) -> None:
+    """Replace the forward of every experts module by one that visits experts in order and pauses at its taps."""
+    from compress.model import is_experts
+
+    for module in block.modules():
+        if is_experts(module):
+            module.forward = _Experts(module)  # type: ignore[method-assign]
+
+
+class _Experts:
+    """The forward of a module of experts: real routing, one expert after the other.
+
+    The result is sum over experts of weight * down(act(gate(x)) * up(x)), accumulated in the order of the experts, as in
+    transformers' own loop.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        m: Any = self.module
+        count = m.gate_up_proj.shape[0]
+        routed = [torch.where(top_k_index == e) for e in range(count)]
+        inputs = {e: hidden[token] for e, (token, _) in enumerate(routed)}
+        self._pause("experts.in", inputs)
+        middle = {}
+        for e, x in inputs.items():
+            gate, up = nn.functional.linear(x, m.gate_up_proj[e]).chunk(2, dim=-1)
+            middle[e] = m.act_fn(gate) * up
+        self._pause("experts.mid", middle)
+        out = torch.zeros_like(hidden)
+        for e, (token, slot) in enumerate(routed):
+            y = nn.functional.linear(middle[e], m.down_proj[e]) * top_k_weights[token, slot, None]
+            out.index_add_(0, token, y.to(out.dtype))
+        return out
+
+    def _pause(self, stage: str, inputs: dict[int | None, Tensor] | dict[int, Tensor]) -> None:
+        if stage in getattr(self.module, "taps", ()):
+            greenlet.getcurrent().parent.switch((stage, inputs))

@@ -1,0 +1,8 @@
+"""The passes: one explicit table. Adding a pass is its file, one line here, and its test."""
+
+from __future__ import annotations
+
+from compress.manager import Pass
+from compress.passes.quantize import Quantize
+
+PASSES: dict[str, type[Pass]] = {p.name: p for p in (Quantize,)}
