@@ -46,12 +46,16 @@ class Variant:
     options: dict = field(default_factory=dict)
 
 
+# Each peer as its defaults are, and at the best that its own options give here.
 VARIANTS = (
     Variant("ours", "gptq", True),
     Variant("ours", "gptq", False),
     Variant("llmcompressor", "GPTQ, default", True),
     Variant("llmcompressor", "GPTQ, act-order static", False, {"actorder": "static"}),
+    Variant("llmcompressor", "GPTQ, act-order static, mse", False, {"actorder": "static", "observer": "memoryless_mse"}),
     Variant("gptqmodel", "GPTQ, default", True),
+    Variant("gptqmodel", "GPTQ, mse", False, {"mse": 2.0}),
+    Variant("gptqmodel", "GPTAQ, mse", False, {"mse": 2.0, "gptaq": {"alpha": 0.25}}),
 )
 TOOLS = tuple(dict.fromkeys(variant.tool for variant in VARIANTS))
 
@@ -175,10 +179,11 @@ def run_child(python: str, job: Path, threads: int) -> tuple[str, float]:
 
 
 def environment(threads: int) -> dict[str, str]:
-    """The environment of every child: one number of threads, no network, our own package for our own child."""
+    """The environment of every child: one number of threads, no network."""
     number = str(threads)
     fixed = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), number)
     fixed |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    fixed["PYTHONPATH"] = str(HERE.parent)  # this clone, installed or not
     fixed["GPTQMODEL_CPU_WORKERS"] = "2"  # GPTQModel loads no model on a machine of two cores with less
     return {**os.environ, **fixed}
 

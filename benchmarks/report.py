@@ -35,7 +35,7 @@ class Row:
     @property
     def name(self) -> str:
         """Tool and label, for a table's first column."""
-        return f"{self.tool} {self.label}"
+        return f"{self.tool} {self.label}".strip()
 
     @property
     def grid(self) -> str:
@@ -62,7 +62,7 @@ def document(sections: Iterable[tuple[str, list[Row]]], setting: str) -> str:
     """The whole page."""
     lines = [f"# Quantization against peers, {date.today()}", "", f"{machine()}; {setting}.", ""]
     for title, rows in sections:
-        lines += [f"## {title[0].upper()}{title[1:]}", "", *results(rows), "", *ratios(rows), ""]
+        lines += [f"## {title}", "", *results(rows), "", *ratios(rows), ""]
     return "\n".join([*lines, *READING])
 
 
@@ -75,7 +75,7 @@ READING = [
 
 def results(rows: list[Row]) -> list[str]:
     """The table of what was measured."""
-    head = ["tool", "grid", "perplexity", "KL", "top-1", "wall s", "CPU s", "peak MB", "imports CPU s", "process CPU s"]
+    head = ["tool", "bits, grid", "perplexity", "KL", "top-1", "wall s", "CPU s", "peak MB", "imports CPU s", "process CPU s"]
     lines = [line(head), line(["---"] * 2 + ["---:"] * 8)]
     return lines + [line([row.name, row.grid, *cells(row)]) for row in rows]
 

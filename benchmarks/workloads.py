@@ -37,7 +37,7 @@ class AssetsMissing(FileNotFoundError):
 
 def windows(text: str, tokenizer, length: int = LENGTH, limit: int | None = None) -> torch.Tensor:
     """(n, length) int64: the text's tokens without special ones, cut into windows that do not overlap."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     count = len(ids) // length if limit is None else min(limit, len(ids) // length)
     return torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
 
@@ -53,7 +53,7 @@ def stories(assets: Path, bits: Sequence[int] = (4, 3, 2)) -> Workload:
     tokenizer = AutoTokenizer.from_pretrained(model)
     return Workload(
         name="stories",
-        title="stories260K-mlp192, linear layers of the blocks, group 64, 64 windows of 256 tokens to calibrate",
+        title="stories: stories260K-mlp192, linear layers of the blocks, group 64, 64 windows of 256 tokens to calibrate",
         model=model,
         text=texts / "calibration.txt",
         calibration=windows((texts / "calibration.txt").read_text("utf-8"), tokenizer, limit=64),
@@ -77,7 +77,7 @@ def speed(work: Path, sequences: int = 32, held_out: int = 8) -> Workload:
     assert torch.equal(calibration, ids[:sequences]), "the word tokenizer must give back the tokens it was given"
     return Workload(
         name="speed",
-        title=f"random Llama of 27.4 M parameters, fp32, group 32, {sequences} windows of 256 random tokens",
+        title=f"speed: random Llama of 27.4 M parameters, fp32, group 32, {sequences} windows of 256 random tokens",
         model=model,
         text=text,
         calibration=calibration,

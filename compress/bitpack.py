@@ -38,12 +38,12 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if codes.dtype.is_floating_point or codes.dtype in (torch.bool, torch.complex64, torch.complex128):
         raise FormatError(f"codes must be integers, not {codes.dtype}; encode the weights first")
     _check_range(codes, bits)
-    n = codes.shape[-1]
-    lead = codes.shape[:-1]
-    n_words = words(n, bits)
-    out = codes.new_zeros((*lead, -(-n // _WORD), bits * _WORD // PERIOD), dtype=torch.uint8)
-    _fill(_periods(codes.to(torch.uint8)), out.view(*lead, -1, bits), bits)
-    return out.view(*lead, -1).view(torch.int32)[..., :n_words].contiguous()
+    *lead, n = codes.shape
+    periods = -(-n // _WORD) * (_WORD // PERIOD)
+    padded = torch.nn.functional.pad(codes.to(torch.uint8), (0, periods * PERIOD - n))
+    out = torch.zeros((*lead, periods, bits), dtype=torch.uint8, device=codes.device)
+    _fill(padded.view(*lead, periods, PERIOD), out, bits)
+    return out.view(*lead, periods * bits).view(torch.int32)[..., : words(n, bits)].contiguous()
 
 
 def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
@@ -57,13 +57,13 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
     if packed.shape[-1] != words(n, bits):
         raise FormatError(f"{n} codes of {bits} bits take {words(n, bits)} words a row, but the tensor has {packed.shape[-1]}")
     lead = packed.shape[:-1]
-    n_periods = -(-n // PERIOD)
+    periods = -(-n // PERIOD)
     raw = packed.contiguous().view(torch.uint8)
-    short = n_periods * bits - raw.shape[-1]
-    raw = torch.nn.functional.pad(raw, (0, short)) if short > 0 else raw[..., : n_periods * bits]
-    codes = raw.new_empty((*lead, n_periods, PERIOD))
-    _spill(raw.unflatten(-1, (n_periods, bits)), codes, bits)
-    return codes.view(*lead, -1)[..., :n]
+    short = max(0, periods * bits - raw.shape[-1])  # the last period may end in codes that are not there
+    raw = torch.nn.functional.pad(raw, (0, short))[..., : periods * bits]
+    codes = torch.empty((*lead, periods, PERIOD), dtype=torch.uint8, device=packed.device)
+    _spill(raw.unflatten(-1, (periods, bits)), codes, bits)
+    return codes.view(*lead, periods * PERIOD)[..., :n]
 
 
 def _check_width(bits: int) -> None:
@@ -77,13 +77,6 @@ def _check_range(codes: Tensor, bits: int) -> None:
     low, high = (int(x) for x in torch.aminmax(codes))
     if low < 0 or high >= 1 << bits:
         raise FormatError(f"codes of {bits} bits run from 0 to {(1 << bits) - 1}; these run from {low} to {high}")
-
-
-def _periods(codes: Tensor) -> Tensor:
-    """Codes [..., n] as [..., ceil(n / 32) * 4, 8], zero padded to whole words."""
-    short = -codes.shape[-1] % _WORD
-    padded = torch.nn.functional.pad(codes, (0, short)) if short else codes
-    return padded.unflatten(-1, (padded.shape[-1] // PERIOD, PERIOD))
 
 
 def _fill(codes: Tensor, out: Tensor, bits: int) -> None:

@@ -143,7 +143,7 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / SINGLE]
     found = sorted(p.name for p in folder.glob("*") if p.suffix in {".bin", ".pt", ".gguf", ".safetensors"})
     hint = f"found only {', '.join(found[:3])}" if found else "found no weights"
-    raise ModelError(f"{folder}: {hint}; needs {SINGLE} or {INDEX}  (convert with save_pretrained)")
+    raise ModelError(f"{folder}: {hint}; needs {SINGLE} or {INDEX}  (save_pretrained writes it; 'plan' works without)")
 
 
 @dataclass(frozen=True)

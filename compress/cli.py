@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from compress.errors import CompressError
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"compress: {message}   (see {self.prog} --help)\n")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A reader of whole numbers from `least` on, for argparse."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"needs a whole number from {least} on, not '{text}'")
+        return int(text)
+
+    return number
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="compress", description="Turn a trained model into the best checkpoint that fits.")
+    top = Parser(prog="compress", description="Turn a trained model into the best checkpoint that fits.")
     top.add_argument("-v", "--verbose", action="store_true", help="show the traceback of an error")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, text in (
@@ -35,8 +52,8 @@ def parser() -> argparse.ArgumentParser:
     p = verbs.add_parser("eval", help=text, description=text)
     p.add_argument("what", type=Path, metavar="RUN|ARTIFACT|MODEL")
     p.add_argument("--text", type=Path, help="a text file to measure on; default: the run's evaluation text")
-    p.add_argument("--sequences", type=int, default=32)
-    p.add_argument("--length", type=int, default=512)
+    p.add_argument("--sequences", type=at_least(1), default=32, help="windows of --text; default: 32")
+    p.add_argument("--length", type=at_least(2), default=512, help="tokens in a window of --text; default: 512")
     p.add_argument("--against", type=Path, metavar="MODEL", help="the original, for KL and agreement; default: the run's")
     p.add_argument("--device", default="cpu")
     p.add_argument("--json", action="store_true", help="for machines")
@@ -54,28 +71,32 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 when it succeeded, 2 on a user's mistake, 130 when interrupted."""
+    """Run one command; 0 when it succeeded, 2 on a mistake of the user or the machine's disk, 130 when interrupted."""
     options = parser().parse_args(argv)
     from compress import commands
 
     try:
         verb: Any = getattr(commands, f"{options.verb}_command")
         verb(options)
+        sys.stdout.flush()  # a reader that went away is noticed here, not while Python ends
     except CompressError as e:
-        if options.verbose:
-            traceback.print_exc()
-        print(f"compress: {e}", file=sys.stderr)
-        return 2
+        return complain(str(e), options.verbose)
     except KeyboardInterrupt:
         print("\ncompress: interrupted; the same command goes on from the last finished block", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as e:  # a file that cannot be read or written, or that went away meanwhile
+        return complain(f"{e.filename}: {e.strerror}" if e.filename else str(e), options.verbose)
     return 0
 
 
-def dump(value: Any) -> None:
-    print(json.dumps(value, indent=1))
+def complain(message: str, verbose: bool) -> int:
+    """One line on stderr, whatever the message quotes; the traceback before it where the user asked."""
+    if verbose:
+        traceback.print_exc()
+    print("compress: " + " ".join(message.split("\n")), file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import importlib.util
 import json
 import subprocess
@@ -13,16 +12,14 @@ import typing
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from compress import data, evaluate, pipeline, report
 from compress.checkpoint import Layout
 from compress.console import Console
-from compress.errors import CompressError, MatchError, ModelError, RecipeError, did_you_mean
+from compress.errors import CompressError, ModelError, RecipeError, did_you_mean
 from compress.export import EXPORTERS, compressed_tensors
 from compress.model import Model, open_model
 from compress.passes import PASSES
-from compress.recipe import schema
+from compress.recipe import Recipe, load, schema
 from compress.state import State
 
 SHOWN_SITES = 40
@@ -81,7 +78,7 @@ def opened(path: Path) -> tuple[Model, State, str]:
             raise ModelError(f"{path}: this run has no artifact yet; run its recipe to the end")
         path = found[0]
     if not path.is_dir():
-        raise ModelError(f"{path}: no such folder")
+        raise ModelError(f"{path}: {'is a file, not a folder' if path.exists() else 'no such folder'}")
     if compressed_tensors.is_artifact(path):
         return compressed_tensors.open_artifact(path), compressed_tensors.read(path), "our reader of compressed-tensors, streamed"
     model = open_model(str(path))
@@ -92,10 +89,13 @@ def eval_command(options: argparse.Namespace) -> None:
     if options.tasks:
         hand_over(options)
         return
+    pipeline.check_device(options.device)
     model, state, engine = opened(options.what)
     windows, base = windows_of(options)
     tokens = data.read(windows, model.folder, base, state.graph["embed"].shape[0])
     original = original_of(options)
+    if original and original.graph["embed"].shape[0] != state.graph["embed"].shape[0]:
+        raise ModelError(f"{original.folder}: has another vocabulary than {options.what}; KL needs the model it was made from")
     _, scores = evaluate.compare(original.state if original else None, state, model.config, tokens, options.device)
     figures = evaluate.sizes(state, model.checkpoint.nbytes)
     if options.json:
@@ -115,17 +115,16 @@ def windows_of(options: argparse.Namespace) -> tuple[data.Windows, Path]:
     if options.text:
         return data.Windows(text=str(options.text.resolve()), sequences=options.sequences, length=options.length), Path()
     recipe = recipe_of(options.what)
-    if recipe is None or not recipe["data"].get("evaluation"):
+    if recipe is None or recipe.document.data.evaluation is None:
         raise RecipeError(f"{options.what}: names no evaluation text; give one with --text FILE")
-    return data.Windows.model_validate(recipe["data"]["evaluation"]), Path()
+    return recipe.document.data.evaluation, recipe.base
 
 
-def recipe_of(path: Path) -> dict[str, Any] | None:
+def recipe_of(path: Path) -> Recipe | None:
     """The resolved recipe of a run folder, or of the run folder that an artifact lies in."""
-    for folder in (path, path.parent):
+    for folder in (path, path.resolve().parent):
         if (folder / "steps").is_dir() and (folder / "recipe.resolved.yaml").exists():
-            found: dict[str, Any] = yaml.safe_load((folder / "recipe.resolved.yaml").read_text())
-            return found
+            return load(folder / "recipe.resolved.yaml", PASSES, EXPORTERS)
     return None
 
 
@@ -133,7 +132,7 @@ def original_of(options: argparse.Namespace) -> Model | None:
     if options.against:
         return open_model(str(options.against))
     recipe = recipe_of(options.what)
-    return open_model(recipe["model"]) if recipe else None
+    return open_model(recipe.document.model, recipe.base) if recipe else None
 
 
 def hand_over(options: argparse.Namespace) -> None:
@@ -141,16 +140,8 @@ def hand_over(options: argparse.Namespace) -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise CompressError("--tasks needs lm-eval:  pip install lm-eval")
     model, _, _ = opened(options.what)
-    arguments = [
-        "--model",
-        "hf",
-        "--model_args",
-        f"pretrained={model.folder}",
-        "--tasks",
-        options.tasks,
-        "--device",
-        options.device,
-    ]
+    arguments = ["--model", "hf", "--model_args", f"pretrained={model.folder}", "--tasks", options.tasks,
+                 "--device", options.device]  # fmt: skip
     code = subprocess.run([sys.executable, "-m", "lm_eval", *arguments], check=False).returncode
     if code:
         raise CompressError(f"lm-eval ended with exit code {code}")
@@ -158,10 +149,8 @@ def hand_over(options: argparse.Namespace) -> None:
 
 def inspect_command(options: argparse.Namespace) -> None:
     model, state, _ = opened(options.what)
-    sites = [s for s in state.graph if options.site is None or fnmatch.fnmatchcase(s.name, options.site)]
-    if not sites:
-        raise MatchError(f"{options.what}: no site '{options.site}'{did_you_mean(options.site, state.graph.sites)}")
-    rows = []
+    sites = list(state.graph) if options.site is None else state.graph.match(options.site)
+    rows: list[dict[str, Any]] = []
     for s in sites:
         fmt = state.format(s)
         stored = fmt.nbytes(s.shape) if fmt else 0 if s.tied else s.numel * state.dtype.itemsize
@@ -176,7 +165,8 @@ def inspect_command(options: argparse.Namespace) -> None:
     if len(shown) < len(rows):
         print(f"… {len(rows) - len(shown)} more; name a site or a pattern to see it")
     files = Layout.of(model.specs).tensor_bytes
-    print(f"\n{state.graph.family}, {len(state.graph.blocks)} blocks, {len(rows)} sites, {report.size(files)} of tensors")
+    counts = f"{len(state.graph.blocks)} blocks, {len(state.graph.sites)} sites"
+    print(f"\n{state.graph.family}, {counts}, {report.size(files)} of tensors")
     if len(sites) == 1:
         print(histogram(state, sites[0]))
 

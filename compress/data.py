@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import transformers
@@ -128,8 +128,9 @@ def cut(tokenizer: Any, source: Text, base: Path, sequences: int, length: int) -
         if len(ids) >= sequences * length:
             break
     if len(ids) < sequences * length:
+        fewer = f"ask for at most {len(ids) // length} sequences" if len(ids) >= length else "ask for shorter windows"
         raise DataError(f"{source.place}: holds {len(ids):,} tokens, {sequences} windows of {length} need "
-                        f"{sequences * length:,}; give more text or ask for at most {len(ids) // length} sequences")  # fmt: skip
+                        f"{sequences * length:,}; give more text or {fewer}")  # fmt: skip
     return torch.tensor(ids[: sequences * length], dtype=torch.int64).view(sequences, length)
 
 
@@ -137,28 +138,36 @@ def documents(source: Text, base: Path) -> Iterator[str]:
     if source.dataset is not None:
         yield from hub_documents(source)
         return
-    path = base / source.place
+    path = base / Path(source.place).expanduser()
     try:
         if source.text is not None:
             yield path.read_text(encoding="utf-8")
             return
-        for number, line in enumerate(path.open(encoding="utf-8"), 1):
-            if line.strip():
-                yield jsonl_field(line, source.field, f"{path}:{number}")
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield jsonl_field(line, source.field, f"{path}:{number}")
     except OSError as e:
         raise DataError(f"{path}: {e.strerror}") from None
     except UnicodeDecodeError as e:
         raise DataError(f"{path}: is no UTF-8 text ({e.reason} at byte {e.start})") from None
 
 
-def jsonl_field(line: str, field: str, where: str) -> str:
+def jsonl_field(line: bytes, field: str, where: str) -> str:
     try:
-        record = json.loads(line)
-    except ValueError:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as e:
+        raise DataError(f"{where}: this line is no UTF-8 text ({e.reason} at byte {e.start} of it)") from None
+    except (ValueError, RecursionError):
         raise DataError(f"{where}: this line is no JSON") from None
+    return field_of(record, field, where)
+
+
+def field_of(record: Any, field: str, where: str) -> str:
+    """The text in a field of one record; DataError naming the fields that there are."""
     if not isinstance(record, dict) or not isinstance(record.get(field), str):
-        fields = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise DataError(f"{where}: has no text field '{field}'; found: {fields}")
+        fields = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
+        raise DataError(f"{where}: has no text field '{field}'; found: {fields or 'none'}")
     text: str = record[field]
     return text
 
@@ -172,7 +181,9 @@ def hub_documents(source: Text) -> Iterator[str]:
     try:
         rows = datasets.load_dataset(name, config or None, split=source.split, streaming=True)
         for row in rows:
-            yield row[source.field]
+            yield field_of(row, source.field, f"data set '{source.dataset}'")
+    except DataError:
+        raise
     except Exception as e:  # the library raises its own, the network's and the author's errors
         raise DataError(f"data set '{source.dataset}': {first_line(e)}") from e
 

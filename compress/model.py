@@ -25,19 +25,20 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from compress.checkpoint import Checkpoint, Spec
-from compress.errors import ModelError, did_you_mean
+from compress.errors import ModelError
 from compress.graph import ATTENTION, Block, Graph, Site
 from compress.state import State
 
 # Path ending -> role. Longer endings come first where one ends with another.
 ROLES = {
-    "attention.output.dense": "o", "attention.dense": "o", "intermediate.dense": "up", "output.dense": "down",
-    "attn.c_attn": "qkv", "attn.c_proj": "o", "mlp.c_fc": "up", "mlp.c_proj": "down",
+    "attention.output.dense": "o", "attention.dense": "o", "self_attention.dense": "o", "self_attn.dense": "o",
+    "intermediate.dense": "up", "output.dense": "down", "attn.c_attn": "qkv", "attn.Wqkv": "qkv", "attn.c_proj": "o", "mlp.c_fc": "up", "mlp.c_proj": "down",
     "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "out_proj": "o", "qkv_proj": "qkv",
     "query_key_value": "qkv", "self.query": "q", "self.key": "k", "self.value": "v",
     "gate_proj": "gate", "up_proj": "up", "gate_up_proj": "gate_up", "down_proj": "down",
-    "fc1": "up", "fc2": "down", "dense_h_to_4h": "up", "dense_4h_to_h": "down",
+    "fc1": "up", "fc2": "down", "fc_in": "up", "fc_out": "down", "dense_h_to_4h": "up", "dense_4h_to_h": "down",
 }  # fmt: skip
+ROUTERS = ("router", "shared_expert_gate")  # these choose experts, and stay as they are
 ORDER = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down")
 INPUTS = {"q": "attn.in", "k": "attn.in", "v": "attn.in", "qkv": "attn.in", "o": "attn.out",
           "gate": "mlp.in", "up": "mlp.in", "gate_up": "mlp.in", "down": "mlp.mid"}  # fmt: skip
@@ -104,8 +105,6 @@ class Model:
         if quantized:
             method = dict(quantized).get("quant_method", "?") if isinstance(quantized, dict) else quantized.quant_method
             raise ModelError(f"{self.folder}: is quantized already ({method}); name the original model")
-        if not self.has_weights:
-            raise ModelError(f"{self.folder}: holds no safetensors weights, which this needs; 'plan' works without")
         return State(self.graph, self.checkpoint, self.dtype)
 
     def identity(self) -> dict[str, str]:
@@ -183,8 +182,8 @@ def model_class(config: Any) -> Any:
             return getattr(transformers, name)
     known = transformers.AutoModelForCausalLM._model_mapping
     if type(config) not in known:
-        raise ModelError(f"architecture '{config.model_type}' is no language model that transformers knows how to build"
-                         f"{did_you_mean(config.model_type, (c.model_type for c in known))}")  # fmt: skip
+        raise ModelError(f"found architecture '{config.model_type}', which is no language model: transformers has no class for it "
+                         "that predicts tokens")  # fmt: skip
     return known[type(config)]
 
 
@@ -208,9 +207,12 @@ def is_matrix(module: nn.Module) -> bool:
 
 
 def is_experts(module: nn.Module) -> bool:
-    """A module that keeps all experts' matrices in two 3-D parameters, gate and up joined."""
-    both = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
-    return all(isinstance(p, nn.Parameter) and p.ndim == 3 for p in both)
+    """A module that keeps the matrices of all experts in two parameters [experts, out, in], gate above up, and nothing else."""
+    held = dict(module.named_parameters())
+    if set(held) != {"gate_up_proj", "down_proj"} or not hasattr(module, "_apply_gate"):
+        return False
+    joined, down = (tuple(held[name].shape) for name in ("gate_up_proj", "down_proj"))
+    return len(down) == 3 and joined == (down[0], 2 * down[2], down[1]) and getattr(module, "is_concatenated", True)
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -228,16 +230,17 @@ def discover(model: nn.Module, config: Any) -> Graph:
     """Every site of a skeleton, with names as transformers' own `save_pretrained` would write them."""
     path, blocks = find_blocks(model)
     family = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{type(model).__name__}: found an encoder and a decoder; only models that are one of the two can be read")
     sites: dict[str, Site] = {}
-    owners: dict[int, str] = {}
+    owners: dict[int | str, str] = {}
     unknown: list[str] = []
     table: list[Block] = []
     for i, block in enumerate(blocks):
         found = list(block_sites(f"{path}.{i}", block, i, family, unknown))
         found.sort(key=lambda s: (s.expert is not None, INPUT_RANK[s.role], s.expert or 0, ORDER.index(s.role)))
-        kept = [s for s in (share(s, model, owners, sites) for s in found) if s is not None]
-        sites |= {s.name: s for s in kept}
-        table.append(Block(i, f"{path}.{i}", tuple(s.name for s in kept)))
+        unknown += [s.module for s in found if not claim(s, model, owners, sites)]
+        table.append(Block(i, f"{path}.{i}", tuple(s.name for s in found if s.name in sites)))
     if unknown:
         raise ModelError(f"{type(model).__name__}: found {len(sites)} known matrices but cannot tell what these compute: "
                          f"{', '.join(sorted(set(unknown))[:5])}")  # fmt: skip
@@ -264,7 +267,9 @@ def block_sites(path: str, block: nn.Module, i: int, family: str, unknown: list[
     for inner, module in block.named_modules():
         if is_experts(module):
             yield from expert_sites(f"{path}.{inner}", module, i, family)
-        elif is_matrix(module):
+        elif any(p.ndim == 3 for p in module.parameters(recurse=False)):
+            unknown.append(f"{path}.{inner}")
+        elif is_matrix(module) and not inner.endswith(ROUTERS):
             role = role_of(inner)
             if role is None:
                 unknown.append(f"{path}.{inner}")
@@ -292,22 +297,24 @@ def expert_sites(path: str, module: nn.Module, i: int, family: str) -> Iterator[
             yield Site(f"layers.{i}.experts.{e}.{role}", role, shape, i, key, path, weight, expert=e)  # type: ignore[arg-type]
 
 
-def share(site: Site, model: nn.Module, owners: dict[int, str], sites: dict[str, Site]) -> Site | None:
-    """The site, or None after noting it as an alias of the site that already holds the same parameter."""
-    if site.expert is not None:
-        return site
-    key = id(model.get_submodule(site.module).weight)
-    if key not in owners:
-        owners[key] = site.name
-        return site
-    owner = sites[owners[key]]
-    sites[owner.name] = replace(owner, aliases=(*owner.aliases, site.module))
-    return None
+def claim(site: Site, model: nn.Module, owners: dict[int | str, str], sites: dict[str, Site]) -> bool:
+    """Add a site, or an alias to the site that holds the same parameter; False where another matrix has its name."""
+    key = site.weight if site.expert is not None else id(model.get_submodule(site.module).weight)
+    if key in owners:
+        owner = sites[owners[key]]
+        sites[owner.name] = replace(owner, aliases=(*owner.aliases, site.module))
+    elif site.name in sites:
+        return False
+    else:
+        owners[key], sites[site.name] = site.name, site
+    return True
 
 
 def outer_sites(model: nn.Module, blocks: str, family: str) -> list[Site]:
     """The token embedding and the output head; the head is tied where both are one parameter."""
     embed, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    if not isinstance(embed, nn.Embedding):
+        raise ModelError(f"{type(model).__name__}: found layers but no token embedding; this is no language model")
     paths = {id(m): p for p, m in model.named_modules()}
     found = [matrix_site("embed", "embed", embed, paths[id(embed)], None, family)]
     if head is not None:
@@ -353,7 +360,7 @@ def anchor(graph: Graph, checkpoint: Checkpoint) -> Graph:
     sites: dict[str, Site] = {}
     missing: list[str] = []
     for site in graph:
-        names = candidates(site.weight, graph.family)
+        names = (n for held in (site.weight, *(f"{a}.weight" for a in site.aliases)) for n in candidates(held, graph.family))
         held = next((n for n in names if n in checkpoint or f"{n}_packed" in checkpoint), None)
         if held is None and not site.tied and not (site.expert is not None and site.joined in checkpoint):
             missing.append(site.weight)

@@ -6,6 +6,7 @@ The tables of passes and exporters are arguments: this module knows no algorithm
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ class Recipe:
 
     @property
     def out(self) -> Path:
-        named = self.base / self.document.out if self.document.out else Path("runs") / self.path.stem
+        named = self.base / Path(self.document.out).expanduser() if self.document.out else Path("runs") / self.path.stem
         return Path(os.path.normpath(named))
 
     def place(self, loc: Loc) -> str:
@@ -67,11 +68,16 @@ class Recipe:
         name = next(iter(getattr(self.document, section)[index]))
         return type(error)(f"{self.place((section, index, name, *error.at))}  {error}")
 
-    def resolved(self, base: Path | None = None) -> str:
-        """The recipe as YAML with every default written out; with `base`, relative paths are made absolute from it."""
+    def resolved(self, base: Path | None = None, out: Path | None = None) -> str:
+        """The recipe as YAML with every default written out.
+
+        With `base`, paths are absolute, relative ones counted from it, so that the text means the same wherever it lies; `out` is
+        then the run folder, where it is not the recipe's own.
+        """
         full = self.document.model_dump(mode="json")
         if base is not None:
             full = anchored(full, base.resolve())
+            full["out"] = os.path.abspath(out or self.out)
         full["passes"] = [{p.name: p.model_dump(mode="json")} for p in self.passes]
         full["export"] = [{e.name: e.model_dump(mode="json")} for e in self.exports]
         text: str = yaml.safe_dump(full, sort_keys=False, allow_unicode=True)
@@ -86,8 +92,10 @@ def anchored(full: dict[str, Any], base: Path) -> dict[str, Any]:
             return {k: walk(v, k) for k, v in value.items()}
         if isinstance(value, list):
             return [walk(v, key) for v in value]
-        if isinstance(value, str) and (key in ("text", "jsonl", "out") or (key == "model" and (base / value).exists())):
-            return os.path.normpath(base / value)
+        if isinstance(value, str):
+            path = base / Path(value).expanduser()
+            if key in ("text", "jsonl") or (key == "model" and path.exists()):
+                return os.path.normpath(path)
         return value
 
     return {k: v if k in ("passes", "export") else walk(v, k) for k, v in full.items()}
@@ -104,18 +112,8 @@ def load(path: Path, passes: Table, exports: Table, overrides: Sequence[str] = (
         raise RecipeError(f"{path}: {e.strerror}") from None
     except UnicodeDecodeError:
         raise RecipeError(f"{path}: is no UTF-8 text") from None
-    places: dict[Loc, str] = {}
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        raw = plain(node, (), places, path) if node else {}
-    except yaml.MarkedYAMLError as e:
-        mark = e.problem_mark or e.context_mark
-        spot = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise RecipeError(f"{path}{spot}  {e.problem or 'is no YAML'}") from None
-    except yaml.YAMLError as e:
-        raise RecipeError(f"{path}  is no YAML ({e})") from None
-    if not isinstance(raw, dict):
-        raise RecipeError(f"{path}:1:1  a recipe is a mapping: {', '.join(Document.model_fields)}")
+    places: dict[Loc, str] = {(): f"{path}:1:1"}
+    raw = parsed(text, places, path)
     for item in overrides:
         override(raw, item, places)
     return check(path, raw, passes, exports, places)
@@ -126,6 +124,10 @@ def check(path: Path, raw: dict[str, Any], passes: Table, exports: Table, places
     document: Document = validated(Document, raw, (), "a recipe", draft)
     chosen = [item(passes, entry, ("passes", i), "pass", draft) for i, entry in enumerate(document.passes)]
     written = [item(exports, entry, ("export", i), "exporter", draft) for i, entry in enumerate(document.export)]
+    names = [e.name for e in written]
+    for i, name in enumerate(names):
+        if name in names[:i]:  # both would write the same folder
+            raise RecipeError(f"{draft.place(('export', i, name))}  exporter '{name}' is given twice; keep one")
     return Recipe(path, document, tuple(chosen), tuple(written), places)
 
 
@@ -137,7 +139,7 @@ def item(table: Table, entry: dict[str, Any], loc: Loc, kind: str, draft: Recipe
     name, options = next(iter(entry.items()))
     if name not in table:
         known = ", ".join(table)
-        raise RecipeError(f"{draft.place((*loc, name))}  no {kind} '{name}'{did_you_mean(str(name), table)}   {kind}s: {known}")
+        raise RecipeError(f"{draft.place((*loc, name))}  no {kind} '{name}'{did_you_mean(str(name), table)}   known: {known}")
     if options is not None and not isinstance(options, dict):
         raise RecipeError(f"{draft.place((*loc, name))}  the options of '{name}' are a mapping, not {describe(options)}")
     return validated(table[name], options or {}, (*loc, name), f"{kind} '{name}'", draft)
@@ -152,18 +154,40 @@ def validated(cls: type[BaseModel], raw: dict[str, Any], loc: Loc, what: str, dr
         raise RecipeError(f"{draft.place((*loc, *first['loc']))}  {explain(first, cls, what)}") from None
 
 
+WANTED = {"int": "a whole number", "float": "a number", "string": "text", "bool": "true or false", "list": "a list",
+          "tuple": "a list", "dict": "a mapping", "model": "a mapping"}  # fmt: skip
+
+
 def explain(error: Any, cls: type[BaseModel], what: str) -> str:
-    name = str(error["loc"][-1]) if error["loc"] else ""
-    if error["type"] == "extra_forbidden":
-        owner = owner_of(cls, error["loc"][:-1])
+    """What pydantic dislikes about one value, in our words: where, what, and what would be right."""
+    kind, loc, given = str(error["type"]), error["loc"], error["input"]
+    if kind == "invalid_key" or loc[-1:] == ("[key]",):
+        return f"a key is text, not {describe(given)}; put it in quotes"
+    name = label(loc)
+    if kind == "extra_forbidden":
+        owner = owner_of(cls, loc[:-1])
         known = list(owner.model_fields)
-        holder = what if owner is cls else f"'{error['loc'][-2]}'"
-        return f"{holder} has no option '{name}'{did_you_mean(name, known)}   options: {', '.join(known)}"
-    if error["type"] == "missing":
-        return f"{what} needs '{name}': {owner_of(cls, error['loc'][:-1]).model_fields[name].description}"
-    text = error["msg"].removeprefix("Value error, ")
-    given = "" if error["type"] == "value_error" else f", not {describe(error['input'])}"
-    return f"'{name}': {text[0].lower()}{text[1:]}{given}" if name else text
+        holder = what if owner is cls else label(loc[:-1])
+        return f"{holder} has no option '{loc[-1]}'{did_you_mean(str(loc[-1]), known)}   options: {', '.join(known)}"
+    if kind == "missing":
+        return f"{what} needs {name}: {owner_of(cls, loc[:-1]).model_fields[loc[-1]].description}"
+    if kind == "value_error":
+        return f"{name}: {error['ctx']['error']}" if loc else str(error["ctx"]["error"])
+    if kind == "literal_error":
+        near = did_you_mean(str(given), re.findall("'([^']*)'", error["ctx"]["expected"]))
+        return f"{name} is {error['ctx']['expected']}, not {describe(given)}{near}"
+    if loc[:1] in (("passes",), ("export",)) and len(loc) == 2:
+        return f"{name} is written 'NAME: {{OPTION: VALUE}}'" + (f", here '{given}: {{}}'" if isinstance(given, str) else "")
+    wanted = WANTED.get(kind.partition("_")[0]) if kind.endswith(("_type", "_parsing", "_from_float")) else None
+    text = f"needs {wanted}" if wanted else error["msg"].replace("Input should be", "must be")
+    return f"{name} {text}, not {describe(given)}"
+
+
+def label(loc: Sequence[Any]) -> str:
+    """A location's last part, for people: an option by its name, an item of a list by its number."""
+    if loc and isinstance(loc[-1], int):
+        return f"item {loc[-1] + 1} of '{loc[-2]}'"
+    return f"'{loc[-1]}'" if loc else ""
 
 
 def owner_of(cls: type[BaseModel], loc: Sequence[Any]) -> type[BaseModel]:
@@ -181,68 +205,123 @@ def describe(value: Any) -> str:
     return kinds.get(type(value), f"'{value}'")
 
 
+# --- YAML -------------------------------------------------------------------------------------------------------------
+
+HINTS = {
+    r"character '\t' that cannot start": "; indent with spaces, YAML allows no tabs",
+    "mapping values are not allowed": "; put a text that holds ': ' in quotes",
+    "another document": "; a recipe is one document",
+}
+
+
+def parsed(text: str, places: dict[Loc, str], path: Path) -> dict[str, Any]:
+    """The text of a recipe as plain values; `places` learns where each stands. RecipeError where it is no YAML mapping."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        raw = plain(node, (), places, path) if node else {}
+    except yaml.MarkedYAMLError as e:
+        raise RecipeError(f"{spot(path, e.problem_mark or e.context_mark)}  {problem(e)}") from None
+    except yaml.YAMLError as e:
+        raise RecipeError(f"{path}  is no YAML ({str(e).splitlines()[0]})") from None
+    except RecursionError:
+        raise RecipeError(f"{path}  is nested without end") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}:1:1  a recipe is a mapping: {', '.join(Document.model_fields)}")
+    return raw
+
+
+def spot(path: Path, mark: Any) -> str:
+    return f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+
+
+def problem(e: yaml.MarkedYAMLError) -> str:
+    """What the YAML parser says, with where the construct began and what to do, if we know."""
+    text = e.problem or "is no YAML"
+    if e.context and e.context_mark and e.problem_mark and e.context_mark.line != e.problem_mark.line:
+        text += f", {e.context} from line {e.context_mark.line + 1} on"
+    return text + next((hint for part, hint in HINTS.items() if part in text), "")
+
+
 def plain(node: yaml.Node, loc: Loc, places: dict[Loc, str], path: Path) -> Any:
     """A YAML node as plain values; notes where each one stands. A key given twice is a RecipeError."""
-    places[loc] = f"{path}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
+    places[loc] = spot(path, node.start_mark)
     if isinstance(node, yaml.SequenceNode):
         return [plain(child, (*loc, i), places, path) for i, child in enumerate(node.value)]
     if isinstance(node, yaml.MappingNode):
         out: dict[Any, Any] = {}
         for key_node, value_node in node.value:
+            where = spot(path, key_node.start_mark)
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag.endswith(":merge"):
+                raise RecipeError(f"{where}  a key is a word; lists, mappings and '<<' are none")
             key = scalar(key_node)
-            inner = (*loc, key)
             if key in out:
-                mark = key_node.start_mark
-                raise RecipeError(f"{path}:{mark.line + 1}:{mark.column + 1}  '{key}' is given twice; keep one")
-            out[key] = plain(value_node, inner, places, path)
-            places[inner] = f"{path}:{key_node.start_mark.line + 1}:{key_node.start_mark.column + 1}"
+                raise RecipeError(f"{where}  '{key}' is given twice; keep one")
+            out[key] = plain(value_node, (*loc, key), places, path)
+            places[(*loc, key)] = where
         return out
     return scalar(node)
 
 
 def scalar(node: yaml.Node) -> Any:
     constructor = yaml.SafeLoader("")
-    return constructor.construct_object(node, deep=True)  # type: ignore[no-untyped-call]
+    try:
+        return constructor.construct_object(node, deep=True)
+    except ValueError as e:  # such as the 40th of May
+        raise yaml.MarkedYAMLError(problem=f"'{node.value}': {e}; put it in quotes", problem_mark=node.start_mark) from None
+
+
+# --- overrides --------------------------------------------------------------------------------------------------------
 
 
 def override(raw: dict[str, Any], text: str, places: dict[Loc, str]) -> None:
     """Apply ``a.b=value``: a pass or exporter by name, or a path from the top of the recipe."""
     path, equals, value = text.partition("=")
-    parts = path.split(".")
-    if not equals or not all(parts):
-        raise RecipeError(f"--set {text}  is no NAME.OPTION=VALUE")
-    target, loc = find(raw, parts, text)
+    if not equals or not all(path.split(".")):
+        raise RecipeError(f"--set {text}  is not NAME.OPTION=VALUE")
+    target, loc = find(raw, path, text, places)
     try:
-        target[parts[-1]] = yaml.safe_load(value)
-    except yaml.YAMLError:
+        target[loc[-1]] = yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise RecipeError(f"--set {text}  the value is no YAML") from None
-    places[(*loc, parts[-1])] = f"--set {path}"
+    for old in [place for place in places if place[: len(loc)] == loc]:
+        del places[old]
+    places[loc] = f"--set {path}"
 
 
-def find(raw: dict[str, Any], parts: list[str], text: str) -> tuple[dict[str, Any], Loc]:
-    """The mapping that an override writes into, and where it is."""
-    for section in ("passes", "export"):
-        hits = [(i, e) for i, e in enumerate(raw.get(section) or []) if isinstance(e, dict) and parts[0] in e]
-        if len(hits) > 1:
-            raise RecipeError(f"--set {text}  the recipe has {len(hits)} '{parts[0]}'; change the recipe instead")
-        if hits and len(parts) > 1:
-            i, entry = hits[0]
-            entry[parts[0]] = entry[parts[0]] or {}
-            return descend(entry, parts[:-1], (section, i), text)
-    names = [n for s in ("passes", "export") for e in raw.get(s) or [] if isinstance(e, dict) for n in e]
-    if parts[0] not in Document.model_fields:
-        near = did_you_mean(parts[0], [*names, *Document.model_fields])
-        raise RecipeError(f"--set {text}  the recipe has no '{parts[0]}'{near}")
-    return descend(raw, parts[:-1], (), text)
+def find(raw: dict[str, Any], path: str, text: str, places: dict[Loc, str]) -> tuple[dict[Any, Any], Loc]:
+    """The mapping that an override writes into, and the location of what it writes."""
+    name = path.partition(".")[0]
+    items = [(s, i, e) for s in ("passes", "export") for i, e in enumerate(listed(raw.get(s))) if isinstance(e, dict)]
+    hits = [(section, i, entry) for section, i, entry in items if name in entry]
+    if len(hits) > 1:
+        raise RecipeError(f"--set {text}  the recipe has {len(hits)} '{name}'; change the recipe instead")
+    if hits:
+        parts = path.split(".", 2)  # what follows the option is one key: a pattern holds dots
+        if len(parts) == 1:
+            raise RecipeError(f"--set {text}  name an option of '{name}': {name}.OPTION=VALUE")
+        section, i, entry = hits[0]
+        entry[name] = {} if entry[name] is None else entry[name]
+        return descend(entry, parts, (section, i), text, places)
+    if name not in Document.model_fields:
+        near = did_you_mean(name, [*(n for _, _, e in items for n in map(str, e)), *Document.model_fields])
+        raise RecipeError(f"--set {text}  the recipe has no '{name}'{near}")
+    return descend(raw, path.split("."), (), text, places)
 
 
-def descend(target: Any, parts: list[str], loc: Loc, text: str) -> tuple[dict[str, Any], Loc]:
-    for part in parts:
-        target = target.setdefault(part, {})
-        loc = (*loc, part)
+def listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def descend(target: Any, parts: list[str], loc: Loc, text: str, places: dict[Loc, str]) -> tuple[dict[Any, Any], Loc]:
+    """Walk to the mapping that holds the last part, making those that are not there."""
+    for part in parts[:-1]:
+        if target.get(part) is None:
+            target[part] = {}
+        target, loc = target[part], (*loc, part)
+        places.setdefault(loc, f"--set {text.partition('=')[0]}")
         if not isinstance(target, dict):
             raise RecipeError(f"--set {text}  '{part}' holds no options")
-    return target, loc
+    return target, (*loc, parts[-1])
 
 
 def schema(passes: Table, exports: Table) -> dict[str, Any]:

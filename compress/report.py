@@ -78,7 +78,7 @@ def site_line(record: Mapping[str, Any]) -> str:
 
 def site_table(state: State, records: Sequence[Mapping[str, Any]]) -> tuple[list[Row], Row]:
     """One row per changed site: format, bits, bytes, error, error of rounding."""
-    rows = []
+    rows: list[Row] = []
     for r in records:
         site = state.graph[r["site"]]
         rows.append([r["site"], r["format"], f"{8 * r['bytes'] / site.numel:.3f}", f"{r['bytes']:,}",
@@ -92,9 +92,9 @@ def number(x: float | None) -> str:
 
 def score_rows(scores: Mapping[str, Any], before: Sizes, after: Sizes) -> list[Row]:
     """Before and after, one row a figure."""
-    rows = [["weights on disk", size(before.tensor_bytes), size(after.tensor_bytes)],
-            ["bits per weight, linear layers", f"{before.linear_bits:.3f}", f"{after.linear_bits:.3f}"],
-            ["bits per weight, whole file", f"{before.file_bits:.3f}", f"{after.file_bits:.3f}"]]  # fmt: skip
+    rows: list[Row] = [["weights on disk", size(before.tensor_bytes), size(after.tensor_bytes)],
+                       ["bits per weight, linear layers", f"{before.linear_bits:.3f}", f"{after.linear_bits:.3f}"],
+                       ["bits per weight, whole file", f"{before.file_bits:.3f}", f"{after.file_bits:.3f}"]]  # fmt: skip
     if not scores:
         return rows
     a, b = scores["original"], scores["compressed"]
@@ -145,6 +145,10 @@ class Report:
                    sizes(state, tensor_bytes), [dict(s) for s in steps], artifacts)  # fmt: skip
 
     @property
+    def measured(self) -> str:
+        return f"Measured on {self.scores['compressed']['tokens']:,} tokens of {self.scores['text']}."
+
+    @property
     def step_rows(self) -> list[Row]:
         return [[s["name"], span(s["seconds"]), size(s["peak_bytes"])] for s in self.steps]
 
@@ -152,7 +156,7 @@ class Report:
         """One screen."""
         text = columns(score_rows(self.scores, self.before, self.after), ["", "original", "compressed"], right=(1, 2))
         if self.scores:
-            text += f"\n\nmeasured on {self.scores['compressed']['tokens']:,} tokens of {self.scores['text']}"
+            text += f"\n\n{self.measured}"
         return text + "".join(f"\n{a['name']}: {a['path']}\n  {a['proof']}" for a in self.artifacts)
 
     def markdown(self) -> str:
@@ -164,7 +168,7 @@ class Report:
                  "## Artifacts", *[f"- `{a['path']}`: {a['proof']}" for a in self.artifacts],
                  "## Recipe", f"```yaml\n{self.recipe}```"]  # fmt: skip
         if self.scores:
-            parts.insert(2, f"Measured on {self.scores['compressed']['tokens']:,} tokens of {self.scores['text']}.")
+            parts.insert(2, self.measured)
         return "\n\n".join(parts) + "\n"
 
     def html(self) -> str:
@@ -174,6 +178,7 @@ class Report:
         errors = {r["site"]: r["error"] for r in self.records if r.get("error") is not None}
         body = [f"<h1>{html.escape(self.title)}, compressed</h1>",
                 html_table(score_rows(self.scores, self.before, self.after), ["", "original", "compressed"]),
+                *([f"<p>{html.escape(self.measured)}</p>"] if self.scores else []),
                 "<h2>Bits per weight</h2>", heat_map(self.state.graph, bits, "{:.2f}"),
                 "<h2>Error of each matrix, relative, weighted by its inputs</h2>",
                 heat_map(self.state.graph, errors, "{:.1e}", logarithmic=True),

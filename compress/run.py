@@ -21,12 +21,12 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -49,16 +49,27 @@ def digest(*parts: object) -> str:
 def write_atomic(path: Path, data: bytes) -> None:
     """Write beside, flush, rename into place; RunError on a full disk."""
     beside = path.with_name(path.name + ".tmp")
+    with writing(path.parent):
+        try:
+            with beside.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.rename(path)
+            sync_folder(path.parent)
+        except OSError:
+            with suppress(OSError):
+                beside.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Inside, what the operating system refuses becomes a RunError that says what it means."""
     try:
-        with beside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.rename(path)
-        sync_folder(path.parent)
+        yield
     except OSError as e:
-        beside.unlink(missing_ok=True)
-        raise disk_error(e, path.parent) from None
+        raise disk_error(e, place) from None
 
 
 def sync_folder(folder: Path) -> None:
@@ -74,25 +85,22 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        self._lock: IO[str] | None = None
 
     @contextmanager
-    def held(self):  # type: ignore[no-untyped-def]
+    def held(self) -> Iterator[RunFolder]:
         """Inside, nobody else runs here; RunError when somebody does, or when this is no run folder."""
-        self._claim()
-        try:
+        with writing(self.path):
+            self._claim()
             (self.path / "steps").mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("a+")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(f"{self.path}: another run is using this folder; wait for it, or choose another with --out") from None
-        except OSError as e:
-            raise disk_error(e, self.path) from None
-        try:
+            lock = (self.path / ".lock").open("a+")
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(f"{self.path}: another run is using it; wait, or choose another folder with --out") from None
+            except OSError as e:  # such as a network disk that knows no locks
+                raise RunError(f"{self.path}: cannot be locked ({e.strerror}); choose a local folder with --out") from None
             yield self
-        finally:
-            if self._lock:
-                self._lock.close()
 
     def _claim(self) -> None:
         """Refuse a folder that holds something else than a run."""
@@ -100,10 +108,6 @@ class RunFolder:
             raise RunError(f"{self.path}: is a file, not a folder; choose another with --out")
         if self.path.is_dir() and not (self.path / "steps").exists() and any(self.path.iterdir()):
             raise RunError(f"{self.path}: holds files that no run made; choose another folder with --out")
-
-    def steps(self) -> list[Path]:
-        """Finished steps, in the order of their numbers."""
-        return sorted(p for p in (self.path / "steps").glob("*") if p.is_dir() and not p.name.endswith(".partial"))
 
 
 @dataclass
@@ -137,13 +141,19 @@ class Step:
         return self.context_of(self)
 
     def restore(self, foreseen: State) -> State | None:
-        """The state after this step from its finished folder, or None; its records come back too."""
+        """The state after this step from its finished folder, or None; its records come back too.
+
+        RunError where the folder was damaged after it was finished.
+        """
         if not self.finished:
             return None
-        self.records = json.loads((self.folder / "record.json").read_text())["sites"]
+        record = read_record(self.folder)
         sites: dict[str, Stored] = {}
         for part in sorted(self.folder.glob("*.safetensors")):
             sites |= read_part(part)[0]
+        if record is None or {r["site"] for r in record["sites"]} - set(sites):
+            raise RunError(f"{self.folder}: its files are damaged or missing; delete this folder and run again")
+        self.records = record["sites"]
         return foreseen.with_sites(sites)
 
     def committed(self, part: str) -> Mapping[str, Stored] | None:
@@ -159,10 +169,8 @@ class Step:
         tensors = {f"{site}/{suffix}": t.contiguous() for site, p in sites.items() for suffix, t in p.tensors.items()}
         table = {site: {"format": str(p.format), "shape": list(p.shape)} for site, p in sites.items()}
         notes = {"sites": json.dumps(table), "records": json.dumps(list(records))}
-        try:
+        with writing(self.root):
             self.partial.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise disk_error(e, self.root) from None
         write_atomic(path, save(tensors, metadata=notes))
         self.records += records
         return read_part(path)[0]
@@ -170,25 +178,35 @@ class Step:
     def finish(self, seconds: float, peak_bytes: int) -> None:
         """Write the record and rename the folder into place; from then on the step is a cache hit."""
         record = {"key": self.key, "made_of": self.made_of, "seconds": seconds, "peak_bytes": peak_bytes, "sites": self.records}
-        self.partial.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.partial / "record.json", json.dumps(record, indent=1).encode())
-        for stray in self.partial.glob("*.tmp"):
-            stray.unlink()
-        if self.folder.exists():  # a folder without a record: not ours to trust
-            shutil.rmtree(self.folder)
-        self.partial.rename(self.folder)
-        sync_folder(self.root)
+        with writing(self.root):
+            self.partial.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.partial / "record.json", json.dumps(record, indent=1).encode())
+            for stray in self.partial.glob("*.tmp"):
+                stray.unlink()
+            if self.folder.exists():  # a folder without a record: not ours to trust
+                shutil.rmtree(self.folder)
+            self.partial.rename(self.folder)
+            sync_folder(self.root)
 
     def difference(self) -> str | None:
-        """How an earlier step of this number differs, in one line; None where there is none or it is the same."""
+        """How the last finished step of this number differs, in one line; None where there is none or it is the same."""
         if self.finished or self.partial.exists():
             return None
-        for other in sorted(self.root.glob(f"{self.number:02}-*/record.json")):
-            theirs = json.loads(other.read_text())["made_of"]
-            change = first_difference(theirs, dict(self.made_of))
+        others = sorted(self.root.glob(f"{self.number:02}-*/record.json"), key=lambda p: p.stat().st_mtime)
+        for folder in [other.parent for other in reversed(others)]:
+            record = read_record(folder)
+            change = self._change(record["made_of"]) if record else None
             if change:
-                return f"step {self.number} differs from {other.parent.name}: {change}; running it anew, the old step stays"
+                return f"step {self.number} differs from {folder.name}: {change}; running it anew, the old step stays"
         return None
+
+    def _change(self, theirs: Mapping[str, Any]) -> str | None:
+        """The first difference, a hash of ours said in words."""
+        if theirs.get("parent") != self.made_of["parent"]:
+            return "the model's weights or config changed" if self.number == 1 else f"step {self.number - 1} changed"
+        if theirs.get("data") != self.made_of["data"]:
+            return "the calibration text, or how it is cut into windows, changed"
+        return first_difference(dict(theirs), dict(self.made_of))
 
 
 def first_difference(old: Any, new: Any, path: str = "") -> str | None:
@@ -214,11 +232,21 @@ def read_part(path: Path) -> tuple[dict[str, Stored], list[Record]]:
     try:
         with safe_open(path, framework="pt") as file:
             notes = file.metadata()
-    except (SafetensorError, OSError) as e:
+        table = json.loads(notes["sites"])
+        sites = {n: Stored(path, f"{n}/", parse(t["format"]), (t["shape"][0], t["shape"][1])) for n, t in table.items()}
+        return sites, json.loads(notes["records"])
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         raise RunError(f"{path}: cannot be read ({e}); delete this file and run again") from None
-    table = json.loads(notes["sites"])
-    sites = {n: Stored(path, f"{n}/", parse(t["format"]), (t["shape"][0], t["shape"][1])) for n, t in table.items()}
-    return sites, json.loads(notes["records"])
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """What `finish` noted about a step; None where it is damaged."""
+    try:
+        record: dict[str, Any] = json.loads((folder / "record.json").read_text())
+        whole = isinstance(record["made_of"], dict) and all(isinstance(r["site"], str) for r in record["sites"])
+        return record if whole else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def step_inputs(p: Pass, parent: str, data: str | None, seed: int) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from compress.errors import ModelError
 from compress.graph import Site
-from compress.model import candidates, skeleton
+from compress.model import candidates, is_experts, skeleton
 from compress.state import State
 
 Tap = Callable[[str, dict[int | None, Tensor]], None]
@@ -81,9 +81,9 @@ class Stream:
         self.probes = [Probe(block) for block in self.blocks]
         self._names = _Names(state, self.model)
         self._put(self.probes)
-        _move_buffers(self.model, self.device, self.dtype)
+        _move_buffers(self.model, self.device)
         for block in self.blocks:
-            _move_buffers(block, self.device, self.dtype)
+            _move_buffers(block, self.device)
             _run_experts_one_by_one(block)
 
     def _put(self, modules: Sequence[nn.Module]) -> None:
@@ -242,8 +242,8 @@ class Stream:
             if members[0].expert is not None:
                 module.taps = (*getattr(module, "taps", ()), stage)
             else:
-                paths = dict.fromkeys(p for s in members for p in (s.module, *s.aliases))
-                hooks += self._pausing_hooks(path, block, stage, list(paths))
+                paths = [p for s in members for p in within(s, path)]
+                hooks += self._pausing_hooks(path, block, stage, paths)
         try:
             yield
         finally:
@@ -270,8 +270,9 @@ class Stream:
 
     def _install(self, site: Site, matrix: Tensor) -> None:
         block = self.graph.blocks[site.block or 0]
-        module = self.model_module(block.module, self.blocks[block.index], site.module)
-        put_matrix(module, site, matrix.to(self.device, self.dtype))
+        for path in within(site, block.module):
+            module = self.model_module(block.module, self.blocks[block.index], path)
+            put_matrix(module, site, matrix.to(self.device, self.dtype))
 
 
 def _one_stage(runs: list[Any], waiting: list[Any]) -> str:
@@ -280,6 +281,11 @@ def _one_stage(runs: list[Any], waiting: list[Any]) -> str:
         raise ModelError(f"batches visit the stages of a block in different order ({sorted(stages)}); cannot calibrate")
     stage: str = stages.pop()
     return stage
+
+
+def within(site: Site, block: str) -> list[str]:
+    """The module paths inside a block that hold the site's matrix."""
+    return [p for p in (site.module, *site.aliases) if p.startswith(f"{block}.")]
 
 
 def put_matrix(module: nn.Module, site: Site, matrix: Tensor) -> None:
@@ -338,7 +344,7 @@ class _Names:
                 module._parameters[name] = self.meta[f"{path}.{name}"]  # type: ignore[assignment]
 
 
-def _move_buffers(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+def _move_buffers(module: nn.Module, device: torch.device) -> None:
     """Buffers to the device; their dtype is the architecture's business and stays."""
     for m in module.modules():
         for name, buffer in m._buffers.items():
@@ -348,8 +354,6 @@ def _move_buffers(module: nn.Module, device: torch.device, dtype: torch.dtype) -
 
 def _run_experts_one_by_one(block: nn.Module) -> None:
     """Replace the forward of every experts module by one that visits experts in order and pauses at its taps."""
-    from compress.model import is_experts
-
     for module in block.modules():
         if is_experts(module):
             module.forward = _Experts(module)  # type: ignore[method-assign]
@@ -359,7 +363,7 @@ class _Experts:
     """The forward of a module of experts: real routing, one expert after the other.
 
     The result is sum over experts of weight * down(act(gate(x)) * up(x)), accumulated in the order of the experts, as in
-    transformers' own loop.
+    transformers' own loop. How gate and up meet is the module's own method: some architectures clamp there.
     """
 
     def __init__(self, module: nn.Module):
@@ -373,8 +377,7 @@ class _Experts:
         self._pause("experts.in", inputs)
         middle = {}
         for e, x in inputs.items():
-            gate, up = nn.functional.linear(x, m.gate_up_proj[e]).chunk(2, dim=-1)
-            middle[e] = m.act_fn(gate) * up
+            middle[e] = m._apply_gate(nn.functional.linear(x, m.gate_up_proj[e]))
         self._pause("experts.mid", middle)
         out = torch.zeros_like(hidden)
         for e, (token, slot) in enumerate(routed):

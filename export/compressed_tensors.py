@@ -164,13 +164,11 @@ def targets(sites: list[Site]) -> list[str]:
 
 
 def ignored(graph: Graph, formats: dict[str, Int]) -> list[str]:
-    """Modules that keep their weights: sites without a format, and routers."""
+    """Modules that keep their weights: sites without a format, routers, and other matrices that are no site."""
     left = [s for s in graph if s.name not in formats and s.role != "embed"]
     names = [s.stem if s.expert is not None else s.module for s in left]
-    routers = [
-        n.removesuffix(".weight") for n, shape in graph.parameters.items() if n.endswith(".gate.weight") and len(shape) == 2
-    ]
-    return list(dict.fromkeys([*names, *routers]))
+    others = [n.removesuffix(".weight") for n, shape in graph.parameters.items() if n.endswith(".weight") and len(shape) == 2]
+    return [n for n in dict.fromkeys([*names, *others]) if n != graph["embed"].stem]
 
 
 # --- what engines can do with it -------------------------------------------------------------------------------------

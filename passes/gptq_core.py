@@ -39,7 +39,7 @@ layers behind it knows nothing. H_kk is held in fp64 while it is factored.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -180,7 +180,7 @@ def quantize(
     clip: str = "mse",
     scale_dtype: torch.dtype = torch.bfloat16,
     refine: int = 1,
-    block: int = 16,
+    block: int = 32,
 ) -> Solved:
     """The codes and grid of W by GPTQ under the Hessian that was factored, then `refine` rounds of scale refit and sweep.
 
@@ -205,11 +205,11 @@ def round_to_nearest(
     return _join([_solve(W, f, fmt, clip, scale_dtype, 0, None) for W in _chunks(W_nk, fmt)], f.notes)
 
 
-def _chunks(W_nk: Tensor, fmt: Quantized) -> tuple[Tensor, ...]:
+def _chunks(W_nk: Tensor, fmt: Quantized) -> Iterable[Tensor]:
     fmt.check(tuple(W_nk.shape))
     if not bool(W_nk.sum(dtype=torch.float32).isfinite()):
         raise FormatError("the weight holds NaN or infinite numbers; it cannot be quantized")
-    return W_nk.split(max(64, _CHUNK // W_nk.shape[1]))
+    yield from W_nk.split(max(64, _CHUNK // W_nk.shape[1]))
 
 
 def _join(parts: list[Solved], notes: tuple[str, ...]) -> Solved:
@@ -233,13 +233,12 @@ def _solve(
     W_kn = W_nk.T.to(f.L_kk.dtype).contiguous()
     grid = clip_core.search(W_kn.view(G, -1, N), fmt, clip, scale_dtype, f.diag_k.view(G, -1))
     Q_kn = _nearest(W_kn, fmt, grid)
-    P_kn = W_kn[f.order_k]
-    loss_n = rounding_n = _loss(Q_kn[f.order_k] - P_kn, f)
+    P_kn, R_kn = W_kn.index_select(0, f.order_k), Q_kn.index_select(0, f.order_k)
+    loss_n = rounding_n = _loss(R_kn - P_kn, f)
     if block is not None:
         T_kn, new, new_n = _descend(P_kn, f, fmt, grid, refine, block)
         better = new_n < loss_n
-        T_kn = torch.where(better, T_kn, Q_kn[f.order_k])
-        Q_kn[f.order_k] = T_kn
+        Q_kn.index_copy_(0, f.order_k, torch.where(better, T_kn, R_kn))
         grid, loss_n = new.where(better, grid), torch.minimum(new_n, loss_n)
     codes = fmt.encode(Q_kn.view(G, -1, N), grid.map(lambda t: t[:, None])).view(K, N).T.contiguous()
     return Solved(codes, grid.map(lambda t: t.T.contiguous()), loss_n, rounding_n, _loss(P_kn, f))
@@ -252,10 +251,11 @@ def _nearest(W_kn: Tensor, fmt: Quantized, grid: Grid) -> Tensor:
 
 def _loss(D_kn: Tensor, f: Factor) -> Tensor:
     """tr(Δ H Δᵀ) by outputs, for Δ in the order of `f`."""
-    loss_n = -f.lam * torch.linalg.vector_norm(D_kn, dim=0).square_()
+    loss_n = torch.zeros_like(D_kn[0])
     for i in range(0, len(D_kn), _TILE):
         j = i + _TILE
         loss_n += f.D_k[i:j] @ (f.L_kk[i:j, :j] @ D_kn[:j]).square_()
+        loss_n -= D_kn[i:j].square().sum(0).mul_(f.lam)
     return loss_n.clamp_(min=0)
 
 
@@ -265,12 +265,7 @@ def _descend(P_kn: Tensor, f: Factor, fmt: Quantized, grid: Grid, refine: int, b
     Q_kn, D_kn = torch.empty_like(P_kn), torch.zeros_like(P_kn)
     _feedback(P_kn.clone(), P_kn, f, fmt, _columns(grid, group_k, P_kn.dtype), Q_kn, D_kn, block)
     for _ in range(refine):
-        by = clip_core.refit(P_kn, Q_kn, f.A_kk, group_k)
-        new = fmt.rescale(grid, by)
-        by = new.scale.to(P_kn.dtype) / grid.scale.to(P_kn.dtype)
-        grid = new
-        Q_kn.mul_(by[group_k])
-        torch.sub(Q_kn, P_kn, out=D_kn)
+        grid = clip_core.refit(f.A_kk, group_k, fmt, grid, Q_kn, D_kn)
         _sweep(f.A_kk, fmt, _columns(grid, group_k, P_kn.dtype), Q_kn, D_kn, block)
     return Q_kn, grid, _loss(D_kn, f)
 

@@ -37,6 +37,7 @@ FormatText = Annotated[
     WithJsonSchema({"type": "string", "examples": ["int4:g128", "int3:g64:asym", "int8:channel"]}),
 ]
 HEAD = "head"
+FLOPS_PER_WEIGHT_AND_INPUT = 8  # of the matrix products in the solver: feedback, refit, sweep, three losses
 TOKENS_PER_INPUT = 2  # below this, an expert's own Hessian is too poor to stand alone
 
 
@@ -68,14 +69,19 @@ class Quantize(Pass):
         sites = state.plan.quantized(state.graph) if state.plan else []
         if not sites:
             return Cost()
+        numel = sum(s.numel for s in sites)
         inputs = {(s.block, s.input_key): s.shape[1] for s in sites}
-        widest = max(sum(s.numel for s in state.graph.of_block(b.index)) for b in state.graph.blocks)
-        hessians = max(sum(k * k for (b, _), k in inputs.items() if b == i) for i in {b for b, _ in inputs})
+        stages: dict[tuple[int | None, str], list[Site]] = {}
+        for s in sites:
+            stages.setdefault((s.block, s.stage), []).append(s)
         forward = 2.0 * tokens * sum(s.numel for s in state.graph.linear)
-        exact = 1.0 * tokens * sum(k * k for k in inputs.values()) + sum(1.0 * s.numel * s.shape[1] * 8 for s in sites)
-        held = tokens * state.dtype.itemsize * (max(s.shape[1] for s in sites) + 2 * state.graph["embed"].shape[1])
-        solving = max(s.shape[1] ** 2 * 28 + s.numel * 24 for s in sites)
-        return Cost(forward, exact, sum(s.numel for s in sites), widest * state.dtype.itemsize + 4 * hessians + held + solving)
+        hessians = 1.0 * tokens * sum(k * k for k in inputs.values())
+        solving = FLOPS_PER_WEIGHT_AND_INPUT * sum(1.0 * s.numel * s.shape[1] for s in sites)
+        width = state.graph["embed"].shape[1]
+        held = tokens * state.dtype.itemsize * (max(s.shape[1] for s in sites) + 2 * width)
+        block = max(sum(s.numel for s in state.graph.of_block(b.index)) for b in state.graph.blocks) * state.dtype.itemsize
+        peak = block + held + max(stage_bytes(members) for members in stages.values())
+        return Cost(forward, hessians + solving, numel, max(peak, state.graph["embed"].numel * state.dtype.itemsize + held))
 
     def run(self, state: State, ctx: Context) -> State:
         state = self.foresee(state)
@@ -226,6 +232,14 @@ class Solver:
         record = {"site": site.name, "format": str(packed.format), "bytes": packed.nbytes, **measured}
         self.records.append(record)
         self.ctx.say(record)
+
+
+def stage_bytes(sites: Sequence[Site]) -> int:
+    """Memory for solving one stage: every Hessian in fp32, one of them factored in fp64, the weights as they are and in fp32,
+    and what the solver holds for the outputs that it has in hand."""
+    inputs = {s.input_key: s.shape[1] for s in sites}
+    together = max(sum(s.numel for s in sites if s.input_key == key) for key in inputs)
+    return 4 * sum(k * k for k in inputs.values()) + 24 * max(inputs.values()) ** 2 + 7 * together + 40 * min(together, 1 << 22)
 
 
 def damping(factor: core.Factor | None) -> float | None:

@@ -1,0 +1,199 @@
+"""What tests share: a tiny random model of every family, its tokenizer, a text, and the shipped assets where they are."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 272,
+         "max_position_embeddings": 256}  # fmt: skip
+GROUPED = {"num_key_value_heads": 2}
+IDS = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
+
+FAMILIES: dict[str, Any] = {
+    "llama": lambda: transformers.LlamaConfig(**SMALL, **GROUPED, **IDS),
+    "mistral": lambda: transformers.MistralConfig(**SMALL, **GROUPED, **IDS, head_dim=16, sliding_window=16),
+    "qwen2": lambda: transformers.Qwen2Config(**SMALL, **GROUPED, **IDS, tie_word_embeddings=True),
+    "qwen3": lambda: transformers.Qwen3Config(**SMALL, **GROUPED, **IDS, head_dim=16),
+    "gemma2": lambda: transformers.Gemma2Config(**SMALL, **GROUPED, **IDS, head_dim=16, sliding_window=16, query_pre_attn_scalar=16),
+    "gemma3": lambda: transformers.Gemma3TextConfig(**SMALL, **GROUPED, **IDS, head_dim=16, sliding_window=16, query_pre_attn_scalar=16),
+    "phi3": lambda: transformers.Phi3Config(**SMALL, **GROUPED, **IDS),
+    "opt": lambda: transformers.OPTConfig(hidden_size=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=272,
+                                          max_position_embeddings=256, word_embed_proj_dim=64, **IDS),
+    "gpt2": lambda: transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=272, n_positions=256, **IDS),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**SMALL, **IDS),
+    "mixtral": lambda: transformers.MixtralConfig(**SMALL, **GROUPED, **IDS, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**SMALL, **GROUPED, **IDS, head_dim=16, num_experts=4, num_experts_per_tok=2,
+                                                     moe_intermediate_size=64),
+    "roberta": lambda: transformers.RobertaConfig(**{**SMALL, "max_position_embeddings": 520}, **IDS),  # counted from the pad
+}  # fmt: skip
+
+
+def make_model(folder: Path, config: Any, dtype: torch.dtype = torch.bfloat16, seed: int = 0, **save: Any) -> Path:
+    """A random model of a config, with wide enough weights that its logits differ from token to token, and a tokenizer."""
+    torch.manual_seed(seed)
+    kind = transformers.AutoModelForMaskedLM if config.model_type == "roberta" else transformers.AutoModelForCausalLM
+    model = kind.from_config(config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim >= 2:
+                p.copy_(torch.randn_like(p) * (0.6 if "embed" in name or "wte" in name else 1.5 * p.shape[-1] ** -0.5))
+    model.to(dtype).save_pretrained(folder, **save)
+    make_tokenizer(folder)
+    return folder
+
+
+def make_tokenizer(folder: Path) -> None:
+    """One token a byte; 256 begins, 257 ends, 258 pads."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    fast.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"})
+    fast.save_pretrained(folder)
+
+
+def write_text(path: Path, tokens: int = 20_000) -> Path:
+    """Bytes of words drawn at random: enough for any test."""
+    generator = torch.Generator().manual_seed(1)
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "two", "red", "birds", "fly", "over", "seven", "hills", "."]
+    picks = torch.randint(len(words), (tokens // 3,), generator=generator).tolist()
+    path.write_text(" ".join(words[i] for i in picks))
+    return path
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "words.txt")
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """family(name, dtype=bf16) -> folder of a tiny random model, made once a session."""
+    made: dict[tuple[str, torch.dtype], Path] = {}
+
+    def get(name: str, dtype: torch.dtype = torch.bfloat16) -> Path:
+        if (name, dtype) not in made:
+            made[name, dtype] = make_model(tmp_path_factory.mktemp(name), FAMILIES[name](), dtype)
+        return made[name, dtype]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """The folder of real models and texts, beside the repository or where COMPRESS_ASSETS says; skips where it is absent."""
+    folder = Path(os.environ.get("COMPRESS_ASSETS", ROOT.parent / "shared" / "assets"))
+    if not folder.is_dir():
+        pytest.skip(f"needs real models and texts; none at {folder} (set COMPRESS_ASSETS)")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _quiet_transformers() -> None:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+# --- the command line on a folder of its own --------------------------------------------------------------------------
+
+RECIPE = """\
+model: ./model
+out: ./out
+seed: 0
+data:
+  calibration: {text: words.txt, sequences: 8, length: 32}
+  evaluation: {text: words.txt, sequences: 4, length: 32}
+passes:
+  - quantize:
+      format: "int4:g32"
+      pins: {"lm_head": "int8:g32"}
+export:
+  - compressed_tensors: {}
+"""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one command gave: exit code, stdout, stderr."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def line(self) -> str:
+        """The one line in which a command told the user's mistake, without the program's name."""
+        assert self.code == 2, (self.code, self.err)
+        assert self.err.startswith("compress: "), self.err
+        assert self.err.count("\n") == 1, self.err
+        return self.err.removeprefix("compress: ").strip()
+
+
+class Project:
+    """A folder with a tiny model, a text and a recipe; calling it runs the command line in this process."""
+
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]):
+        self.folder, self._capsys = folder, capsys
+        self.model, self.text, self.recipe = folder / "model", folder / "words.txt", folder / "recipe.yaml"
+        self.out = folder / "out"
+        self.artifact = self.out / "compressed_tensors"
+
+    @staticmethod
+    def make(folder: Path, model: Path, text: Path) -> Path:
+        """Fill a folder; returns the recipe."""
+        shutil.copytree(model, folder / "model")
+        shutil.copyfile(text, folder / "words.txt")
+        (folder / "recipe.yaml").write_text(RECIPE)
+        return folder / "recipe.yaml"
+
+    def __call__(self, *arguments: str | Path) -> Result:
+        from compress.cli import main
+
+        self._capsys.readouterr()
+        try:
+            code = main([str(a) for a in arguments])
+        except SystemExit as e:
+            code = int(e.code or 0)
+        return Result(code, *self._capsys.readouterr())
+
+    def run(self, *sets: str, out: Path | None = None) -> Result:
+        """`compress run` with overrides."""
+        options = [x for s in sets for x in ("--set", s)] + (["--out", str(out)] if out else [])
+        return self("run", self.recipe, *options)
+
+    def plan(self, *sets: str) -> Result:
+        return self("plan", self.recipe, *(x for s in sets for x in ("--set", s)))
+
+    def edit(self, old: str, new: str) -> None:
+        """Replace a text in the recipe, where it stands exactly once."""
+        text = self.recipe.read_text()
+        assert text.count(old) == 1, old
+        self.recipe.write_text(text.replace(old, new))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder by its relative path."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def project(
+    tmp_path: Path, family: Any, text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Project:
+    """A llama of two blocks with its recipe; `plan` does not spend its 0.2 s on measuring the machine."""
+    from compress import pipeline
+
+    monkeypatch.setattr(pipeline, "matrix_speed", lambda dtype: 1e10)
+    Project.make(tmp_path, family("llama"), text)
+    return Project(tmp_path, capsys)

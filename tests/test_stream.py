@@ -1,0 +1,240 @@
+"""A streamed model is the stock model: the same logits to the bit, the same inputs at every matrix, one block in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from compress.model import Model, open_model
+from compress.state import State
+from compress.stream import Batch, Stream
+from tests import stock
+from tests.conftest import FAMILIES, GROUPED, IDS, SMALL, make_model
+from tests.twins import TwinConfig
+
+MOE = ("mixtral", "qwen3_moe")
+PLAIN = {k: v for k, v in SMALL.items() if k != "intermediate_size"}
+OTHERS: dict[str, Any] = {  # beside FAMILIES: parallel attention, ALiBi, partial rotary tables, shared experts
+    "falcon": lambda: transformers.FalconConfig(**PLAIN, **IDS),
+    "bloom": lambda: transformers.BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=272, **IDS),
+    "gptj": lambda: transformers.GPTJConfig(n_embd=64, n_layer=2, n_head=4, vocab_size=272, rotary_dim=16, n_positions=256, **IDS),
+    "phi": lambda: transformers.PhiConfig(**SMALL, **IDS),
+    "cohere": lambda: transformers.CohereConfig(**SMALL, **GROUPED, **IDS),
+    "qwen2_moe": lambda: transformers.Qwen2MoeConfig(**SMALL, **GROUPED, **IDS, num_experts=4, num_experts_per_tok=2,
+                                                     moe_intermediate_size=64, shared_expert_intermediate_size=128),
+    "twin": lambda: TwinConfig(**SMALL, **GROUPED, **IDS, tie_word_embeddings=True),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """other(name) -> folder of a tiny model of OTHERS."""
+    return lambda name: make_model(tmp_path_factory.mktemp(name), OTHERS[name]())
+
+
+def tokens() -> list[Tensor]:
+    """Batches of different size and length, longer than a sliding window."""
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(0, 256, shape, generator=generator) for shape in ((2, 24), (3, 24), (1, 40))]
+
+
+def start(folder: Path) -> tuple[Model, State, Stream, list[Batch]]:
+    model = open_model(str(folder))
+    state = model.state
+    stream = Stream(state, model.config)
+    return model, state, stream, stream.start(state, tokens())
+
+
+def streamed(folder: Path) -> list[Tensor]:
+    _, state, stream, batches = start(folder)
+    for block in state.graph.blocks:
+        stream.advance(state, block.index, batches)
+    return list(stream.logits(state, batches))
+
+
+def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+# --- logits -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [f for f in FAMILIES if f not in MOE])
+def test_logits_are_those_of_the_stock_model(family: Any, name: str) -> None:
+    assert same(streamed(family(name)), stock.logits(stock.load(family(name)), tokens()))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_logits_of_further_architectures(other: Any, name: str) -> None:
+    folder = other(name)
+    assert same(streamed(folder), stock.logits(stock.load(folder, **stock.EAGER), tokens()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_logits_in_other_precisions(family: Any, dtype: torch.dtype) -> None:
+    ours = streamed(family("llama", dtype))
+    assert ours[0].dtype == dtype
+    assert same(ours, stock.logits(stock.load(family("llama", dtype)), tokens()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", MOE)
+def test_experts_are_those_of_the_stock_loop_and_near_the_stock_default(family: Any, name: str, dtype: torch.dtype) -> None:
+    """The default implementation multiplies all experts in one grouped product, which rounds elsewhere."""
+    folder = family(name, dtype)
+    ours = streamed(folder)
+    assert same(ours, stock.logits(stock.load(folder, **stock.EAGER), tokens()))
+    for a, b in zip(ours, stock.logits(stock.load(folder), tokens()), strict=True):
+        assert (a - b).abs().max() <= 12 * torch.finfo(dtype).eps * a.abs().max()
+
+
+# --- calibration ------------------------------------------------------------------------------------------------------
+
+
+class Spy:
+    """A solver that notes what it is shown, and replaces every matrix by `change(matrix)`."""
+
+    def __init__(self, state: State, index: int, change: Any):
+        self.state, self.change = state, change
+        self.sites = state.graph.of_block(index)
+        self.seen: list[tuple[str, Mapping[int | None, Tensor]]] = []
+        self.solved: list[str] = []
+        self.matrices: dict[str, Tensor] = {}
+
+    def observe(self, stage: str, inputs: Mapping[int | None, Tensor]) -> None:
+        self.seen.append((stage, {e: x.clone() for e, x in inputs.items()}))
+
+    def solve(self, stage: str) -> dict[str, Tensor]:
+        self.solved.append(stage)
+        new = {s.name: self.change(self.state.weight(s)) for s in self.sites if s.stage == stage and self.change}
+        self.matrices |= new
+        return new
+
+    def of(self, stage: str) -> list[Mapping[int | None, Tensor]]:
+        return [inputs for name, inputs in self.seen if name == stage]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_solver_that_changes_nothing_changes_nothing(family: Any, name: str) -> None:
+    _, state, stream, batches = start(family(name))
+    twins = stream.start(state, tokens())
+    for block in state.graph.blocks:
+        spy = Spy(state, block.index, None)
+        stream.calibrate(state, block.index, batches, spy.sites, spy.observe, spy.solve)
+        stream.advance(state, block.index, twins)
+        assert same([b.hidden for b in batches], [b.hidden for b in twins])
+        assert spy.solved == list(dict.fromkeys(s.stage for s in spy.sites)), "each stage once, in the order of the sites"
+
+
+def coarse(matrix: Tensor) -> Tensor:
+    """A matrix that nobody would mistake for the original."""
+    return (matrix.float() * 8).round().div(8).to(matrix.dtype)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *OTHERS])
+def test_each_stage_sees_what_the_stock_model_with_all_earlier_replacements_sees(family: Any, other: Any, name: str) -> None:
+    """The sequential property: the inputs of o carry the replaced q, k, v, those of the MLP also o, and so on, to the bit."""
+    folder = family(name) if name in FAMILIES else other(name)
+    _, state, stream, batches = start(folder)
+    model = stock.load(folder, **stock.EAGER)
+    for block in state.graph.blocks:
+        spy = Spy(state, block.index, coarse)
+        stream.calibrate(state, block.index, batches, spy.sites, spy.observe, spy.solve)
+        stock.substitute(model, state.graph, spy.matrices)
+        wanted = [stock.inputs(model, state.graph, block.index, ids) for ids in tokens()]
+        assert set(spy.solved) == set(wanted[0])
+        for stage in spy.solved:
+            for ours, theirs in zip(spy.of(stage), (w[stage] for w in wanted), strict=True):
+                assert ours.keys() == theirs.keys()
+                assert all(torch.equal(ours[e], theirs[e]) for e in ours), (block.index, stage)
+    assert same(list(stream.logits(state, batches)), stock.logits(model, tokens()))
+
+
+def test_only_the_stages_of_the_asked_sites_are_shown(family: Any) -> None:
+    _, state, stream, batches = start(family("llama"))
+    spy = Spy(state, 0, None)
+    spy.sites = [state.graph[f"layers.0.{n}"] for n in ("attn.v", "mlp.down")]
+    stream.calibrate(state, 0, batches, spy.sites, spy.observe, spy.solve)
+    assert [name for name, _ in spy.seen] == ["attn.in"] * 3 + ["mlp.mid"] * 3
+
+
+def test_the_head_is_shown_its_own_inputs(family: Any) -> None:
+    _, state, stream, batches = start(family("llama"))
+    for block in state.graph.blocks:
+        stream.advance(state, block.index, batches)
+    seen: list[tuple[str, Tensor]] = []
+    stream.watch_head(state, batches, state.graph["lm_head"], lambda stage, x: seen.append((stage, x[None])))
+    model = stock.load(family("llama"))
+    theirs: dict[str, Any] = {}
+    model.lm_head.register_forward_pre_hook(stock.hook_of(theirs, "lm_head"))
+    for (stage, x), ids in zip(seen, tokens(), strict=True):
+        stock.logits(model, [ids])
+        assert stage == "lm_head"
+        assert torch.equal(x, theirs["lm_head"][None])
+
+
+# --- memory and mistakes ----------------------------------------------------------------------------------------------
+
+
+def loaded(stream: Stream) -> set[str]:
+    """Module paths whose parameters are in memory."""
+    tree: list[tuple[str, nn.Module]] = [("", stream.model)]
+    tree += [(b.module, m) for b, m in zip(stream.graph.blocks, stream.blocks, strict=True)]
+    return {f"{path}.{n}".strip(".") for path, m in tree for n, p in m.named_parameters() if not p.is_meta}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_one_block_is_in_memory_at_a_time(family: Any, name: str) -> None:
+    _, state, stream, batches = start(family(name))
+    assert not loaded(stream)
+    for block in state.graph.blocks:
+        with stream.block(state, block.index):
+            assert loaded(stream)
+            assert all(path.startswith(f"{block.module}.") for path in loaded(stream))
+        stream.advance(state, block.index, batches)
+        assert not loaded(stream)
+    for _ in stream.logits(state, batches):
+        assert not any(path.startswith(b.module + ".") for b in state.graph.blocks for path in loaded(stream))
+    assert not loaded(stream)
+
+
+class BoomError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("where", ["solve", "observe", "forward"])
+def test_an_error_on_the_way_surfaces_and_leaves_the_stream_fit_for_use(family: Any, where: str) -> None:
+    """In the solver, in the observer, and inside a paused forward pass."""
+    _, state, stream, batches = start(family("llama"))
+    before = [b.hidden for b in batches]
+
+    def boom(*_: Any) -> Any:
+        raise BoomError(where)
+
+    spy = Spy(state, 0, coarse)
+    if where == "forward":
+        hook = stream.blocks[0].get_submodule("mlp.act_fn").register_forward_pre_hook(boom)
+    else:
+        setattr(spy, where, lambda stage, *rest: boom() if stage == "attn.out" else getattr(Spy, where)(spy, stage, *rest))
+    with pytest.raises(BoomError, match=where):
+        stream.calibrate(state, 0, batches, spy.sites, spy.observe, spy.solve)
+    if where == "forward":
+        hook.remove()
+    assert not loaded(stream)
+    assert same([b.hidden for b in batches], before)
+    for block in state.graph.blocks:
+        stream.advance(state, block.index, batches)
+    assert same(list(stream.logits(state, batches)), stock.logits(stock.load(family("llama")), tokens()))
+
+
+def test_nothing_of_a_forward_pass_keeps_gradients(family: Any) -> None:
+    _, state, stream, batches = start(family("llama"))
+    stream.advance(state, 0, batches)
+    assert not any(b.hidden.requires_grad for b in batches)
+    assert torch.is_grad_enabled()
