@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 REPO = Path(__file__).resolve().parent.parent
 MB = 2**20
@@ -91,7 +92,7 @@ def arguments() -> argparse.Namespace:
 
 def run(model: Path, text: Path, method: str, args: argparse.Namespace, work: Path) -> Peak:
     """The peak of one `compress run`; its log is shown where it fails."""
-    recipe = {
+    recipe: dict[str, Any] = {
         "model": str(model),
         "out": str(work / method),
         "passes": [{"quantize": {"method": method, "format": args.format}}],
@@ -204,7 +205,7 @@ def write_model(folder: Path, layers: int, shard_bytes: int = 300 * MB) -> None:
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
     plan = list(shards(layers, shard_bytes))
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(plan, 1):
         file = f"model-{number:05}-of-{len(plan):05}.safetensors"
         save_file({n: random_tensor(shape, generator) for n, shape in names.items()}, folder / file, {"format": "pt"})
@@ -251,7 +252,7 @@ def shapes(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "lm_head.weight", (VOCABULARY, HIDDEN)
 
 
-def random_tensor(shape: tuple[int, ...], generator):
+def random_tensor(shape: tuple[int, ...], generator: Any) -> Any:
     """bf16: normal with deviation 0.02 for a matrix, ones for a norm."""
     import torch
 
@@ -260,7 +261,7 @@ def random_tensor(shape: tuple[int, ...], generator):
     return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
 
 
-def config(layers: int) -> dict:
+def config(layers: int) -> dict[str, Any]:
     """The model's config.json."""
     return {
         "architectures": ["LlamaForCausalLM"],

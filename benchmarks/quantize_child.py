@@ -17,8 +17,10 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 STARTED = time.perf_counter()
+Weights = dict[str, Any]  # parameter name -> tensor; torch is imported by the tool, not here
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Job:
     bits: int
     group: int
     symmetric: bool
-    options: dict
+    options: dict[str, Any]
     out: str
 
     @property
@@ -93,7 +95,7 @@ def peak_mb() -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:"))
 
 
-def run_llmcompressor(job: Job) -> tuple[Measured, dict]:
+def run_llmcompressor(job: Job) -> tuple[Measured, Weights]:
     """GPTQModifier through `oneshot`, one sequence a batch (its default); returns the weights it rounded in place."""
     import llmcompressor
     import torch
@@ -108,9 +110,7 @@ def run_llmcompressor(job: Job) -> tuple[Measured, dict]:
     args = QuantizationArgs(
         num_bits=job.bits, type="int", symmetric=job.symmetric, strategy="group", group_size=job.group, **job.options
     )
-    modifier = GPTQModifier(
-        config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=args)}, ignore=["lm_head"]
-    )
+    modifier = GPTQModifier(config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=args)}, ignore=["lm_head"])
     rows = [{"input_ids": row, "attention_mask": [1] * job.length} for row in tokens(job).tolist()]
     oneshot(
         model=model,
@@ -124,7 +124,7 @@ def run_llmcompressor(job: Job) -> tuple[Measured, dict]:
     return measured, {n: p.detach() for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n}
 
 
-def run_gptqmodel(job: Job) -> tuple[Measured, dict]:
+def run_gptqmodel(job: Job) -> tuple[Measured, Weights]:
     """GPTQModel.quantize on the CPU with its defaults; returns the layers of its saved checkpoint, dequantized in fp32."""
     import gptqmodel
     import torch
@@ -143,24 +143,24 @@ def run_gptqmodel(job: Job) -> tuple[Measured, dict]:
     return measured, {f"{name}.weight": gptq_weight(module) for name, module in packed.items()}
 
 
-def gptq_weight(module):
+def gptq_weight(module: Any) -> Any:
     """(out, in) fp32 weight of one packed GPTQModel layer; scales widened first, so nothing is lost in fp16 products."""
     module.scales = module.scales.float()
     return module.dequantize_weight().T.float()
 
 
-def tokens(job: Job):
+def tokens(job: Job) -> Any:
     """(sequences, length) int64 tokens, the same for every tool."""
     from safetensors.torch import load_file
 
     return load_file(job.tokens)["tokens"]
 
 
-def run_ours(job: Job) -> tuple[Measured, dict]:
+def run_ours(job: Job) -> tuple[Measured, Weights]:
     """`compress run` with one pass, in this process; returns what its compressed-tensors folder holds, dequantized.
 
-    What is timed includes committing every block to disk, which the peers do not do; writing the artifact and comparing its logits
-    come after it, as a second run that finds the step finished, just as the peers' saving is not timed.
+    What is timed includes committing every block to disk, which the peers do not do. Writing the artifact and comparing its
+    logits come after it, as a second run that finds the step finished; the peers' saving is not timed either.
     """
     import compress
     from compress import pipeline
@@ -173,7 +173,7 @@ def run_ours(job: Job) -> tuple[Measured, dict]:
     return measured, unpack_compressed_tensors(out / "compressed_tensors")
 
 
-def write_recipe(job: Job, out: Path, exports: list[dict]) -> Path:
+def write_recipe(job: Job, out: Path, exports: list[dict[str, Any]]) -> Path:
     """The recipe file for the job: every matrix of the blocks in `job.format`, the head as it is."""
     recipe = {
         "model": job.model,
@@ -188,15 +188,15 @@ def write_recipe(job: Job, out: Path, exports: list[dict]) -> Path:
     return path
 
 
-def unpack_compressed_tensors(folder: Path) -> dict:
+def unpack_compressed_tensors(folder: Path) -> Weights:
     """Weights of a pack-quantized folder, decoded by the compressed-tensors package and not by our own code."""
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
     from safetensors.torch import load_file
 
-    stored = {}
+    stored: Weights = {}
     for file in sorted(folder.glob("*.safetensors")):
         stored |= load_file(file)
-    weights = {}
+    weights: Weights = {}
     for name in (key.removesuffix("_packed") for key in stored if key.endswith(".weight_packed")):
         packed, scale = stored[f"{name}_packed"], stored[f"{name}_scale"].float()
         shape = stored[f"{name}_shape"]
@@ -211,7 +211,7 @@ def unpack_compressed_tensors(folder: Path) -> dict:
     return weights
 
 
-TOOLS: dict[str, Callable[[Job], tuple[Measured, dict]]] = {
+TOOLS: dict[str, Callable[[Job], tuple[Measured, Weights]]] = {
     "ours": run_ours,
     "llmcompressor": run_llmcompressor,
     "gptqmodel": run_gptqmodel,

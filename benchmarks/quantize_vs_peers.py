@@ -3,13 +3,14 @@
     python benchmarks/quantize_vs_peers.py --assets ASSETS \\
         --llmcompressor-python VENV/bin/python --gptqmodel-python VENV/bin/python --save benchmarks/results
 
-Two workloads. `stories` is a small real model at 4, 3 and 2 bits: held-out perplexity and KL to the original. `speed` is a random
-Llama of 27 M parameters at 4 bits: wall time, CPU time, peak memory. Every tool gets the same weights, the same calibration tokens
-and the same format, and runs in a process of its own environment with the same number of threads (quantize_child.py says what is
-timed). One judge scores all of them (scoring.py). benchmarks/README.md says how to make the peers' environments.
+Two workloads. `stories` is a small real model at 4, 3 and 2 bits: held-out perplexity and KL to the original. `speed` is a
+random Llama of 27 M parameters at 4 bits: wall time, CPU time, peak memory. Every tool gets the same weights, the same
+calibration tokens and the same format, and runs in a process of its own environment with the same number of threads
+(quantize_child.py says what is timed). One judge scores all of them (scoring.py). README.md beside this file says how to make
+the peers' environments.
 
-Figures of models this small are noisy: another draw of the calibration text moves perplexity by a per cent at 4 bits and by several
-at 3, so `--draws` averages over some. A peer without an environment is listed as not measured.
+Figures of models this small are noisy: another draw of the calibration text moves perplexity by a per cent at 4 bits and by
+several below, so `--draws` averages over some. A peer without an environment is listed as not measured.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 from report import Row, document, merge
 from safetensors.torch import save_file
-from scoring import Judge, UnfairWeights
-from workloads import AssetsMissing, Workload, redraw, speed, stories
+from scoring import Judge, UnfairWeightsError
+from workloads import AssetsMissingError, Workload, redraw, speed, stories
 
 HERE = Path(__file__).resolve().parent
 
@@ -43,7 +45,7 @@ class Variant:
     tool: str
     label: str
     symmetric: bool
-    options: dict = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 # Each peer as its defaults are, and at the best that its own options give here.
@@ -100,7 +102,7 @@ def workloads(args: argparse.Namespace, work: Path) -> Iterator[Workload]:
     for name in args.workload:
         try:
             yield stories(args.assets, args.bits) if name == "stories" else speed(work)
-        except AssetsMissing as error:
+        except AssetsMissingError as error:
             sys.exit(f"stories: {error}; or leave this workload out with --workload speed")
 
 
@@ -128,17 +130,16 @@ def one_run(workload: Workload, variant: Variant, bits: int, judge: Judge, args:
         return replace(row, note=f"not measured: no environment (--{variant.tool}-python)")
     out = Path(tempfile.mkdtemp(prefix=f"{workload.name}-{variant.tool}-{bits}-", dir=work))
     job = write_job(workload, variant, bits, out)
-    failure, process_cpu = run_child(python, job, args.threads)
-    if failure:
+    if failure := run_child(python, job, args.threads):
         return replace(row, note=f"failed: {failure}")
     measured = json.loads((out / "measured.json").read_text("utf-8"))
     for unused in ("imports_wall_s", "imports_mb"):
         measured.pop(unused)
     try:
         score = judge.score(out / "weights.safetensors", bits, workload.group)
-    except UnfairWeights as error:
+    except UnfairWeightsError as error:
         return replace(row, note=f"not comparable: {error}")
-    return replace(row, **measured, process_cpu_s=process_cpu, score=score)
+    return replace(row, **measured, score=score)
 
 
 def write_job(workload: Workload, variant: Variant, bits: int, out: Path) -> Path:
@@ -162,20 +163,19 @@ def write_job(workload: Workload, variant: Variant, bits: int, out: Path) -> Pat
     return path
 
 
-def run_child(python: str, job: Path, threads: int) -> tuple[str, float]:
-    """Runs the job in its own environment: what failed ('' if nothing did) and the CPU seconds of the whole process."""
-    with (job.parent / "log.txt").open("w", encoding="utf-8") as log:
-        command = [python, str(HERE / "quantize_child.py"), str(job)]
+def run_child(python: str, job: Path, threads: int) -> str:
+    """Runs the job in its own environment; returns what failed, '' if nothing did. The job's folder keeps the log."""
+    log = job.parent / "log.txt"
+    command = [python, str(HERE / "quantize_child.py"), str(job)]
+    with log.open("w", encoding="utf-8") as out:
         try:
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment(threads), cwd=job.parent)
+            done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=environment(threads), cwd=job.parent)
         except OSError as error:
-            return f"{python}: {error.strerror}", 0.0
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        lines = (job.parent / "log.txt").read_text("utf-8", errors="replace").strip().splitlines()
-        return (lines[-1] if lines else f"exit {process.returncode}").replace("|", "/")[:160], 0.0
-    return "", usage.ru_utime + usage.ru_stime
+            return f"{python}: {error.strerror}"
+    if not done.returncode:
+        return ""
+    lines = log.read_text("utf-8", errors="replace").strip().splitlines()
+    return (lines[-1] if lines else f"exit {done.returncode}").replace("|", "/")[:160]
 
 
 def environment(threads: int) -> dict[str, str]:

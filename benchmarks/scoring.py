@@ -23,7 +23,7 @@ class Score:
     top1: float
 
 
-class UnfairWeights(ValueError):
+class UnfairWeightsError(ValueError):
     """A tool's weights are not what it was asked for: a layer is missing, or a group has too many values."""
 
 
@@ -56,11 +56,11 @@ class Judge:
     def _check(self, weights: dict[str, torch.Tensor], bits: int, group: int) -> None:
         missing = [name for name in self.linears if f"{name}.weight" not in weights]
         if missing:
-            raise UnfairWeights(f"{len(missing)} layers were not quantized, first {missing[0]}")
+            raise UnfairWeightsError(f"{len(missing)} layers were not quantized, first {missing[0]}")
         for name in self.linears:
             most = most_values(weights[f"{name}.weight"], group)
             if most > 1 << bits:
-                raise UnfairWeights(f"{name}: a group holds {most} values, {bits} bits allow {1 << bits}")
+                raise UnfairWeightsError(f"{name}: a group holds {most} values, {bits} bits allow {1 << bits}")
 
     @torch.no_grad()
     def _put(self, weights: dict[str, torch.Tensor]) -> None:

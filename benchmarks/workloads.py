@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,11 +32,11 @@ class Workload:
     redraws: bool
 
 
-class AssetsMissing(FileNotFoundError):
+class AssetsMissingError(FileNotFoundError):
     """The folder with the real model and texts is not there."""
 
 
-def windows(text: str, tokenizer, length: int = LENGTH, limit: int | None = None) -> torch.Tensor:
+def windows(text: str, tokenizer: Any, length: int = LENGTH, limit: int | None = None) -> torch.Tensor:
     """(n, length) int64: the text's tokens without special ones, cut into windows that do not overlap."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     count = len(ids) // length if limit is None else min(limit, len(ids) // length)
@@ -49,7 +50,7 @@ def stories(assets: Path, bits: Sequence[int] = (4, 3, 2)) -> Workload:
     model, texts = assets / "models/stories260K-mlp192", assets / "texts/stories-split"
     for needed in (model / "model.safetensors", texts / "calibration.txt", texts / "evaluation.txt"):
         if not needed.is_file():
-            raise AssetsMissing(f"the assets are absent: no {needed}; name their folder with --assets")
+            raise AssetsMissingError(f"the assets are absent: no {needed}; name their folder with --assets")
     tokenizer = AutoTokenizer.from_pretrained(model)
     return Workload(
         name="stories",

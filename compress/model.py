@@ -231,7 +231,9 @@ def discover(model: nn.Module, config: Any) -> Graph:
     path, blocks = find_blocks(model)
     family = config.model_type
     if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{type(model).__name__}: found an encoder and a decoder; only models that are one of the two can be read")
+        raise ModelError(
+            f"{type(model).__name__}: found an encoder and a decoder; only models that are one of the two can be read"
+        )
     sites: dict[str, Site] = {}
     owners: dict[int | str, str] = {}
     unknown: list[str] = []

@@ -263,11 +263,13 @@ def plain(node: yaml.Node, loc: Loc, places: dict[Loc, str], path: Path) -> Any:
 
 
 def scalar(node: yaml.Node) -> Any:
-    constructor = yaml.SafeLoader("")
     try:
-        return constructor.construct_object(node, deep=True)
+        value = yaml.SafeLoader("").construct_object(node, deep=True)
     except ValueError as e:  # such as the 40th of May
         raise yaml.MarkedYAMLError(problem=f"'{node.value}': {e}; put it in quotes", problem_mark=node.start_mark) from None
+    if isinstance(value, str) and "\0" in value:  # no path can hold one
+        raise yaml.MarkedYAMLError(problem="a text holds a NUL character", problem_mark=node.start_mark)
+    return value
 
 
 # --- overrides --------------------------------------------------------------------------------------------------------
@@ -280,8 +282,9 @@ def override(raw: dict[str, Any], text: str, places: dict[Loc, str]) -> None:
         raise RecipeError(f"--set {text}  is not NAME.OPTION=VALUE")
     target, loc = find(raw, path, text, places)
     try:
-        target[loc[-1]] = yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError, RecursionError):
+        node = yaml.compose(value, Loader=yaml.SafeLoader)
+        target[loc[-1]] = plain(node, (), {}, Path()) if node else None
+    except (yaml.YAMLError, RecipeError, RecursionError):
         raise RecipeError(f"--set {text}  the value is no YAML") from None
     for old in [place for place in places if place[: len(loc)] == loc]:
         del places[old]

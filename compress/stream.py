@@ -16,8 +16,9 @@ same order for every batch, which holds for every family that we know.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 
 import greenlet
@@ -29,7 +30,8 @@ from compress.graph import Site
 from compress.model import candidates, is_experts, skeleton
 from compress.state import State
 
-Tap = Callable[[str, dict[int | None, Tensor]], None]
+Inputs = dict[int | None, Tensor]  # by expert; None for a matrix that is no expert's
+Observe = Callable[[str, Inputs, Inputs | None], None]
 
 
 class _Stop(Exception):
@@ -67,6 +69,15 @@ class Batch:
     tokens: Tensor
     hidden: Tensor
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(repr=False)
+
+
+@dataclass
+class Twin:
+    """The model as it was, beside the one in hand: its own stream and state, and the same batches at the same block."""
+
+    stream: Stream
+    state: State
+    batches: list[Batch]
 
 
 class Stream:
@@ -149,11 +160,11 @@ class Stream:
             for batch in batches:
                 yield self._head(batch)
 
-    def watch_head(self, state: State, batches: Sequence[Batch], head: Site, observe: Tap) -> None:
+    def watch_head(self, state: State, batches: Sequence[Batch], head: Site, observe: Observe) -> None:
         """Show `observe` what the output head is given, for every batch."""
 
         def note(_: nn.Module, args: tuple[Any, ...]) -> None:
-            observe(head.input_key, {None: args[0].reshape(-1, args[0].shape[-1])})
+            observe(head.input_key, {None: args[0].reshape(-1, args[0].shape[-1])}, None)
             raise _Stop
 
         hook = self.model.get_submodule(head.module).register_forward_pre_hook(note, prepend=True)
@@ -206,28 +217,34 @@ class Stream:
         index: int,
         batches: Sequence[Batch],
         sites: Sequence[Site],
-        observe: Tap,
+        observe: Observe,
         solve: Callable[[str], dict[str, Tensor]],
+        twin: Twin | None = None,
     ) -> None:
         """Pass every batch through one block, stage by stage.
 
-        At each tap (an `input_key` of `sites`), `observe(stage, {expert or None: X [tokens, in]})` is called for every
+        At each tap (a stage of `sites`), `observe(stage, {expert or None: X [tokens, in]}, clean)` is called for every
         batch; once all have been seen, `solve(stage)` returns new matrices [out, in] by site name, and the forward pass
-        goes on with them.
+        goes on with them. With a `twin`, its batches go through its own weights in step, and `clean` is what it sees at the
+        same place; else None.
         """
-        with self.block(state, index) as block, self._taps(block, index, sites):
-            runs = [greenlet.greenlet(self._call) for _ in batches]
-            waiting = [run.switch(block, batch, index) for run, batch in zip(runs, batches, strict=True)]
-            while not all(run.dead for run in runs):
-                stage = _one_stage(runs, waiting)
-                for _, inputs in waiting:
-                    observe(stage, inputs)
-                waiting = []
+        with ExitStack() as stack:
+            mine = self._lockstep(stack, state, index, batches, sites)
+            theirs = twin.stream._lockstep(stack, twin.state, index, twin.batches, sites) if twin else None
+            while mine.waiting:
+                stage = mine.stage
+                for inputs, clean in zip(mine.inputs, theirs.inputs if theirs else repeat(None), strict=False):
+                    observe(stage, inputs, clean)
                 for name, matrix in solve(stage).items():
                     self._install(self.graph[name], matrix)
-                waiting = [run.switch() for run in runs]
-            for batch, hidden in zip(batches, waiting, strict=True):
-                batch.hidden = hidden
+                mine.go_on()
+                if theirs:
+                    theirs.go_on()
+
+    def _lockstep(self, stack: ExitStack, state: State, index: int, batches: Sequence[Batch], sites: Sequence[Site]) -> _Lockstep:
+        block = stack.enter_context(self.block(state, index))
+        stack.enter_context(self._taps(block, index, sites))
+        return _Lockstep(self._call, block, batches, index)
 
     @contextmanager
     def _taps(self, block: nn.Module, index: int, sites: Sequence[Site]) -> Iterator[None]:
@@ -275,12 +292,39 @@ class Stream:
             put_matrix(module, site, matrix.to(self.device, self.dtype))
 
 
-def _one_stage(runs: list[Any], waiting: list[Any]) -> str:
-    stages = {w[0] for run, w in zip(runs, waiting, strict=True) if not run.dead}
-    if len(stages) != 1 or any(run.dead for run in runs):
-        raise ModelError(f"batches visit the stages of a block in different order ({sorted(stages)}); cannot calibrate")
-    stage: str = stages.pop()
-    return stage
+class _Lockstep:
+    """One block's batches as coroutines: all of them wait at one stage, or all are done and hold their new hidden states."""
+
+    def __init__(self, call: Callable[..., Tensor], block: nn.Module, batches: Sequence[Batch], index: int):
+        self.batches = batches
+        self.runs = [greenlet.greenlet(call) for _ in batches]
+        self.out: list[Any] = [run.switch(block, batch, index) for run, batch in zip(self.runs, batches, strict=True)]
+        self._settle()
+
+    @property
+    def waiting(self) -> bool:
+        return not all(run.dead for run in self.runs)
+
+    @property
+    def stage(self) -> str:
+        stages = {w[0] for run, w in zip(self.runs, self.out, strict=True) if not run.dead}
+        if len(stages) != 1 or any(run.dead for run in self.runs):
+            raise ModelError(f"batches visit the stages of a block in different order ({sorted(stages)}); cannot calibrate")
+        stage: str = stages.pop()
+        return stage
+
+    @property
+    def inputs(self) -> list[Inputs]:
+        return [w[1] for w in self.out]
+
+    def go_on(self) -> None:
+        self.out = [run.switch() for run in self.runs]
+        self._settle()
+
+    def _settle(self) -> None:
+        if not self.waiting:
+            for batch, hidden in zip(self.batches, self.out, strict=True):
+                batch.hidden = hidden
 
 
 def within(site: Site, block: str) -> list[str]:

@@ -155,7 +155,7 @@ def _identity(H_kk: Tensor, *notes: str) -> Factor:
 
 
 @torch.no_grad()
-def retarget(W_nk: Tensor, E_nk: Tensor, f: Factor, strength: float = 1.0) -> Tensor:
+def retarget(W_nk: Tensor, E_nk: Tensor, f: Factor, strength: float) -> Tensor:
     """The weights whose outputs, on inputs X̃ that carry earlier error, come nearest to wanted outputs Y.
 
     `E_nk` is (Y - X̃Wᵀ)ᵀX̃, summed over the tokens that H = X̃ᵀX̃ sums. With Y = XWᵀ, X the inputs in the unquantized model, it

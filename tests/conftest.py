@@ -14,6 +14,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 ROOT = Path(__file__).resolve().parents[1]
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for what tests start; tiny models only wait for a second thread
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 272,
          "max_position_embeddings": 256}  # fmt: skip
 GROUPED = {"num_key_value_heads": 2}

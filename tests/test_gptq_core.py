@@ -259,7 +259,7 @@ def test_retarget_undoes_drift() -> None:
     noisy = X @ (torch.eye(20) + 0.1 * torch.randn(20, 20)).double()
     E = W @ (X - noisy).T @ noisy
     f = gptq_core.factor(noisy.T @ noisy, damp=1e-9)
-    moved = gptq_core.retarget(W, E, f)
+    moved = gptq_core.retarget(W, E, f, 1.0)
     torch.testing.assert_close(noisy @ moved.T, X @ W.T, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(gptq_core.retarget(W, E, f, 0.5), (W + moved) / 2)
 

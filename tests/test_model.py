@@ -18,7 +18,7 @@ from compress.graph import Graph
 from compress.model import open_model
 from tests.conftest import FAMILIES, SMALL, make_model
 from tests.conftest import GROUPED as HEADS_2
-from tests.twins import TwinConfig
+from tests.sharing import SharingConfig
 
 # For each family: module path of a block, then our name -> (path in the block, (out, in)).
 SELF = "self_attn"
@@ -161,7 +161,7 @@ def test_experts_joined_into_one_tensor_on_disk_are_read(family: Any, tmp_path: 
 
 
 def test_a_matrix_that_serves_two_modules_is_one_site(tmp_path: Path) -> None:
-    folder = make_model(tmp_path, TwinConfig(**SMALL, **HEADS_2, tie_word_embeddings=True))
+    folder = make_model(tmp_path, SharingConfig(**SMALL, **HEADS_2, tie_word_embeddings=True))
     graph = open_model(str(folder)).graph
     assert [s.role for s in graph.of_block(1)] == ["q", "k", "o", "gate", "up", "down"]
     assert graph["layers.1.attn.k"].aliases == ("model.layers.1.self_attn.v_proj",)

@@ -16,7 +16,7 @@ from compress.state import State
 from compress.stream import Batch, Stream
 from tests import stock
 from tests.conftest import FAMILIES, GROUPED, IDS, SMALL, make_model
-from tests.twins import TwinConfig
+from tests.sharing import SharingConfig
 
 MOE = ("mixtral", "qwen3_moe")
 PLAIN = {k: v for k, v in SMALL.items() if k != "intermediate_size"}
@@ -28,7 +28,7 @@ OTHERS: dict[str, Any] = {  # beside FAMILIES: parallel attention, ALiBi, partia
     "cohere": lambda: transformers.CohereConfig(**SMALL, **GROUPED, **IDS),
     "qwen2_moe": lambda: transformers.Qwen2MoeConfig(**SMALL, **GROUPED, **IDS, num_experts=4, num_experts_per_tok=2,
                                                      moe_intermediate_size=64, shared_expert_intermediate_size=128),
-    "twin": lambda: TwinConfig(**SMALL, **GROUPED, **IDS, tie_word_embeddings=True),
+    "sharing": lambda: SharingConfig(**SMALL, **GROUPED, **IDS, tie_word_embeddings=True),
 }  # fmt: skip
 
 
@@ -107,7 +107,7 @@ class Spy:
         self.solved: list[str] = []
         self.matrices: dict[str, Tensor] = {}
 
-    def observe(self, stage: str, inputs: Mapping[int | None, Tensor]) -> None:
+    def observe(self, stage: str, inputs: Mapping[int | None, Tensor], clean: Mapping[int | None, Tensor] | None = None) -> None:
         self.seen.append((stage, {e: x.clone() for e, x in inputs.items()}))
 
     def solve(self, stage: str) -> dict[str, Tensor]:

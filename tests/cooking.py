@@ -1,0 +1,25 @@
+"""Recipes written by tests, and run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from compress import pipeline
+
+
+def recipe(folder: Path, model: Path, text: Path | None = None, exports: Any = None, **options: Any) -> Path:
+    """A recipe that quantizes `model` with `options` and exports it; calibrated on `text`, if there is one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data = {"calibration": {"text": str(text), "sequences": 6, "length": 32}} if text else {}
+    content = {"model": str(model), "out": str(folder / "out"), "data": data, "passes": [{"quantize": options}],
+               "export": [{"compressed_tensors": exports or {}}]}  # fmt: skip
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def cook(folder: Path, model: Path, text: Path | None = None, exports: Any = None, **options: Any) -> pipeline.Outcome:
+    return pipeline.run(recipe(folder, model, text, exports, **options))

@@ -1,0 +1,489 @@
+"""An artifact is what we say: stock transformers computes with it exactly what our dequantized weights give, to the bit.
+
+The peer of every comparison is the original model in transformers with our dequantized matrices put in.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from compress import pipeline
+from compress.checkpoint import INDEX
+from compress.errors import CompressError, ExportError, FormatError, ModelError
+from compress.export import compressed_tensors as ct
+from compress.export.artifact import MARK, Job
+from compress.formats import Int
+from compress.graph import Graph
+from compress.model import open_model
+from compress.state import State
+from tests import stock
+from tests.conftest import FAMILIES, GROUPED, IDS, SMALL, make_model
+from tests.cooking import cook, recipe
+from tests.sharing import SharingConfig
+
+MOE = ("mixtral", "qwen3_moe")
+MIXED = {"layers.0.attn.[qkv]*": "int3:g32", "*.attn.o": "int6:g16", "*.down": "int5:g32", "layers.1.mlp.*": "int8:channel"}
+EXPERTS = {"*.attn.*": "int8:g32"}  # stock transformers reads all experts with one scheme
+LOADABLE = [f for f in FAMILIES if f != "gpt2"]
+
+
+def pins_of(name: str) -> dict[str, str]:
+    return EXPERTS if name in MOE else MIXED
+
+
+def ids() -> list[Tensor]:
+    return [torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(7))]
+
+
+def dequantized(source: Path, state: State, **options: Any) -> Any:
+    """The original in transformers, every changed matrix replaced by what ours dequantizes to."""
+    model = stock.load(source, **options)
+    stock.substitute(model, state.graph, {name: state.weight(state.graph[name]) for name in state.changed})
+    return model
+
+
+def exact(artifact: Path, source: Path, state: State, **options: Any) -> None:
+    """Stock transformers loads the artifact, and its logits are those of the dequantized weights, and no others."""
+    ours = stock.logits(dequantized(source, state, **options), ids())[0]
+    theirs = stock.logits(stock.load(artifact, **options), ids())[0]
+    original = stock.logits(stock.load(source, **options), ids())[0]
+    assert torch.equal(ours, theirs)
+    assert not torch.equal(ours, original)
+
+
+@pytest.fixture(scope="module")
+def cooked(family: Any, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], pipeline.Outcome]:
+    """cooked(family) -> what a run with mixed formats made of it, once."""
+    made: dict[str, pipeline.Outcome] = {}
+
+    def get(name: str) -> pipeline.Outcome:
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            made[name] = cook(folder, family(name), text, format="int4:g32", pins=pins_of(name))
+        return made[name]
+
+    return get
+
+
+def artifact_of(outcome: pipeline.Outcome) -> Path:
+    return outcome.artifacts["compressed_tensors"][0]
+
+
+# --- stock transformers loads it --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LOADABLE)
+def test_stock_transformers_computes_what_the_dequantized_weights_give(cooked: Any, family: Any, name: str) -> None:
+    made = cooked(name)
+    exact(artifact_of(made), family(name), made.state)
+    proof = made.artifacts["compressed_tensors"][1]
+    assert proof.engine == "transformers"
+    assert proof.difference == 0
+
+
+def test_experts_are_exact_in_the_stock_loop_as_well(cooked: Any, family: Any) -> None:
+    exact(artifact_of(cooked("mixtral")), family("mixtral"), cooked("mixtral").state, **stock.EAGER)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_other_source_precisions(family: Any, text: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    source = family("llama", dtype)
+    made = cook(tmp_path, source, text, format="int4:g32", pins=MIXED)
+    exact(artifact_of(made), source, made.state)
+    scale = torch.float16 if dtype == torch.float16 else torch.bfloat16
+    held = load_file(artifact_of(made) / "model.safetensors")
+    assert {t.dtype for n, t in held.items() if n.endswith("_scale")} == {scale}
+    assert held["model.norm.weight"].dtype == dtype
+
+
+def test_every_bit_width_and_group_in_one_model(family: Any, text: Path, tmp_path: Path) -> None:
+    pins = {"layers.0.attn.[qkv]": "int2:g16", "layers.0.attn.o": "int3:channel", "layers.0.mlp.[gu]*": "int4:g64",
+            "layers.0.mlp.down": "int5:g128", "layers.1.attn.[qkv]": "int6:g32", "layers.1.attn.o": "int7:g16",
+            "layers.1.mlp.[gu]*": "int8:g64", "layers.1.mlp.down": "int3:g64"}  # fmt: skip
+    made = cook(tmp_path, family("llama"), text, pins=pins, format="bf16")
+    assert len({made.state.format(s) for s in made.state.graph.linear}) == 8
+    exact(artifact_of(made), family("llama"), made.state)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+def test_an_untied_head_can_be_quantized(family: Any, text: Path, tmp_path: Path, name: str) -> None:
+    made = cook(tmp_path, family(name), text, format="int4:g32", pins={"lm_head": "int8:g32"})
+    assert str(made.state.format(made.state.graph["lm_head"])) == "int8:g32"
+    exact(artifact_of(made), family(name), made.state)
+    stem = made.state.graph["lm_head"].stem
+    assert f"{stem}.weight_packed" in open_model(str(family(name))).checkpoint.specs | ct.open_artifact(artifact_of(made)).checkpoint.specs
+
+
+def test_a_tied_head_cannot_be_quantized_apart(family: Any, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="'lm_head' shares its matrix with 'embed', which stays as it is"):
+        cook(tmp_path, family("qwen2"), text, pins={"lm_head": "int8:g32"})
+
+
+def test_parts_of_a_model_may_stay_as_they_are(family: Any, text: Path, tmp_path: Path) -> None:
+    made = cook(tmp_path, family("llama"), text, format="int4:g32", pins={"layers.0.*": "bf16"})
+    assert all(n.startswith("layers.1.") for n in made.state.changed)
+    exact(artifact_of(made), family("llama"), made.state)
+
+
+def test_experts_kept_in_one_tensor_on_disk(family: Any, text: Path, tmp_path: Path) -> None:
+    """A checkpoint whose experts are joined is written expert by expert, as engines want them."""
+    source = shutil.copytree(family("qwen3_moe"), tmp_path / "joined")
+    tensors = load_file(source / "model.safetensors")
+    for i in range(2):
+        at = f"model.layers.{i}.mlp.experts"
+        one = lambda e, n, at=at: tensors.pop(f"{at}.{e}.{n}.weight")  # noqa: E731
+        tensors[f"{at}.gate_up_proj"] = torch.stack([torch.cat([one(e, "gate_proj"), one(e, "up_proj")]) for e in range(4)])
+        tensors[f"{at}.down_proj"] = torch.stack([one(e, "down_proj") for e in range(4)])
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    made = cook(tmp_path / "run", source, text, format="int4:g32", pins=EXPERTS)
+    exact(artifact_of(made), family("qwen3_moe"), made.state)
+
+
+def test_small_shards_load(family: Any, text: Path, tmp_path: Path) -> None:
+    config = FAMILIES["llama"]()
+    config.vocab_size = 8000
+    source = make_model(tmp_path / "model", config)
+    made = cook(tmp_path / "run", source, text, exports={"shard_bytes": 1_000_000}, format="int4:g32")
+    files = sorted(p.name for p in artifact_of(made).glob("*.safetensors"))
+    assert files == [f"model-{i:05}-of-00003.safetensors" for i in (1, 2, 3)]
+    exact(artifact_of(made), source, made.state)
+
+
+# --- what stock transformers cannot load ------------------------------------------------------------------------------
+
+
+def test_conv1d_is_read_back_by_ours_and_the_plan_warns_of_stock(cooked: Any, family: Any, text: Path, tmp_path: Path) -> None:
+    """compressed-tensors passes over Conv1D: transformers then keeps random weights and tells so only in its log."""
+    made = cooked("gpt2")
+    artifact, proof = made.artifacts["compressed_tensors"]
+    assert (proof.engine, proof.difference) == ("our own reader", 0.0)
+    planned = pipeline.plan(recipe(tmp_path, family("gpt2"), text, format="int4:g32"))
+    for said in (proof.remark, *planned.remarks):
+        assert "'gpt2' keeps its matrices in Conv1D modules" in said
+    read_back(artifact, made.state)
+    _, report = transformers.GPT2LMHeadModel.from_pretrained(artifact, output_loading_info=True)
+    assert "transformer.h.0.attn.c_attn.weight" in report["missing_keys"], "no longer so: the remark can go"
+    assert "transformers" not in next(line for line in (artifact / "README.md").read_text().splitlines() if "Loads in" in line)
+
+
+def test_asymmetric_formats_are_read_back_by_ours_and_the_plan_warns_of_stock(family: Any, text: Path, tmp_path: Path) -> None:
+    made = cook(tmp_path, family("llama"), text, format="int4:g32:asym", pins={"*.down": "int3:g64:asym", "*.o": "int8:g32"})
+    artifact, proof = made.artifacts["compressed_tensors"]
+    assert (proof.engine, proof.difference) == ("our own reader", 0.0)
+    planned = pipeline.plan(tmp_path / "recipe.yaml")
+    for said in (proof.remark, *planned.remarks):
+        assert "asymmetric formats" in said
+    read_back(artifact, made.state)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        stock.load(artifact)
+
+
+def read_back(artifact: Path, state: State) -> None:
+    """Our reader gives every matrix and every other tensor of the run back, from the artifact alone."""
+    again = ct.read(artifact)
+    assert set(again.changed) == set(state.changed)
+    for site in state.graph:
+        assert torch.equal(again.weight(again.graph[site.name]), state.weight(site)), site.name
+    for name in state.graph.parameters:
+        assert torch.equal(again.checkpoint.read(name), state.checkpoint.read(name)), name
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_our_reader_gives_everything_back(cooked: Any, name: str) -> None:
+    read_back(artifact_of(cooked(name)), cooked(name).state)
+
+
+def test_an_architecture_that_stock_fails_on_is_kept_and_said_so(text: Path, tmp_path: Path) -> None:
+    """Falcon's own Linear reads its `weight`, which a packed module lacks; vLLM has its own code for it."""
+    plain = {k: v for k, v in SMALL.items() if k != "intermediate_size"}
+    source = make_model(tmp_path / "model", transformers.FalconConfig(**plain, **IDS))
+    made = cook(tmp_path / "run", source, text, format="int4:g32")
+    artifact, proof = made.artifacts["compressed_tensors"]
+    assert proof.engine == "our own reader"
+    assert "FalconForCausalLM fails on it" in proof.remark
+    assert "transformers" not in next(line for line in (artifact / "README.md").read_text().splitlines() if "Loads in" in line)
+
+
+# --- the config -------------------------------------------------------------------------------------------------------
+
+
+def hits(target: str, name: str) -> bool:
+    return bool(re.match(target[3:], name)) if target.startswith("re:") else target == name
+
+
+def module_names(graph: Graph, site: str) -> set[str]:
+    """Under which names engines ask about a site's module: in the module tree, and on disk."""
+    found = graph[site]
+    path = f"{found.module}.{found.expert}.{found.role}_proj" if found.expert is not None else found.module
+    return {path, found.stem}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_quantized_module_is_named_by_exactly_one_target_and_no_other_is(cooked: Any, name: str) -> None:
+    made = cooked(name)
+    config = json.loads((artifact_of(made) / "config.json").read_text())["quantization_config"]
+    groups = config["config_groups"].values()
+    targets = [t for g in groups for t in g["targets"]]
+    assert len(set(targets)) == len(targets)
+    for site in made.state.graph:
+        fmt = made.state.format(site)
+        for module in module_names(made.state.graph, site.name):
+            named = [g["weights"] for g in groups for t in g["targets"] if hits(t, module)]
+            if not isinstance(fmt, Int):
+                assert not named, module
+            elif site.expert is not None or module == site.module:
+                assert [(w["num_bits"], w["group_size"], w["symmetric"]) for w in named] == [(fmt.bits, fmt.group, fmt.symmetric)]
+    assert not any(hits(t, i) for t in targets for i in config["ignore"])
+
+
+@pytest.mark.parametrize("name", ["llama", "roberta", "mixtral", "opt"])
+def test_every_matrix_module_that_keeps_its_weights_is_ignored(cooked: Any, family: Any, name: str) -> None:
+    """vLLM raises for a linear module that is neither targeted nor ignored."""
+    config = json.loads((artifact_of(cooked(name)) / "config.json").read_text())["quantization_config"]
+    targets = [t for g in config["config_groups"].values() for t in g["targets"]]
+    for path, module in stock.load(family(name)).named_modules():
+        if isinstance(module, torch.nn.Linear):
+            assert path in config["ignore"] or any(hits(t, path) for t in targets), path
+    if name == "mixtral":
+        assert "model.layers.0.block_sparse_moe.gate" in config["ignore"]
+
+
+@pytest.mark.parametrize(
+    ("name", "pins", "says"),
+    [
+        ("llama", {"*.q": "int8:g32"}, "vLLM joins q,k,v into one matrix and needs one format for them, here layers.0.attn.q int8:g32"),
+        ("llama", {"layers.1.attn.v": "bf16"}, "layers.1.attn.v as it is"),
+        ("llama", {"layers.0.mlp.up": "int4:g64"}, "vLLM joins gate,up into one matrix"),
+        ("mixtral", {"*.experts.2.down": "int8:g32"}, "vLLM joins experts of one block into one matrix"),
+    ],
+)
+def test_formats_that_split_what_engines_join_are_refused_before_the_run(
+    family: Any, text: Path, tmp_path: Path, name: str, pins: dict[str, str], says: str
+) -> None:
+    with pytest.raises(ExportError) as caught:
+        pipeline.plan(recipe(tmp_path, family(name), text, format="int4:g32", pins=pins))
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert re.match(r".*recipe\.yaml:\d+:\d+ ", str(caught.value))
+
+
+def test_experts_of_different_blocks_may_differ_and_the_plan_says_who_can_read_that(family: Any, text: Path, tmp_path: Path) -> None:
+    pins = {"layers.1.experts.*": "int8:g32"}
+    made = cook(tmp_path, family("mixtral"), text, format="int4:g32", pins=pins)
+    assert "experts of different formats" in made.artifacts["compressed_tensors"][1].remark
+    read_back(artifact_of(made), made.state)
+
+
+def test_a_matrix_that_serves_two_modules_is_refused(text: Path, tmp_path: Path) -> None:
+    source = make_model(tmp_path / "model", SharingConfig(**SMALL, **GROUPED, **IDS, tie_word_embeddings=True))
+    with pytest.raises(ExportError, match=r"'layers.0.attn.k' is one matrix for 2 modules .*v_proj.*pin it to bf16"):
+        cook(tmp_path / "run", source, text, format="int4:g32")
+    pins = {"*.attn.[qk]": "bf16"}
+    made = cook(tmp_path / "run", source, text, format="int4:g32", pins=pins)
+    exact(artifact_of(made), source, made.state)
+
+
+# --- what else lies in the folder -------------------------------------------------------------------------------------
+
+
+def test_everything_else_is_carried_over(family: Any, text: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(family("opt"), tmp_path / "model")
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    (source / "generation_config.json").write_text(json.dumps({"max_length": 77, "eos_token_id": 257}))
+    (source / "README.md").write_text("the original's card")
+    artifact = artifact_of(cook(tmp_path / "run", source, text, format="int4:g32"))
+    for name in ("chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (artifact / name).read_bytes() == (source / name).read_bytes()
+    assert "the original's card" not in (artifact / "README.md").read_text()
+    words = "the cat sat on seven hills"
+    old, new = (transformers.AutoTokenizer.from_pretrained(f) for f in (source, artifact))
+    assert old(words) == new(words)
+    config, was = (json.loads((f / "config.json").read_text()) for f in (artifact, source))
+    assert config.pop("quantization_config")
+    assert config == was
+    before, after = (load_file(f / "model.safetensors") for f in (source, artifact))
+    kept = [n for n in before if n in after]
+    assert sum(n.endswith("bias") for n in kept) == sum(n.endswith("bias") for n in before) > 0
+    assert all(torch.equal(before[n], after[n]) for n in kept)
+    assert set(before) - set(kept) == {s.weight for s in open_model(str(source)).graph.linear}
+
+
+def test_the_source_is_left_as_it_was(family: Any, text: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(family("llama"), tmp_path / "model")
+    before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in source.iterdir()}
+    cook(tmp_path / "run", source, text, format="int4:g32")
+    assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in source.iterdir()} == before
+
+
+# --- law 1: the plan is the file --------------------------------------------------------------------------------------
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "mixed": {"format": "int4:g32"},
+    "asymmetric": {"format": "int3:g16:asym"},
+    "channel": {"format": "int5:channel"},
+    "partly": {"format": "int4:g32", "pins": {"layers.1.*": "bf16"}},
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("kind", RECIPES)
+def test_planned_bytes_are_written_bytes(family: Any, tmp_path: Path, name: str, kind: str) -> None:
+    options = dict(RECIPES[kind])
+    if kind == "mixed":
+        options["pins"] = pins_of(name)
+    path = recipe(tmp_path, family(name), exports={"shard_bytes": 1_000_000}, method="rtn", clip="minmax", **options)
+    planned = pipeline.plan(path)
+    made = pipeline.run(path)
+    same_bytes(planned, made)
+
+
+def same_bytes(planned: pipeline.Planned, made: pipeline.Outcome) -> None:
+    layout, artifact = planned.layouts["compressed_tensors"], artifact_of(made)
+    assert {f.name: f.nbytes for f in layout.files} == {p.name: p.stat().st_size for p in artifact.glob("*.safetensors")}
+    index = artifact / INDEX
+    assert (index.read_bytes() if index.exists() else None) == layout.index
+    assert layout.nbytes == sum(p.stat().st_size for p in artifact.iterdir() if "safetensors" in p.name)
+    state = made.state
+    formats = {n: state.format(state.graph[n]) for n in state.changed}
+    untouched = [s for s in planned.original.files[0].specs if s.name not in {state.graph[n].weight for n in formats}]
+    changed = sum(f.nbytes(state.graph[n].shape) for n, f in formats.items() if f)
+    assert layout.tensor_bytes == changed + sum(s.nbytes for s in untouched)
+    for file in artifact.glob("*.safetensors"):
+        with safe_open(file, "pt") as held:
+            assert list(held.offset_keys()) == [s.name for f in layout.files if f.name == file.name for s in f.specs]
+
+
+def test_planned_shards_are_written_shards(text: Path, tmp_path: Path) -> None:
+    config = FAMILIES["llama"]()
+    config.vocab_size = 8000
+    source = make_model(tmp_path / "model", config)
+    path = recipe(tmp_path / "run", source, text, exports={"shard_bytes": 1_000_000}, format="int4:g32")
+    planned, made = pipeline.plan(path), pipeline.run(path)
+    same_bytes(planned, made)
+    assert len(planned.layouts["compressed_tensors"].files) == 3
+
+
+def test_a_config_alone_is_planned_to_the_byte(family: Any, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(family("mixtral") / "config.json", bare)
+    planned = [pipeline.plan(recipe(tmp_path / str(m), m, method="rtn", pins=EXPERTS, format="int4:g32")) for m in (bare, family("mixtral"))]
+    assert planned[0].layouts["compressed_tensors"].tensor_bytes == planned[1].layouts["compressed_tensors"].tensor_bytes
+    assert any("holds no weights" in r for r in planned[0].remarks)
+
+
+# --- an artifact proves itself ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def proving(cooked: Any, family: Any, tmp_path: Path) -> Any:
+    """prove(change, name='llama', tokens=True): write the artifact anew, let `change` damage its tensors, prove it."""
+
+    def prove(change: Callable[[dict[str, Tensor]], None], name: str = "llama", tokens: bool = True) -> Any:
+        exporter = ct.CompressedTensors()
+        job = Job(open_model(str(family(name))), cooked(name).state, ids()[0] if tokens else None, "key", lambda facts: "")
+        folder = tmp_path / "artifact"
+        folder.mkdir()
+        exporter.write(job, folder)
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        return exporter.prove(job, folder)
+
+    return prove
+
+
+Q = "model.layers.1.self_attn.q_proj"
+
+
+def flip(tensors: dict[str, Tensor]) -> None:
+    tensors[f"{Q}.weight_packed"][3, 2] ^= 1 << 9
+
+
+def rescale(tensors: dict[str, Tensor]) -> None:
+    tensors[f"{Q}.weight_scale"][0, 0] *= 2
+
+
+def drop(tensors: dict[str, Tensor]) -> None:
+    for suffix in ("packed", "scale", "shape"):
+        del tensors[f"{Q}.weight_{suffix}"]
+    tensors[f"{Q}.weight"] = torch.zeros(64, 64, dtype=torch.bfloat16)
+
+
+def renorm(tensors: dict[str, Tensor]) -> None:
+    tensors["model.norm.weight"] *= 1.5
+
+
+def test_an_intact_artifact_proves_itself(proving: Any) -> None:
+    assert proving(lambda tensors: None).difference == 0
+
+
+@pytest.mark.parametrize("tokens", [True, False])
+@pytest.mark.parametrize(("change", "says"), [
+    (flip, "'layers.1.attn.q': weight_packed on disk differs"),
+    (rescale, "'layers.1.attn.q': weight_scale on disk differs"),
+    (drop, "'layers.1.attn.q': weight_packed on disk differs"),
+])  # fmt: skip
+def test_damage_to_codes_or_scales_is_caught(proving: Any, change: Any, says: str, tokens: bool) -> None:
+    with pytest.raises(ExportError, match=re.escape(says)):
+        proving(change, tokens=tokens)
+
+
+@pytest.mark.parametrize("tokens", [True, False])
+def test_damage_to_what_was_not_quantized_is_caught(proving: Any, tokens: bool) -> None:
+    with pytest.raises(ExportError, match="logits differ|'model.norm.weight' on disk differs"):
+        proving(renorm, tokens=tokens)
+
+
+def test_a_config_that_contradicts_the_tensors_is_caught(cooked: Any, tmp_path: Path) -> None:
+    folder = shutil.copytree(artifact_of(cooked("llama")), tmp_path / "artifact")
+    config = json.loads((folder / "config.json").read_text())
+    group = next(g for g in config["quantization_config"]["config_groups"].values() if Q in g["targets"])
+    group["targets"].remove(Q)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=f"'{Q}' is packed, but no target of config.json names it"):
+        ct.read(folder)
+
+
+def test_an_artifact_that_fails_its_proof_is_not_kept(family: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bug in packing, planted: what lies at the final name is a proven artifact or nothing."""
+    written = ct.tensors
+
+    def wrong(model: Any, state: State) -> Any:
+        for name, tensor in written(model, state):
+            yield name, -tensor if name == f"{Q}.weight_scale" else tensor
+
+    monkeypatch.setattr(ct, "tensors", wrong)
+    with pytest.raises(ExportError, match=r"'layers\.1\.attn\.q': weight_scale on disk differs"):
+        cook(tmp_path, family("llama"), text, format="int4:g32")
+    assert not (tmp_path / "out" / "compressed_tensors").exists()
+    monkeypatch.undo()
+    assert (artifact_of(pipeline.run(tmp_path / "recipe.yaml")) / MARK).exists()
+
+
+# --- damaged sources --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_a_weight_that_is_no_number_is_named(family: Any, text: Path, tmp_path: Path, bad: float, method: str) -> None:
+    source = shutil.copytree(family("llama"), tmp_path / "model")
+    tensors = load_file(source / "model.safetensors")
+    tensors[f"{Q}.weight"][5, 5] = bad
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CompressError) as caught:
+        cook(tmp_path / "run", source, text, method=method, format="int4:g32")
+    assert isinstance(caught.value, ModelError)
+    assert str(caught.value) == (f"{source / 'model.safetensors'}: '{Q}.weight' holds NaN or infinite values; the model is damaged")
