@@ -231,7 +231,8 @@ class Layout:
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The raw little-endian bytes of a tensor, without a copy where it is contiguous on CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    view: memoryview = flat.view(torch.uint8).numpy().data
+    return view
 
 
 def write_all(descriptor: int, data: bytes | memoryview, place: Path) -> None:

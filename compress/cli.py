@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import traceback
@@ -67,22 +68,28 @@ def parser() -> argparse.ArgumentParser:
     p = verbs.add_parser("passes", help=text, description=text)
     p.add_argument("name", nargs="?")
     p.add_argument("--schema", action="store_true", help="print the JSON schema of a recipe")
+    for p in verbs.choices.values():  # `compress run -v` is what people type
+        p.add_argument("-v", "--verbose", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 when it succeeded, 2 on a mistake of the user or the machine's disk, 130 when interrupted."""
     options = parser().parse_args(argv)
-    from compress import commands
-
+    for stream in (sys.stdout, sys.stderr):  # a terminal that knows no arrows gets question marks, not a traceback
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
+        from compress import commands  # seconds: torch and transformers
+
         verb: Any = getattr(commands, f"{options.verb}_command")
         verb(options)
         sys.stdout.flush()  # a reader that went away is noticed here, not while Python ends
     except CompressError as e:
         return complain(str(e), options.verbose)
     except KeyboardInterrupt:
-        print("\ncompress: interrupted; the same command goes on from the last finished block", file=sys.stderr)
+        on = "; the same command goes on from the last finished block" if options.verb == "run" else ""
+        print(f"\ncompress: interrupted{on}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -20,6 +20,7 @@ from compress.export import EXPORTERS, compressed_tensors
 from compress.model import Model, open_model
 from compress.passes import PASSES
 from compress.recipe import Recipe, load, schema
+from compress.run import is_run
 from compress.state import State
 
 SHOWN_SITES = 40
@@ -72,7 +73,7 @@ def run_command(options: argparse.Namespace) -> None:
 
 def opened(path: Path) -> tuple[Model, State, str]:
     """A run's artifact, an artifact, or a model folder: its model, its state, and what reads it."""
-    if (path / "steps").is_dir():
+    if is_run(path):
         found = [path / name for name in EXPORTERS if (path / name / "config.json").exists()]
         if not found:
             raise ModelError(f"{path}: this run has no artifact yet; run its recipe to the end")
@@ -123,7 +124,7 @@ def windows_of(options: argparse.Namespace) -> tuple[data.Windows, Path]:
 def recipe_of(path: Path) -> Recipe | None:
     """The resolved recipe of a run folder, or of the run folder that an artifact lies in."""
     for folder in (path, path.resolve().parent):
-        if (folder / "steps").is_dir() and (folder / "recipe.resolved.yaml").exists():
+        if is_run(folder):
             return load(folder / "recipe.resolved.yaml", PASSES, EXPORTERS)
     return None
 

@@ -110,7 +110,9 @@ class Graph:
 
     def _nearest(self, pattern: str) -> str:
         general = {".".join("*" if part.isdigit() else part for part in s.name.split(".")) for s in self}
-        near = nearest(pattern, general | set(self.sites))
+        head, dot, _ = pattern.rpartition(".")
+        same_head = {f"{head}{dot}{name.rpartition('.')[2]}" for name in general}
+        near = nearest(pattern, general | set(self.sites) | {p for p in same_head if any(matches(s, p) for s in self)})
         if near is None:
             return f"  Sites look like: {', '.join(sorted(general)[:6])}"
         count = sum(matches(s, near) for s in self)
@@ -122,9 +124,7 @@ class Graph:
         for block in self.blocks:
             sites = self.of_block(block.index)
             dense = {s.role: s for s in sites if s.expert is None}
-            for roles in FUSED_ROLES:
-                if all(role in dense for role in roles):
-                    groups.append(tuple(dense[role] for role in roles))
+            groups += [tuple(dense[role] for role in roles) for roles in FUSED_ROLES if dense.keys() >= set(roles)]
             experts = tuple(s for s in sites if s.expert is not None)
             if experts:
                 groups.append(experts)

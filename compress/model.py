@@ -32,11 +32,12 @@ from compress.state import State
 # Path ending -> role. Longer endings come first where one ends with another.
 ROLES = {
     "attention.output.dense": "o", "attention.dense": "o", "self_attention.dense": "o", "self_attn.dense": "o",
-    "intermediate.dense": "up", "output.dense": "down", "attn.c_attn": "qkv", "attn.Wqkv": "qkv", "attn.c_proj": "o", "mlp.c_fc": "up", "mlp.c_proj": "down",
+    "intermediate.dense": "up", "output.dense": "down", "attn.c_attn": "qkv", "attn.Wqkv": "qkv", "attn.c_proj": "o",
+    "mlp.c_fc": "up", "mlp.c_proj": "down", "fc_in": "up", "fc_out": "down", "fc1": "up", "fc2": "down",
     "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "out_proj": "o", "qkv_proj": "qkv",
     "query_key_value": "qkv", "self.query": "q", "self.key": "k", "self.value": "v",
     "gate_proj": "gate", "up_proj": "up", "gate_up_proj": "gate_up", "down_proj": "down",
-    "fc1": "up", "fc2": "down", "fc_in": "up", "fc_out": "down", "dense_h_to_4h": "up", "dense_4h_to_h": "down",
+    "dense_h_to_4h": "up", "dense_4h_to_h": "down",
 }  # fmt: skip
 ROUTERS = ("router", "shared_expert_gate")  # these choose experts, and stay as they are
 ORDER = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down")
@@ -182,8 +183,8 @@ def model_class(config: Any) -> Any:
             return getattr(transformers, name)
     known = transformers.AutoModelForCausalLM._model_mapping
     if type(config) not in known:
-        raise ModelError(f"found architecture '{config.model_type}', which is no language model: transformers has no class for it "
-                         "that predicts tokens")  # fmt: skip
+        raise ModelError(f"found architecture '{config.model_type}', which is no language model: transformers has no class "
+                         "for it that predicts tokens")  # fmt: skip
     return known[type(config)]
 
 
@@ -281,22 +282,22 @@ def block_sites(path: str, block: nn.Module, i: int, family: str, unknown: list[
 
 
 def matrix_site(name: str, role: str, module: nn.Module, path: str, block: int | None, family: str) -> Site:
-    rows, columns = module.weight.shape  # type: ignore[union-attr,misc]
+    rows, columns = module.weight.shape  # type: ignore[misc]
     flipped = isinstance(module, Conv1D)
     shape = (columns, rows) if flipped else (rows, columns)
     key = INPUTS.get(role, name)
-    return Site(name, role, shape, block, key, path, on_disk(f"{path}.weight", family), transposed=flipped)  # type: ignore[arg-type]
+    return Site(name, role, shape, block, key, path, on_disk(f"{path}.weight", family), transposed=flipped)
 
 
 def expert_sites(path: str, module: nn.Module, i: int, family: str) -> Iterator[Site]:
     names = EXPERT_NAMES.get(family, EXPERT_DEFAULT)
-    count, twice, width = module.gate_up_proj.shape  # type: ignore[union-attr,misc]
-    for e in range(count):  # type: ignore[arg-type]
+    count, twice, width = module.gate_up_proj.shape  # type: ignore[misc]
+    for e in range(count):
         for role, theirs in zip(("gate", "up", "down"), names, strict=True):
-            shape = (width, twice // 2) if role == "down" else (twice // 2, width)  # type: ignore[operator]
+            shape = (width, twice // 2) if role == "down" else (twice // 2, width)
             key = f"experts.{e}.{'mid' if role == 'down' else 'in'}"
             weight = on_disk(f"{path}.{e}.{theirs}.weight", family)
-            yield Site(f"layers.{i}.experts.{e}.{role}", role, shape, i, key, path, weight, expert=e)  # type: ignore[arg-type]
+            yield Site(f"layers.{i}.experts.{e}.{role}", role, shape, i, key, path, weight, expert=e)
 
 
 def claim(site: Site, model: nn.Module, owners: dict[int | str, str], sites: dict[str, Site]) -> bool:

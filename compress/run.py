@@ -39,6 +39,7 @@ from compress.manager import Context, Pass, Record
 from compress.state import State, Stored
 
 SCHEMA = 1
+LOCK = ".lock"
 
 
 def digest(*parts: object) -> str:
@@ -80,6 +81,11 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run's: the lock is the first file in it, and may be lost in a copy."""
+    return (path / LOCK).exists() or ((path / "steps").is_dir() and (path / "recipe.resolved.yaml").exists())
+
+
 class RunFolder:
     """One run's folder, held by a lock that the system releases however the process ends."""
 
@@ -91,8 +97,9 @@ class RunFolder:
         """Inside, nobody else runs here; RunError when somebody does, or when this is no run folder."""
         with writing(self.path):
             self._claim()
-            (self.path / "steps").mkdir(parents=True, exist_ok=True)
-            lock = (self.path / ".lock").open("a+")
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / LOCK).open("a+")
+            (self.path / "steps").mkdir(exist_ok=True)
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -106,7 +113,7 @@ class RunFolder:
         """Refuse a folder that holds something else than a run."""
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path}: is a file, not a folder; choose another with --out")
-        if self.path.is_dir() and not (self.path / "steps").exists() and any(self.path.iterdir()):
+        if self.path.is_dir() and not is_run(self.path) and any(self.path.iterdir()):
             raise RunError(f"{self.path}: holds files that no run made; choose another folder with --out")
 
 

@@ -50,8 +50,9 @@ class CompressedTensors(Exporter):
                 raise ExportError(split_group(group, formats))
         for site in state.graph:
             if site.aliases and site.name in formats:
-                raise ExportError(f"compressed_tensors: '{site.name}' is one matrix for {1 + len(site.aliases)} modules ({site.module}, "
-                                  f"{', '.join(site.aliases)}), which engines load one by one; pin it to bf16")  # fmt: skip
+                modules = ", ".join((site.module, *site.aliases))
+                raise ExportError(f"compressed_tensors: '{site.name}' is one matrix for {1 + len(site.aliases)} modules "
+                                  f"({modules}), which engines load one by one; pin it to bf16")  # fmt: skip
 
     def remarks(self, state: State) -> list[str]:
         reasons = stock_obstacles(state)
@@ -85,7 +86,7 @@ class CompressedTensors(Exporter):
         if not obstacles:
             try:
                 return compared(ours, stock_logits(folder, job.tokens, job.state.graph), "transformers")
-            except EngineFailure as e:  # vLLM has its own code for the architecture, so the artifact is kept; its card says so
+            except EngineError as e:  # vLLM has its own code for the architecture, so the artifact is kept; its card says so
                 obstacles = [str(e)]
                 (folder / "README.md").write_text(job.card({"loads in": engines(obstacles)}))
         theirs = logits(written, job.model.config, job.tokens, job.device)
@@ -282,7 +283,7 @@ def logits(state: State, config: Any, tokens: torch.Tensor, device: str) -> torc
     return next(stream.logits(state, batches)).float().cpu()
 
 
-class EngineFailure(Exception):
+class EngineError(Exception):
     """An engine's own code failed on the artifact; the message says how."""
 
 
@@ -298,7 +299,7 @@ def stock_logits(folder: Path, tokens: torch.Tensor, graph: Graph) -> torch.Tens
             model = model_class(config).from_pretrained(folder, local_files_only=True, **loop).eval()
             out: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
     except Exception as e:  # some architectures read a module's `weight`, which a packed module lacks
-        raise EngineFailure(f"transformers' {model_class(config).__name__} fails on it ({first_line(e)})") from e
+        raise EngineError(f"transformers' {model_class(config).__name__} fails on it ({first_line(e)})") from e
     return out.float()
 
 

@@ -11,11 +11,11 @@ from compress import pipeline
 
 
 def recipe(folder: Path, model: Path, text: Path | None = None, exports: Any = None, **options: Any) -> Path:
-    """A recipe that quantizes `model` with `options` and exports it; calibrated on `text`, if there is one."""
+    """A recipe that quantizes `model` with `options` and, unless `exports` is False, exports it; calibrated on `text`."""
     folder.mkdir(parents=True, exist_ok=True)
     data = {"calibration": {"text": str(text), "sequences": 6, "length": 32}} if text else {}
     content = {"model": str(model), "out": str(folder / "out"), "data": data, "passes": [{"quantize": options}],
-               "export": [{"compressed_tensors": exports or {}}]}  # fmt: skip
+               "export": [] if exports is False else [{"compressed_tensors": exports or {}}]}  # fmt: skip
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path

@@ -104,9 +104,11 @@ def jsonl(data: bytes) -> Change:
 
 # Name -> what is done, and what the line says (a regular expression).
 MODEL: dict[str, tuple[Change, str]] = {
-    "no folder": (lambda p: shutil.rmtree(p.model), r"recipe.yaml:1:1  model './model': no folder .*/model, and no hub id either"),
+    "no folder": (lambda p: shutil.rmtree(p.model),
+        r"recipe.yaml:1:1  model './model': no folder .*/model, and no hub id either"),
     "a file": (lambda p: (shutil.rmtree(p.model), p.model.write_text("x")), r"recipe.yaml:1:1  model './model': no folder"),
-    "empty folder": (lambda p: (shutil.rmtree(p.model), p.model.mkdir()), r"no config.json; is this the folder of a transformers"),
+    "empty folder": (lambda p: (shutil.rmtree(p.model), p.model.mkdir()),
+        r"no config.json; is this the folder of a transformers"),
     "no config": (file("config.json", None), r"no config.json"),
     "empty config": (file("config.json", b""), r"config.json: transformers cannot read it \("),
     "broken config": (file("config.json", b'{"model_type": '), r"config.json: transformers cannot read it \("),
@@ -117,7 +119,10 @@ MODEL: dict[str, tuple[Change, str]] = {
     "no weights": (lambda p: weights(p).unlink(), r"found no weights; needs model.safetensors"),
     "other weights": (lambda p: weights(p).rename(p.model / "pytorch_model.bin"), r"found only pytorch_model.bin; needs"),
     "weights are a folder": (lambda p: (weights(p).unlink(), weights(p).mkdir()), r"model.safetensors: Is a directory"),
-    **{f"cut at {n}": (cut(n), rf"model.safetensors: truncated or not a safetensors file; {AGAIN}") for n in (0, 4, 8, 100, 2000)},
+    **{
+        f"cut at {n}": (cut(n), rf"model.safetensors: truncated or not a safetensors file; {AGAIN}")
+        for n in (0, 4, 8, 100, 2000)
+    },
     **{f"cut at {n}": (cut(n), rf"holds [\d,]+ bytes, its header says [\d,]+; .*, {AGAIN}") for n in (3000, 100_000, -1)},
     "too long": (lambda p: weights(p).write_bytes(weights(p).read_bytes() + b"x"), r"holds [\d,]+ bytes, its header says"),
     "header too long": (lambda p: weights(p).write_bytes(b"\xff" * 500), rf"truncated or not a safetensors file; {AGAIN}"),
@@ -125,17 +130,23 @@ MODEL: dict[str, tuple[Change, str]] = {
     "header is no JSON": (header(b"{{"), rf"broken safetensors header \(.*\); {AGAIN}"),
     "header is a list": (header(b"[]"), rf"broken safetensors header \(.*\); {AGAIN}"),
     "header of numbers": (header(b'{"a": 3}'), rf"broken safetensors header \(.*\); {AGAIN}"),
-    "header of unknown dtype": (header(b'{"a": {"dtype": "F7", "shape": [1], "data_offsets": [0, 4]}}'), "broken safetensors header"),
-    "header of another model": (header(b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'), rf"asks for .*; {APART}"),
+    "header of unknown dtype": (header(b'{"a": {"dtype": "F7", "shape": [1], "data_offsets": [0, 4]}}'),
+        "broken safetensors header"),
+    "header of another model": (header(b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'),
+        rf"asks for .*; {APART}"),
     "a tensor missing": (tensors(lambda t: t.pop("model.layers.1.mlp.up_proj.weight")), r"'model.layers.1.mlp.up_proj.weight', "
                          rf"which the weights do not hold \(1 tensors? missing\); {APART}"),
     "a norm missing": (tensors(lambda t: t.pop("model.norm.weight")), rf"asks for 'model.norm.weight', .*; {APART}"),
     "a tensor of integers": (tensors(lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.int16)})),
                              r"'lm_head.weight' is int16; needs bf16, fp16 or fp32 weights"),
-    "nan": (put("model.layers.1.mlp.down_proj.weight", float("nan")), r"'model.layers.1.mlp.down_proj.weight' holds NaN or infinite"),
-    "inf": (put("model.layers.0.self_attn.q_proj.weight", float("inf")), r"'model.layers.0.self_attn.q_proj.weight' holds NaN or"),
-    "nan in the embedding": (put("model.embed_tokens.weight", float("nan")), r"'model.embed_tokens.weight' holds NaN or infinite"),
-    "hidden size": (config(hidden_size=128), rf"'model.embed_tokens.weight' is \[272, 64\], the config says \[272, 128\]; {APART}"),
+    "nan": (put("model.layers.1.mlp.down_proj.weight", float("nan")),
+        r"'model.layers.1.mlp.down_proj.weight' holds NaN or infinite"),
+    "inf": (put("model.layers.0.self_attn.q_proj.weight", float("inf")),
+        r"'model.layers.0.self_attn.q_proj.weight' holds NaN or"),
+    "nan in the embedding": (put("model.embed_tokens.weight", float("nan")),
+        r"'model.embed_tokens.weight' holds NaN or infinite"),
+    "hidden size": (config(hidden_size=128),
+        rf"'model.embed_tokens.weight' is \[272, 64\], the config says \[272, 128\]; {APART}"),
     "more layers": (config(num_hidden_layers=3), rf"asks for 'model.layers.2.self_attn.q_proj.weight', .*; {APART}"),
     "no layers": (config(num_hidden_layers=0), r"this architecture cannot be read"),
     "vocabulary": (config(vocab_size=300), rf"'model.embed_tokens.weight' is \[272, 64\], the config says \[300, 64\]; {APART}"),
@@ -143,12 +154,15 @@ MODEL: dict[str, tuple[Change, str]] = {
     "impossible size": (config(hidden_size=-64), r"transformers cannot build LlamaForCausalLM from this config \("),
     "impossible activation": (config(hidden_act="nope"), r"transformers cannot build LlamaForCausalLM from this config \("),
     "impossible dtype": (config(dtype="float99"), r"config.json: transformers cannot read it \("),
-    "quantized already": (config(quantization_config={"quant_method": "gptq"}), r"is quantized already \(gptq\); name the original"),
-    "a shard missing": (lambda p: shards(p)[1].unlink(), r"model-00002-of-0000\d.safetensors: no such file; is a shard missing\?"),
+    "quantized already": (config(quantization_config={"quant_method": "gptq"}),
+        r"is quantized already \(gptq\); name the original"),
+    "a shard missing": (lambda p: shards(p)[1].unlink(),
+        r"model-00002-of-0000\d.safetensors: no such file; is a shard missing\?"),
     "a shard cut": (lambda p: (s := shards(p)[1]).write_bytes(s.read_bytes()[:-5]), r"model-00002-of-0000\d.safetensors: holds"),
     "index of absent tensors": (index(lambda t: t["weight_map"].update({"model.x": t["weight_map"]["model.norm.weight"]})),
                                 rf"index.json: says that 'model.x' is in model-.*, which does not hold it; {AGAIN}"),
-    "index of absent files": (index(lambda t: t["weight_map"].update({"model.x": "no.safetensors"})), r"no.safetensors: no such file"),
+    "index of absent files": (index(lambda t: t["weight_map"].update({"model.x": "no.safetensors"})),
+        r"no.safetensors: no such file"),
     "index without map": (index(lambda t: {"metadata": {}}), rf"index.json: broken index \(.*\); {AGAIN}"),
     "index of nothing": (index(lambda t: {"weight_map": {}}), rf"asks for .*; {APART}"),
     "no tokenizer": (file("tokenizer.json", None), r"no tokenizer that transformers can read"),
@@ -159,13 +173,16 @@ MODEL: dict[str, tuple[Change, str]] = {
 DATA: dict[str, tuple[Change, str]] = {
     "no text": (text(None), r"recipe.yaml:5:3  .*words.txt: No such file or directory"),
     "empty text": (text(b""), r"holds 0 tokens, 8 windows of 32 need 256; give more text or ask for shorter windows"),
-    "short text": (text(b"x" * 100), r"holds 100 tokens, 8 windows of 32 need 256; give more text or ask for at most 3 sequences"),
+    "short text": (text(b"x" * 100),
+        r"holds 100 tokens, 8 windows of 32 need 256; give more text or ask for at most 3 sequences"),
     "text that is no text": (text(b"ab\xff" * 900), r"words.txt: is no UTF-8 text \(invalid start byte at byte 2\)"),
     "text is a folder": (lambda p: (p.text.unlink(), p.text.mkdir()), r"words.txt: Is a directory"),
-    "jsonl without the field": (jsonl(b'{"body": "a"}\n'), r"recipe.yaml:5:3  .*a.jsonl:1: has no text field 'text'; found: body"),
+    "jsonl without the field": (jsonl(b'{"body": "a"}\n'),
+        r"recipe.yaml:5:3  .*a.jsonl:1: has no text field 'text'; found: body"),
     "jsonl with a bad line": (jsonl(b'{"text": "a"}\n{"text"\n'), r"a.jsonl:2: this line is no JSON"),
     "evaluation text too short": (lambda p: p.edit("sequences: 4", "sequences: 4000"), r"recipe.yaml:6:3  words.txt: holds"),
-    "group that does not divide": (lambda p: p.edit("int4:g32", "int4:g48"), r"recipe.yaml:9:7  'layers.0.attn.q': int4:g48: groups"),
+    "group that does not divide": (lambda p: p.edit("int4:g32", "int4:g48"),
+        r"recipe.yaml:9:7  'layers.0.attn.q': int4:g48: groups"),
 }  # fmt: skip
 
 
@@ -203,7 +220,9 @@ def test_a_vocabulary_larger_than_the_model(project: Project, family: Any):
     refuse(project, "the tokenizer gives token 9999, the model knows only 272; they do not belong together")
 
 
-@pytest.mark.parametrize(("device", "expected"), [("gpu", "--device gpu: "), ("cuda:99", "--device cuda:99: "), ("", "--device : ")])
+@pytest.mark.parametrize(
+    ("device", "expected"), [("gpu", "--device gpu: "), ("cuda:99", "--device cuda:99: "), ("", "--device : ")]
+)
 def test_an_unknown_device(project: Project, device: str, expected: str):
     assert refuse(project, "^--device", "--device", device).startswith(expected)
     assert not project.out.exists()
@@ -407,13 +426,16 @@ def test_a_hub_that_does_not_answer(project: Project, monkeypatch: pytest.Monkey
         raise ConnectionError("no route to the hub\nand more")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", silent)
-    refuse(project, r"model 'some/model@v1': no folder .*, and the hub says: no route to the hub$", "--set", "model=some/model@v1")
+    refuse(
+        project, r"model 'some/model@v1': no folder .*, and the hub says: no route to the hub$", "--set", "model=some/model@v1"
+    )
 
 
 def test_verbose_shows_the_traceback(project: Project):
     weights(project).write_bytes(b"")
-    result = project("-v", "run", project.recipe)
-    assert result.code == 2
-    assert "Traceback (most recent call last)" in result.err
-    assert result.err.splitlines()[-1].startswith("compress: ")
-    assert pipeline.__file__ in result.err
+    for command in (["-v", "run", project.recipe], ["run", "-v", project.recipe], ["run", project.recipe, "--verbose"]):
+        result = project(*command)
+        assert result.code == 2
+        assert "Traceback (most recent call last)" in result.err
+        assert result.err.splitlines()[-1].startswith("compress: ")
+        assert pipeline.__file__ in result.err

@@ -123,12 +123,15 @@ def test_an_untied_head_can_be_quantized(family: Any, text: Path, tmp_path: Path
     assert str(made.state.format(made.state.graph["lm_head"])) == "int8:g32"
     exact(artifact_of(made), family(name), made.state)
     stem = made.state.graph["lm_head"].stem
-    assert f"{stem}.weight_packed" in open_model(str(family(name))).checkpoint.specs | ct.open_artifact(artifact_of(made)).checkpoint.specs
+    assert (
+        f"{stem}.weight_packed"
+        in open_model(str(family(name))).checkpoint.specs | ct.open_artifact(artifact_of(made)).checkpoint.specs
+    )
 
 
 def test_a_tied_head_cannot_be_quantized_apart(family: Any, text: Path, tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="'lm_head' shares its matrix with 'embed', which stays as it is"):
-        cook(tmp_path, family("qwen2"), text, pins={"lm_head": "int8:g32"})
+        cook(tmp_path, family("qwen2"), text, format="int4:g32", pins={"lm_head": "int8:g32"})
 
 
 def test_parts_of_a_model_may_stay_as_they_are(family: Any, text: Path, tmp_path: Path) -> None:
@@ -263,7 +266,11 @@ def test_every_matrix_module_that_keeps_its_weights_is_ignored(cooked: Any, fami
 @pytest.mark.parametrize(
     ("name", "pins", "says"),
     [
-        ("llama", {"*.q": "int8:g32"}, "vLLM joins q,k,v into one matrix and needs one format for them, here layers.0.attn.q int8:g32"),
+        (
+            "llama",
+            {"*.q": "int8:g32"},
+            "vLLM joins q,k,v into one matrix and needs one format for them, here layers.0.attn.q int8:g32",
+        ),
         ("llama", {"layers.1.attn.v": "bf16"}, "layers.1.attn.v as it is"),
         ("llama", {"layers.0.mlp.up": "int4:g64"}, "vLLM joins gate,up into one matrix"),
         ("mixtral", {"*.experts.2.down": "int8:g32"}, "vLLM joins experts of one block into one matrix"),
@@ -279,7 +286,9 @@ def test_formats_that_split_what_engines_join_are_refused_before_the_run(
     assert re.match(r".*recipe\.yaml:\d+:\d+ ", str(caught.value))
 
 
-def test_experts_of_different_blocks_may_differ_and_the_plan_says_who_can_read_that(family: Any, text: Path, tmp_path: Path) -> None:
+def test_experts_of_different_blocks_may_differ_and_the_plan_says_who_can_read_that(
+    family: Any, text: Path, tmp_path: Path
+) -> None:
     pins = {"layers.1.experts.*": "int8:g32"}
     made = cook(tmp_path, family("mixtral"), text, format="int4:g32", pins=pins)
     assert "experts of different formats" in made.artifacts["compressed_tensors"][1].remark
@@ -379,7 +388,10 @@ def test_a_config_alone_is_planned_to_the_byte(family: Any, tmp_path: Path) -> N
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(family("mixtral") / "config.json", bare)
-    planned = [pipeline.plan(recipe(tmp_path / str(m), m, method="rtn", pins=EXPERTS, format="int4:g32")) for m in (bare, family("mixtral"))]
+    planned = [
+        pipeline.plan(recipe(tmp_path / str(m), m, method="rtn", pins=EXPERTS, format="int4:g32"))
+        for m in (bare, family("mixtral"))
+    ]
     assert planned[0].layouts["compressed_tensors"].tensor_bytes == planned[1].layouts["compressed_tensors"].tensor_bytes
     assert any("holds no weights" in r for r in planned[0].remarks)
 
@@ -443,7 +455,7 @@ def test_damage_to_codes_or_scales_is_caught(proving: Any, change: Any, says: st
 
 @pytest.mark.parametrize("tokens", [True, False])
 def test_damage_to_what_was_not_quantized_is_caught(proving: Any, tokens: bool) -> None:
-    with pytest.raises(ExportError, match="logits differ|'model.norm.weight' on disk differs"):
+    with pytest.raises(ExportError, match=r"'model\.norm\.weight' on disk differs"):
         proving(renorm, tokens=tokens)
 
 
@@ -457,7 +469,9 @@ def test_a_config_that_contradicts_the_tensors_is_caught(cooked: Any, tmp_path: 
         ct.read(folder)
 
 
-def test_an_artifact_that_fails_its_proof_is_not_kept(family: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_artifact_that_fails_its_proof_is_not_kept(
+    family: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A bug in packing, planted: what lies at the final name is a proven artifact or nothing."""
     written = ct.tensors
 
@@ -486,4 +500,6 @@ def test_a_weight_that_is_no_number_is_named(family: Any, text: Path, tmp_path: 
     with pytest.raises(CompressError) as caught:
         cook(tmp_path / "run", source, text, method=method, format="int4:g32")
     assert isinstance(caught.value, ModelError)
-    assert str(caught.value) == (f"{source / 'model.safetensors'}: '{Q}.weight' holds NaN or infinite values; the model is damaged")
+    assert str(caught.value) == (
+        f"{source / 'model.safetensors'}: '{Q}.weight' holds NaN or infinite values; the model is damaged"
+    )

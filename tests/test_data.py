@@ -59,7 +59,8 @@ def test_the_hash_tells_windows_apart(tokens: Any, tmp_path: Path, change: dict[
 
 
 def test_the_hash_tells_texts_apart_only_where_they_are_read(tokens: Any, tmp_path: Path):
-    hashes = [tokens(text=put(tmp_path, "a.txt", text), sequences=2, length=8).hash for text in ("a" * 16, "a" * 15 + "b", "a" * 16 + "b")]
+    texts = ("a" * 16, "a" * 15 + "b", "a" * 16 + "b")
+    hashes = [tokens(text=put(tmp_path, "a.txt", text), sequences=2, length=8).hash for text in texts]
     assert hashes[0] != hashes[1]
     assert hashes[0] == hashes[2]
 
@@ -124,17 +125,19 @@ def test_batches_hold_whole_windows_and_lose_none():
     [
         ("a.txt", None, {}, "{path}: No such file or directory"),
         ("a.txt", b"", {}, "a.txt: holds 0 tokens, 4 windows of 16 need 64; give more text or ask for shorter windows"),
-        ("a.txt", b"x" * 63, {}, "a.txt: holds 63 tokens, 4 windows of 16 need 64; give more text or ask for at most 3 sequences"),
+        ("a.txt", b"x" * 63, {}, "a.txt: holds 63 tokens, 4 windows of 16 need 64; give more text or "
+         "ask for at most 3 sequences"),
         ("a.txt", b"x" * 9 + b"\xff" * 90, {}, "{path}: is no UTF-8 text (invalid start byte at byte 9)"),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', {}, "{path}:2: this line is no JSON"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', {}, "{path}:2: this line is no UTF-8 text (invalid start byte at byte 10 of it)"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', {}, "{path}:2: this line is no UTF-8 text "
+         "(invalid start byte at byte 10 of it)"),
         ("a.jsonl", b'{"body": "a", "id": 3}\n', {}, "{path}:1: has no text field 'text'; found: body, id"),
         ("a.jsonl", b'{"text": ["a"]}\n', {}, "{path}:1: has no text field 'text'; found: text"),
         ("a.jsonl", b"{}\n", {}, "{path}:1: has no text field 'text'; found: none"),
         ("a.jsonl", b"\n\n3\n", {}, "{path}:3: has no text field 'text'; found: int"),
         ("a.jsonl", b"[" * 9000, {}, "{path}:1: this line is no JSON"),
-        ("a.jsonl", b'{"text": "ab"}\n', {"sequences": 1, "length": 3}, "a.jsonl: holds 2 tokens, 1 windows of 3 need 3; give more text "
-         "or ask for shorter windows"),
+        ("a.jsonl", b'{"text": "ab"}\n', {"sequences": 1, "length": 3}, "a.jsonl: holds 2 tokens, 1 windows of 3 need 3; "
+         "give more text or ask for shorter windows"),
     ],
 )  # fmt: skip
 def test_a_text_that_cannot_be_read(tokens: Any, tmp_path: Path, name: str, data: bytes | None, options: Any, expected: str):

@@ -30,7 +30,7 @@ def disturbed(source: Path, folder: Path) -> Path:
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim > 1:
-                p.add_(torch.randn_like(p) * 0.05 * p.std())
+                p.add_(torch.randn_like(p) * 0.3 * p.std())
     model.save_pretrained(folder)
     return folder
 
@@ -65,8 +65,7 @@ def test_figures_are_those_of_a_plain_forward(family: Any, tokens: Tokens, tmp_p
     assert new.perplexity == pytest.approx(perplexity, rel=1e-4)
     assert new.kl == pytest.approx(kl, rel=1e-4, abs=1e-6)
     assert new.agreement == pytest.approx(agreement, abs=1e-9)
-    assert 0 < kl
-    assert agreement < 1
+    assert kl > 0
     assert base is not None
     assert base.perplexity == pytest.approx(plain(theirs, theirs, tokens.ids)[0], rel=1e-4)
     assert (new.tokens, new.length) == (3 * 23, 24)
@@ -143,7 +142,8 @@ def test_eval_of_a_run_an_artifact_and_a_model(project: Project):
     model = figures(project, project.model, "--text", project.text, "--sequences", "4", "--length", "32")
     assert model["perplexity"] == pytest.approx(noted["original"]["perplexity"], rel=1e-6)
     assert model["kl"] is None
-    against = figures(project, project.artifact, "--text", project.text, "--sequences", "4", "--length", "32", "--against", project.model)
+    windows = ["--text", project.text, "--sequences", "4", "--length", "32"]
+    against = figures(project, project.artifact, *windows, "--against", project.model)
     assert against["kl"] == pytest.approx(run["kl"], rel=1e-6)
     layout = sum(p.stat().st_size for p in project.artifact.glob("*.safetensors"))
     assert 0 < layout - run["tensor_bytes"] < 8000  # all but the header
@@ -163,12 +163,13 @@ def test_eval_says_what_it_measured_on(project: Project):
         (["{base}/none"], "{base}/none: no such folder"),
         (["{base}/recipe.yaml"], "{base}/recipe.yaml: is a file, not a folder"),
         (["{model}", "--text", "{base}/none"], "{base}/none: No such file or directory"),
-        (["{model}", "--text", "{text}", "--length", "1"], "argument --length: needs a whole number from 2 on, not '1'   (see compress eval --help)"),
+        (["{model}", "--text", "{text}", "--length", "1"], "argument --length: needs a whole number from 2 on, not '1'   "
+         "(see compress eval --help)"),
         (["{model}", "--text", "{text}", "--sequences", "x"], "argument --sequences: needs a whole number from 1 on, not 'x'   "
          "(see compress eval --help)"),
         (["{model}", "--text", "{text}", "--length", "16", "--device", "cuda:9"], "--device cuda:9: "),
-        (["{model}", "--text", "{text}", "--length", "16", "--against", "{base}/none"], "model '{base}/none': no folder {base}/none, "
-         "and no hub id either (owner/name or owner/name@revision)"),
+        (["{model}", "--text", "{text}", "--length", "16", "--against", "{base}/none"], "model '{base}/none': no folder "
+         "{base}/none, and no hub id either (owner/name or owner/name@revision)"),
         (["{model}", "--tasks", "piqa"], "--tasks needs lm-eval:  pip install lm-eval"),
     ],
 )  # fmt: skip
@@ -184,6 +185,24 @@ def test_eval_against_a_model_of_another_vocabulary(project: Project, tmp_path: 
     other = make_model(tmp_path / "other", config)
     line = project("eval", project.model, "--text", project.text, "--length", "16", "--against", other).line
     assert line == f"{other}: has another vocabulary than {project.model}; KL needs the model it was made from"
+
+
+@pytest.mark.xfail(strict=True, reason="compressed_tensors.is_artifact and open_artifact trust config.json")
+@pytest.mark.parametrize(
+    "config", ['{"quantization_config": 3}', '{"quantization_config": {"quant_method": "compressed-tensors"}}']
+)
+def test_eval_of_an_artifact_whose_config_is_damaged(project: Project, config: str):
+    assert project.run("quantize.method=rtn").code == 0
+    (project.artifact / "config.json").write_text(config)
+    assert "config.json" in project("eval", project.out).line
+
+
+@pytest.mark.xfail(strict=True, reason="compressed_tensors.read does not compare the packed tensors with the format it was told")
+def test_eval_of_an_artifact_whose_config_tells_another_group(project: Project):
+    assert project.run("quantize.method=rtn").code == 0
+    path = project.artifact / "config.json"
+    path.write_text(path.read_text().replace('"group_size": 32', '"group_size": 64'))
+    assert "config.json" in project("eval", project.out).line
 
 
 def test_eval_of_a_run_without_artifact(project: Project):
@@ -202,7 +221,7 @@ def test_tasks_are_handed_to_lm_eval(project: Project, monkeypatch: pytest.Monke
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     monkeypatch.setattr("subprocess.run", lambda arguments, **_: asked.append(arguments) or Done)
     assert project("eval", project.model, "--tasks", "piqa,arc_easy").code == 0
-    assert asked[0][1:] == ["-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={project.model}", "--tasks", "piqa,arc_easy",
-                            "--device", "cpu"]  # fmt: skip
+    assert asked[0][1:] == ["-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={project.model}",
+                            "--tasks", "piqa,arc_easy", "--device", "cpu"]  # fmt: skip
     Done.returncode = 3
     assert project("eval", project.model, "--tasks", "piqa").line == "lm-eval ended with exit code 3"

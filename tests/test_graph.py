@@ -42,6 +42,8 @@ def test_a_pattern_names_sites_by_our_name_or_by_the_module_path(graphs: Any, pa
         ("layers.*.mlp.upp", "Nearest: 'layers.*.mlp.up' (2 sites)"),
         ("layers.*.attn.qq", "Nearest: 'layers.*.attn.q' (2 sites)"),
         ("lm_heads", "Nearest: 'lm_head' (1 site)"),
+        ("*.upp", "Nearest: '*.up' (2 sites)"),
+        ("layers.1.*.dwn", "Nearest: 'layers.1.*.down' (1 site)"),
         ("%", "Sites look like: embed, layers.*.attn.k"),
     ],
 )

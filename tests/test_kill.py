@@ -1,8 +1,9 @@
 """kill -9, anywhere: the next run goes on, and its artifact is byte for byte that of a run that nobody disturbed.
 
 A kill is staged in a child of one process that has imported everything and run once (`WARDEN`), so that it costs a fork and
-not the seconds that imports take. The warden numbers the moments at which a run touches the disk: before every open for writing, rename,
-removal, new folder, fsync and write, and half-way through every write. At the moment it is told, the child kills itself.
+not the seconds that imports take. The warden numbers the moments at which a run touches the disk: before every open for
+writing, rename, removal, new folder, fsync and write, and half-way through every write of tensors. At the moment it is told,
+the child kills itself.
 """
 
 from __future__ import annotations
@@ -161,7 +162,8 @@ def test_a_kill_at_every_moment(warden: Warden, tiny: Path, clean: tuple[dict[st
 @pytest.mark.slow
 def test_a_kill_while_another_artifact_is_replaced(warden: Warden, tiny: Path, tmp_path: Path):
     """At every moment from the old artifact's to the new one's, one of the two is there, whole."""
-    first, second = ["run", tiny, "--set", "quantize.method=rtn"], ["run", tiny, "--set", "quantize.method=rtn", "--set", "seed=1"]
+    first = ["run", tiny, "--set", "quantize.method=rtn"]
+    second = [*first, "--set", "seed=1"]
     out = tmp_path / "out"
     assert warden(*first, "--out", out)[0] == 0
     old = contents(out / "compressed_tensors")

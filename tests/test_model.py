@@ -195,7 +195,7 @@ def says(folder: Path | str, *parts: str) -> None:
 TINY = {"hidden_size": 64, "num_hidden_layers": 2}
 HEADED = {**TINY, "num_attention_heads": 4, "intermediate_size": 128}
 UNREADABLE: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "t5": (lambda: transformers.T5Config(d_model=64, d_ff=128, num_layers=2, num_heads=4, architectures=["T5ForConditionalGeneration"]),
+    "t5": (lambda: transformers.T5Config(d_model=64, num_layers=2, num_heads=4, architectures=["T5ForConditionalGeneration"]),
            ("T5ForConditionalGeneration: found an encoder and a decoder", "only models that are one of the two")),
     "t5 without a class": (lambda: transformers.T5Config(d_model=64, num_layers=2, num_heads=4),
                            ("found architecture 't5'", "transformers has no class for it that predicts tokens")),
@@ -238,7 +238,11 @@ def test_config_and_weights_that_disagree_are_told_apart(family: Any, tmp_path: 
         (folder / "config.json").write_text(json.dumps({**config, **changes}))
         return folder
 
-    says(edited("wide", intermediate_size=256), "mlp.gate_proj.weight' is [128, 64], the config says [256, 64]", "do not belong together")
+    says(
+        edited("wide", intermediate_size=256),
+        "mlp.gate_proj.weight' is [128, 64], the config says [256, 64]",
+        "do not belong together",
+    )
     says(edited("deep", num_hidden_layers=3), "the config asks for 'model.layers.2.", "(9 tensors missing)")
     folder = edited("ints")
     tensors = load_file(folder / "model.safetensors")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from compress.model import Model, open_model
 from compress.state import State
-from compress.stream import Batch, Stream
+from compress.stream import Batch, Inputs, Stream, Twin
 from tests import stock
 from tests.conftest import FAMILIES, GROUPED, IDS, SMALL, make_model
 from tests.sharing import SharingConfig
@@ -23,7 +22,7 @@ PLAIN = {k: v for k, v in SMALL.items() if k != "intermediate_size"}
 OTHERS: dict[str, Any] = {  # beside FAMILIES: parallel attention, ALiBi, partial rotary tables, shared experts
     "falcon": lambda: transformers.FalconConfig(**PLAIN, **IDS),
     "bloom": lambda: transformers.BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=272, **IDS),
-    "gptj": lambda: transformers.GPTJConfig(n_embd=64, n_layer=2, n_head=4, vocab_size=272, rotary_dim=16, n_positions=256, **IDS),
+    "gptj": lambda: transformers.GPTJConfig(n_embd=64, n_layer=2, n_head=4, vocab_size=272, rotary_dim=16, **IDS),
     "phi": lambda: transformers.PhiConfig(**SMALL, **IDS),
     "cohere": lambda: transformers.CohereConfig(**SMALL, **GROUPED, **IDS),
     "qwen2_moe": lambda: transformers.Qwen2MoeConfig(**SMALL, **GROUPED, **IDS, num_experts=4, num_experts_per_tok=2,
@@ -103,12 +102,14 @@ class Spy:
     def __init__(self, state: State, index: int, change: Any):
         self.state, self.change = state, change
         self.sites = state.graph.of_block(index)
-        self.seen: list[tuple[str, Mapping[int | None, Tensor]]] = []
+        self.seen: list[tuple[str, Inputs]] = []
+        self.clean: list[Inputs | None] = []
         self.solved: list[str] = []
         self.matrices: dict[str, Tensor] = {}
 
-    def observe(self, stage: str, inputs: Mapping[int | None, Tensor], clean: Mapping[int | None, Tensor] | None = None) -> None:
+    def observe(self, stage: str, inputs: Inputs, clean: Inputs | None = None) -> None:
         self.seen.append((stage, {e: x.clone() for e, x in inputs.items()}))
+        self.clean.append(clean and {e: x.clone() for e, x in clean.items()})
 
     def solve(self, stage: str) -> dict[str, Tensor]:
         self.solved.append(stage)
@@ -116,8 +117,11 @@ class Spy:
         self.matrices |= new
         return new
 
-    def of(self, stage: str) -> list[Mapping[int | None, Tensor]]:
+    def of(self, stage: str) -> list[Inputs]:
         return [inputs for name, inputs in self.seen if name == stage]
+
+    def pairs(self, stage: str) -> list[tuple[Inputs, Inputs | None]]:
+        return [(inputs, clean) for (name, inputs), clean in zip(self.seen, self.clean, strict=True) if name == stage]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -156,6 +160,24 @@ def test_each_stage_sees_what_the_stock_model_with_all_earlier_replacements_sees
     assert same(list(stream.logits(state, batches)), stock.logits(model, tokens()))
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_a_twin_shows_at_each_stage_what_the_untouched_model_sees(family: Any, name: str) -> None:
+    model, state, stream, batches = start(family(name))
+    beside = Stream(state, model.config)
+    twin = Twin(beside, state, beside.start(state, tokens()))
+    untouched = stock.load(family(name), **stock.EAGER)
+    for block in state.graph.blocks:
+        spy = Spy(state, block.index, coarse)
+        stream.calibrate(state, block.index, batches, spy.sites, spy.observe, spy.solve, twin)
+        wanted = [stock.inputs(untouched, state.graph, block.index, ids) for ids in tokens()]
+        for stage in spy.solved:
+            for (seen, clean), theirs in zip(spy.pairs(stage), (w[stage] for w in wanted), strict=True):
+                assert clean is not None
+                assert all(torch.equal(clean[e], theirs[e]) for e in theirs)
+                assert (block.index, stage) == (0, spy.solved[0]) or any(not torch.equal(seen[e], clean[e]) for e in clean)
+    assert same(list(beside.logits(state, twin.batches)), stock.logits(untouched, tokens()))
+
+
 def test_only_the_stages_of_the_asked_sites_are_shown(family: Any) -> None:
     _, state, stream, batches = start(family("llama"))
     spy = Spy(state, 0, None)
@@ -169,7 +191,7 @@ def test_the_head_is_shown_its_own_inputs(family: Any) -> None:
     for block in state.graph.blocks:
         stream.advance(state, block.index, batches)
     seen: list[tuple[str, Tensor]] = []
-    stream.watch_head(state, batches, state.graph["lm_head"], lambda stage, x: seen.append((stage, x[None])))
+    stream.watch_head(state, batches, state.graph["lm_head"], lambda stage, x, clean: seen.append((stage, x[None])))
     model = stock.load(family("llama"))
     theirs: dict[str, Any] = {}
     model.lm_head.register_forward_pre_hook(stock.hook_of(theirs, "lm_head"))

@@ -1,0 +1,141 @@
+"""The laws of a pass, as one battery: `check_pass` runs on every member of the table of passes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from pydantic import ValidationError
+
+from compress.data import Tokens
+from compress.manager import Context, Pass, foresee, settle
+from compress.model import Model, open_model
+from compress.run import Step, step_inputs
+from compress.state import Aspect, Fact, State, changed
+from tests.conftest import contents
+
+TOKENS = Tokens(torch.randint(0, 256, (6, 32), generator=torch.Generator().manual_seed(5)), "random bytes")
+
+
+def check_pass(p: Pass, source: Path, folder: Path) -> None:
+    """Every law of a pass, on one small model. Fails by assertion; writes into `folder`."""
+    _check_options(p)
+    model = open_model(str(source))
+    _check_foresight(p, model)
+    before, files = model.state, contents(source)
+    after = attempt(p, model, folder / "whole")
+    _check_promises(p, before, after)
+    assert contents(source) == files, "a pass only reads its source"
+    assert before == model.state, "a state is immutable"
+    made = tensors_of(after)
+    _check_same(made, tensors_of(attempt(p, model, folder / "again")), "deterministic")
+    for commits in (0, 1):
+        again = resumed(p, model, folder / f"stopped{commits}", commits)
+        _check_same(made, tensors_of(again), f"resumed after {commits} commits")
+
+
+def step_of(p: Pass, model: Model, folder: Path) -> Step:
+    def context_of(step: Step) -> Context:
+        return Context(0, TOKENS, model.config, "cpu", step, lambda record: None, lambda done, total, what: None)
+
+    return Step(folder, 1, step_inputs(p, "root", TOKENS.hash, 0), context_of)
+
+
+def attempt(p: Pass, model: Model, folder: Path) -> State:
+    """The state after the pass, from an empty run folder or from what one holds."""
+    state, step = model.state, step_of(p, model, folder)
+    after = settle(p, state, p.run(state, step.context()))
+    made = tensors_of(after)
+    step.finish(0.0, 0)
+    done = step.restore(p.foresee(state))
+    assert done is not None
+    restored = settle(p, state, done)
+    _check_same(made, tensors_of(restored), "what is restored is what was made")
+    assert (restored.facts, restored.plan, restored.history) == (after.facts, after.plan, after.history)
+    return restored
+
+
+class KilledError(Exception):
+    """Stands for a kill, in this process."""
+
+
+def resumed(p: Pass, model: Model, folder: Path, commits: int) -> State:
+    """The state of a pass that was stopped at its next commit after `commits` of them, and started again."""
+    step = step_of(p, model, folder)
+    commit: Callable[..., Any] = step.commit
+    left = iter(range(commits))
+
+    def killing(*args: Any) -> Any:
+        if next(left, None) is None:
+            raise KilledError
+        return commit(*args)
+
+    step.commit = killing  # type: ignore[method-assign]
+    with pytest.raises(KilledError):
+        p.run(model.state, step.context())
+    assert len(list(step.partial.glob("*.safetensors"))) == commits
+    return attempt(p, model, folder)
+
+
+def _check_options(p: Pass) -> None:
+    cls = type(p)
+    assert (cls.__doc__ or "").strip().splitlines()[0].endswith("."), "the first line of the docstring is the summary"
+    for name, field in cls.model_fields.items():
+        assert field.description, f"option '{name}' says what it means"
+        assert not field.is_required(), f"option '{name}' has a default"
+        with pytest.raises(ValidationError):
+            setattr(p, name, getattr(p, name))
+    with pytest.raises(ValidationError):
+        cls.model_validate({"no_such_option": 1})
+    written = p.model_dump(mode="json")
+    for form in (written, json.loads(json.dumps(written)), yaml.safe_load(yaml.safe_dump(written))):
+        again = cls.model_validate(form)
+        assert again == p
+        assert again.text() == p.text()
+    assert p.text().startswith(f"{p.name}{{")
+    assert set(cls.model_json_schema()["properties"]) == set(cls.model_fields)
+    assert isinstance(p.needs | p.gives | p.breaks, Fact)
+    assert isinstance(p.writes, Aspect)
+
+
+def _check_foresight(p: Pass, model: Model) -> None:
+    """What will be is known from a config alone; no weight is touched, for there is none."""
+    bare = State(model.graph, None, model.dtype)  # type: ignore[arg-type]
+    foreseen = foresee([p], bare)
+    assert foreseen.facts == (bare.facts & ~p.breaks) | p.gives
+    assert foreseen.history == (p.text(),)
+    assert not foreseen.changed, "only `run` makes tensors"
+    assert foreseen == foresee([p], bare)
+    cost = p.cost(foreseen, 1000)
+    assert min(cost.model_flops, cost.exact_flops, cost.weights, cost.peak_bytes) >= 0
+
+
+def _check_promises(p: Pass, before: State, after: State) -> None:
+    assert not changed(before, after) & ~p.writes
+    foreseen = foresee([p], before)
+    assert (after.facts, after.history, after.plan, after.graph) == (
+        foreseen.facts, foreseen.history, foreseen.plan, foreseen.graph)  # fmt: skip
+    if after.plan is not None:
+        assert {n: s.format for n, s in after.changed.items()} == dict(after.plan.formats)
+    for name, stored in after.changed.items():
+        site = after.graph[name]
+        assert stored.shape == site.shape
+        assert stored.load().nbytes == stored.format.nbytes(site.shape)
+        weight = after.weight(site)
+        assert weight.dtype == after.dtype
+        assert weight.isfinite().all()
+
+
+def tensors_of(state: State) -> dict[str, torch.Tensor]:
+    """Every tensor that the passes so far have made."""
+    return {f"{n}/{k}": t for n, stored in state.changed.items() for k, t in stored.load().tensors.items()}
+
+
+def _check_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], law: str) -> None:
+    assert one.keys() == other.keys(), law
+    assert [k for k in one if not torch.equal(one[k], other[k])] == [], law

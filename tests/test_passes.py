@@ -1,0 +1,106 @@
+"""Every pass keeps the laws of passes, and a pass that breaks its promise is told so."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from compress import manager
+from compress.errors import ContractError, OrderError
+from compress.formats import parse
+from compress.graph import Graph
+from compress.model import open_model
+from compress.passes import PASSES
+from compress.passes.quantize import Quantize
+from compress.state import Aspect, Fact, State
+from tests.pass_laws import attempt, check_pass, step_of
+
+OPTIONS: dict[str, list[dict[str, Any]]] = {  # at least one set for every pass, each small enough for a tiny llama
+    "quantize": [
+        {"format": "int4:g32", "pins": {"lm_head": "int8:g32", "*.down": "int3:g64:asym"}},
+        {"format": "int3:g32", "drift": 0, "order": "natural", "clip": "hessian", "pins": {"lm_head": "int4:channel"}},
+        {"format": "int4:g32", "method": "rtn", "clip": "minmax", "pins": {"lm_head": "fp32", "layers.0.*": "bf16"}},
+    ],
+}
+CASES = [(name, options) for name, sets in OPTIONS.items() for options in sets]
+
+
+def test_every_pass_is_tried() -> None:
+    assert OPTIONS.keys() == PASSES.keys()
+
+
+@pytest.mark.parametrize(("name", "options"), CASES, ids=[f"{n}{i}" for i, (n, _) in enumerate(CASES)])
+def test_the_laws_of_passes(family: Any, tmp_path: Path, name: str, options: dict[str, Any]) -> None:
+    check_pass(PASSES[name].model_validate(options), family("llama"), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt2", "roberta"])
+def test_the_laws_hold_for_other_architectures(family: Any, tmp_path: Path, name: str) -> None:
+    check_pass(Quantize(format=parse("int4:g32")), family(name), tmp_path)
+
+
+def test_the_table_is_by_name() -> None:
+    assert all(cls.name == name for name, cls in PASSES.items())
+
+
+# --- promises ---------------------------------------------------------------------------------------------------------
+
+
+class Liar(Quantize):
+    """Says that it writes a plan, and writes weights as well."""
+
+    name: ClassVar[str] = "liar"
+    writes: ClassVar[Aspect] = Aspect.PLAN
+
+
+class Shrinker(Quantize):
+    """Takes a block away without saying so."""
+
+    name: ClassVar[str] = "shrinker"
+
+    def foresee(self, state: State) -> State:
+        graph = state.graph
+        sites = {n: s for n, s in graph.sites.items() if s.block != 1}
+        return super().foresee(replace(state, graph=Graph(graph.family, graph.blocks[:1], sites, graph.parameters)))
+
+
+def test_a_pass_that_writes_more_than_it_declares_is_told_so_and_its_author_is_addressed(family: Any, tmp_path: Path) -> None:
+    model = open_model(str(family("llama")))
+    with pytest.raises(ContractError, match=r"pass author: 'liar' declares writes=.*PLAN.* but also changed .*WEIGHTS"):
+        attempt(Liar(format=parse("int4:g32"), method="rtn"), model, tmp_path)
+    with pytest.raises(ContractError, match=r"pass author: 'shrinker' .* but also changed .*STRUCTURE"):
+        manager.foresee([Shrinker(format=parse("int4:g32"))], model.state)
+
+
+def test_a_broken_promise_ends_the_run_before_the_step_is_finished(family: Any, tmp_path: Path) -> None:
+    model = open_model(str(family("llama")))
+    liar = Liar(format=parse("int4:g32"), method="rtn")
+    step = step_of(liar, model, tmp_path)
+    with pytest.raises(ContractError):
+        manager.run([liar], model.state, lambda number, p: step)
+    assert not step.finished
+
+
+def test_a_step_that_needs_what_an_earlier_one_took_says_which(family: Any) -> None:
+    twice = [Quantize(), Quantize()]
+    with pytest.raises(OrderError) as caught:
+        manager.check_order(twice)
+    assert str(caught.value).startswith("step 2 'quantize' needs DENSE weights; step 1 'quantize' removed them.")
+    assert caught.value.at == ("step", "1")
+    with pytest.raises(OrderError, match="step 1 'quantize' needs DENSE weights; no earlier step gives it"):
+        manager.check_order([Quantize()], Fact.QUANTIZED)
+
+
+def test_randomness_is_the_sites_own(family: Any, tmp_path: Path) -> None:
+    """The same for the same seed and site, whatever was drawn before; another for another."""
+    model = open_model(str(family("llama")))
+    context = step_of(Quantize(), model, tmp_path).context()
+    draw = lambda c, name: float(__import__("torch").rand(1, generator=c.generator(model.graph[name])))  # noqa: E731
+    first = draw(context, "layers.0.attn.q")
+    draw(context, "layers.0.attn.k")
+    assert draw(context, "layers.0.attn.q") == first
+    assert draw(context, "layers.0.attn.k") != first
+    assert draw(replace(context, seed=1), "layers.0.attn.q") != first

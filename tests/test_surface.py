@@ -1,0 +1,151 @@
+"""What users and recipes rely on is frozen here: a change of it is a decision, made in this file as well.
+
+Verbs, flags, option names and defaults, the names of the package; and the style that keeps the code small.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+
+import compress
+from compress.cli import parser
+from compress.data import Data, Text, Windows
+from compress.export import EXPORTERS
+from compress.passes import PASSES
+from compress.recipe import Document
+from tests.conftest import ROOT
+
+VERBS = {
+    "plan": {"recipe": None, "--out": None, "--set": []},
+    "run": {"recipe": None, "--out": None, "--set": [], "--until": None, "--device": "cpu"},
+    "eval": {"what": None, "--text": None, "--sequences": 32, "--length": 512, "--against": None, "--device": "cpu",
+             "--json": False, "--tasks": None},
+    "inspect": {"what": None, "site": None, "--json": False},
+    "passes": {"name": None, "--schema": False},
+}  # fmt: skip
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "quantize": {"method": "gptq", "format": "int4:g128", "pins": {}, "damp": 0.01, "order": "activation", "clip": "mse",
+                 "drift": 0.5},
+    "compressed_tensors": {"shard_bytes": 5_000_000_000},
+}  # fmt: skip
+
+DATA: dict[type, dict[str, Any]] = {
+    Document: {"model": ..., "out": None, "seed": 0, "data": {"calibration": None, "evaluation": None}, "passes": [],
+               "export": []},
+    Data: {"calibration": None, "evaluation": None},
+    Text: {"text": None, "jsonl": None, "dataset": None, "field": "text", "split": "train", "weight": 1.0},
+    Windows: {"text": None, "jsonl": None, "dataset": None, "field": "text", "split": "train", "weight": 1.0, "sequences": 128,
+              "length": 2048, "bos": False, "sources": []},
+}  # fmt: skip
+
+SOURCES = sorted(p for name in ("compress", "passes", "export", "recipes", "benchmarks") for p in (ROOT / name).glob("*.py"))
+LONGEST_FUNCTION, LONGEST_FILE, MEDIAN = 60, 400, 15
+
+
+def flags(verb: argparse.ArgumentParser) -> dict[str, Any]:
+    named = {a.option_strings[0] if a.option_strings else a.dest: a.default for a in verb._actions}
+    return {name: default for name, default in named.items() if name not in ("-h", "-v")}
+
+
+def verbs() -> dict[str, argparse.ArgumentParser]:
+    (choices,) = (a.choices for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return dict(choices)
+
+
+def test_the_verbs_and_their_flags() -> None:
+    assert {name: flags(p) for name, p in verbs().items()} == VERBS
+    assert set(flags(parser())) == {"verb"}
+    assert all("-v" in p._option_string_actions for p in (parser(), *verbs().values()))
+
+
+def test_every_verb_and_flag_explains_itself() -> None:
+    for name, verb in verbs().items():
+        assert verb.description, name
+        for action in verb._actions:
+            plain = action.dest in ("recipe", "what", "name", "sequences", "length", "device")
+            assert action.help or plain, f"{name} {action.dest}"
+
+
+@pytest.mark.parametrize("name", [*PASSES, *EXPORTERS])
+def test_the_options_of_passes_and_exporters_and_their_defaults(name: str) -> None:
+    cls: Any = {**PASSES, **EXPORTERS}[name]
+    assert cls().model_dump(mode="json") == OPTIONS[name]
+    assert all(f.description for f in cls.model_fields.values())
+
+
+@pytest.mark.parametrize("cls", DATA)
+def test_the_keys_of_a_recipe_and_their_defaults(cls: Any) -> None:
+    fields = cls.model_fields
+    assert {n: ... if f.is_required() else plain(f.default) for n, f in fields.items()} == DATA[cls]
+
+
+def plain(value: Any) -> Any:
+    return value.model_dump() if hasattr(value, "model_dump") else list(value) if isinstance(value, tuple) else value
+
+
+def test_the_names_of_the_package() -> None:
+    assert sorted(compress.__all__) == ["CompressError", "plan", "run"]
+    with pytest.raises(AttributeError, match="module 'compress' has no attribute 'nothing'"):
+        _ = compress.nothing
+
+
+@pytest.mark.xfail(strict=True, reason="importing the modules compress.plan and compress.run hides the functions of these names")
+def test_the_names_of_the_package_stay_what_they_are() -> None:
+    """Also once everything is imported, and when asked twice."""
+    for _ in range(2):
+        assert all(callable(getattr(compress, name)) for name in compress.__all__)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["run", "--help"]])
+def test_help_is_answered_before_torch_is_loaded(words: list[str]) -> None:
+    code = f"""
+import sys
+from compress.cli import main
+try:
+    main({words})
+finally:
+    heavy = {{"torch", "transformers", "numpy", "pydantic", "yaml"}} & set(sys.modules)
+    assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "usage: compress" in done.stdout
+
+
+# --- style ------------------------------------------------------------------------------------------------------------
+
+
+def functions(path: Path) -> Iterator[tuple[str, int]]:
+    """(name, lines from the signature's first to the body's last) of every function of a file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield f"{path.name}:{node.lineno} {node.name}", (node.end_lineno or node.lineno) - node.lineno + 1
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_file_and_no_function_is_too_long(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= LONGEST_FILE
+    long = [f"{name}: {lines} lines" for name, lines in functions(path) if lines > LONGEST_FUNCTION]
+    assert not long
+
+
+def test_functions_are_short() -> None:
+    assert median(lines for path in SOURCES for _, lines in functions(path)) <= MEDIAN
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_file_and_every_public_class_says_what_it_is_for(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree)
+    bare = [n.name for n in tree.body if isinstance(n, ast.ClassDef) and not n.name.startswith("_") and not ast.get_docstring(n)]
+    assert not bare
