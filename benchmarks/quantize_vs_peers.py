@@ -48,10 +48,11 @@ class Variant:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-# Each peer as its defaults are, and at the best that its own options give here.
+# Each tool as its defaults are; ours also without the second, unquantized stream, peers also at their best options.
 VARIANTS = (
     Variant("ours", "gptq", True),
     Variant("ours", "gptq", False),
+    Variant("ours", "gptq, drift 0", True, {"drift": 0.0}),
     Variant("llmcompressor", "GPTQ, default", True),
     Variant("llmcompressor", "GPTQ, act-order static", False, {"actorder": "static"}),
     Variant("llmcompressor", "GPTQ, act-order static, mse", False, {"actorder": "static", "observer": "memoryless_mse"}),

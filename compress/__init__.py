@@ -1,7 +1,7 @@
 """compress: name a model and a budget, get the best checkpoint that fits it.
 
 >>> import compress
->>> outcome = compress.run("recipes/quickstart.yaml")          # doctest: +SKIP
+>>> outcome = compress.run_recipe("recipes/quickstart.yaml")          # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 # up to four times the CPU time. Sleeping threads are told so before torch starts them; a user's own setting stands.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-__all__ = ["CompressError", "plan", "run"]
+__all__ = ["CompressError", "plan_recipe", "run_recipe"]
 
 
 def __getattr__(name: str) -> Any:
@@ -22,8 +22,8 @@ def __getattr__(name: str) -> Any:
         from compress.errors import CompressError
 
         return CompressError
-    if name in ("plan", "run"):
+    if name in ("plan_recipe", "run_recipe"):  # not `plan` and `run`: modules have these names
         from compress import pipeline
 
-        return getattr(pipeline, name)
+        return getattr(pipeline, name.removesuffix("_recipe"))
     raise AttributeError(f"module 'compress' has no attribute '{name}'")

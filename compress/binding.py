@@ -63,7 +63,7 @@ class Binding:
         for twin in twins:
             for held in candidates(twin, state.graph.family):
                 if held in state.checkpoint:
-                    return state.checkpoint.read(held)
+                    return state.checkpoint.read_finite(held)
         raise ModelError(f"{state.checkpoint.folder}: no tensor for '{name}'; config and weights do not belong together")
 
     def drop(self, path: str, module: nn.Module) -> None:

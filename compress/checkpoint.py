@@ -12,7 +12,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ from compress.errors import ModelError, RunError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+HASHED_BYTES = 2 << 30  # a few seconds of hashing
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -59,12 +60,12 @@ def read_header(path: Path) -> dict[str, Spec]:
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         specs = {n: Spec(n, DTYPES[t["dtype"]], tuple(t["shape"])) for n, t in header.items()}
-        end = max((t["data_offsets"][1] for t in header.values()), default=0)
+        end = checked_end(specs, {n: t["data_offsets"] for n, t in header.items()})
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file; is a shard missing?") from None
     except OSError as e:
         raise ModelError(f"{path}: {e.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
         if isinstance(e, ModelError):
             raise
         raise ModelError(f"{path}: broken safetensors header ({e}); download it again") from None
@@ -72,6 +73,16 @@ def read_header(path: Path) -> dict[str, Spec]:
         raise ModelError(f"{path}: holds {path.stat().st_size:,} bytes, its header says {8 + length + end:,}; "
                          "the file is truncated or damaged, download it again")  # fmt: skip
     return specs
+
+
+def checked_end(specs: Mapping[str, Spec], offsets: Mapping[str, Sequence[int]]) -> int:
+    """Where the last tensor ends; ValueError unless the tensors, by their shapes, fill the data one behind the other."""
+    end = 0
+    for name, (start, stop) in sorted(offsets.items(), key=lambda item: list(item[1])):
+        if any(type(n) is not int or n < 0 for n in specs[name].shape) or start != end or stop - start != specs[name].nbytes:
+            raise ValueError(f"'{name}' says {list(specs[name].shape)} at {start} to {stop}")
+        end = stop
+    return end
 
 
 class Checkpoint:
@@ -107,11 +118,20 @@ class Checkpoint:
         except (SafetensorError, OSError) as e:
             raise ModelError(f"{path}: tensor '{name}' cannot be read ({e})") from None
 
+    def read_finite(self, name: str) -> torch.Tensor:
+        """As `read`; ModelError where the tensor holds a NaN or an infinity."""
+        return self._finite(name, self.read(name))
+
+    def _finite(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_floating_point() and not bool(tensor.sum(dtype=torch.float32).isfinite()):
+            raise ModelError(f"{self.files[name]}: '{name}' holds NaN or infinite values; the model is damaged")
+        return tensor
+
     def read_rows(self, name: str, index: int) -> torch.Tensor:
         """One slice along the first dimension (an expert of a 3-D tensor)."""
         with safe_open(self.files[name], framework="pt") as file:
             tensor: torch.Tensor = file.get_slice(name)[index]
-            return tensor
+            return self._finite(name, tensor)
 
     @cached_property
     def nbytes(self) -> int:
@@ -119,15 +139,18 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of every header and of samples of the data: cheap, and different for different weights."""
+        """A hash of the weights: of every byte up to `HASHED_BYTES`, of headers and evenly spread pages of larger models."""
         digest = hashlib.sha256()
-        for path in sorted(set(self.files.values())):
+        paths = sorted(set(self.files.values()))
+        whole = sum(p.stat().st_size for p in paths) <= HASHED_BYTES
+        for path in paths:
             size = path.stat().st_size
-            digest.update(f"{path.name}:{size}".encode())
+            digest.update(f"{path.name}:{size}:{path.stat().st_mtime_ns if not whole else 0}".encode())
             with path.open("rb") as file:
-                for k in range(65):
-                    file.seek((size - 4096) * k // 64 if size > 4096 else 0)
-                    digest.update(file.read(4096))
+                step = 1 << 20 if whole else max(4096, size // 256)
+                for start in range(0, size, step):
+                    file.seek(start)
+                    digest.update(file.read(step if whole else 4096))
         return digest.hexdigest()
 
 
@@ -135,8 +158,8 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that hold a model; ModelError says what was found instead."""
     if (folder / INDEX).exists():
         try:
-            names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as e:
+            names = sorted({str(name) for name in json.loads((folder / INDEX).read_text())["weight_map"].values()})
+        except (ValueError, LookupError, TypeError, AttributeError) as e:
             raise ModelError(f"{folder / INDEX}: broken index ({e}); download it again") from None
         return [folder / name for name in names]
     if (folder / SINGLE).exists():

@@ -112,16 +112,18 @@ class Pass(BaseModel, ABC):
 
 def check_order(passes: Sequence[Pass], facts: Fact = Fact.DENSE) -> None:
     """OrderError, naming both steps, where a pass needs what does not hold when its turn comes."""
-    broken_by: dict[Fact, str] = {}
+    broken_by: dict[Fact, tuple[int, str]] = {}
     for number, p in enumerate(passes, 1):
         for fact in p.needs & ~facts:
-            culprit = broken_by.get(fact)
-            why = f"{culprit} removed them" if culprit else "no earlier step gives it"
-            todo = f"Move '{p.name}' before it." if culprit else "Add a step that does."
-            noun = f"{fact.name} weights" if fact is Fact.DENSE else fact.name
+            noun = f"{fact.name} weights" if fact is Fact.DENSE else f"{fact.name}"
+            why, todo = "no earlier step gives it", "Add a step that does."
+            if fact in broken_by:
+                step, name = broken_by[fact]
+                why = f"step {step} '{name}' removed them"
+                todo = f"Move '{p.name}' before '{name}'." if name != p.name else "Leave one of them out."
             raise OrderError(f"step {number} '{p.name}' needs {noun}; {why}.  {todo}", ("step", str(number - 1)))
         for fact in p.breaks:
-            broken_by[fact] = f"step {number} '{p.name}'"
+            broken_by[fact] = number, p.name
         facts = (facts & ~p.breaks) | p.gives
 
 

@@ -109,9 +109,9 @@ class Model:
         return State(self.graph, self.checkpoint, self.dtype)
 
     def identity(self) -> dict[str, str]:
-        """What makes two models the same: config and weights by hash."""
-        return {"model": self.name, "config": json.dumps(self.config.to_dict(), sort_keys=True, default=str),
-                "weights": self.checkpoint.fingerprint}  # fmt: skip
+        """What makes two models the same, wherever they lie: config and weights by hash."""
+        config = {k: v for k, v in self.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+        return {"config": json.dumps(config, sort_keys=True, default=str), "weights": self.checkpoint.fingerprint}
 
 
 def open_model(name: str, base: Path = Path()) -> Model:
@@ -152,6 +152,8 @@ def download(name: str, folder: Path) -> tuple[Path, str]:
 def first_line(e: BaseException) -> str:
     """The first non-empty line of an exception's text."""
     lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+    if lines and lines[0].endswith(":"):  # a heading, with what matters below it
+        return " ".join(lines[:2])
     return lines[0] if lines else type(e).__name__
 
 
@@ -179,7 +181,7 @@ def parameters_on_meta() -> Iterator[None]:
 def model_class(config: Any) -> Any:
     """The class that the config names, or the causal-LM class of its family."""
     for name in getattr(config, "architectures", None) or []:
-        if hasattr(transformers, name) and not name.endswith("Model"):
+        if isinstance(name, str) and hasattr(transformers, name) and not name.endswith("Model"):
             return getattr(transformers, name)
     known = transformers.AutoModelForCausalLM._model_mapping
     if type(config) not in known:
@@ -374,6 +376,11 @@ def anchor(graph: Graph, checkpoint: Checkpoint) -> Graph:
         if held is None:
             missing.append(name)
         parameters[held or name] = shape
+    next_layer = f"{graph.blocks[-1].module.rpartition('.')[0]}.{len(graph.blocks)}."
+    beyond = next((n for n in checkpoint.specs if n.startswith(next_layer)), None)
+    if beyond:
+        raise ModelError(f"{checkpoint.folder}: the weights hold '{beyond}', the config has only {len(graph.blocks)} layers; "
+                         "config and weights do not belong together")  # fmt: skip
     if missing:
         raise ModelError(f"{checkpoint.folder}: the config asks for '{missing[0]}', which the weights do not hold "
                          f"({len(missing)} tensors missing); config and weights do not belong together")  # fmt: skip

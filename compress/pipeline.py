@@ -19,11 +19,11 @@ import torch
 from compress import data, evaluate, manager, report
 from compress.checkpoint import Layout
 from compress.console import Console
-from compress.errors import CompressError, RecipeError
+from compress.errors import CompressError, DataError, RecipeError
 from compress.export import EXPORTERS
-from compress.export.artifact import Exporter, Job, Proof, place
+from compress.export.artifact import Exporter, Job, Proof, place, refuse_foreign
 from compress.manager import Context, Pass
-from compress.model import Model, open_model
+from compress.model import Model, first_line, open_model
 from compress.passes import PASSES
 from compress.recipe import Recipe, load
 from compress.run import RunFolder, Step, digest, step_inputs, versions, write_atomic
@@ -63,6 +63,7 @@ class Prepared:
         if windows is None:
             return None
         try:
+            check_length(windows.length, self.model.config)
             return data.read(windows, self.model.folder, self.recipe.base, self.start.graph["embed"].shape[0])
         except CompressError as e:
             raise type(e)(f"{self.recipe.place(('data', which))}  {e}") from None
@@ -70,6 +71,16 @@ class Prepared:
     @property
     def root_key(self) -> str:
         return digest(self.model.identity())
+
+
+def check_length(length: int, config: Any) -> None:
+    """DataError where windows are longer than the positions that a model has learned (rotary positions have no such end)."""
+    learned = getattr(config, "max_position_embeddings", None)
+    if learned and config.model_type == "roberta":  # its positions start behind the padding token's
+        learned -= config.pad_token_id + 1
+    if learned is not None and length > learned and not hasattr(config, "rope_parameters"):
+        raise DataError(f"windows of {length} tokens are longer than the {learned} positions that the model has; "
+                        f"ask for length: {learned} or less")  # fmt: skip
 
 
 def prepare(path: Path, overrides: Sequence[str] = ()) -> Prepared:
@@ -122,6 +133,9 @@ class Planned:
 def plan(path: Path, overrides: Sequence[str] = (), out: Path | None = None) -> Planned:
     """What a run of the recipe will do, how large its result will be to the byte, and about how long it takes."""
     ready = prepare(path, overrides)
+    if ready.model.has_weights:
+        _ = ready.model.state, ready.calibration, ready.evaluation  # their mistakes are known now, not after hours
+        RunFolder(out or ready.recipe.out).refuse_foreign()
     document = ready.recipe.document
     windows = document.data.calibration
     tokens = windows.sequences * windows.length if windows else 0
@@ -155,7 +169,7 @@ def make_steps(ready: Prepared, out: Path) -> list[Step | None]:
     """The steps with their keys; None where there are no weights to take a key from."""
     if not ready.model.has_weights:
         return [None] * len(ready.recipe.passes)
-    return list(steps_of(ready, out, lambda _: None))  # type: ignore[arg-type]
+    return list(steps_of(ready, out, lambda _: None))
 
 
 def steps_of(ready: Prepared, out: Path, context_of: Any) -> list[Step]:
@@ -198,7 +212,7 @@ class Outcome:
     out: Path
     state: State
     scores: dict[str, Any]
-    artifacts: Mapping[str, tuple[Path, Proof | None]]
+    artifacts: Mapping[str, tuple[Path, Proof]]
     report: report.Report
 
 
@@ -216,9 +230,11 @@ def run(
     last = last_step(ready.recipe, until)
     check_device(device)
     out = out or ready.recipe.out
-    _ = ready.calibration, ready.evaluation  # texts are read before anything is written
+    _ = ready.model.state, ready.calibration, ready.evaluation  # what can fail by itself does so before anything is written
+    for exporter in ready.exports:
+        refuse_foreign(out / exporter.name)
     with RunFolder(out).held():
-        write_atomic(out / "recipe.resolved.yaml", ready.recipe.resolved(ready.recipe.base).encode())
+        write_atomic(out / "recipe.resolved.yaml", ready.recipe.resolved(ready.recipe.base, out).encode())
         write_atomic(out / "run.json", json.dumps(run_record(ready), indent=1).encode())
         return execute(ready, out, last, device, console)
 
@@ -243,9 +259,9 @@ def last_step(recipe: Recipe, until: str | None) -> int:
 
 def check_device(device: str) -> None:
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise RecipeError(f"--device {device}: {str(e).splitlines()[0]}") from None
+        torch.zeros(1, device=device).item()  # some devices can be named, and hold nothing
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise RecipeError(f"--device {device}: {first_line(e)}") from None
 
 
 def execute(ready: Prepared, out: Path, last: int, device: str, console: Console) -> Outcome:
@@ -286,16 +302,24 @@ def scored(ready: Prepared, state: State, key: str, out: Path, device: str, cons
         return {}
     mark = digest(key, ready.evaluation.hash)
     file = out / "evaluation.json"
-    if file.exists():
-        known: dict[str, Any] = json.loads(file.read_text())
-        if known.get("key") == mark:
-            return known
+    known = json_of(file)
+    if known.get("key") == mark:
+        return known
     console.note("evaluating the original and the result")
     before, after = evaluate.compare(ready.start, state, ready.model.config, ready.evaluation, device)
     assert before is not None, "there is an original to compare with"
     scores = {"key": mark, "text": ready.evaluation.place, "original": before.json(), "compressed": after.json()}
     write_atomic(file, json.dumps(scores, indent=1).encode())
     return scores
+
+
+def json_of(file: Path) -> dict[str, Any]:
+    """A JSON mapping; empty where the file is absent or damaged."""
+    try:
+        known = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
 
 
 def exported(
@@ -307,7 +331,7 @@ def exported(
     console: Console,
     scores: dict[str, Any],
     records: list[manager.Record],
-) -> dict[str, tuple[Path, Proof | None]]:
+) -> dict[str, tuple[Path, Proof]]:
     tokens = ready.evaluation or ready.calibration
     sample = None if tokens is None else tokens.ids[: PROOF_TOKENS[0], : PROOF_TOKENS[1]]
     made = {}

@@ -191,8 +191,6 @@ class Report:
 
 
 def proof_line(proof: Any) -> str:
-    if proof is None:
-        return "written and proven before"
     text = f"loaded again with {proof.engine}: largest difference of a logit {proof.difference:.2g}"
     return f"{text} ({proof.remark})" if proof.remark else text
 

@@ -96,7 +96,7 @@ class RunFolder:
     def held(self) -> Iterator[RunFolder]:
         """Inside, nobody else runs here; RunError when somebody does, or when this is no run folder."""
         with writing(self.path):
-            self._claim()
+            self.refuse_foreign()
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / LOCK).open("a+")
             (self.path / "steps").mkdir(exist_ok=True)
@@ -109,7 +109,7 @@ class RunFolder:
                 raise RunError(f"{self.path}: cannot be locked ({e.strerror}); choose a local folder with --out") from None
             yield self
 
-    def _claim(self) -> None:
+    def refuse_foreign(self) -> None:
         """Refuse a folder that holds something else than a run."""
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path}: is a file, not a folder; choose another with --out")

@@ -88,14 +88,11 @@ class State:
         if site.tied:
             return self.original(self.graph[site.tied])
         if site.weight in checkpoint:
-            weight = checkpoint.read(site.weight)
+            weight = checkpoint.read_finite(site.weight)
         else:
             weight = checkpoint.read_rows(site.joined, site.expert or 0)
             if site.role != "down":
                 weight = weight.chunk(2)[site.role == "up"]
-        if not bool(torch.isfinite(weight).all()):
-            raise ModelError(f"{checkpoint.files.get(site.weight, checkpoint.folder)}: '{site.weight}' holds NaN or "
-                             "infinite values; the model is damaged")  # fmt: skip
         return weight.T.contiguous() if site.transposed else weight
 
     def format(self, site: Site) -> Format | None:

@@ -11,7 +11,8 @@ import json
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -77,30 +78,73 @@ class Exporter(BaseModel, ABC):
         """Load what was written and compare; ExportError on a mismatch."""
 
 
-def place(exporter: Exporter, job: Job, out: Path) -> tuple[Path, Proof | None]:
-    """Write, prove and rename one artifact to `out`; None for the proof where it is there already under the same key.
+def place(exporter: Exporter, job: Job, out: Path) -> tuple[Path, Proof]:
+    """Write, prove and rename one artifact to `out`; where it is there already under the same key, its proof is read.
 
-    An artifact of another key is moved aside; a folder that is no artifact of ours is an ExportError.
+    An artifact of another key is moved aside, and comes back when its key does; a folder that is no artifact of ours is an
+    ExportError. What failed is removed.
     """
-    if (out / MARK).exists():
-        old = json.loads((out / MARK).read_text())["key"]
-        if old == job.key:
-            return out, None
-    elif out.exists():
-        raise ExportError(f"{out}: exists and is no artifact of this tool; move it away or choose another --out")
+    if held(out) != job.key:
+        refuse_foreign(out)
+        before = aside(out, job.key)
+        if held(before) == job.key:
+            move_aside(out)
+            before.rename(out)
+    if held(out) == job.key:
+        return out, Proof(**mark(out)["proof"])
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         exporter.write(job, partial)
-        (partial / MARK).write_text(json.dumps({"schema": 1, "exporter": exporter.name, "key": job.key}, indent=1) + "\n")
         proof = exporter.prove(job, partial)
-        if out.exists():
-            out.rename(out.with_name(f"{out.name}-{old[:6]}"))
+        sizes = {p.name: p.stat().st_size for p in sorted(partial.iterdir())}
+        note = {"schema": 1, "exporter": exporter.name, "key": job.key, "proof": asdict(proof), "sizes": sizes}
+        (partial / MARK).write_text(json.dumps(note, indent=1) + "\n")
+        move_aside(out)
         partial.rename(out)
-    except OSError as e:
-        raise disk_error(e, partial) from None
+    except BaseException as e:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(e, OSError):
+            raise disk_error(e, out.parent) from None
+        raise
     return out, proof
+
+
+def mark(folder: Path) -> dict[str, Any]:
+    """What an artifact says of itself; empty where there is none or it cannot be read."""
+    try:
+        note = json.loads((folder / MARK).read_text())
+    except (OSError, ValueError):
+        return {}
+    return note if isinstance(note, dict) else {}
+
+
+def held(folder: Path) -> str | None:
+    """The key of the artifact in a folder, or None where there is none, or a file of it is missing or cut short."""
+    note = mark(folder)
+    files = {p.name: p.stat().st_size for p in folder.iterdir()} if note else {}
+    whole = all(files.get(name) == size for name, size in note.get("sizes", {}).items())
+    return note.get("key") if whole and "proof" in note else None
+
+
+def refuse_foreign(out: Path) -> None:
+    """ExportError where something stands at `out` that no exporter made."""
+    if out.exists() and not (out / MARK).exists():
+        raise ExportError(f"{out}: exists and is no artifact of this tool; move it away or choose another --out")
+
+
+def aside(out: Path, key: str) -> Path:
+    return out.with_name(f"{out.name}-{key[:6]}")
+
+
+def move_aside(out: Path) -> None:
+    """Give an older artifact another name, one that is free."""
+    if not out.exists():
+        return
+    name = aside(out, str(mark(out).get("key", "old")))
+    numbered = (name.with_name(f"{name.name}-{i}") for i in count(2))
+    out.rename(next(p for p in chain([name], numbered) if not p.exists()))
 
 
 def carry_over(source: Path, folder: Path) -> None:

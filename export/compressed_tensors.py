@@ -27,7 +27,7 @@ from compress.errors import ExportError, ModelError
 from compress.export.artifact import Exporter, Job, Proof, carry_over
 from compress.formats import Format, Int
 from compress.graph import Graph, Site
-from compress.model import Model, first_line, model_class
+from compress.model import Model, first_line, model_class, open_model
 from compress.state import Fact, State, Stored
 from compress.stream import Stream
 
@@ -211,36 +211,52 @@ def engines(obstacles: list[str]) -> str:
 # --- reading it back -------------------------------------------------------------------------------------------------
 
 
+def declared(folder: Path) -> dict[str, Any]:
+    """The `quantization_config` of a folder's config.json; empty where there is none, or the file is no JSON mapping."""
+    try:
+        found = json.loads((folder / "config.json").read_text()).get("quantization_config")
+    except (OSError, ValueError, AttributeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def is_artifact(folder: Path) -> bool:
     """Whether a folder's config says that it is a compressed-tensors checkpoint."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return dict(config.get("quantization_config") or {}).get("quant_method") == "compressed-tensors"
+    return declared(folder).get("quant_method") == "compressed-tensors"
 
 
 def read(folder: Path) -> State:
     """The state that a pack-quantized folder holds; ModelError where its config and tensors disagree."""
     model = open_artifact(folder)
-    declared = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"]
-    schemes = [(group["targets"], int_of(group["weights"], folder)) for group in declared.values()]
+    try:
+        groups = list(declared(folder)["config_groups"].values())
+        schemes = [(list(group["targets"]), int_of(group["weights"], folder)) for group in groups]
+        stored = {site.name: stored_at(site, schemes, model) for site in model.graph
+                  if f"{site.stem}.weight_packed" in model.checkpoint}  # fmt: skip
+    except (LookupError, TypeError, AttributeError, re.error) as e:
+        raise ModelError(f"{folder / 'config.json'}: its quantization_config is broken ({type(e).__name__}: {e})") from None
     state = State(model.graph, model.checkpoint, model.dtype, facts=Fact.QUANTIZED)
-    stored = {}
-    for site in model.graph:
-        if f"{site.stem}.weight_packed" not in model.checkpoint:
-            continue
-        fmt = next((f for names, f in schemes if any(hits(site, t) for t in names)), None)
-        if fmt is None:
-            raise ModelError(f"{folder}: '{site.stem}' is packed, but no target of config.json names it")
-        stored[site.name] = Stored(model.checkpoint.files[f"{site.stem}.weight_packed"], f"{site.stem}.", fmt, site.shape)
     return state.with_sites(stored)
 
 
+def stored_at(site: Site, schemes: list[tuple[list[str], Int]], model: Model) -> Stored:
+    """Where a packed site lies, in the format that a target names; ModelError if its tensors are not of that format."""
+    fmt = next((f for names, f in schemes if any(hits(site, t) for t in names)), None)
+    if fmt is None:
+        raise ModelError(f"{model.folder}: '{site.stem}' is packed, but no target of config.json names it")
+    for suffix, (_, shape) in fmt.tensors(site.shape).items():
+        spec = model.checkpoint.specs.get(f"{site.stem}.{suffix}")
+        if spec is None or spec.shape != shape:
+            found = "missing" if spec is None else list(spec.shape)
+            raise ModelError(f"{model.folder}: '{site.stem}.{suffix}' is {found}, {fmt} needs {list(shape)}; "
+                             "config and weights do not belong together")  # fmt: skip
+    return Stored(model.checkpoint.files[f"{site.stem}.weight_packed"], f"{site.stem}.", fmt, site.shape)
+
+
 def open_artifact(folder: Path) -> Model:
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    del config.quantization_config
-    return Model(folder, config, str(folder))
+    model = open_model(str(folder))
+    del model.config.quantization_config
+    return model
 
 
 def int_of(weights: dict[str, Any], folder: Path) -> Int:

@@ -135,7 +135,9 @@ def factor(H_kk: Tensor, *, damp: float = 0.01, order: str = "activation") -> Fa
 
 def _ldl(H_kk: Tensor, lam: float) -> tuple[Tensor, Tensor] | None:
     """L and D of H + lam I = Lᵀ D L in the dtype of H, or None; by Cholesky in fp64 of H in reversed order."""
-    C_kk, info = torch.linalg.cholesky_ex(_damped(H_kk.flip(0, 1).double(), lam))
+    C_kk = _damped(H_kk.flip(0, 1).double(), lam)
+    info = torch.empty((), dtype=torch.int32, device=H_kk.device)
+    torch.linalg.cholesky_ex(C_kk, out=(C_kk, info))  # in place: this is where memory peaks
     if int(info) != 0:
         return None
     c_k = C_kk.diagonal().clone()

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, PlainSerializer, PlainValidator, WithJsonSchema
@@ -225,7 +225,7 @@ class Solver:
         H_kk, seen = core.finish(self._hessians[expert]), self._tokens[expert]
         wanted = TOKENS_PER_INPUT * len(H_kk)
         if pooled is None or seen >= wanted:
-            return H_kk / max(1, seen), ()
+            return H_kk.div_(max(1, seen)), ()
         note = f"expert saw {seen} tokens, pooled Hessian for {wanted - seen} more"
         return (H_kk + (wanted - seen) * pooled) / wanted, (note,)
 
@@ -249,7 +249,7 @@ class Solver:
         scale_dtype = torch.float16 if self.state.dtype == torch.float16 else torch.bfloat16
         if self.options.method == "gptq" and factor is not None:
             if self._drift is not None and tokens and factor.lam > 0:
-                W_nk = core.retarget(W_nk, W_nk @ (self._drift / tokens), factor, self.options.drift)
+                W_nk = core.retarget(W_nk, (W_nk @ self._drift).div_(tokens), factor, self.options.drift)
             solved = core.quantize(W_nk, factor, fmt, clip=self.options.clip, scale_dtype=scale_dtype)
         else:
             solved = core.round_to_nearest(W_nk, factor, fmt, clip=self.options.clip, scale_dtype=scale_dtype)
@@ -281,7 +281,7 @@ def precision(kind: str) -> Iterator[None]:
     Activations of an fp32 model are then as precise as those of a bf16 model, on CPUs with bf16 units at several times the
     speed. A Hessian stays the exact product of (rounded) activations, so it stays positive. Other CPUs ignore it.
     """
-    setting = torch.backends.mkldnn.matmul
+    setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = setting.fp32_precision
     setting.fp32_precision = kind
     try:

@@ -21,12 +21,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from quickstart_text import documents, text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-from quickstart_text import documents, text
 
 HERE = Path(__file__).parent
 CALIBRATION_SEED, CALIBRATION_SIZE = 1, 230_000

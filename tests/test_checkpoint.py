@@ -162,7 +162,6 @@ def test_every_truncation_is_seen(folder: Path):
             read_header(path)
 
 
-@pytest.mark.xfail(strict=True, reason="read_header lets an IndexError through")
 @given(st.integers(0, 170), st.integers(0, 7))
 @settings(max_examples=300, deadline=None)
 def test_a_flipped_bit_in_the_header_is_an_error_or_still_a_table(tmp_path_factory: Any, at: int, bit: int):
@@ -181,7 +180,6 @@ def test_a_flipped_bit_in_the_header_is_an_error_or_still_a_table(tmp_path_facto
         assert all(isinstance(s, Spec) for s in specs.values())
 
 
-@pytest.mark.xfail(strict=True, reason="read_header takes a header whose offsets do not cover the file or contradict the shapes")
 @pytest.mark.parametrize(
     "entry",
     [
@@ -223,7 +221,6 @@ def test_another_weight_is_another_fingerprint(folder: Path, at: int):
     assert Checkpoint(folder).fingerprint != before
 
 
-@pytest.mark.xfail(strict=True, reason="fingerprint samples 65 pages of 4 KiB; one changed weight in a larger file is not seen")
 def test_one_changed_weight_in_a_large_file_is_another_fingerprint(tmp_path: Path):
     weight = torch.zeros(1_000_000)
     save_file({"a": weight}, tmp_path / SINGLE)

@@ -1,28 +1,23 @@
-"""Memory does not grow with depth, files are known to the byte before they are written, and a broken file is one line."""
+"""Memory does not grow with depth: what a run holds is a block, not the model.
+
+That sizes are known to the byte is tested in test_compressed_tensors.py for every family, and in test_checkpoint.py for files.
+"""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
-from compress.checkpoint import CODES, INDEX, SINGLE, Checkpoint, File, Layout, Spec, read_header
-from compress.errors import ModelError, RunError
+from compress import pipeline
+from compress.checkpoint import Layout, Spec
 from tests.conftest import GROUPED, IDS, ROOT, SMALL, make_tokenizer
 from tests.cooking import recipe
-
-# --- memory -----------------------------------------------------------------------------------------------------------
 
 WIDTH, BLOCK_MB = 384, 3.4  # one block of the models below, in bf16
 MEASURE = """
@@ -66,13 +61,13 @@ print(peak(run), peak(forward))
 
 def deep_model(folder: Path, blocks: int) -> Path:
     """A llama of many wide blocks, written file by file without ever being whole in memory."""
-    config = transformers.LlamaConfig(**{**SMALL, "hidden_size": WIDTH, "intermediate_size": 3 * WIDTH, "num_hidden_layers": blocks},
-                                      **GROUPED, **IDS, dtype=torch.bfloat16, architectures=["LlamaForCausalLM"])  # fmt: skip
+    sizes = {**SMALL, "hidden_size": WIDTH, "intermediate_size": 3 * WIDTH, "num_hidden_layers": blocks}
+    config = transformers.LlamaConfig(**sizes, **GROUPED, **IDS, dtype=torch.bfloat16, architectures=["LlamaForCausalLM"])
     config.save_pretrained(folder)
     make_tokenizer(folder)
     with torch.device("meta"):
         shapes = {n: p.shape for n, p in transformers.LlamaForCausalLM(config).named_parameters()}
-    layout = Layout.of([Spec(n, torch.bfloat16, tuple(s)) for n, s in shapes.items()], 100_000_000)
+    layout = Layout.of([Spec(n, torch.bfloat16, tuple(s)) for n, s in shapes.items()], 4_000_000)
     layout.write(folder, ((n, torch.randn(s, dtype=torch.bfloat16) * s[-1] ** -0.5) for n, s in shapes.items()))
     return folder
 
@@ -84,10 +79,30 @@ def test_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
         source = deep_model(tmp_path / str(blocks), blocks)
         recipe(tmp_path / f"run{blocks}", source, method="rtn", clip="minmax", format="int4:g32")
     whole = sum(p.stat().st_size for p in (tmp_path / "20").glob("*.safetensors")) / 2**20
-    assert whole > 20 * BLOCK_MB
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", MEASURE], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
-                          capture_output=True, text=True, check=True)  # fmt: skip
-    run, forward = (float(x) for x in done.stdout.split())
-    print(run, forward, whole)
-    assert run < 7 * BLOCK_MB, (run, forward, whole)
-    assert forward < 3 * BLOCK_MB, (run, forward, whole)
+    assert whole > 19 * BLOCK_MB
+    command, env = [sys.executable, "-W", "ignore", "-c", MEASURE], {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    for peak in (float(x) for x in done.stdout.split()):
+        assert peak < 10 * BLOCK_MB < whole / 1.9, done.stdout
+
+
+PEAK = """
+import resource, sys
+from pathlib import Path
+from compress import pipeline
+pipeline.run(Path(sys.argv[1]))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_the_planned_peak_is_near_the_real_one(text: Path, tmp_path: Path, method: str) -> None:
+    """Not more than a third above what was said; mapped files and the imported libraries count."""
+    source = deep_model(tmp_path / "model", 6)
+    path = recipe(tmp_path / "run", source, text, exports=False, method=method, format="int4:g32")
+    planned = pipeline.plan(path).peak_bytes
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PEAK, str(path)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) < 1.33 * planned

@@ -180,7 +180,6 @@ def test_what_a_wrong_recipe_says_it_says_in_the_plan(project: Project):
         assert not project.out.exists()
 
 
-@pytest.mark.xfail(strict=True, reason="plan reads the calibration text only, and does not look at the run folder")
 @pytest.mark.parametrize("change", ["evaluation", "folder"])
 def test_the_plan_looks_where_the_run_will_look(project: Project, change: str):
     if change == "evaluation":
