@@ -85,7 +85,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", nargs="+", choices=("stories", "speed"), default=["stories", "speed"])
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
-    parser.add_argument("--assets", type=Path, default=HERE.parent.parent / "shared/assets", help="holds models/ and texts/")
+    assets = os.environ.get("COMPRESS_ASSETS", HERE.parent.parent / "shared/assets")
+    parser.add_argument("--assets", type=Path, default=assets, help="holds models/ and texts/ (or set COMPRESS_ASSETS)")
     for tool in TOOLS:
         default = sys.executable if tool == "ours" else os.environ.get(f"{tool.upper()}_PYTHON")
         parser.add_argument(f"--{tool}-python", default=default, help=f"the python of an environment with {tool}")

@@ -28,10 +28,17 @@ def put_matrix(module: nn.Module, site: Site, matrix: Tensor) -> None:
         module.gate_up_proj.data[site.expert, start : start + rows] = matrix  # type: ignore[operator]
 
 
+def kept_in_fp32(model: nn.Module, dtype: torch.dtype) -> tuple[str, ...]:
+    """Parts of the names of tensors that transformers keeps in fp32 where the model computes in 16 bits."""
+    always, fp16 = (tuple(getattr(model, f"_keep_in_fp32_modules{s}", None) or ()) for s in ("_strict", ""))
+    return {torch.bfloat16: always, torch.float16: always + fp16}.get(dtype, ())
+
+
 class Binding:
     """Where each parameter of the module tree comes from: a site of the state, or a tensor of the checkpoint."""
 
     def __init__(self, state: State, model: nn.Module):
+        self.precise = kept_in_fp32(model, state.dtype)
         self.meta = {name: p for name, p in model.named_parameters(remove_duplicate=False)}
         self.sites: dict[str, list[Site]] = {}
         for site in state.graph:
@@ -55,16 +62,29 @@ class Binding:
             elif sites:
                 put_matrix(module, sites[0], state.weight(sites[0]).to(device))
             else:
-                tensor = self._other(state, f"{path}.{name}", meta)
-                module._parameters[name] = nn.Parameter(tensor.to(device, state.dtype), requires_grad=False)
+                names = [n for n, p in self.meta.items() if p is meta]  # a tied parameter has several
+                tensor = self._read(state, *names)
+                if tensor is None:
+                    raise ModelError(f"{state.checkpoint.folder}: no tensor for '{path}.{name}'; config and weights do not "
+                                     "belong together")  # fmt: skip
+                module._parameters[name] = nn.Parameter(tensor.to(device), requires_grad=False)
 
-    def _other(self, state: State, name: str, meta: Tensor) -> Tensor:
-        twins = [name, *(n for n, p in self.meta.items() if p is meta and n != name)]  # a tied parameter has several names
-        for twin in twins:
-            for held in candidates(twin, state.graph.family):
-                if held in state.checkpoint:
-                    return state.checkpoint.read_finite(held)
-        raise ModelError(f"{state.checkpoint.folder}: no tensor for '{name}'; config and weights do not belong together")
+    def load_buffers(self, state: State, model: nn.Module) -> None:
+        """Give a module tree the buffers that the checkpoint holds, such as a router's learnt correction of its scores."""
+        for path, module in model.named_modules():
+            for name in module._buffers.keys() - module._non_persistent_buffers_set:
+                tensor = self._read(state, f"{path}.{name}")
+                if tensor is not None:
+                    module._buffers[name] = tensor
+
+    def _read(self, state: State, *names: str) -> Tensor | None:
+        """The tensor that the checkpoint holds under one of these names of the module tree, in the dtype to compute in."""
+        found = [h for name in names for h in candidates(name, state.graph.family) if h in state.checkpoint]
+        if not found:
+            return None
+        tensor = state.checkpoint.read_finite(found[0])
+        precise = any(part in names[0] for part in self.precise)
+        return tensor.to(torch.float32 if precise else state.dtype) if tensor.is_floating_point() else tensor
 
     def drop(self, path: str, module: nn.Module) -> None:
         for name in list(module._parameters):

@@ -92,6 +92,7 @@ class Stream:
         self.blocks: list[nn.Module] = [self.model.get_submodule(b.module) for b in self.graph.blocks]
         self.probes = [Probe(block) for block in self.blocks]
         self._names = Binding(state, self.model)
+        self._names.load_buffers(state, self.model)
         self._put(self.probes)
         _move_buffers(self.model, self.device)
         for block in self.blocks:

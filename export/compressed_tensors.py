@@ -183,7 +183,10 @@ def ignored(graph: Graph, formats: dict[str, Int]) -> list[str]:
 
 
 def split_group(group: tuple[Site, ...], formats: dict[str, Format]) -> str:
-    shown = ", ".join(f"{s.name} {formats.get(s.name, 'as it is')}" for s in group[:3])
+    first: dict[str, Site] = {}
+    for site in group:
+        first.setdefault(str(formats.get(site.name, "as it is")), site)
+    shown = ", ".join(f"{site.name} {kind}" for kind, site in first.items())
     kind = "experts of one block" if group[0].expert is not None else ",".join(s.role for s in group)
     return (f"compressed_tensors: vLLM joins {kind} into one matrix and needs one format for them, here {shown}; "
             "pin them together")  # fmt: skip

@@ -141,8 +141,9 @@ def _ldl(H_kk: Tensor, lam: float) -> tuple[Tensor, Tensor] | None:
     if int(info) != 0:
         return None
     c_k = C_kk.diagonal().clone()
-    L_kk = C_kk.div_(c_k).to(H_kk.dtype).flip(0, 1).T.contiguous()
-    return L_kk, c_k.square().flip(0).to(H_kk.dtype)
+    L_kk = C_kk.div_(c_k).to(H_kk.dtype)
+    del C_kk
+    return L_kk.flip(0, 1).T.contiguous(), c_k.square().flip(0).to(H_kk.dtype)
 
 
 def _damped(H_kk: Tensor, lam: float) -> Tensor:
@@ -154,6 +155,12 @@ def _identity(H_kk: Tensor, *notes: str) -> Factor:
     I_kk = torch.eye(len(H_kk), dtype=H_kk.dtype, device=H_kk.device)
     one_k = torch.ones_like(I_kk[0])
     return Factor(I_kk, I_kk, one_k, 0.0, torch.arange(len(H_kk), device=H_kk.device), one_k, notes)
+
+
+def _nothing_seen(W_nk: Tensor) -> Factor:
+    """What stands for a Hessian where nothing streams: losses are those of the weights, and no K×K matrix is made."""
+    none, one_k = W_nk.new_empty(0, 0, dtype=torch.float32), torch.ones(W_nk.shape[1], device=W_nk.device)
+    return Factor(none, none, one_k, 0.0, torch.arange(len(one_k), device=W_nk.device), one_k)
 
 
 @torch.no_grad()
@@ -203,7 +210,7 @@ def round_to_nearest(
     scale_dtype: torch.dtype = torch.bfloat16,
 ) -> Solved:
     """As `quantize`, without feedback: every weight goes to its nearest level. Without `f` the losses are those of W itself."""
-    f = f or _identity(torch.empty(W_nk.shape[1], W_nk.shape[1], device=W_nk.device))
+    f = f or _nothing_seen(W_nk)
     return _join([_solve(W, f, fmt, clip, scale_dtype, 0, None) for W in _chunks(W_nk, fmt)], f.notes)
 
 
@@ -253,6 +260,8 @@ def _nearest(W_kn: Tensor, fmt: Quantized, grid: Grid) -> Tensor:
 
 def _loss(D_kn: Tensor, f: Factor) -> Tensor:
     """tr(Δ H Δᵀ) by outputs, for Δ in the order of `f`."""
+    if f.lam == 0:  # the identity
+        return D_kn.square().sum(0)
     loss_n = torch.zeros_like(D_kn[0])
     for i in range(0, len(D_kn), _TILE):
         j = i + _TILE
@@ -280,21 +289,17 @@ def _columns(grid: Grid, group_k: Tensor, dtype: torch.dtype) -> list[Grid]:
 
 
 def _feedback(
-    T_kn: Tensor, P_kn: Tensor, f: Factor, fmt: Quantized, grids: list[Grid], Q_kn: Tensor, D_kn: Tensor, block: int
+    T_kn: Tensor, P_kn: Tensor, f: Factor, fmt: Quantized, grids: list[Grid], Q_kn: Tensor, D_kn: Tensor, block: int, a: int = 0
 ) -> None:
-    """Fill Q and Δ; the targets T start as the weights P and are overwritten."""
-
-    def solve(a: int, b: int) -> None:
-        if b - a <= block:
-            L_bb = f.L_kk[a:b, a:b].tril(-1)
-            _leaf(T_kn[a:b], P_kn[a:b], L_bb, fmt, grids[a:b], Q_kn[a:b], D_kn[a:b])
-            return
-        m = a + -(-(b - a) // (2 * block)) * block
-        solve(a, m)
-        T_kn[m:b].addmm_(f.L_kk[m:b, a:m], D_kn[a:m], alpha=-1)
-        solve(m, b)
-
-    solve(0, len(P_kn))
+    """Fill Q and Δ for the inputs a... that these views hold; the targets T start as the weights P and are overwritten."""
+    n = len(P_kn)
+    if n <= block:
+        _leaf(T_kn, P_kn, f.L_kk[a : a + n, a : a + n].tril(-1), fmt, grids, Q_kn, D_kn)
+        return
+    m = -(-n // (2 * block)) * block
+    _feedback(T_kn[:m], P_kn[:m], f, fmt, grids[:m], Q_kn[:m], D_kn[:m], block, a)
+    T_kn[m:].addmm_(f.L_kk[a + m : a + n, a : a + m], D_kn[:m], alpha=-1)
+    _feedback(T_kn[m:], P_kn[m:], f, fmt, grids[m:], Q_kn[m:], D_kn[m:], block, a + m)
 
 
 def _sweep(A_kk: Tensor, fmt: Quantized, grids: list[Grid], Q_kn: Tensor, D_kn: Tensor, block: int) -> None:

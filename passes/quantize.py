@@ -222,7 +222,7 @@ class Solver:
 
     def _mean(self, expert: int | None, pooled: Tensor | None) -> tuple[Tensor, tuple[str, ...]]:
         """The mean Hessian of what was seen, the pooled one mixed in for tokens that are missing."""
-        H_kk, seen = core.finish(self._hessians[expert]), self._tokens[expert]
+        H_kk, seen = core.finish(self._hessians.pop(expert)), self._tokens[expert]
         wanted = TOKENS_PER_INPUT * len(H_kk)
         if pooled is None or seen >= wanted:
             return H_kk.div_(max(1, seen)), ()
