@@ -25,7 +25,7 @@ from pydantic import Field
 from compress.checkpoint import Layout, Spec, tensor_bytes
 from compress.errors import ExportError, ModelError
 from compress.export.artifact import Exporter, Job, Proof, carry_over
-from compress.formats import Format, Int
+from compress.formats import Dense, Format, Int
 from compress.graph import Graph, Site
 from compress.model import Model, first_line, model_class, open_model
 from compress.state import Fact, State, Stored
@@ -49,7 +49,7 @@ class CompressedTensors(Exporter):
             if len(kinds) > 1:
                 raise ExportError(split_group(group, formats))
         for site in state.graph:
-            if site.aliases and site.name in formats:
+            if site.aliases and isinstance(formats.get(site.name), Int):
                 modules = ", ".join((site.module, *site.aliases))
                 raise ExportError(f"compressed_tensors: '{site.name}' is one matrix for {1 + len(site.aliases)} modules "
                                   f"({modules}), which engines load one by one; pin it to bf16")  # fmt: skip
@@ -161,14 +161,17 @@ def quantization_config(state: State) -> dict[str, Any]:
 
 
 def targets(sites: list[Site]) -> list[str]:
-    """Exact module paths; the experts of a block as one anchored pattern, since engines name their modules differently."""
+    """Exact module paths; the experts of all blocks as one anchored pattern over their names in the tree and on disk, since
+    some engines go by the one and some by the other."""
     exact = [s.module for s in sites if s.expert is None]
-    blocks = sorted({s.module for s in sites if s.expert is not None})
-    if not blocks:
+    experts = [s for s in sites if s.expert is not None]
+    if not experts:
         return exact
-    head, tail = re.split(r"\.\d+\.", blocks[0], maxsplit=1)[0], blocks[0].rpartition(".")[2]
-    numbers = "|".join(str(i) for i in sorted({s.block for s in sites if s.expert is not None and s.block is not None}))
-    return [*exact, rf"re:^{re.escape(head)}\.({numbers})\.(mlp|block_sparse_moe)\.{tail}\..+$"]
+    paths = {p for s in experts for p in (s.module, s.stem.rsplit(".", 2)[0])}
+    split = [re.split(r"\.(\d+)\.", path, maxsplit=1) for path in sorted(paths)]
+    head, tails = re.escape(split[0][0]), "|".join(dict.fromkeys(re.escape(tail) for _, _, tail in split))
+    numbers = "|".join(dict.fromkeys(str(s.block) for s in experts))
+    return [*exact, rf"re:^{head}\.({numbers})\.({tails})\..+$"]
 
 
 def ignored(graph: Graph, formats: dict[str, Int]) -> list[str]:
@@ -183,10 +186,9 @@ def ignored(graph: Graph, formats: dict[str, Int]) -> list[str]:
 
 
 def split_group(group: tuple[Site, ...], formats: dict[str, Format]) -> str:
-    first: dict[str, Site] = {}
-    for site in group:
-        first.setdefault(str(formats.get(site.name, "as it is")), site)
-    shown = ", ".join(f"{site.name} {kind}" for kind, site in first.items())
+    texts = [str(formats.get(s.name, "as it is")) for s in group]
+    some = range(len(group)) if len(group) <= 3 else sorted(map(texts.index, set(texts)))  # of many experts, one for each format
+    shown = ", ".join(f"{group[i].name} {texts[i]}" for i in some)
     kind = "experts of one block" if group[0].expert is not None else ",".join(s.role for s in group)
     return (f"compressed_tensors: vLLM joins {kind} into one matrix and needs one format for them, here {shown}; "
             "pin them together")  # fmt: skip
@@ -278,10 +280,11 @@ def hits(site: Site, target: str) -> bool:
 def same_tensors(wanted: State, written: State) -> None:
     """ExportError naming the first site whose codes, or other tensor whose bytes, are not on disk as they should be."""
     for name, stored in wanted.changed.items():
-        ours = stored.load().tensors
-        if "weight" in ours:
-            continue
-        theirs = written.changed[name].load().tensors if name in written.changed else {}
+        ours, theirs = stored.load().tensors, {}
+        if isinstance(stored.format, Dense):
+            theirs = {"weight": written.original(written.graph[name])}
+        elif name in written.changed:
+            theirs = dict(written.changed[name].load().tensors)
         for suffix, tensor in ours.items():
             if suffix not in theirs or not torch.equal(tensor, theirs[suffix]):
                 raise ExportError(f"'{name}': {suffix} on disk differs from the run's; please report this")

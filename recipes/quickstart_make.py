@@ -24,7 +24,6 @@ import torch
 from quickstart_text import documents, text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 HERE = Path(__file__).parent
@@ -94,7 +93,7 @@ def training_rows(tokenizer: PreTrainedTokenizerFast) -> Iterator[Tensor]:
         docs = tokenizer(documents(seed, 2_000_000), add_special_tokens=False)["input_ids"]
         share = len(docs) // len(frames)
         parts = [docs[i * share : (i + 1) * share] for i in range(len(frames))]
-        tokens = [t for part, (front, end) in zip(parts, frames) for doc in part for t in front + doc + end]
+        tokens = [t for part, (front, end) in zip(parts, frames, strict=True) for doc in part for t in front + doc + end]
         rows = torch.tensor(tokens[: len(tokens) // CONTEXT * CONTEXT]).view(-1, CONTEXT)
         rows[::2, 0] = tokenizer.bos_token_id
         yield from rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
@@ -123,7 +122,7 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: in
             batch = batch.view(-1, WINDOW)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(batch, use_cache=False).logits[:, :-1]
-        loss = F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+        loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -177,7 +176,7 @@ def figures(folder: Path, calibration: Tensor, tokens: Tensor) -> dict[str, str]
         return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
     def perplexity(logp: Tensor) -> float:
-        return math.exp(F.nll_loss(logp.flatten(0, 1), windows(tokens)[:, 1:].flatten()).item())
+        return math.exp(nn.functional.nll_loss(logp.flatten(0, 1), windows(tokens)[:, 1:].flatten()).item())
 
     base = log_probabilities(load(), tokens)
     out = {"unigram": f"| unigram baseline | {unigram_perplexity(calibration, tokens):.1f} | | |"}

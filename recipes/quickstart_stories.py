@@ -133,13 +133,13 @@ def letter(d: Dice) -> str:
 
 def swaps(d: Dice) -> str:
     people = d.some(NAMES, 3)
-    holds = dict(zip(people, d.some(THINGS, 3)))
+    holds = dict(zip(people, d.some(THINGS, 3), strict=True))
     lines = ["At first " + series([f"{p} has the {holds[p]}" for p in people]) + "."]
     for _ in range(d.between(1, 4)):
         x, y = d.some(people, 2)
         holds[x], holds[y] = holds[y], holds[x]
         lines.append(f"{x} and {y} swap. Now {x} has the {holds[x]} and {y} has the {holds[y]}.")
-    return "\n".join(lines + ["At last " + series([f"{p} has the {holds[p]}" for p in people]) + "."])
+    return "\n".join([*lines, "At last " + series([f"{p} has the {holds[p]}" for p in people]) + "."])
 
 
 def chain(d: Dice) -> str:

@@ -57,18 +57,16 @@ def table(d: Dice) -> str:
     people = d.some(NAMES, d.between(3, 5))
     rows = [(p, d.pick(PETS), d.pick(COLOURS), d.between(1, 9)) for p in people]
     lines = ["| name | pet | colour | cups |", *("| " + " | ".join(map(str, row)) + " |" for row in rows)]
-    lines += [
-        f"{p} has {a(pet)} and {many(cups, f'{colour} cup')}." for p, pet, colour, cups in d.some(rows, len(rows))
-    ]
+    lines += [f"{p} has {a(pet)} and {many(cups, f'{colour} cup')}." for p, pet, colour, cups in d.some(rows, len(rows))]
     top = max(cups for *_, cups in rows)
     return "\n".join([*lines, "Most cups: " + series([p for p, *_, cups in rows if cups == top]) + "."])
 
 
 def diary(d: Dice) -> str:
     skies = [d.pick(WEATHER[:4]) for _ in DAYS]
-    lines = [f"{day}: {sky}" for day, sky in zip(DAYS, skies)]
+    lines = [f"{day}: {sky}" for day, sky in zip(DAYS, skies, strict=True)]
     for sky in d.some(sorted(set(skies)), min(2, len(set(skies)))):
-        days = [day for day, s in zip(DAYS, skies) if s == sky]
+        days = [day for day, s in zip(DAYS, skies, strict=True) if s == sky]
         lines.append(f"It was {sky} on {series(days)}. {sky.title()} days: {len(days)}.")
     return "\n".join([f"Weather at the {d.pick(PLACES)}", *lines])
 
@@ -76,8 +74,8 @@ def diary(d: Dice) -> str:
 def journey(d: Dice) -> str:
     stops = d.some(PLACES, d.between(3, 6))
     steps = [(d.pick(list(TURNS)), d.between(1, 9)) for _ in stops[1:]]
-    there = [f"Go {n} {turn} to the {stop}." for (turn, n), stop in zip(steps, stops[1:])]
-    back = [f"Go {n} {TURNS[turn]} to the {stop}." for (turn, n), stop in zip(steps, stops)][::-1]
+    there = [f"Go {n} {turn} to the {stop}." for (turn, n), stop in zip(steps, stops[1:], strict=True)]
+    back = [f"Go {n} {TURNS[turn]} to the {stop}." for (turn, n), stop in zip(steps, stops, strict=False)][::-1]
     total = sum(n for _, n in steps)
     return "\n".join([f"The way from the {stops[0]}", *there, "The way back", *back, f"Each way is {total} miles."])
 
@@ -86,7 +84,7 @@ def dish(d: Dice) -> str:
     name = f"{d.pick(FOODS)} {d.pick(['soup', 'pie', 'salad', 'cake', 'stew'])}"
     n = d.between(2, 4)
     units = d.some(["cups", "spoons", "grams", "bowls", "pots"], n)
-    parts = [(d.between(2, 10), unit, x) for unit, x in zip(units, d.some(GOODS[:9], n))]
+    parts = [(d.between(2, 10), unit, x) for unit, x in zip(units, d.some(GOODS[:9], n), strict=True)]
     steps = [f"{d.pick(['Add', 'Stir in', 'Mix in', 'Pour in'])} the {x}." for *_, x in parts]
     twice = [f"{2 * n} {unit} of {x}" for n, unit, x in parts]
     return "\n".join(
@@ -100,9 +98,8 @@ def dish(d: Dice) -> str:
 
 
 def spelling(d: Dice) -> str:
-    lines = []
-    for word in d.some(THINGS + PLACES + PETS, d.between(2, 4)):
-        lines.append(f"{word}: {'-'.join(word)}. Backwards: {'-'.join(word[::-1])}. Letters: {len(word)}.")
+    words = d.some(THINGS + PLACES + PETS, d.between(2, 4))
+    lines = [f"{word}: {'-'.join(word)}. Backwards: {'-'.join(word[::-1])}. Letters: {len(word)}." for word in words]
     return "\n".join(["Spelling", *lines])
 
 

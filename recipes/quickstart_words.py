@@ -11,20 +11,14 @@ from typing import TypeVar
 T = TypeVar("T")
 
 SHE = "Ada Bela Clara Dina Elsa Flora Greta Hana Ines Juna Kira Lila Mira Nora Olga Petra Rosa Suri Tessa Vera".split()
-HE = (
-    "Abel Boris Carlo Davi Emil Felix Gusto Hugo Ivan Jonas Karl Leo Milo Niko Oskar Pablo Rafi Simon Tomas Viktor"
-).split()
+HE = ("Abel Boris Carlo Davi Emil Felix Gusto Hugo Ivan Jonas Karl Leo Milo Niko Oskar Pablo Rafi Simon Tomas Viktor").split()
 NAMES = SHE + HE
-TRADES = (
-    "baker potter gardener sailor tailor painter teacher fisher carpenter weaver farmer clockmaker beekeeper".split()
-)
+TRADES = "baker potter gardener sailor tailor painter teacher fisher carpenter weaver farmer clockmaker beekeeper".split()
 PETS = "cat dog goat parrot rabbit hedgehog donkey turtle goose pony".split()
 PET_NAMES = "Pip Button Biscuit Pepper Clover Moss Tinker Dot Waffle Acorn Bramble Pickle".split()
 COLOURS = "red blue green yellow white black orange purple grey brown".split()
 LOOKS = "small round shiny old heavy copper wooden silver painted striped tiny golden".split()
-THINGS = (
-    "lantern kettle drum kite whistle basket compass umbrella violin mirror spoon teapot ladder bell hat key".split()
-)
+THINGS = "lantern kettle drum kite whistle basket compass umbrella violin mirror spoon teapot ladder bell hat key".split()
 SPOTS = [
     "under the bridge",
     "behind the mill",

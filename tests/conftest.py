@@ -18,16 +18,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for what tests start; tiny mode
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 272,
          "max_position_embeddings": 256}  # fmt: skip
+SLIDING = {"head_dim": 16, "sliding_window": 16}
 GROUPED = {"num_key_value_heads": 2}
 IDS = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
 
 FAMILIES: dict[str, Any] = {
     "llama": lambda: transformers.LlamaConfig(**SMALL, **GROUPED, **IDS),
-    "mistral": lambda: transformers.MistralConfig(**SMALL, **GROUPED, **IDS, head_dim=16, sliding_window=16),
+    "mistral": lambda: transformers.MistralConfig(**SMALL, **GROUPED, **IDS, **SLIDING),
     "qwen2": lambda: transformers.Qwen2Config(**SMALL, **GROUPED, **IDS, tie_word_embeddings=True),
     "qwen3": lambda: transformers.Qwen3Config(**SMALL, **GROUPED, **IDS, head_dim=16),
-    "gemma2": lambda: transformers.Gemma2Config(**SMALL, **GROUPED, **IDS, head_dim=16, sliding_window=16, query_pre_attn_scalar=16),
-    "gemma3": lambda: transformers.Gemma3TextConfig(**SMALL, **GROUPED, **IDS, head_dim=16, sliding_window=16, query_pre_attn_scalar=16),
+    "gemma2": lambda: transformers.Gemma2Config(**SMALL, **GROUPED, **IDS, **SLIDING, query_pre_attn_scalar=16),
+    "gemma3": lambda: transformers.Gemma3TextConfig(**SMALL, **GROUPED, **IDS, **SLIDING, query_pre_attn_scalar=16),
     "phi3": lambda: transformers.Phi3Config(**SMALL, **GROUPED, **IDS),
     "opt": lambda: transformers.OPTConfig(hidden_size=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=272,
                                           max_position_embeddings=256, word_embed_proj_dim=64, **IDS),

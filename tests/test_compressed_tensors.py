@@ -134,6 +134,15 @@ def test_a_tied_head_cannot_be_quantized_apart(family: Any, text: Path, tmp_path
         cook(tmp_path, family("qwen2"), text, format="int4:g32", pins={"lm_head": "int8:g32"})
 
 
+def test_a_matrix_may_be_pinned_to_another_precision(family: Any, text: Path, tmp_path: Path) -> None:
+    pins = {"layers.0.attn.[qkv]": "fp16", "lm_head": "fp32"}
+    made = cook(tmp_path, family("llama"), text, format="int4:g32", pins=pins)
+    exact(artifact_of(made), family("llama"), made.state)
+    held = load_file(artifact_of(made) / "model.safetensors")
+    assert held["lm_head.weight"].dtype == torch.float32
+    assert held["model.layers.0.self_attn.k_proj.weight"].dtype == torch.float16
+
+
 def test_parts_of_a_model_may_stay_as_they_are(family: Any, text: Path, tmp_path: Path) -> None:
     made = cook(tmp_path, family("llama"), text, format="int4:g32", pins={"layers.0.*": "bf16"})
     assert all(n.startswith("layers.1.") for n in made.state.changed)

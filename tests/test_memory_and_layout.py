@@ -19,6 +19,7 @@ from compress.checkpoint import Layout, Spec
 from tests.conftest import GROUPED, IDS, ROOT, SMALL, make_tokenizer
 from tests.cooking import recipe
 
+LINUX = Path("/proc/self/status").exists()
 WIDTH, BLOCK_MB = 384, 3.4  # one block of the models below, in bf16
 MEASURE = """
 import sys, threading, time
@@ -72,7 +73,7 @@ def deep_model(folder: Path, blocks: int) -> Path:
     return folder
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of memory")
+@pytest.mark.skipif(not LINUX, reason="reads Linux's account of memory")
 def test_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
     """Quantizing, writing and checking 20 blocks takes the memory of a few, and so does a forward pass; not of the model."""
     for blocks in (2, 20):
@@ -87,15 +88,16 @@ def test_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
 
 
 PEAK = """
-import resource, sys
+import sys
 from pathlib import Path
 from compress import pipeline
 pipeline.run(Path(sys.argv[1]))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024)  # ru_maxrss would count the parent's
 """
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not LINUX, reason="reads Linux's account of memory")
 @pytest.mark.parametrize("method", ["gptq", "rtn"])
 def test_the_planned_peak_is_near_the_real_one(text: Path, tmp_path: Path, method: str) -> None:
     """Not more than a third above what was said; mapped files and the imported libraries count."""
@@ -105,4 +107,4 @@ def test_the_planned_peak_is_near_the_real_one(text: Path, tmp_path: Path, metho
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PEAK, str(path)], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert float(done.stdout) < 1.33 * planned
+    assert float(done.stdout) < 1.33 * planned, (float(done.stdout) / 2**20, planned / 2**20)
