@@ -12,7 +12,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -273,9 +273,3 @@ def disk_error(e: OSError, place: Path) -> RunError:
     if e.errno in (errno.ENOSPC, errno.EDQUOT):
         return RunError(f"{place}: the disk is full; free some space and run again, finished blocks are kept")
     return RunError(f"{place}: cannot write ({e.strerror})")
-
-
-def specs_of(tensors: dict[str, torch.Tensor]) -> Iterator[Spec]:
-    """The specs of tensors in memory, in their order."""
-    for name, tensor in tensors.items():
-        yield Spec(name, tensor.dtype, tuple(tensor.shape))

@@ -7,7 +7,7 @@ log-likelihood of each window's tokens after its first, so it depends on the win
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -62,37 +62,57 @@ def compare(
     original: State | None, state: State, config: Any, tokens: Tokens, device: str = "cpu"
 ) -> tuple[Scores | None, Scores]:
     """The scores of the original (None without one) and of `state`, on the same tokens."""
-    mine = hidden(state, config, tokens, device)
-    if original is None:
-        return None, score((None for _ in mine[1]), mine[0].logits(state, mine[1]), mine[1], state.graph.causal)
-    theirs = hidden(original, config, tokens, device)
+    stream, batches = hidden(state, config, tokens, device)
+    before = Sums(int(tokens.ids.shape[1]), state.graph.causal)
+    after = Sums(before.length, before.causal)
+    theirs: Iterable[Tensor | None] = [None] * len(batches)
+    if original is not None:
+        base, base_batches = hidden(original, config, tokens, device)
+        theirs = base.logits(original, base_batches)
     with torch.no_grad():
-        base = score((None for _ in theirs[1]), theirs[0].logits(original, theirs[1]), theirs[1], state.graph.causal)
-        new = score(theirs[0].logits(original, theirs[1]), mine[0].logits(state, mine[1]), mine[1], state.graph.causal)
-    return base, new
+        for batch, ours, reference in zip(batches, stream.logits(state, batches), theirs, strict=True):
+            log_q, log_p = predictions(ours, before.causal), None
+            if reference is not None:
+                log_p = predictions(reference, before.causal)
+                before.add(batch.tokens, log_p, None)
+            after.add(batch.tokens, log_q, log_p)
+    return before.scores if original is not None else None, after.scores
 
 
-def score(base: Iterator[Tensor | None], new: Iterator[Tensor], batches: list[Batch], causal: bool) -> Scores:
-    """Scores from two streams of logits [b, t, vocabulary], the first of which may give None."""
-    nll = kl = agree = 0.0
-    count = compared = 0
-    for batch, ours in zip(batches, new, strict=True):
-        theirs = next(base)
-        log_q = ours.float().log_softmax(-1)
-        if causal:
-            log_q = log_q[:, :-1]
-            nll -= float(log_q.gather(-1, batch.tokens[:, 1:, None].to(log_q.device)).sum(dtype=torch.float64))
-        count += log_q.shape[0] * log_q.shape[1]
-        if theirs is not None:
-            log_p = theirs.float().log_softmax(-1)[:, : log_q.shape[1]]
-            kl += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
-            agree += float((log_p.argmax(-1) == log_q.argmax(-1)).sum())
-            compared += log_q.shape[0] * log_q.shape[1]
-    perplexity = math.exp(min(nll / count, 700.0)) if causal else None
-    length = int(batches[0].tokens.shape[1])
-    if not compared:
-        return Scores(perplexity, None, None, count, length)
-    return Scores(perplexity, kl / compared, agree / compared, count, length)
+def predictions(logits: Tensor, causal: bool) -> Tensor:
+    """Log-probabilities, fp32; of a causal model without the last position, which has nothing to predict here."""
+    return (logits[:, :-1] if causal else logits).float().log_softmax(-1)
+
+
+@dataclass
+class Sums:
+    """What is summed over batches on the way to `Scores`."""
+
+    length: int
+    causal: bool
+    nll: float = 0.0
+    kl: float = 0.0
+    agree: float = 0.0
+    count: int = 0
+    compared: int = 0
+
+    def add(self, tokens: Tensor, log_q: Tensor, log_p: Tensor | None) -> None:
+        """One batch: tokens [b, t], log-probabilities of the model in hand, and of the original where there is one."""
+        places = log_q.shape[0] * log_q.shape[1]
+        self.count += places
+        if self.causal:
+            self.nll -= float(log_q.gather(-1, tokens[:, 1:, None].to(log_q.device)).sum(dtype=torch.float64))
+        if log_p is not None:
+            self.kl += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
+            self.agree += float((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+            self.compared += places
+
+    @property
+    def scores(self) -> Scores:
+        perplexity = math.exp(min(self.nll / self.count, 700.0)) if self.causal else None
+        kl = self.kl / self.compared if self.compared else None
+        agreement = self.agree / self.compared if self.compared else None
+        return Scores(perplexity, kl, agreement, self.count, self.length)
 
 
 def sizes(state: State, tensor_bytes: int) -> Sizes:

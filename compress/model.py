@@ -356,10 +356,6 @@ def candidates(name: str, family: str) -> Iterator[str]:
         yield from (f"{prefix}.{form}" for prefix in ("model", "transformer"))
 
 
-def joined_names(graph: Graph) -> set[str]:
-    return {s.joined for s in graph if s.expert is not None}
-
-
 def anchor(graph: Graph, checkpoint: Checkpoint) -> Graph:
     """The graph with every name as this checkpoint writes it; a site or tensor that is not there is a ModelError."""
     sites: dict[str, Site] = {}

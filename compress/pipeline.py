@@ -21,7 +21,7 @@ from compress.checkpoint import Layout
 from compress.console import Console
 from compress.errors import CompressError, DataError, RecipeError
 from compress.export import EXPORTERS
-from compress.export.artifact import Exporter, Job, Proof, place, refuse_foreign
+from compress.export.artifact import Exporter, Job, Proof, json_of, place, refuse_foreign
 from compress.manager import Context, Pass
 from compress.model import Model, first_line, open_model
 from compress.passes import PASSES
@@ -91,7 +91,8 @@ def prepare(path: Path, overrides: Sequence[str] = ()) -> Prepared:
         graph = model.graph
     except CompressError as e:
         raise type(e)(f"{recipe.place(('model',))}  {e}") from None
-    start = model.state if model.has_weights else State(graph, BARE, model.dtype)  # type: ignore[arg-type]
+    # A config without weights has no checkpoint; nothing that `plan` does reads one.
+    start = model.state if model.has_weights else State(graph, None, model.dtype)  # type: ignore[arg-type]
     try:
         manager.check_order(recipe.passes, start.facts)
     except CompressError as e:
@@ -109,9 +110,6 @@ def prepare(path: Path, overrides: Sequence[str] = ()) -> Prepared:
         except CompressError as e:
             raise recipe.located(e, "export", i) from None
     return Prepared(recipe, model, start, foreseen)
-
-
-BARE = None  # a config without weights has no checkpoint; `plan` reads none
 
 
 # --- plan ------------------------------------------------------------------------------------------------------------
@@ -283,7 +281,7 @@ def execute(ready: Prepared, out: Path, last: int, device: str, console: Console
     scores = {} if partial else scored(ready, state, key, out, device, console)
     made = {} if partial else exported(ready, state, key, out, device, console, scores, records)
     times = [json.loads((s.folder / "record.json").read_text()) for s in steps[:last]]
-    times = [{"name": s.folder.name, **t} for s, t in zip(steps, times, strict=False)]
+    times = [{"name": s.folder.name, **t} for s, t in zip(steps[:last], times, strict=True)]
     sheet = report.Report.of(ready.recipe, ready.model, state, records, scores, times, made, result_bytes(ready, state))
     write_atomic(out / "report.md", sheet.markdown().encode())
     write_atomic(out / "report.html", sheet.html().encode())
@@ -311,15 +309,6 @@ def scored(ready: Prepared, state: State, key: str, out: Path, device: str, cons
     scores = {"key": mark, "text": ready.evaluation.place, "original": before.json(), "compressed": after.json()}
     write_atomic(file, json.dumps(scores, indent=1).encode())
     return scores
-
-
-def json_of(file: Path) -> dict[str, Any]:
-    """A JSON mapping; empty where the file is absent or damaged."""
-    try:
-        known = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}
 
 
 def exported(

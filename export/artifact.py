@@ -11,7 +11,7 @@ import json
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, ClassVar
@@ -47,7 +47,6 @@ class Job:
     key: str
     card: Callable[[Mapping[str, Any]], str]
     device: str = "cpu"
-    facts: dict[str, Any] = field(default_factory=dict)
 
 
 class Exporter(BaseModel, ABC):
@@ -111,13 +110,18 @@ def place(exporter: Exporter, job: Job, out: Path) -> tuple[Path, Proof]:
     return out, proof
 
 
-def mark(folder: Path) -> dict[str, Any]:
-    """What an artifact says of itself; empty where there is none or it cannot be read."""
+def json_of(file: Path) -> dict[str, Any]:
+    """A JSON mapping; empty where the file is absent, damaged, or holds something else."""
     try:
-        note = json.loads((folder / MARK).read_text())
+        known = json.loads(file.read_text())
     except (OSError, ValueError):
         return {}
-    return note if isinstance(note, dict) else {}
+    return known if isinstance(known, dict) else {}
+
+
+def mark(folder: Path) -> dict[str, Any]:
+    """What an artifact says of itself; empty where there is none or it cannot be read."""
+    return json_of(folder / MARK)
 
 
 def held(folder: Path) -> str | None:

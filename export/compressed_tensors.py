@@ -24,7 +24,7 @@ from pydantic import Field
 
 from compress.checkpoint import Layout, Spec, tensor_bytes
 from compress.errors import ExportError, ModelError
-from compress.export.artifact import Exporter, Job, Proof, carry_over
+from compress.export.artifact import Exporter, Job, Proof, carry_over, json_of
 from compress.formats import Dense, Format, Int
 from compress.graph import Graph, Site
 from compress.model import Model, first_line, model_class, open_model
@@ -218,10 +218,7 @@ def engines(obstacles: list[str]) -> str:
 
 def declared(folder: Path) -> dict[str, Any]:
     """The `quantization_config` of a folder's config.json; empty where there is none, or the file is no JSON mapping."""
-    try:
-        found = json.loads((folder / "config.json").read_text()).get("quantization_config")
-    except (OSError, ValueError, AttributeError):
-        return {}
+    found = json_of(folder / "config.json").get("quantization_config")
     return found if isinstance(found, dict) else {}
 
 

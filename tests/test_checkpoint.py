@@ -16,13 +16,17 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from compress.checkpoint import CODES, INDEX, SINGLE, Checkpoint, Layout, Spec, read_header, specs_of, tensor_bytes, write_all
+from compress.checkpoint import CODES, INDEX, SINGLE, Checkpoint, Layout, Spec, read_header, tensor_bytes, write_all
 from compress.errors import ModelError, RunError
 
 letters = st.characters(codec="utf-8", exclude_categories=("Cs",))
 names = st.text(letters, min_size=1, max_size=20).filter(lambda n: n != "__metadata__")
 shapes = st.lists(st.integers(0, 7), max_size=3).map(tuple)
 tables = st.dictionaries(names, st.tuples(st.sampled_from(sorted(CODES, key=str)), shapes), min_size=1, max_size=6)
+
+
+def specs_of(tensors: dict[str, torch.Tensor]) -> list[Spec]:
+    return [Spec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
 
 
 def fill(table: dict[str, Any]) -> dict[str, torch.Tensor]:

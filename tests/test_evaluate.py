@@ -113,9 +113,9 @@ def test_a_perplexity_beyond_all_numbers_stays_a_number():
     """exp(700) is near the largest float; what is worse is cut there."""
     ids = torch.tensor([[0, 1, 1]])
     logits = torch.tensor([[[0.0, -2000.0]] * 3])
-    batch = evaluate.Batch(ids, torch.zeros(1), [])
-    scores = evaluate.score(iter([None]), iter([logits]), [batch], causal=True)
-    assert scores.perplexity == math.exp(700)
+    sums = evaluate.Sums(length=3, causal=True)
+    sums.add(ids, evaluate.predictions(logits, causal=True), None)
+    assert sums.scores.perplexity == math.exp(700)
 
 
 def test_sizes_count_scales_and_everything_else(family: Any):
