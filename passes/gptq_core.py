@@ -39,7 +39,7 @@ layers behind it knows nothing. H_kk is held in fp64 while it is factored.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -47,7 +47,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import FormatError
-from compress.formats import Grid, Quantized
+from compress.grid import Grid, Quantized, fold, join
 from compress.passes import clip_core
 
 ORDERS = ("activation", "natural")
@@ -197,7 +197,7 @@ def quantize(
     inputs handled one by one between two matrix products; it changes speed, not results. FormatError if the groups of
     `fmt` do not divide K, or W is not finite.
     """
-    return _join([_solve(W, f, fmt, clip, scale_dtype, refine, block) for W in _chunks(W_nk, fmt)], f.notes)
+    return _chunked(W_nk, f, fmt, clip, scale_dtype, refine, block)
 
 
 @torch.no_grad()
@@ -211,21 +211,27 @@ def round_to_nearest(
 ) -> Solved:
     """As `quantize`, without feedback: every weight goes to its nearest level. Without `f` the losses are those of W itself."""
     f = f or _nothing_seen(W_nk)
-    return _join([_solve(W, f, fmt, clip, scale_dtype, 0, None) for W in _chunks(W_nk, fmt)], f.notes)
+    return _chunked(W_nk, f, fmt, clip, scale_dtype, 0, None)
 
 
-def _chunks(W_nk: Tensor, fmt: Quantized) -> Iterable[Tensor]:
+def _chunked(
+    W_nk: Tensor, f: Factor, fmt: Quantized, clip: str, scale_dtype: torch.dtype, refine: int, block: int | None
+) -> Solved:
+    """The grid of the whole matrix first, since some formats share parameters over it; then some outputs at a time."""
     fmt.check(tuple(W_nk.shape))
     if not bool(W_nk.sum(dtype=torch.float32).isfinite()):
         raise FormatError("the weight holds NaN or infinite numbers; it cannot be quantized")
-    yield from W_nk.split(max(64, _CHUNK // W_nk.shape[1]))
+    rows = max(64, _CHUNK // W_nk.shape[1])
+    grid = clip_core.fit(W_nk, fmt, clip, scale_dtype, f.diag_k, f.L_kk.dtype, rows)
+    starts = range(0, len(W_nk), rows)
+    parts = [_solve(W_nk[i : i + rows], f, fmt, grid.map(lambda t, i=i: t[i : i + rows]), refine, block) for i in starts]  # type: ignore[misc]
+    return _join(parts, grid, f.notes)
 
 
-def _join(parts: list[Solved], notes: tuple[str, ...]) -> Solved:
-    zeros = [p.grid.zero for p in parts if p.grid.zero is not None]
+def _join(parts: list[Solved], grid: Grid, notes: tuple[str, ...]) -> Solved:
     return Solved(
         torch.cat([p.codes for p in parts]),
-        Grid(torch.cat([p.grid.scale for p in parts]), torch.cat(zeros) if zeros else None),
+        join([p.grid for p in parts], grid),
         torch.cat([p.loss_n for p in parts]),
         torch.cat([p.rounding_loss_n for p in parts]),
         torch.cat([p.energy_n for p in parts]),
@@ -233,15 +239,11 @@ def _join(parts: list[Solved], notes: tuple[str, ...]) -> Solved:
     )
 
 
-def _solve(
-    W_nk: Tensor, f: Factor, fmt: Quantized, clip: str, scale_dtype: torch.dtype, refine: int, block: int | None
-) -> Solved:
+def _solve(W_nk: Tensor, f: Factor, fmt: Quantized, grid_nG: Grid, refine: int, block: int | None) -> Solved:
     """Plain rounding first; where feedback is asked for (`block`), what it finds replaces it output by output if better."""
-    N, K = W_nk.shape
-    G = fmt.groups(K)
     W_kn = W_nk.T.to(f.L_kk.dtype).contiguous()
-    grid = clip_core.search(W_kn.view(G, -1, N), fmt, clip, scale_dtype, f.diag_k.view(G, -1))
-    Q_kn = _nearest(W_kn, fmt, grid)
+    grid = grid_nG.map(lambda t: t.T.contiguous())
+    Q_kn = _by_group(fmt.nearest, W_kn, fmt, grid)
     P_kn, R_kn = W_kn.index_select(0, f.order_k), Q_kn.index_select(0, f.order_k)
     loss_n = rounding_n = _loss(R_kn - P_kn, f)
     if block is not None:
@@ -249,13 +251,21 @@ def _solve(
         better = new_n < loss_n
         Q_kn.index_copy_(0, f.order_k, torch.where(better, T_kn, R_kn))
         grid, loss_n = new.where(better, grid), torch.minimum(new_n, loss_n)
-    codes = fmt.encode(Q_kn.view(G, -1, N), grid.map(lambda t: t[:, None])).view(K, N).T.contiguous()
+    codes = _by_group(fmt.encode, Q_kn, fmt, grid).T.contiguous()
     return Solved(codes, grid.map(lambda t: t.T.contiguous()), loss_n, rounding_n, _loss(P_kn, f))
 
 
-def _nearest(W_kn: Tensor, fmt: Quantized, grid: Grid) -> Tensor:
-    W_Ggn = W_kn.view(len(grid.scale), -1, W_kn.shape[1])
-    return fmt.nearest(W_Ggn, grid.map(lambda t: t[:, None])).view_as(W_kn)
+def _by_group(f: Callable[[Tensor, Grid], Tensor], W_kn: Tensor, fmt: Quantized, grid: Grid) -> Tensor:
+    """`f`, a method of the format, on all weights and their grid [G, N]."""
+    K = len(W_kn)
+    return f(fold(W_kn, fmt.width(K), 0), grid.map(lambda t: t[:, None])).flatten(0, 1)[:K]
+
+
+def loss(D_nk: Tensor, f: Factor | None) -> Tensor:
+    """tr(Δ H Δᵀ) by outputs, [N], for a change Δ [N, K] of the weights; without `f`, or where the identity stands in, |Δ|²."""
+    if f is None or f.lam == 0:
+        return D_nk.square().sum(1)
+    return _loss(D_nk.T.to(f.L_kk.dtype).index_select(0, f.order_k), f)
 
 
 def _loss(D_kn: Tensor, f: Factor) -> Tensor:
@@ -272,11 +282,12 @@ def _loss(D_kn: Tensor, f: Factor) -> Tensor:
 
 def _descend(P_kn: Tensor, f: Factor, fmt: Quantized, grid: Grid, refine: int, block: int) -> tuple[Tensor, Grid, Tensor]:
     """GPTQ and its refinement for the weights P in the order of `f`: the levels Q [K, N], the grid [G, N], the losses [N]."""
-    group_k = f.order_k // (len(P_kn) // len(grid.scale))
+    group_k = f.order_k // fmt.width(len(P_kn))
     Q_kn, D_kn = torch.empty_like(P_kn), torch.zeros_like(P_kn)
     _feedback(P_kn.clone(), P_kn, f, fmt, _columns(grid, group_k, P_kn.dtype), Q_kn, D_kn, block)
     for _ in range(refine):
-        grid = clip_core.refit(f.A_kk, group_k, fmt, grid, Q_kn, D_kn)
+        if fmt.rescalable:
+            grid = clip_core.refit(f.A_kk, group_k, fmt, grid, Q_kn, D_kn)
         _sweep(f.A_kk, fmt, _columns(grid, group_k, P_kn.dtype), Q_kn, D_kn, block)
     return Q_kn, grid, _loss(D_kn, f)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from compress.codebooks import Codebook
 from compress.errors import FormatError
-from compress.formats import Dense, Format, Grid, Packed, Quantized, parse
+from compress.formats import Dense, Format, Int, LowRank, Packed, parse
+from compress.grid import Grid, Quantized, plain
 
 SCALE_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -15,8 +17,9 @@ def check_format(fmt: Format, in_features: int = 256) -> None:
     assert parse(str(fmt)) == fmt
     assert hash(parse(str(fmt))) == hash(fmt)
     for rows in (1, 37):
-        _check_bytes(fmt, rows, in_features)
-    if isinstance(fmt, Dense):
+        if not isinstance(fmt, LowRank) or fmt.rank <= rows:
+            _check_bytes(fmt, rows, in_features)
+    if isinstance(fmt, Dense | LowRank):
         return
     for dtype in SCALE_DTYPES:
         for weight in _weights(in_features).values():
@@ -26,15 +29,17 @@ def check_format(fmt: Format, in_features: int = 256) -> None:
 
 def encode(fmt: Quantized, W_nk: torch.Tensor, scale_dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, Grid]:
     """Codes [N, K] and grid [N, G] of W rounded to nearest over its whole range."""
-    W_nGg = W_nk.unflatten(1, (fmt.groups(W_nk.shape[1]), -1))
-    grid = fmt.fit(W_nGg.amin(-1), W_nGg.amax(-1), scale_dtype)
-    return fmt.encode(W_nGg, grid.map(lambda t: t[..., None])).flatten(1), grid
+    return plain(W_nk, fmt, scale_dtype)
+
+
+def spread(fmt: Quantized, grid: Grid, k: int) -> Grid:
+    """A grid [N, G] with an entry for each weight, [N, K]."""
+    return grid.map(lambda t: t.repeat_interleave(fmt.width(k), 1)[:, :k])
 
 
 def decode(fmt: Quantized, codes: torch.Tensor, grid: Grid) -> torch.Tensor:
     """The weights [N, K] of codes [N, K] on a grid [N, G]."""
-    grouped = codes.unflatten(1, (grid.scale.shape[1], -1))
-    return fmt.decode(grouped, grid.map(lambda t: t[..., None])).flatten(1)
+    return fmt.decode(codes, spread(fmt, grid, codes.shape[1]))
 
 
 def _weights(k: int) -> dict[str, torch.Tensor]:
@@ -51,12 +56,22 @@ def _weights(k: int) -> dict[str, torch.Tensor]:
     }
 
 
+def packed_tensors(fmt: Format, W: torch.Tensor) -> dict[str, torch.Tensor]:
+    """W in any format, rounded to nearest; with random factors where the format has some."""
+    if isinstance(fmt, Dense):
+        return {"weight": W.to(fmt.dtype)}
+    if isinstance(fmt, LowRank):
+        A, B = torch.randn(fmt.rank, W.shape[1]), torch.randn(len(W), fmt.rank)
+        return fmt.pack(fmt.base.pack(*encode(fmt.base, W)), A, B)
+    return fmt.pack(*encode(fmt, W))
+
+
 def _check_bytes(fmt: Format, rows: int, k: int) -> None:
     """nbytes is the size of what is written, tensor by tensor, and dequantizing gives the shape back."""
     spec = fmt.tensors((rows, k))
-    W = torch.randn(rows, k)
-    tensors = {"weight": W.to(fmt.dtype)} if isinstance(fmt, Dense) else fmt.pack(*encode(fmt, W))
+    tensors = packed_tensors(fmt, torch.randn(rows, k))
     assert {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()} == spec
+    assert all(t.is_contiguous() for t in tensors.values())
     packed = Packed(fmt, (rows, k), tensors)
     assert packed.nbytes == fmt.nbytes((rows, k)) == sum(t.numel() * t.element_size() for t in tensors.values())
     assert packed.dequantize(torch.bfloat16).shape == (rows, k)
@@ -65,32 +80,41 @@ def _check_bytes(fmt: Format, rows: int, k: int) -> None:
 def _check_codes(fmt: Quantized, W: torch.Tensor, dtype: torch.dtype) -> None:
     codes, grid = encode(fmt, W, dtype)
     scale = grid.scale.float()
-    assert grid.scale.dtype == dtype
+    assert grid.scale.dtype == (torch.float32 if grid.double else dtype)
     assert scale.isfinite().all()
-    assert (scale != 0).all()
     assert int(codes.max()) < fmt.levels
-    value = decode(fmt, codes, grid)
-    wide = grid.map(lambda t: t[..., None])
-    grouped = value.unflatten(1, (grid.scale.shape[1], -1))
-    assert torch.equal(decode(fmt, fmt.encode(grouped, wide).flatten(1), grid), value)
-    assert torch.equal(fmt.nearest(W.view_as(grouped), wide).flatten(1), value)
+    value, wide = decode(fmt, codes, grid), spread(fmt, grid, W.shape[1])
+    assert torch.equal(decode(fmt, fmt.encode(value, wide), grid), value)
+    assert torch.equal(fmt.nearest(W, wide), value)
+    assert torch.equal(fmt.nearest(W, wide, out=torch.empty_like(W)), value)
+    _check_zero_scales(fmt, W, dtype)
     again, grid2 = fmt.unpack(fmt.pack(codes, grid))
     assert torch.equal(again, codes)
-    assert torch.equal(grid2.scale, grid.scale)
-    assert (grid.zero is None) == (grid2.zero is None)
-    assert grid.zero is None or grid2.zero is None or torch.equal(grid.zero, grid2.zero)
+    for name in ("scale", "zero", "table"):
+        stored, kept = getattr(grid2, name), getattr(grid, name)
+        assert (stored is None) == (kept is None)
+        assert kept is None or torch.equal(stored, kept)
     for target in (torch.float32, torch.bfloat16, torch.float16):
         packed = Packed(fmt, (len(W), W.shape[1]), fmt.pack(codes, grid))
         assert torch.equal(packed.dequantize(target), value.to(target))
 
 
+def _check_zero_scales(fmt: Quantized, W: torch.Tensor, dtype: torch.dtype) -> None:
+    """Integers never have the scale 0; codebooks exactly where the whole range is 0."""
+    scale = fmt.fit(W.amin(1), W.amax(1), dtype).scale
+    assert torch.equal(scale == 0, (W == 0).all(1) & isinstance(fmt, Codebook))
+
+
 def _check_zero(fmt: Quantized, k: int) -> None:
-    """Zeros stay zeros whatever the rest of the group holds, so pruned weights survive."""
+    """Groups of zeros stay zeros in every format; single zeros where there is a level 0, whatever the rest of the group holds."""
     W = torch.randn(4, k)
     W[:, ::2] = 0
     W[2:] = 0
     codes, grid = encode(fmt, W)
-    assert (decode(fmt, codes, grid)[W == 0] == 0).all()
+    value = decode(fmt, codes, grid)
+    assert (value[2:] == 0).all()
+    if isinstance(fmt, Int) or (grid.table == 0).any():
+        assert (value[W == 0] == 0).all()
 
 
 def check_refuses(fmt: Quantized, in_features: int) -> str:

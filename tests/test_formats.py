@@ -1,17 +1,22 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compress.codebooks import NF, DoubleQuant
 from compress.errors import FormatError
-from compress.formats import Dense, Int, Packed, parse
-from tests.laws import check_format, check_refuses, decode, encode
+from compress.formats import Dense, Int, LowRank, Packed, parse
+from tests.laws import check_format, check_refuses, decode, encode, packed_tensors
 
 TABLE = [
     *(f"int{b}:{g}{a}" for b in range(2, 9) for g in ("g64", "channel") for a in ("", ":asym")),
     *("int4:g16", "int3:g96:asym", "int5:g256", "bf16", "fp16", "fp32"),
+    *("int3:g64+r16", "int4:channel:asym+r1", "int3:g64+r16:int8:channel", "lut2:g64+r4:fp16", "nf4:g64+r2:lut4:g64"),
+    "nf3:g64:dq8x256+r16:nf8:g64:dq8x256:fp32",
 ]
 FORMATS = st.builds(Int, st.integers(2, 8), st.one_of(st.none(), st.integers(2, 32).map(lambda i: 8 * i)), st.booleans())
 
@@ -91,10 +96,19 @@ def test_compressed_tensors_decodes_the_same_bits(fmt: Int, dtype: torch.dtype, 
 
 @pytest.mark.parametrize(
     ("text", "hint"),
-    [("int4-g128", "int4:g128"), ("int4:128", "int4:g128"), ("int3:g64:asymm", "int3:g64:asym"), ("bf61", "bf16")],
+    [
+        ("int4-g128", "int4:g128"),
+        ("int4:128", "int4:g128"),
+        ("int3:g64:asymm", "int3:g64:asym"),
+        ("bf61", "bf16"),
+        ("nf4-g64", "nf4:g64"),
+        ("nf4:g64:dq8:256", "nf4:g64:dq8x256"),
+        ("lut3:g64:share", "lut3:g64:shared"),
+        ("int3:g64+16", "int3:g64+r16"),
+    ],
 )
 def test_misspelt_text_names_the_nearest(text: str, hint: str) -> None:
-    with pytest.raises(FormatError, match=f"did you mean '{hint}'.*allowed: int<2..8>"):
+    with pytest.raises(FormatError, match=f"did you mean '{re.escape(hint)}'.*allowed: int<2..8>"):
         parse(text)
 
 
@@ -117,3 +131,76 @@ def test_group_that_does_not_divide() -> None:
 def test_dense_refuses_other_dtypes() -> None:
     with pytest.raises(FormatError, match="bf16, fp16, fp32"):
         Dense(torch.int8)
+
+
+def problem(fmt: LowRank, n: int = 48, k: int = 96) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    A, B = torch.randn(fmt.rank, k, generator=g), torch.randn(n, fmt.rank, generator=g)
+    return fmt.pack(packed_tensors(fmt.base, torch.randn(n, k, generator=g)), A, B), A, B
+
+
+@pytest.mark.parametrize("factors", ["bf16", "fp32", "int8:channel", "nf8:g64:dq8x256:fp32", "lut4:g32"])
+def test_low_rank_adds_the_product(factors: str) -> None:
+    fmt = parse(f"int3:g32+r8:{factors}")
+    assert isinstance(fmt, LowRank)
+    tensors, A, B = problem(fmt)
+    stored_A, stored_B = fmt.factor_matrices(tensors)
+    bound = {"bf16": 1e-2, "fp32": 0.0, "int8:channel": 2e-2, "nf8:g64:dq8x256:fp32": 2e-2, "lut4:g32": 0.2}[factors]
+    for stored, wanted in ((stored_A, A), (stored_B, B)):
+        assert stored.shape == wanted.shape
+        assert float((stored - wanted).square().mean() / wanted.square().mean()) <= bound**2
+    want = fmt.base.dequantize(tensors, torch.float32).double() + stored_B.double() @ stored_A.double()
+    torch.testing.assert_close(fmt.dequantize(tensors, torch.float32).double(), want, rtol=1e-6, atol=1e-6)
+    assert torch.equal(fmt.dequantize(tensors, torch.bfloat16), fmt.dequantize(tensors, torch.float32).bfloat16())
+
+
+def test_dense_factors_lie_as_peft_has_them() -> None:
+    fmt = parse("int3:g32+r8:fp32")
+    assert isinstance(fmt, LowRank)
+    tensors, A, B = problem(fmt)
+    assert torch.equal(tensors["lora_A.weight"], A)
+    assert torch.equal(tensors["lora_B.weight"], B)
+    assert fmt.tensors((48, 96))["lora_B.weight"] == (torch.float32, (48, 8))
+    quantized = parse("int3:g32+r8:int8:channel").tensors((48, 96))
+    assert quantized["lora_B.weight_packed"][1] == (8, 12)
+
+
+LLAMA_7B = [((4096, 4096), 4 * 32), ((11008, 4096), 2 * 32), ((4096, 11008), 32)]
+LLAMA_70B = [((8192, 8192), 2 * 80), ((1024, 8192), 2 * 80), ((28672, 8192), 2 * 80), ((8192, 28672), 80)]
+
+
+@pytest.mark.parametrize(("shapes", "extra"), [(LLAMA_7B, 0.2007), (LLAMA_70B, 0.0984)])
+def test_what_adapters_of_rank_64_add(shapes: list[tuple[tuple[int, int], int]], extra: float) -> None:
+    """LQ-LoRA's factors in NF8 with quantized scales: 8.127 bits a number, the adapters of its 2.95 and 2.85 effective bits."""
+    fmt = LowRank(parse("nf3:g64:dq8x256"), 64, NF(8, 64, DoubleQuant(8, 256, torch.float32)))
+    added = sum(times * 8 * (fmt.nbytes(shape) - fmt.base.nbytes(shape)) for shape, times in shapes)
+    assert round(added / sum(times * n * k for (n, k), times in shapes), 4) == extra
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("bf16+r16", "quantized matrix.*not with bf16"),
+        ("int4:g64+r0", "a rank is 1 or more"),
+        ("int4:64+r16", "unknown format 'int4:64'; did you mean 'int4:g64'"),
+        ("int4:g64+r16+r8", "unknown format"),
+        ("int4:g64+r16:int8", "unknown format 'int8'"),
+    ],
+)
+def test_low_rank_text_is_refused(text: str, message: str) -> None:
+    with pytest.raises(FormatError, match=message):
+        parse(text)
+
+
+def test_low_rank_that_does_not_fit() -> None:
+    fmt = parse("int3:g32+r8")
+    assert isinstance(fmt, LowRank)
+    with pytest.raises(FormatError, match="rank is above 4"):
+        fmt.check((4, 96))
+    with pytest.raises(FormatError, match="do not divide 40"):
+        parse("int3:g32+r8:int8:g64").check((40, 64))
+    tensors, A, B = problem(fmt)
+    with pytest.raises(FormatError, match=r"give B \[outputs, rank\]"):
+        fmt.pack(tensors, B, A)
+    with pytest.raises(FormatError, match="dense or quantized"):
+        LowRank(Int(4, 64), 4, fmt)  # type: ignore[arg-type]

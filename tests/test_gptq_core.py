@@ -11,6 +11,7 @@ from torch import Tensor
 
 from compress.errors import FormatError
 from compress.formats import Int, parse
+from compress.grid import Quantized
 from compress.passes import clip_core, gptq_core
 from tests.laws import decode
 
@@ -35,7 +36,7 @@ def problem(n: int, k: int, tokens: int = 0, seed: int = 0, dtype: torch.dtype =
     return torch.randn(n, k, generator=g, dtype=F64).to(dtype), (X_tk.T @ X_tk / len(X_tk)).to(dtype)
 
 
-def weights(s: gptq_core.Solved, fmt: Int) -> Tensor:
+def weights(s: gptq_core.Solved, fmt: Quantized) -> Tensor:
     return decode(fmt, s.codes, s.grid)
 
 
@@ -190,6 +191,46 @@ def test_each_refinement_pays() -> None:
         assert one < 0.99 * none
         natural = gptq_core.factor(H, order="natural")
         assert none < float(gptq_core.quantize(W, natural, fmt, refine=0).loss_n.sum())
+
+
+TABLES = ["nf2:g64", "nf3:g48", "nf4:g64:dq8x256", "nf3:g32:dq2x16:fp32", "nf8:g64", "lut2:g64", "lut3:g48", "lut4:g64",
+          "lut3:g64:shared"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TABLES)
+@pytest.mark.parametrize("clip", clip_core.CLIPS)
+def test_tables_are_solved_like_integers(text: str, clip: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with groups that do not divide the inputs, outputs in chunks and pruned ones: what is packed has the loss reported."""
+    fmt = parse(text)
+    assert isinstance(fmt, Quantized)
+    W, H = problem(150, 200)
+    W[5] = W[70, :64] = 0
+    f = gptq_core.factor(H)
+    whole = gptq_core.quantize(W, f, fmt, clip=clip).loss_n.sum()
+    monkeypatch.setattr(gptq_core, "_CHUNK", 1)
+    s, plain = (solve(W, f, fmt, clip=clip) for solve in (gptq_core.quantize, gptq_core.round_to_nearest))
+    torch.testing.assert_close(s.loss_n.sum(), whole, rtol=2e-2, atol=0)
+    assert (s.loss_n <= s.rounding_loss_n).all()
+    assert s.loss_n.sum() < 0.7 * plain.loss_n.sum()
+    torch.testing.assert_close(plain.loss_n, s.rounding_loss_n)
+    stored = fmt.dequantize(fmt.pack(s.codes, s.grid), torch.float32)
+    assert torch.equal(stored, weights(s, fmt))
+    torch.testing.assert_close(s.loss_n, loss(W, stored, H), rtol=1e-3, atol=1e-5)
+    assert (stored[5] == 0).all()
+
+
+def test_refinement_moves_the_scales_of_tables_and_leaves_quantized_ones() -> None:
+    W, H = problem(64, 256)
+    f = gptq_core.factor(H)
+    for text in ("lut3:g64", "nf3:g64", "nf3:g64:dq8x256"):
+        fmt = parse(text)
+        assert isinstance(fmt, Quantized)
+        none, one = (gptq_core.quantize(W, f, fmt, refine=r) for r in (0, 1))
+        assert one.loss_n.sum() < 0.99 * none.loss_n.sum()
+        assert torch.equal(one.grid.scale, none.grid.scale) == (not fmt.rescalable)
+        assert one.grid.table is not None
+        assert none.grid.table is not None
+        assert torch.equal(one.grid.table, none.grid.table)
 
 
 @given(st.permutations(range(24)))
