@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +28,19 @@ def put_matrix(module: nn.Module, site: Site, matrix: Tensor) -> None:
         rows = matrix.shape[0]
         start = rows * (site.role == "up")
         module.gate_up_proj.data[site.expert, start : start + rows] = matrix  # type: ignore[operator]
+
+
+def get_matrix(module: nn.Module, site: Site) -> Tensor:
+    """A copy of the matrix [out, in] that `put_matrix` would write."""
+    holder: Any = module
+    if site.expert is None:
+        found = holder.weight.T if site.transposed else holder.weight
+    elif site.role == "down":
+        found = holder.down_proj[site.expert]
+    else:
+        found = holder.gate_up_proj[site.expert].chunk(2)[site.role == "up"]
+    copy: Tensor = found.detach().clone()
+    return copy
 
 
 def kept_in_fp32(model: nn.Module, dtype: torch.dtype) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from compress.errors import ModelError, RunError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+OWN = "compress"  # weight files of our own formats: a name that no other tool takes for a model's
 HASHED_BYTES = 2 << 30  # a few seconds of hashing
 
 DTYPES = {
@@ -86,13 +87,14 @@ def checked_end(specs: Mapping[str, Spec], offsets: Mapping[str, Sequence[int]])
 
 
 class Checkpoint:
-    """The tensors of a folder with one `model.safetensors` or an index and shards. Nothing stays open."""
+    """The tensors of a folder with one `model.safetensors`, an index and shards, or files of our own formats; and of files
+    `beside` them, such as an adapter's. Nothing stays open."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, beside: Sequence[Path] = ()):
         self.folder = folder
         self.files: dict[str, Path] = {}
         self.specs: dict[str, Spec] = {}
-        for path in weight_files(folder):
+        for path in (*weight_files(folder), *beside):
             for name, spec in read_header(path).items():
                 self.files[name], self.specs[name] = path, spec
         self._check_index()
@@ -164,6 +166,8 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / name for name in names]
     if (folder / SINGLE).exists():
         return [folder / SINGLE]
+    if own := sorted(folder.glob(f"{OWN}-[0-9]*.safetensors")):
+        return own
     found = sorted(p.name for p in folder.glob("*") if p.suffix in {".bin", ".pt", ".gguf", ".safetensors"})
     hint = f"found only {', '.join(found[:3])}" if found else "found no weights"
     raise ModelError(f"{folder}: {hint}; needs {SINGLE} or {INDEX}  (save_pretrained writes it; 'plan' works without)")
@@ -171,7 +175,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class File:
-    """One safetensors file as it will be: its name, its tensors in order, its header's bytes."""
+    """One safetensors file as it will be: its name, maybe in a subfolder, its tensors in order, its header's bytes."""
 
     name: str
     specs: tuple[Spec, ...]
@@ -200,8 +204,11 @@ class Layout:
     files: tuple[File, ...]
 
     @classmethod
-    def of(cls, specs: Sequence[Spec], shard_bytes: int = 5_000_000_000) -> Layout:
-        """Tensors in the given order, a new shard before one would pass `shard_bytes`."""
+    def of(cls, specs: Sequence[Spec], shard_bytes: int = 5_000_000_000, stem: str = "") -> Layout:
+        """Tensors in the given order, a new shard before one would pass `shard_bytes`.
+
+        The files are named as transformers does, or, with a `stem`, stem-00001.safetensors and on, without an index.
+        """
         shards: list[list[Spec]] = [[]]
         size = 0
         for spec in specs:
@@ -210,6 +217,8 @@ class Layout:
                 size = 0
             shards[-1].append(spec)
             size += spec.nbytes
+        if stem:
+            return cls(tuple(File(f"{stem}-{i:05}.safetensors", tuple(s)) for i, s in enumerate(shards, 1)))
         if len(shards) == 1:
             return cls((File(SINGLE, tuple(shards[0])),))
         n = len(shards)
@@ -217,11 +226,12 @@ class Layout:
 
     @property
     def index(self) -> bytes | None:
-        """The bytes of the index file, or None where one file holds everything."""
-        if len(self.files) == 1:
+        """The bytes of the index file, or None where there are no shards that need one."""
+        shards = [file for file in self.files if file.name.startswith("model-")]
+        if not shards:
             return None
-        weight_map = {spec.name: file.name for file in self.files for spec in file.specs}
-        table = {"metadata": {"total_size": self.tensor_bytes}, "weight_map": weight_map}
+        weight_map = {spec.name: file.name for file in shards for spec in file.specs}
+        table = {"metadata": {"total_size": sum(s.nbytes for f in shards for s in f.specs)}, "weight_map": weight_map}
         return json.dumps(table, indent=1).encode()
 
     @property
@@ -237,6 +247,7 @@ class Layout:
         """Write the files from a stream of (name, tensor) in the layout's own order, one tensor in memory at a time."""
         stream = iter(tensors)
         for file in self.files:
+            (folder / file.name).parent.mkdir(exist_ok=True)
             with (folder / file.name).open("wb") as out:
                 write_all(out.fileno(), file.header, folder)
                 for spec in file.specs:

@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("-v", "--verbose", action="store_true", help="show the traceback of an error")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, text in (
-        ("plan", "say what a recipe will do and cost, without touching weights"),
+        ("plan", "say what a recipe will do and cost; measures what an allocation needs, changes nothing"),
         ("run", "run a recipe; resumes"),
     ):
         p = verbs.add_parser(name, help=text, description=text)
@@ -46,9 +46,11 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument(
             "--set", action="append", default=[], metavar="NAME.OPTION=VALUE", help="override an option", dest="overrides"
         )
-        if name == "run":
+        p.add_argument("--device", default="cpu", help="where the block in hand lies: cpu, cuda:0, ...")
+        if name == "plan":
+            p.add_argument("--no-measure", action="store_true", help="do not measure damage for an allocation; guess instead")
+        else:
             p.add_argument("--until", metavar="STEP", help="stop after this step (its number or pass)")
-            p.add_argument("--device", default="cpu", help="where the block in hand lies: cpu, cuda:0, ...")
     text = "measure a run, an artifact, or any model folder"
     p = verbs.add_parser("eval", help=text, description=text)
     p.add_argument("what", type=Path, metavar="RUN|ARTIFACT|MODEL")

@@ -12,13 +12,15 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from compress import data, evaluate, pipeline, report
+from compress import allocation, data, evaluate, pipeline, tables
 from compress.checkpoint import Layout
 from compress.console import Console
 from compress.errors import CompressError, ModelError, RecipeError, did_you_mean
 from compress.export import EXPORTERS, compressed_tensors
+from compress.formats import Dense, Format
 from compress.model import Model, open_model
 from compress.passes import PASSES
+from compress.plan import BitPlan, size
 from compress.recipe import Recipe, load, schema
 from compress.run import is_run
 from compress.state import State
@@ -27,23 +29,42 @@ SHOWN_SITES = 40
 
 
 def plan_command(options: argparse.Namespace) -> None:
-    planned = pipeline.plan(options.recipe, options.overrides, options.out)
+    console = Console(stream=sys.stderr)
+    try:
+        planned = pipeline.plan(options.recipe, options.overrides, options.out, not options.no_measure, options.device, console)
+    finally:
+        console.close()
     ready = planned.prepared
     rows = [[str(i), *row] for i, row in enumerate(planned.steps, 1)]
-    print(report.columns(rows, ["", "step", "options", "state"]))
-    graph, formats = ready.foreseen.graph, dict(ready.foreseen.plan.formats) if ready.foreseen.plan else {}
+    print(tables.columns(rows, ["", "step", "options", "state"]))
+    graph, bits = ready.foreseen.graph, ready.foreseen.plan
+    if bits and bits.forecast:
+        print("\n" + allocated(bits, ready.foreseen))
     print()
-    print(report.columns(format_rows(ready.foreseen), ["format", "sites", "weights", "bytes"], right=(1, 2, 3)))
-    print(f"\n{len(graph.sites)} sites, {len(formats)} change; original {report.size(planned.original.nbytes)}")
+    print(tables.columns(format_rows(ready.foreseen), ["format", "sites", "weights", "bytes"], right=(1, 2, 3)))
+    print(f"\n{len(graph.sites)} sites, {len(bits.formats) if bits else 0} change; original {size(planned.original.nbytes)}")
     for name, layout in planned.layouts.items():
         share = layout.nbytes / planned.original.nbytes
         figures = evaluate.sizes(ready.foreseen, layout.tensor_bytes)
         print(f"{name}: {layout.nbytes:,} bytes in {len(layout.files)} file{'s' * (len(layout.files) > 1)}"
-              f" ({report.size(layout.nbytes)}, {share:.0%} of the original; {figures.linear_bits:.3f} bits per weight in"
+              f" ({size(layout.nbytes)}, {share:.0%} of the original; {figures.linear_bits:.3f} bits per weight in"
               f" linear layers, {figures.file_bits:.3f} over the whole file)")  # fmt: skip
-    print(f"peak memory about {report.size(planned.peak_bytes)}, time about {report.span(planned.seconds)} on this machine's CPU")
+    print(f"peak memory about {size(planned.peak_bytes)}, time about {tables.span(planned.seconds)} on this machine's CPU")
     for remark in planned.remarks:
         print(f"note: {remark}")
+
+
+def allocated(bits: BitPlan, state: State) -> str:
+    """The allocation, what is expected of it, and what other budgets would buy."""
+    f = bits.forecast
+    assert f is not None
+    parts = [allocation.grid(bits, state.graph, str(Dense(state.dtype)))]
+    if f.measured:
+        parts += ["\n".join(allocation.summary(f)), allocation.frontier_table(f), allocation.plot(f)]
+    else:
+        parts += ["This allocation is a guess: every weight counts alike until 'plan' or 'run' has measured damage on the model's\n"
+                  "weights. What fits the budget is exact."]  # fmt: skip
+    return "\n\n".join(parts)
 
 
 def format_rows(state: State) -> list[list[str]]:
@@ -105,10 +126,10 @@ def eval_command(options: argparse.Namespace) -> None:
     rows = [["perplexity", "-" if scores.perplexity is None else f"{scores.perplexity:.4f}"],
             ["KL from the original (nats)", "-" if scores.kl is None else f"{scores.kl:.5f}"],
             ["same top token", "-" if scores.agreement is None else f"{scores.agreement:.2%}"],
-            ["weights on disk", report.size(figures.tensor_bytes)],
+            ["weights on disk", size(figures.tensor_bytes)],
             ["bits per weight, linear layers", f"{figures.linear_bits:.3f}"],
             ["bits per weight, whole file", f"{figures.file_bits:.3f}"]]  # fmt: skip
-    print(report.columns(rows, right=(1,)))
+    print(tables.columns(rows, right=(1,)))
     print(f"\n{scores.tokens:,} tokens of {tokens.place}, context {scores.length}; read by {engine}")
 
 
@@ -162,12 +183,12 @@ def inspect_command(options: argparse.Namespace) -> None:
         return
     shown = rows if options.site else rows[:SHOWN_SITES]
     table = [[r["site"], f"{r['shape'][0]}x{r['shape'][1]}", r["format"], f"{r['bits']:.3f}", f"{r['bytes']:,}"] for r in shown]
-    print(report.columns(table, ["site", "shape", "format", "bits", "bytes"], right=(3, 4)))
+    print(tables.columns(table, ["site", "shape", "format", "bits", "bytes"], right=(3, 4)))
     if len(shown) < len(rows):
         print(f"… {len(rows) - len(shown)} more; name a site or a pattern to see it")
     files = Layout.of(model.specs).tensor_bytes
     counts = f"{len(state.graph.blocks)} blocks, {len(state.graph.sites)} sites"
-    print(f"\n{state.graph.family}, {counts}, {report.size(files)} of tensors")
+    print(f"\n{state.graph.family}, {counts}, {size(files)} of tensors")
     if len(sites) == 1:
         print(histogram(state, sites[0]))
 
@@ -190,21 +211,21 @@ def passes_command(options: argparse.Namespace) -> None:
     if options.schema:
         print(json.dumps(schema(PASSES, EXPORTERS), indent=1))
         return
-    tables = {**PASSES, **EXPORTERS}
+    known = {**PASSES, **EXPORTERS}
     if options.name is None:
         rows = [[name, "pass", summary(cls)] for name, cls in PASSES.items()]
         rows += [[name, "exporter", summary(cls)] for name, cls in EXPORTERS.items()]
-        print(report.columns(rows))
+        print(tables.columns(rows))
         return
-    if options.name not in tables:
-        raise RecipeError(f"no pass '{options.name}'{did_you_mean(options.name, tables)}   known: {', '.join(tables)}")
-    cls = tables[options.name]
+    if options.name not in known:
+        raise RecipeError(f"no pass '{options.name}'{did_you_mean(options.name, known)}   known: {', '.join(known)}")
+    cls = known[options.name]
     print(f"{options.name}: {summary(cls)}\n")
     rows = []
     for name, field in cls.model_fields.items():
-        default = report.brief(field.default) if field.default is not None else "-"
+        default = tables.brief(field.default) if field.default is not None else "-"
         rows.append([name, type_text(field.annotation), default, field.description or ""])
-    print(report.columns(rows, ["option", "type", "default", "meaning"]))
+    print(tables.columns(rows, ["option", "type", "default", "meaning"]))
 
 
 def summary(cls: type) -> str:
@@ -213,13 +234,16 @@ def summary(cls: type) -> str:
 
 def type_text(kind: Any) -> str:
     """A field's type as a person would say it."""
+    if typing.get_origin(kind) is typing.Annotated:
+        return type_text(typing.get_args(kind)[0])
     if typing.get_origin(kind) is typing.Literal:
         return " | ".join(map(str, typing.get_args(kind)))
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        names = {type_text(a) for a in typing.get_args(kind)}
-        return "format" if names == {"Int", "Dense"} else " | ".join(sorted(names))
-    if typing.get_origin(kind) is dict:
-        return "mapping"
+        if kind == Format:
+            return "format"
+        return " | ".join(dict.fromkeys(type_text(a) for a in typing.get_args(kind) if a is not type(None)))
+    if typing.get_origin(kind) in (dict, tuple):
+        return "mapping" if typing.get_origin(kind) is dict else f"list of {type_text(typing.get_args(kind)[0])}"
     return {"str": "text", "int": "integer", "float": "number", "bool": "true or false"}.get(
         getattr(kind, "__name__", str(kind)), getattr(kind, "__name__", str(kind))
     )

@@ -6,7 +6,8 @@ import sys
 import time
 from typing import Any, TextIO
 
-from compress.report import site_line, span
+from compress.report import site_line
+from compress.tables import span
 
 
 class Console:

@@ -24,6 +24,7 @@ from compress.data import Tokens
 from compress.errors import ContractError, OrderError
 from compress.formats import Packed
 from compress.graph import Site
+from compress.plan import BitPlan
 from compress.state import Aspect, Fact, State, Stored, changed
 from compress.stream import Batch, Stream
 
@@ -31,10 +32,18 @@ Record = dict[str, Any]  # what a pass tells about one site: JSON values
 
 
 class Store(Protocol):
-    """Where a running pass keeps finished blocks; the run folder implements it."""
+    """Where a running pass keeps finished parts and what it noted of them; the run folder implements it.
 
+    `analysis`: the store of an analysis, named and keyed by all that it depends on besides the state, the calibration tokens
+    and the seed: every step that asks for the same finds what was measured before.
+    """
+
+    @property
+    def records(self) -> list[Record]: ...
     def committed(self, part: str) -> Mapping[str, Stored] | None: ...
     def commit(self, part: str, sites: Mapping[str, Packed], records: Sequence[Record]) -> Mapping[str, Stored]: ...
+    def analysis(self, name: str, of: object) -> Store: ...
+    def drop(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -42,8 +51,8 @@ class Context:
     """All that a pass may use besides the state and its options.
 
     calibration: the recipe's calibration tokens, or None. config: transformers' config of the model. device: where the
-    block in hand lies. store: finished parts of this step. say: one line for the user. progress: called with
-    (done, total, what) as work proceeds.
+    block in hand lies. store: finished parts of this step. say: a site's record, shown to the user. progress: called with
+    (done, total, what) as work proceeds. following: the passes that come after this one.
     """
 
     seed: int
@@ -53,6 +62,7 @@ class Context:
     store: Store
     say: Callable[[Record], None]
     progress: Callable[[float, float, str], None]
+    following: tuple[Pass, ...] = ()
 
     def generator(self, site: Site) -> torch.Generator:
         """Randomness for one site: the same for the same seed and name, whatever ran before."""
@@ -83,7 +93,7 @@ class Cost:
 class Pass(BaseModel, ABC):
     """One compression step. Subclasses are listed in `passes.PASSES`; docs/writing-a-pass.md walks through one."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     name: ClassVar[str]
     version: ClassVar[int] = 1  # raised when the same options give other results
@@ -91,6 +101,8 @@ class Pass(BaseModel, ABC):
     gives: ClassVar[Fact] = Fact.NONE
     breaks: ClassVar[Fact] = Fact.NONE
     writes: ClassVar[Aspect] = Aspect.NONE
+    decides: ClassVar[bool] = False  # `run` finds by measuring what `foresee` can only guess, so `plan` runs it too
+    looks_ahead: ClassVar[bool] = False  # the result depends on the passes behind it, whose texts enter the step's key
 
     @abstractmethod
     def foresee(self, state: State) -> State:
@@ -100,8 +112,8 @@ class Pass(BaseModel, ABC):
     def run(self, state: State, ctx: Context) -> State:
         """The state after this pass, its changed sites committed through `ctx.store`."""
 
-    def check(self, calibrated: bool) -> None:
-        """Raise RecipeError where the recipe lacks something that this pass reads."""
+    def check(self, calibrated: bool, following: Sequence[Pass] = ()) -> None:
+        """Raise RecipeError where the recipe lacks something that this pass reads: calibration data, a later pass."""
 
     def cost(self, state: State, tokens: int) -> Cost:
         """What running it on `tokens` calibration tokens will take; `state` is the foreseen one."""
@@ -148,7 +160,7 @@ class Steps(Protocol):
     """The run folder, seen from the loop: one step at a time, finished or to be done."""
 
     def restore(self, state: State) -> State | None: ...
-    def finish(self, seconds: float, peak_bytes: int) -> None: ...
+    def finish(self, seconds: float, peak_bytes: int, plan: BitPlan | None) -> None: ...
     def context(self) -> Context: ...
 
 
@@ -160,8 +172,8 @@ def run(passes: Sequence[Pass], state: State, open_step: Callable[[int, Pass], S
         done = step.restore(foreseen)
         if done is None:
             start = time.perf_counter()
-            settle(p, state, p.run(state, step.context()))
-            step.finish(time.perf_counter() - start, peak_memory())
+            made = settle(p, state, p.run(state, step.context()))
+            step.finish(time.perf_counter() - start, peak_memory(), made.plan)
             done = step.restore(foreseen)  # finished files lie elsewhere than the ones in hand did
             assert done is not None, "a step that was just finished can be restored"
         state = settle(p, state, done)

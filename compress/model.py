@@ -106,7 +106,7 @@ class Model:
         if quantized:
             method = dict(quantized).get("quant_method", "?") if isinstance(quantized, dict) else quantized.quant_method
             raise ModelError(f"{self.folder}: is quantized already ({method}); name the original model")
-        return State(self.graph, self.checkpoint, self.dtype)
+        return State(self.graph, self.checkpoint, self.dtype, tuple(self.specs))
 
     def identity(self) -> dict[str, str]:
         """What makes two models the same, wherever they lie: config and weights by hash."""

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from compress import data, evaluate, manager, report
+from compress import allocation, data, evaluate, manager, report, tables
 from compress.checkpoint import Layout
 from compress.console import Console
 from compress.errors import CompressError, DataError, RecipeError
@@ -92,7 +92,7 @@ def prepare(path: Path, overrides: Sequence[str] = ()) -> Prepared:
     except CompressError as e:
         raise type(e)(f"{recipe.place(('model',))}  {e}") from None
     # A config without weights has no checkpoint; nothing that `plan` does reads one.
-    start = model.state if model.has_weights else State(graph, None, model.dtype)  # type: ignore[arg-type]
+    start = model.state if model.has_weights else State(graph, None, model.dtype, tuple(model.specs))  # type: ignore[arg-type]
     try:
         manager.check_order(recipe.passes, start.facts)
     except CompressError as e:
@@ -100,7 +100,7 @@ def prepare(path: Path, overrides: Sequence[str] = ()) -> Prepared:
     foreseen = start
     for i, p in enumerate(recipe.passes):
         try:
-            p.check(recipe.document.data.calibration is not None)
+            p.check(recipe.document.data.calibration is not None, recipe.passes[i + 1 :])
             foreseen = manager.foresee([p], foreseen)
         except CompressError as e:
             raise recipe.located(e, "passes", i) from None
@@ -128,12 +128,25 @@ class Planned:
     remarks: list[str] = field(default_factory=list)
 
 
-def plan(path: Path, overrides: Sequence[str] = (), out: Path | None = None) -> Planned:
-    """What a run of the recipe will do, how large its result will be to the byte, and about how long it takes."""
+def plan(
+    path: Path,
+    overrides: Sequence[str] = (),
+    out: Path | None = None,
+    measure: bool = True,
+    device: str = "cpu",
+    console: Console | None = None,
+) -> Planned:
+    """What a run of the recipe will do, how large its result will be to the byte, and about how long it takes.
+
+    What a pass decides by measuring (an allocation) is measured now and kept for the run; with `measure` false only what
+    is known from before is used, else a guess.
+    """
     ready = prepare(path, overrides)
+    out = out or ready.recipe.out
     if ready.model.has_weights:
         _ = ready.model.state, ready.calibration, ready.evaluation  # their mistakes are known now, not after hours
-        RunFolder(out or ready.recipe.out).refuse_foreign()
+        RunFolder(out).refuse_foreign()
+        ready = decided(ready, out, measure, device, console or Console(quiet=True))
     document = ready.recipe.document
     windows = document.data.calibration
     tokens = windows.sequences * windows.length if windows else 0
@@ -143,7 +156,7 @@ def plan(path: Path, overrides: Sequence[str] = (), out: Path | None = None) -> 
         remarks.append(f"{ready.model.folder} holds no weights: sizes are those of the config in {str(ready.start.dtype)[6:]}")
     return Planned(
         prepared=ready,
-        steps=step_states(ready, out or ready.recipe.out),
+        steps=step_states(ready, out),
         layouts={e.name: e.layout(ready.model, ready.foreseen) for e in ready.exports},
         original=Layout.of(ready.model.specs),
         peak_bytes=BASELINE_BYTES + max((c.peak_bytes for c in costs), default=0),
@@ -152,12 +165,35 @@ def plan(path: Path, overrides: Sequence[str] = (), out: Path | None = None) -> 
     )
 
 
+def decided(ready: Prepared, out: Path, measure: bool, device: str, console: Console) -> Prepared:
+    """The same with what its first passes decide, if nothing but deciding and finished steps stand before that."""
+    steps = steps_of(ready, out, lambda step: context_of(ready, step, device, console))
+    known = [step.finished or (p.decides and measure) for p, step in zip(ready.recipe.passes, steps, strict=True)]
+    reach = known.index(False) if False in known else len(known)
+    last = max((i + 1 for i, p in enumerate(ready.recipe.passes[:reach]) if p.decides), default=0)
+    if not last:
+        return ready
+    if all(step.finished for step in steps[:last]):
+        state = fold(ready, steps, last, Console(quiet=True))
+    else:
+        with RunFolder(out).held():
+            state = fold(ready, steps, last, console)
+            save_plan(state, out)
+    return replace(ready, foreseen=manager.foresee(ready.recipe.passes[last:], state))
+
+
+def save_plan(state: State, out: Path) -> None:
+    """The allocation, if there is one, where a person finds it."""
+    if state.plan and state.plan.forecast:
+        write_atomic(out / "plan.yaml", allocation.plan_yaml(state.plan).encode())
+
+
 def step_states(ready: Prepared, out: Path) -> list[tuple[str, str, str]]:
     """(pass, options that are not default, whether it is cached) for every step."""
     rows = []
     for p, step in zip(ready.recipe.passes, make_steps(ready, out), strict=True):
         chosen = {k: v for k, v in p.model_dump(mode="json").items() if k in p.model_fields_set}
-        options = ", ".join(f"{k} {report.brief(v)}" for k, v in chosen.items())
+        options = ", ".join(f"{k} {tables.brief(v)}" for k, v in chosen.items())
         status = "?" if step is None else "cached" if step.finished else "in part" if step.partial.exists() else "to do"
         rows.append((p.name, options, status))
     return rows
@@ -175,7 +211,8 @@ def steps_of(ready: Prepared, out: Path, context_of: Any) -> list[Step]:
     hashed = ready.calibration.hash if ready.calibration else None
     steps = []
     for number, p in enumerate(ready.recipe.passes, 1):
-        step = Step(out / "steps", number, step_inputs(p, key, hashed, ready.seed), context_of)
+        made_of = step_inputs(p, key, hashed, ready.seed, ready.recipe.passes[number:])
+        step = Step.of(out / "steps", number, made_of, context_of)
         steps.append(step)
         key = step.key
     return steps
@@ -262,19 +299,28 @@ def check_device(device: str) -> None:
         raise RecipeError(f"--device {device}: {first_line(e)}") from None
 
 
-def execute(ready: Prepared, out: Path, last: int, device: str, console: Console) -> Outcome:
-    def context_of(step: Step) -> Context:
-        return Context(ready.seed, ready.calibration, ready.model.config, device, step, console.say, console.progress)
+def context_of(ready: Prepared, step: Step, device: str, console: Console) -> Context:
+    """What the pass of one step may use."""
+    return Context(ready.seed, ready.calibration, ready.model.config, device, step, console.say, console.progress,
+                   ready.recipe.passes[step.number :])  # fmt: skip
 
-    steps = steps_of(ready, out, context_of)
+
+def fold(ready: Prepared, steps: Sequence[Step], last: int, console: Console) -> State:
+    """The state after the first `last` passes, each restored or run."""
 
     def open_step(number: int, p: Pass) -> Step:
         step = steps[number - 1]
         console.step(number, len(ready.recipe.passes), p.name, step.finished, step.difference())
         return step
 
+    return manager.run(ready.recipe.passes[:last], ready.start, open_step)
+
+
+def execute(ready: Prepared, out: Path, last: int, device: str, console: Console) -> Outcome:
+    steps = steps_of(ready, out, lambda step: context_of(ready, step, device, console))
     passes = ready.recipe.passes[:last]
-    state = manager.run(passes, ready.start, open_step)
+    state = fold(ready, steps, last, console)
+    save_plan(state, out)
     records = [r for step in steps[:last] for r in step.records]
     key = steps[last - 1].key if passes else ready.root_key
     partial = last < len(ready.recipe.passes)

@@ -1,9 +1,11 @@
-"""BitPlan: which format each site is to have, and what that costs in bytes."""
+"""What may be spent and on what: `Budget`, and `BitPlan`, which format each site is to have, with a forecast of the damage."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -11,12 +13,104 @@ from compress.errors import CompressError, FormatError
 from compress.formats import Dense, Format, parse
 from compress.graph import Graph, Site
 
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*(bits?|%|[KMG]?i?B)")
+
+
+def size(n: float) -> str:
+    """Bytes for people: 1.27 GiB."""
+    for unit in ("GiB", "MiB", "KiB"):
+        if n >= UNITS[unit]:
+            return f"{n / UNITS[unit]:.2f} {unit}"
+    return f"{n:.0f} B"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be spent: `bits` per weight on average, `bytes` in all, or a `share` of the original's bytes."""
+
+    amount: float
+    unit: str
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """``3.0 bits``, ``1.2 GiB``, ``45 %``; FormatError where it is none of them."""
+        match = _BUDGET.fullmatch(str(text).strip())
+        if match is None or (match[2] not in UNITS and match[2] not in ("%", "bit", "bits")):
+            raise FormatError(f"'{text}' is no budget; write bits per weight (3.0 bits), bytes of the file (1.2 GiB; units: "
+                              f"{', '.join(UNITS)}) or a share of the original (45 %)")  # fmt: skip
+        return cls(float(match[1]), "bits" if match[2].startswith("bit") else match[2])
+
+    def __str__(self) -> str:
+        return f"{self.amount:g} {self.unit}"
+
+    @property
+    def average(self) -> bool:
+        """Whether it is an average over weights, not a number of bytes."""
+        return self.unit == "bits"
+
+    def bytes(self, numel: int, original: int) -> int:
+        """The bytes that it allows for `numel` weights that took `original` bytes."""
+        if self.average:
+            return int(self.amount * numel / 8 + 1e-6)
+        return int(self.amount / 100 * original) if self.unit == "%" else int(self.amount * UNITS[self.unit])
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of the frontier: at `bits` per weight (`bytes` in all, of what the budget counts) expect `damage`."""
+
+    bits: float
+    bytes: int
+    damage: float
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One allocation that was tried for real: predicted and measured damage, how many sites differ from the first."""
+
+    predicted: float
+    measured: float
+    differs: int
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What an allocation is expected to do. damage: by site, in the metric's units (nats for ``kl``); `total` is their sum and
+    `bound` what no allocation in this budget can go below, so `gap` is what optimality may lack. price: the damage that one
+    more byte would save. floor: of measuring, in the same units. measured: whether the damages were; else they are a guess.
+    """
+
+    metric: str
+    budget: str
+    used: int
+    allowed: int
+    damage: Mapping[str, float]
+    total: float
+    bound: float
+    gap: float
+    price: float
+    method: str
+    frontier: tuple[Point, ...] = ()
+    trials: tuple[Trial, ...] = ()
+    floor: float = 0.0
+    measured: bool = True
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of_json(cls, d: Mapping[str, Any]) -> Forecast:
+        lists = {"frontier": tuple(Point(**p) for p in d["frontier"]), "trials": tuple(Trial(**t) for t in d["trials"]),
+                 "notes": tuple(d["notes"])}  # fmt: skip
+        return cls(**{**d, **lists})
+
 
 @dataclass(frozen=True)
 class BitPlan:
-    """Site name -> format, in the graph's order; a site that is not named stays as it is."""
+    """Site name -> format, in the graph's order; a site that is not named stays as it is. forecast: of an allocation."""
 
     formats: Mapping[str, Format]
+    forecast: Forecast | None = None
 
     @classmethod
     def of(cls, graph: Graph, default: Format, pins: Mapping[str, str], dtype: torch.dtype) -> BitPlan:
@@ -42,6 +136,16 @@ class BitPlan:
         for name, fmt in ordered.items():
             check_fits(graph[name], fmt, Dense(dtype), source[name])
         return cls({n: f for n, f in ordered.items() if f != Dense(dtype)})
+
+    @classmethod
+    def of_json(cls, d: Mapping[str, Any]) -> BitPlan:
+        forecast = d.get("forecast")
+        return cls({n: parse(f) for n, f in d["formats"].items()}, Forecast.of_json(forecast) if forecast else None)
+
+    def json(self) -> dict[str, Any]:
+        """As JSON values, from which `of_json` makes the same plan."""
+        formats = {n: str(f) for n, f in self.formats.items()}
+        return {"formats": formats, "forecast": asdict(self.forecast) if self.forecast else None}
 
     def quantized(self, graph: Graph) -> list[Site]:
         """The sites that get a grid."""

@@ -148,7 +148,7 @@ def item(table: Table, entry: dict[str, Any], loc: Loc, kind: str, draft: Recipe
 def validated(cls: type[BaseModel], raw: dict[str, Any], loc: Loc, what: str, draft: Recipe) -> Any:
     """An instance of `cls`; the first thing that pydantic dislikes becomes a RecipeError in our words."""
     try:
-        return cls.model_validate(raw)
+        return cls.model_validate(raw, context={"base": draft.base})
     except ValidationError as e:
         first = e.errors(include_url=False)[0]
         raise RecipeError(f"{draft.place((*loc, *first['loc']))}  {explain(first, cls, what)}") from None

@@ -10,58 +10,17 @@ from typing import Any
 
 import yaml
 
+from compress import allocation
 from compress.checkpoint import Layout
 from compress.evaluate import Sizes, sizes
 from compress.graph import Graph
 from compress.model import Model
+from compress.plan import Forecast, size
 from compress.recipe import Recipe
 from compress.state import State
+from compress.tables import Row, columns, html_table, number, pipes, span
 
 SECONDS_PER_WEIGHT = 1e-7  # of the search for ranges and the column loop, measured on one core of a server CPU
-UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
-
-Row = Sequence[str]
-
-
-def size(n: float) -> str:
-    """Bytes for people: 1.27 GiB."""
-    for unit, scale in UNITS:
-        if n >= scale:
-            return f"{n / scale:.2f} {unit}"
-    return f"{n:.0f} B"
-
-
-def span(seconds: float) -> str:
-    """A duration for people: 40 s, 12 min, 3.5 h."""
-    if seconds < 100:
-        return f"{seconds:.0f} s" if seconds >= 2 else f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def brief(value: Any) -> str:
-    """An option's value on one line."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{k}: {v}" for k, v in value.items()) + "}"
-    return str(value)
-
-
-def columns(rows: Sequence[Row], head: Row | None = None, right: Sequence[int] = ()) -> str:
-    """Rows as aligned text; columns whose index is in `right` are flush right."""
-    table = [list(r) for r in ([head] if head else []) + list(rows)]
-    if not table:
-        return ""
-    widths = [max(len(r[i]) for r in table) for i in range(len(table[0]))]
-    lines = ["  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))).rstrip()
-             for r in table]  # fmt: skip
-    if head:
-        lines.insert(1, "  ".join("-" * w for w in widths))
-    return "\n".join(lines)
-
-
-def pipes(rows: Sequence[Row], head: Row) -> str:
-    """Rows as a Markdown table."""
-    lines = ["| " + " | ".join(r) + " |" for r in [head, ["---"] * len(head), *rows]]
-    return "\n".join(lines)
 
 
 def site_line(record: Mapping[str, Any]) -> str:
@@ -84,10 +43,6 @@ def site_table(state: State, records: Sequence[Mapping[str, Any]]) -> tuple[list
         rows.append([r["site"], r["format"], f"{8 * r['bytes'] / site.numel:.3f}", f"{r['bytes']:,}",
                      number(r.get("error")), number(r.get("rounding")), "; ".join(r.get("notes", ()))])  # fmt: skip
     return rows, ["site", "format", "bits", "bytes", "error", "rounding's", "notes"]
-
-
-def number(x: float | None) -> str:
-    return "-" if x is None else f"{x:.2e}"
 
 
 def score_rows(scores: Mapping[str, Any], before: Sizes, after: Sizes) -> list[Row]:
@@ -159,6 +114,15 @@ class Report:
             text += f"\n\n{self.measured}"
         return text + "".join(f"\n{a['name']}: {a['path']}\n  {a['proof']}" for a in self.artifacts)
 
+    @property
+    def allocation(self) -> list[str]:
+        """What was expected and tried, where formats were allocated, and what came of it."""
+        forecast = self.state.plan.forecast if self.state.plan else None
+        if forecast is None:
+            return []
+        came = [f"measured on the evaluation text: KL {self.scores['compressed']['kl']:.5f}"] if self.scores else []
+        return [*allocation.summary(forecast), *came]
+
     def markdown(self) -> str:
         rows, head = site_table(self.state, self.records)
         parts = [f"# {self.title}, compressed",
@@ -169,7 +133,23 @@ class Report:
                  "## Recipe", f"```yaml\n{self.recipe}```"]  # fmt: skip
         if self.scores:
             parts.insert(2, self.measured)
+        if self.allocation:
+            at = parts.index("## Steps")
+            parts[at:at] = ["## Allocation", "\n".join(f"- {line}" for line in self.allocation),
+                            f"```\n{allocation.frontier_table(self.forecast)}\n```"]  # fmt: skip
         return "\n\n".join(parts) + "\n"
+
+    @property
+    def forecast(self) -> Forecast:
+        assert self.state.plan is not None
+        assert self.state.plan.forecast is not None
+        return self.state.plan.forecast
+
+    def _allocated(self) -> list[str]:
+        if not self.allocation:
+            return []
+        lines = "".join(f"<li>{html.escape(line)}</li>" for line in self.allocation)
+        return ["<h2>Allocation</h2>", f"<ul>{lines}</ul>", allocation.svg(self.forecast)]
 
     def html(self) -> str:
         """One self-contained page: the figures, heat maps of bits and error over layers, steps, sites, recipe."""
@@ -179,6 +159,7 @@ class Report:
         body = [f"<h1>{html.escape(self.title)}, compressed</h1>",
                 html_table(score_rows(self.scores, self.before, self.after), ["", "original", "compressed"]),
                 *([f"<p>{html.escape(self.measured)}</p>"] if self.scores else []),
+                *self._allocated(),
                 "<h2>Bits per weight</h2>", heat_map(self.state.graph, bits, "{:.2f}"),
                 "<h2>Error of each matrix, relative, weighted by its inputs</h2>",
                 heat_map(self.state.graph, errors, "{:.1e}", logarithmic=True),
@@ -193,13 +174,6 @@ class Report:
 def proof_line(proof: Any) -> str:
     text = f"loaded again with {proof.engine}: largest difference of a logit {proof.difference:.2g}"
     return f"{text} ({proof.remark})" if proof.remark else text
-
-
-def html_table(rows: Sequence[Row], head: Row) -> str:
-    def line(cells: Row, tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
-
-    return "<table>" + line(head, "th") + "".join(line(r, "td") for r in rows) + "</table>"
 
 
 def heat_map(graph: Graph, values: Mapping[str, float], form: str, logarithmic: bool = False) -> str:
@@ -232,7 +206,10 @@ def heat_map(graph: Graph, values: Mapping[str, float], form: str, logarithmic: 
 def card_writer(
     recipe: Recipe, model: Model, state: State, records: Sequence[Mapping[str, Any]], scores: Mapping[str, Any], tensor_bytes: int
 ) -> Callable[[Mapping[str, Any]], str]:
-    """A function from what the exporter adds to the text of the model card: the same bytes for the same run."""
+    """A function from what the exporter adds to the text of the model card: the same bytes for the same run.
+
+    The exporter adds `library` and `tag` for the hub, `loads in`, and `use`: Markdown that says how to load it.
+    """
 
     def card(extra: Mapping[str, Any]) -> str:
         before = sizes(model.state, Layout.of(model.specs).tensor_bytes)
@@ -240,15 +217,12 @@ def card_writer(
         rows, head = site_table(state, records)
         formats = sorted({r["format"] for r in records})
         name = model.folder.name if model.revision is None else model.name
-        parts = ["---\nlibrary_name: transformers\ntags:\n- compressed-tensors\n- quantized\n---",
+        parts = [f"---\nlibrary_name: {extra['library']}\ntags:\n- {extra['tag']}\n- quantized\n---",
                  f"# {name}, quantized", f"Made from `{name}` with compress. Formats: {', '.join(formats) or 'none'}.",
                  pipes(score_rows(scores, before, after), ["", "original", "this"]),
                  *([f"Perplexity and KL on {scores['compressed']['tokens']:,} tokens, windows of "
                     f"{scores['compressed']['length']}."] if scores else []),
-                 "## Use", f"Loads in: {extra['loads in']}.", "```bash\nvllm serve THIS_FOLDER\n```",
-                 *(["```python\nfrom transformers import AutoModelForCausalLM\n"
-                    "model = AutoModelForCausalLM.from_pretrained(\"THIS_FOLDER\")\n```"]
-                   if "transformers" in extra["loads in"] else []),
+                 "## Use", f"Loads in: {extra['loads in']}.", extra["use"],
                  "## Damage, matrix by matrix",
                  "Errors are relative and weighted by the inputs' Hessian, tr(ΔHΔᵀ) / tr(WHWᵀ), beside those of plain rounding.",
                  pipes(rows, head), "## Recipe", f"```yaml\n{recipe_text(recipe)}```"]  # fmt: skip
@@ -266,6 +240,9 @@ h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}table{border-collapse:co
 td,th{padding:.25rem .7rem;border-bottom:1px solid var(--line);text-align:left}td+td{text-align:right}
 .scroll{overflow-x:auto}.heat td,.heat th{padding:.2rem .35rem;text-align:center;font-size:.75rem;border:1px solid var(--paper)}
 .heat td{background:color-mix(in oklab,var(--hot) calc(var(--s)*100%),var(--cold))}.heat td.none{background:none}
+.frontier{max-width:44rem;width:100%;font:12px system-ui,sans-serif;fill:currentColor}
+.frontier polyline{fill:none;stroke:currentColor}.frontier .point{opacity:.4}
+.frontier .chosen{fill:var(--hot)}.frontier .ring{fill:none;stroke:var(--hot);stroke-width:2}
 pre,code{font:13px/1.45 ui-monospace,monospace}details{margin:1rem 0}summary{cursor:pointer}
 </style><body>{body}</body></html>
 """

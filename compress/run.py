@@ -5,6 +5,7 @@
       run.json                 versions, seed, model, data hashes
       steps/01-quantize-9f31c0/          finished: record.json and one safetensors file per block
       steps/02-….partial/                in hand: the blocks finished so far
+      analyses/errors-51c0…/             what was measured, by content: shared by all steps that ask for the same
       compressed_tensors/                the artifact, one folder for each exporter
       report.md  report.html  evaluation.json
 
@@ -20,10 +21,9 @@ import json
 import os
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from compress.checkpoint import disk_error
 from compress.errors import RunError
 from compress.formats import Packed, parse
 from compress.manager import Context, Pass, Record
+from compress.plan import BitPlan
 from compress.state import State, Stored
 
 SCHEMA = 1
@@ -118,50 +119,18 @@ class RunFolder:
 
 
 @dataclass
-class Step:
-    """One step of a run: restored if its key is known, else filled block by block."""
+class Parts:
+    """Finished parts of long work, in a folder: each is one safetensors file, there whole or not at all, with records."""
 
     root: Path
-    number: int
-    made_of: Mapping[str, Any]
-    context_of: Callable[[Step], Context]
+    name: str
+    key: str
     records: list[Record] = field(default_factory=list)
-    started: float = field(default_factory=time.perf_counter)
-
-    @property
-    def key(self) -> str:
-        return digest(SCHEMA, self.made_of)
-
-    @property
-    def folder(self) -> Path:
-        return self.root / f"{self.number:02}-{self.made_of['name']}-{self.key[:6]}"
 
     @property
     def partial(self) -> Path:
-        return self.folder.with_name(self.folder.name + ".partial")
-
-    @property
-    def finished(self) -> bool:
-        return (self.folder / "record.json").exists()
-
-    def context(self) -> Context:
-        return self.context_of(self)
-
-    def restore(self, foreseen: State) -> State | None:
-        """The state after this step from its finished folder, or None; its records come back too.
-
-        RunError where the folder was damaged after it was finished.
-        """
-        if not self.finished:
-            return None
-        record = read_record(self.folder)
-        sites: dict[str, Stored] = {}
-        for part in sorted(self.folder.glob("*.safetensors")):
-            sites |= read_part(part)[0]
-        if record is None or {r["site"] for r in record["sites"]} - set(sites):
-            raise RunError(f"{self.folder}: its files are damaged or missing; delete this folder and run again")
-        self.records = record["sites"]
-        return foreseen.with_sites(sites)
+        """Where parts are written."""
+        return self.root / f"{self.name}-{self.key[:12]}"
 
     def committed(self, part: str) -> Mapping[str, Stored] | None:
         path = self.partial / f"{part}.safetensors"
@@ -182,9 +151,69 @@ class Step:
         self.records += records
         return read_part(path)[0]
 
-    def finish(self, seconds: float, peak_bytes: int) -> None:
+    def analysis(self, name: str, of: object) -> Parts:
+        """The parts of an analysis within this one."""
+        return Parts(self.root, name, digest(self.key, of))
+
+    def drop(self) -> None:
+        """Remove what was kept; nobody will ask for it again."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+
+@dataclass
+class Step(Parts):
+    """One step of a run: restored if its key is known, else filled block by block."""
+
+    number: int = 0
+    made_of: Mapping[str, Any] = field(default_factory=dict)
+    context_of: Callable[[Step], Context] | None = None
+
+    @classmethod
+    def of(cls, root: Path, number: int, made_of: Mapping[str, Any], context_of: Callable[[Step], Context]) -> Step:
+        return cls(root, made_of["name"], digest(SCHEMA, made_of), [], number, made_of, context_of)
+
+    @property
+    def folder(self) -> Path:
+        return self.root / f"{self.number:02}-{self.name}-{self.key[:6]}"
+
+    @property
+    def partial(self) -> Path:
+        return self.folder.with_name(self.folder.name + ".partial")
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / "record.json").exists()
+
+    def context(self) -> Context:
+        assert self.context_of is not None
+        return self.context_of(self)
+
+    def analysis(self, name: str, of: object) -> Parts:
+        """The parts of an analysis of the state that this step starts from, shared by all steps that ask for the same."""
+        source = [self.made_of[n] for n in ("parent", "data", "seed")]
+        return Parts(self.root.with_name("analyses"), name, digest(SCHEMA, source, of))
+
+    def restore(self, foreseen: State) -> State | None:
+        """The state after this step from its finished folder, or None; its records and its plan come back too.
+
+        RunError where the folder was damaged after it was finished.
+        """
+        if not self.finished:
+            return None
+        record = read_record(self.folder)
+        sites: dict[str, Stored] = {}
+        for part in sorted(self.folder.glob("*.safetensors")):
+            sites |= read_part(part)[0]
+        if record is None or {r["site"] for r in record["sites"]} - set(sites):
+            raise RunError(f"{self.folder}: its files are damaged or missing; delete this folder and run again")
+        self.records = record["sites"]
+        plan = None if record["plan"] is None else BitPlan.of_json(record["plan"])
+        return replace(foreseen.with_sites(sites), plan=plan)
+
+    def finish(self, seconds: float, peak_bytes: int, plan: BitPlan | None) -> None:
         """Write the record and rename the folder into place; from then on the step is a cache hit."""
-        record = {"key": self.key, "made_of": self.made_of, "seconds": seconds, "peak_bytes": peak_bytes, "sites": self.records}
+        record = {"key": self.key, "made_of": self.made_of, "seconds": seconds, "peak_bytes": peak_bytes,
+                  "plan": None if plan is None else plan.json(), "sites": self.records}  # fmt: skip
         with writing(self.root):
             self.partial.mkdir(parents=True, exist_ok=True)
             write_atomic(self.partial / "record.json", json.dumps(record, indent=1).encode())
@@ -251,15 +280,16 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     try:
         record: dict[str, Any] = json.loads((folder / "record.json").read_text())
         whole = isinstance(record["made_of"], dict) and all(isinstance(r["site"], str) for r in record["sites"])
-        return record if whole else None
+        return record if whole and "plan" in record else None
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
 
-def step_inputs(p: Pass, parent: str, data: str | None, seed: int) -> dict[str, Any]:
+def step_inputs(p: Pass, parent: str, data: str | None, seed: int, following: Sequence[Pass] = ()) -> dict[str, Any]:
     """Everything that a step's result depends on, as JSON."""
-    return {"parent": parent, "name": p.name, "version": p.version, "options": p.model_dump(mode="json"),
-            "data": data, "seed": seed}  # fmt: skip
+    made_of = {"parent": parent, "name": p.name, "version": p.version, "options": p.model_dump(mode="json"),
+               "data": data, "seed": seed}  # fmt: skip
+    return made_of | {"following": [q.text() for q in following]} if p.looks_ahead else made_of
 
 
 def versions() -> dict[str, str]:

@@ -7,14 +7,14 @@ the source's or `Stored` in a file of the run, and both are read when asked for.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from compress.checkpoint import Checkpoint
+from compress.checkpoint import Checkpoint, Spec
 from compress.errors import ModelError
 from compress.formats import Format, Packed
 from compress.graph import Graph, Site
@@ -62,12 +62,14 @@ class Stored:
 
 @dataclass(frozen=True)
 class State:
-    """graph: structure. checkpoint: where unchanged tensors lie. dtype: what the model computes in. changed: site -> where
-    its new tensors lie. plan: what each site is meant to become. facts: what holds. history: the text of every pass so far."""
+    """graph: structure. checkpoint: where unchanged tensors lie. dtype: what the model computes in. specs: every tensor of the
+    source, in its order. changed: site -> where its new tensors lie. plan: what each site is meant to become. facts: what
+    holds. history: the text of every pass so far."""
 
     graph: Graph
     checkpoint: Checkpoint
     dtype: torch.dtype
+    specs: tuple[Spec, ...] = ()
     changed: Mapping[str, Stored] = field(default_factory=dict)
     plan: BitPlan | None = None
     facts: Fact = Fact.DENSE
@@ -99,6 +101,39 @@ class State:
         """The format the site is stored in, or None where it is as the source has it."""
         stored = self.changed.get(site.name)
         return stored.format if stored else None
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """What scales are stored in: fp16 in an fp16 model, else bf16."""
+        return torch.float16 if self.dtype == torch.float16 else torch.bfloat16
+
+    def entries(self) -> Iterator[tuple[Spec, Site | None, str]]:
+        """Every tensor of a checkpoint of this state as it is planned, in the source's order: its spec, its site where it
+        changes, and the suffix within the site."""
+        formats = self.plan.formats if self.plan else {}
+        by_weight = {s.weight: s for s in self.graph if s.name in formats}
+        joined: dict[str, list[Site]] = {}
+        for site in self.graph:
+            if site.expert is not None:
+                joined.setdefault(site.joined, []).append(site)
+        for spec in self.specs:
+            sites = [by_weight[spec.name]] if spec.name in by_weight else []
+            if any(s.name in formats for s in joined.get(spec.name, ())):
+                sites = joined[spec.name]
+            if not sites:
+                yield spec, None, ""
+            for site in sites:
+                yield from site_entries(site, formats.get(site.name), spec.dtype, self.scale_dtype)
+
+
+def site_entries(site: Site, fmt: Format | None, dtype: torch.dtype, scale: torch.dtype) -> Iterator[tuple[Spec, Site, str]]:
+    """The tensors of one site in a format; None is one expert left dense beside quantized ones."""
+    if fmt is None:
+        yield Spec(site.weight, dtype, site.shape), site, "weight"
+        return
+    for suffix, (kind, shape) in fmt.tensors(site.shape, scale).items():
+        flip = site.transposed and suffix == "weight"
+        yield Spec(f"{site.stem}.{suffix}", kind, shape[::-1] if flip else shape), site, suffix
 
 
 def changed(before: State, after: State) -> Aspect:

@@ -15,7 +15,7 @@ same order for every batch, which holds for every family that we know.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import repeat
@@ -25,7 +25,7 @@ import greenlet
 import torch
 from torch import Tensor, nn
 
-from compress.binding import Binding, put_matrix, within
+from compress.binding import Binding, get_matrix, put_matrix, within
 from compress.errors import ModelError
 from compress.graph import Site
 from compress.model import is_experts, skeleton
@@ -160,7 +160,7 @@ class Stream:
         """The logits [b, t, vocabulary] of each batch, whose hidden states have passed all blocks."""
         with self.outer(state):
             for batch in batches:
-                yield self._head(batch)
+                yield self.head(batch)
 
     def watch_head(self, state: State, batches: Sequence[Batch], head: Site, observe: Observe) -> None:
         """Show `observe` what the output head is given, for every batch."""
@@ -174,11 +174,12 @@ class Stream:
             with self.outer(state):
                 for batch in batches:
                     with suppress(_Stop):
-                        self._head(batch)
+                        self.head(batch)
         finally:
             hook.remove()
 
-    def _head(self, batch: Batch) -> Tensor:
+    def head(self, batch: Batch) -> Tensor:
+        """The logits of a batch that has passed all blocks; inside `outer`."""
         self.probes[-1].output = batch.hidden
         try:
             out: Tensor = self.model(input_ids=batch.tokens.to(self.device), use_cache=False).logits
@@ -206,9 +207,10 @@ class Stream:
         """Pass every batch through one block as the state has it."""
         with self.block(state, index) as block:
             for batch in batches:
-                batch.hidden = self._call(block, batch, index)
+                batch.hidden = self.call(block, batch, index)
 
-    def _call(self, block: nn.Module, batch: Batch, index: int) -> Tensor:
+    def call(self, block: nn.Module, batch: Batch, index: int) -> Tensor:
+        """The hidden states behind a block in hand."""
         args, kwargs = batch.calls[index]
         out = block(batch.hidden, *args, **kwargs)
         hidden: Tensor = out[0] if isinstance(out, tuple) else out
@@ -247,7 +249,7 @@ class Stream:
     def _lockstep(self, stack: ExitStack, state: State, index: int, batches: Sequence[Batch], sites: Sequence[Site]) -> _Lockstep:
         block = stack.enter_context(self.block(state, index))
         stack.enter_context(self._taps(block, index, sites))
-        return _Lockstep(self._call, block, batches, index)
+        return _Lockstep(self.call, block, batches, index)
 
     @contextmanager
     def _taps(self, block: nn.Module, index: int, sites: Sequence[Site]) -> Iterator[None]:
@@ -288,11 +290,27 @@ class Stream:
     def model_module(self, path: str, block: nn.Module, module: str) -> nn.Module:
         return block.get_submodule(module.removeprefix(path).lstrip("."))
 
+    @contextmanager
+    def swapped(self, matrices: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside, sites of the block in hand have other matrices [out, in]."""
+        before = {name: get_matrix(next(self._holders(self.graph[name])), self.graph[name]) for name in matrices}
+        try:
+            for name, matrix in matrices.items():
+                self._install(self.graph[name], matrix)
+            yield
+        finally:
+            for name, matrix in before.items():
+                self._install(self.graph[name], matrix)
+
     def _install(self, site: Site, matrix: Tensor) -> None:
+        for module in self._holders(site):
+            put_matrix(module, site, matrix.to(self.device, self.dtype))
+
+    def _holders(self, site: Site) -> Iterator[nn.Module]:
+        """The modules of the block in hand that hold the site's matrix."""
         block = self.graph.blocks[site.block or 0]
         for path in within(site, block.module):
-            module = self.model_module(block.module, self.blocks[block.index], path)
-            put_matrix(module, site, matrix.to(self.device, self.dtype))
+            yield self.model_module(block.module, self.blocks[block.index], path)
 
 
 class _Lockstep:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from compress.manager import Pass
+from compress.passes.allocate import Allocate
+from compress.passes.lqlora import LqLora
 from compress.passes.quantize import Quantize
 
-PASSES: dict[str, type[Pass]] = {p.name: p for p in (Quantize,)}
+PASSES: dict[str, type[Pass]] = {p.name: p for p in (Allocate, Quantize, LqLora)}

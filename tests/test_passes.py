@@ -14,17 +14,31 @@ from compress.formats import parse
 from compress.graph import Graph
 from compress.model import open_model
 from compress.passes import PASSES
+from compress.passes.allocate import Allocate
+from compress.passes.lqlora import LqLora
 from compress.passes.quantize import Quantize
 from compress.state import Aspect, Fact, State
 from tests.pass_laws import attempt, check_pass, step_of
 
+SOME = ["int2:g32", "int3:g32", "int4:g64"]
 OPTIONS: dict[str, list[dict[str, Any]]] = {  # at least one set for every pass, each small enough for a tiny llama
     "quantize": [
         {"format": "int4:g32", "pins": {"lm_head": "int8:g32", "*.down": "int3:g64:asym"}},
         {"format": "int3:g32", "drift": 0, "order": "natural", "clip": "hessian", "pins": {"lm_head": "int4:channel"}},
         {"format": "int4:g32", "method": "rtn", "clip": "minmax", "pins": {"lm_head": "fp32", "layers.0.*": "bf16"}},
+        {"format": "lut3:g32", "pins": {"*.down": "nf3:g64:dq8x16", "layers.0.*": "nf4:g32"}},
+    ],
+    "lqlora": [
+        {"format": "int3:g32", "rank": 4, "rounds": 1, "pins": {"*.down": "int4:g32", "*.up": "lut2:g64+r8:int8:channel"}},
+        {"format": "nf3:g64:dq8x16", "rank": 4, "init": "paper", "fisher": True, "clip": "minmax"},
+    ],
+    "allocate": [
+        {"budget": "3.5 bits", "formats": SOME, "trials": 2, "pins": {"lm_head": "int8:g32", "layers.1.*": {"min": "int3:g32"}}},
+        {"budget": ["60 %", "4 bits"], "formats": SOME, "ranks": [0, 4], "metric": "output", "trials": 0},
+        {"budget": "4 bits", "formats": SOME, "metric": "fisher", "trials": 1, "together": "none"},
     ],
 }
+FOLLOWING = {"allocate": (Quantize(), LqLora(rounds=0))}
 CASES = [(name, options) for name, sets in OPTIONS.items() for options in sets]
 
 
@@ -34,12 +48,18 @@ def test_every_pass_is_tried() -> None:
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=[f"{n}{i}" for i, (n, _) in enumerate(CASES)])
 def test_the_laws_of_passes(family: Any, tmp_path: Path, name: str, options: dict[str, Any]) -> None:
-    check_pass(PASSES[name].model_validate(options), family("llama"), tmp_path)
+    check_pass(PASSES[name].model_validate(options), family("llama"), tmp_path, FOLLOWING.get(name, ()))
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt2", "roberta"])
 def test_the_laws_hold_for_other_architectures(family: Any, tmp_path: Path, name: str) -> None:
     check_pass(Quantize(format=parse("int4:g32")), family(name), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt2", "gemma2"])
+def test_allocation_holds_for_other_architectures(family: Any, tmp_path: Path, name: str) -> None:
+    allocate = Allocate.model_validate({"budget": "3.5 bits", "formats": SOME, "trials": 1})
+    check_pass(allocate, family(name), tmp_path, (Quantize(),))
 
 
 def test_the_table_is_by_name() -> None:

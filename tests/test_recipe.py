@@ -20,7 +20,8 @@ from compress.recipe import load
 from compress.state import Fact
 from tests.conftest import RECIPE, ROOT, Project
 
-FORMATS = "int<2..8>:g<16..256>[:asym], int<2..8>:channel[:asym], bf16, fp16, fp32"
+FORMATS = ("int<2..8>:g<16..256>[:asym], int<2..8>:channel[:asym], nf<2,3,4,8>:g<16..256>[:dq<2,3,4,8>x<16..4096>[:fp16|:fp32]], "
+           "lut<2..4>:g<16..256>[:shared], <any of these>+r<rank>[:<format of factors>], bf16, fp16, fp32")  # fmt: skip
 TOP = "model, out, seed, data, passes, export"
 WINDOWS = "text, jsonl, dataset, field, split, weight, sequences, length, bos, sources"
 QUANTIZE = ", ".join(PASSES["quantize"].model_fields)
@@ -60,7 +61,7 @@ EDITS = [
     ("calibration: {text: words.txt, ", "calibration: {sources: {text: a}, ", ":5:17  'sources' needs a list, not a mapping"),
     ("calibration: {text: words.txt, sequences: 8, length: 32}", "calibration: words.txt", ":5:3  'calibration' needs a mapping, "
      "not 'words.txt'"),
-    ("  - quantize:\n", "  - quantise:\n", ":8:5  no pass 'quantise'; did you mean 'quantize'?   known: quantize"),
+    ("  - quantize:\n", "  - quantise:\n", ":8:5  no pass 'quantise'; did you mean 'quantize'?   known: allocate, quantize, lqlora"),
     ("  - quantize:\n", "    quantize:\n", ":7:1  'passes' needs a list, not a mapping"),
     ("  - quantize:\n", "  - quantize\n  - quantize:\n", ":8:5  item 1 of 'passes' is written 'NAME: {OPTION: VALUE}', here "
      "'quantize: {}'"),

@@ -25,7 +25,7 @@ from compress.recipe import Document
 from tests.conftest import ROOT
 
 VERBS = {
-    "plan": {"recipe": None, "--out": None, "--set": []},
+    "plan": {"recipe": None, "--out": None, "--set": [], "--device": "cpu", "--no-measure": False},
     "run": {"recipe": None, "--out": None, "--set": [], "--until": None, "--device": "cpu"},
     "eval": {"what": None, "--text": None, "--sequences": 32, "--length": 512, "--against": None, "--device": "cpu",
              "--json": False, "--tasks": None},
@@ -33,9 +33,13 @@ VERBS = {
     "passes": {"name": None, "--schema": False},
 }  # fmt: skip
 
+QUANTIZE = {"method": "gptq", "format": "int4:g128", "pins": {}, "damp": 0.01, "order": "activation", "clip": "mse", "drift": 0.5}
 OPTIONS: dict[str, dict[str, Any]] = {
-    "quantize": {"method": "gptq", "format": "int4:g128", "pins": {}, "damp": 0.01, "order": "activation", "clip": "mse",
-                 "drift": 0.5},
+    "allocate": {"budget": "4.0 bits", "formats": ["int2:g64", "int3:g64", "int4:g64", "int8:g64"], "ranks": [0], "factors": "bf16",
+                 "pins": {}, "limits": {}, "together": "engine", "metric": "kl", "probe": 4096, "trials": 4, "time_limit": 60.0,
+                 "plan": None},
+    "quantize": QUANTIZE,
+    "lqlora": {**QUANTIZE, "rank": 16, "factors": "bf16", "init": "closed_form", "rounds": 2, "fisher": False},
     "compressed_tensors": {"shard_bytes": 5_000_000_000},
 }  # fmt: skip
 

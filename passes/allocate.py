@@ -1,0 +1,369 @@
+"""The pass `allocate`: one format and one rank for each matrix, so that the damage to the model is least within the budget.
+
+What may be chosen is choices.py's business, what each choice would do is measured by error_table.py and probes.py, and the
+choice itself, exact and with its gap, is made by allocate_core.py. Here they meet:
+
+1. the damage of every candidate, in the chosen metric;
+2. the integer program, its optimum, bound, price, and the frontier over all budgets;
+3. the optimum and a few neighbours tried for real: quantized as the recipe will do it, their KL measured on calibration windows
+   that the trial was not calibrated on; a neighbour that does better takes the optimum's place, and its own neighbours are next.
+
+`foresee` can measure nothing. It solves the same program with a guess, so that whatever cannot fit is told before anything runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import yaml
+from pydantic import Field, ValidationInfo, field_validator
+from torch import Tensor
+
+from compress.codebooks import paper_grid
+from compress.data import Tokens
+from compress.errors import CompressError, MatchError, RecipeError
+from compress.formats import Dense, Format, LowRank
+from compress.graph import Site
+from compress.manager import Context, Cost, Pass
+from compress.passes import allocate_core as core
+from compress.passes import choices, gptq_core
+from compress.passes.choices import Bounds, Resource, Space
+from compress.passes.error_table import Table, measure
+from compress.passes.gradients import output_gradients
+from compress.passes.lqlora import LqLora
+from compress.passes.probes import FLOOR, Prober, divergence, probe_formats, response, units
+from compress.passes.quantize import FormatText, Quantize
+from compress.passes.solver import Case
+from compress.plan import BitPlan, Forecast, Point, Trial
+from compress.state import Aspect, Fact, State
+
+Damage = Callable[[Site, Format], float]
+STEPS = 24  # points of the frontier
+
+
+class Allocate(Pass):
+    """Choose each matrix's format and rank: the least damage within a budget, by an exact integer program."""
+
+    name: ClassVar[str] = "allocate"
+    needs: ClassVar[Fact] = Fact.DENSE
+    gives: ClassVar[Fact] = Fact.PLANNED
+    writes: ClassVar[Aspect] = Aspect.PLAN
+    decides: ClassVar[bool] = True
+    looks_ahead: ClassVar[bool] = True
+
+    budget: str | tuple[str, ...] = Field("4.0 bits", description="3.0 bits (a weight), 1.2 GiB or 45 % (the file); or several")
+    formats: tuple[FormatText, ...] = Field(
+        ("int2:g64", "int3:g64", "int4:g64", "int8:g64"),  # type: ignore[arg-type]  # validated into Formats
+        description="candidates for every matrix in the blocks; lq-lora: the 432 of that paper",
+    )
+    ranks: tuple[int, ...] = Field((0,), description="ranks of a low-rank correction that may be bought; 0 is none")
+    factors: FormatText = Field("bf16", description="format of the correction's factors")  # type: ignore[assignment]
+    pins: dict[str, str | Bounds] = Field({}, description="pattern -> a format, or {min: FORMAT, max: FORMAT}; later ones win")
+    limits: dict[str, str] = Field({}, description="pattern -> a budget of its own for these matrices")
+    together: Literal["engine", "none"] | tuple[tuple[str, ...], ...] = Field(
+        "engine", description="what gets one format: what engines join; nothing; or lists of patterns, block by block"
+    )
+    metric: Literal["kl", "fisher", "output", "weight"] = Field("kl", description="how damage is measured")
+    probe: int = Field(4096, ge=1, description="tokens on which KL is measured, from the end of the calibration text")
+    trials: int = Field(4, ge=0, description="allocations tried for real, the optimum and neighbours; 0 trusts the prediction")
+    time_limit: float = Field(60.0, gt=0, description="seconds for the integer program; what gap is left is told")
+    plan: dict[str, str] | None = Field(None, description="a plan.yaml to take as it is: its path, or site -> format")
+
+    @field_validator("formats", mode="before")
+    @classmethod
+    def _paper(cls, formats: Any) -> Any:
+        return tuple(paper_grid()) if formats == "lq-lora" else formats
+
+    @field_validator("ranks")
+    @classmethod
+    def _ranks(cls, ranks: tuple[int, ...]) -> tuple[int, ...]:
+        if not ranks or min(ranks) < 0:
+            raise ValueError("ranks are whole numbers from 0 on, at least one of them")
+        return tuple(sorted(set(ranks)))
+
+    @field_validator("plan", mode="before")
+    @classmethod
+    def _read(cls, plan: Any, info: ValidationInfo) -> Any:
+        return read_plan(Path((info.context or {}).get("base", ".")) / plan) if isinstance(plan, str) else plan
+
+    # --- before anything is measured ---
+
+    def check(self, calibrated: bool, following: Sequence[Pass] = ()) -> None:
+        self.chain(following)
+        if not calibrated and self.plan is None and (self.metric != "weight" or self.trials):
+            todo = "add it, or use metric: weight and trials: 0"
+            raise RecipeError(f"to measure damage, 'allocate' needs data.calibration; {todo}", ("metric",))
+
+    def chain(self, following: Sequence[Pass]) -> Chain:
+        """The later passes that quantize. RecipeError where there is none, or none that can use a rank."""
+        found = tuple(p for p in following if isinstance(p, Quantize))
+        if not found:
+            raise RecipeError("nothing behind 'allocate' quantizes; add a step such as '- quantize: {}'")
+        texts = [p for p in (self.plan or self.pins).values() if isinstance(p, str)]
+        ranked = max(self.ranks) > 0 or any("+r" in t for t in texts)
+        if ranked and not any(isinstance(p, LqLora) for p in found):
+            raise RecipeError("ranks are bought, but no later step uses them; add '- lqlora: {}' behind 'allocate'", ("ranks",))
+        return Chain(found)
+
+    def foresee(self, state: State) -> State:
+        if self.plan is not None:
+            return replace(state, plan=given_plan(state, self.plan))
+        sp, limits = self._space(state)
+        return replace(state, plan=self._solved(state, sp, limits, choices.guess, 2.0).plan(measured=False))
+
+    def cost(self, state: State, tokens: int) -> Cost:
+        """Measuring is about one quantization for every format, and a forward pass of few tokens for every matrix, twice."""
+        if self.plan is not None:
+            return Cost()
+        numel = sum(s.numel for s in state.graph.linear)
+        solving = sum(8.0 * s.numel * s.shape[1] for s in state.graph.linear) * len(self.formats)
+        probing = 2.0 * self.probe * numel * len(state.graph.linear) if self.metric == "kl" else 0.0
+        return Cost(2.0 * tokens * numel + probing, solving, numel * len(self.formats), 0)
+
+    # --- what may be chosen, and the best of it ---
+
+    def _space(self, state: State) -> tuple[Space, list[Resource]]:
+        sp = choices.space(state, self.formats, self.ranks, self.factors, self.pins, self.together)
+        budgets = (self.budget,) if isinstance(self.budget, str) else self.budget
+        return sp, choices.resources(state, sp, budgets, self.limits)
+
+    def _solved(self, state: State, sp: Space, limits: list[Resource], damage: Damage, seconds: float) -> Solved:
+        problem = choices.problem(sp, limits, damage)
+        try:
+            solution = core.solve(problem, time_limit=seconds)
+        except core.Infeasible as e:
+            r = limits[e.limit_index]
+            todo = "Raise it, allow smaller formats, or prune first"
+            raise RecipeError(f"no allocation keeps to {r.name}; the least possible is {r.say(e.least)}.  {todo}", r.at) from None
+        return Solved(self, state, sp, limits, damage, problem, solution)
+
+    # --- measuring ---
+
+    def run(self, state: State, ctx: Context) -> State:
+        if self.plan is not None:
+            return self.foresee(state)
+        chain = self.chain(ctx.following)
+        sp, limits = self._space(state)
+        sample, rest = split(ctx.calibration, self.probe)
+        inner = replace(ctx, calibration=rest)
+        damage, floor = self._damage(state, inner, chain, sp, sample)
+        solved = replace(self._solved(state, sp, limits, damage, self.time_limit), floor=floor)
+        return replace(state, plan=solved.tried(chain, inner, sample).plan() if self.trials else solved.plan())
+
+    def _damage(self, state: State, ctx: Context, chain: Chain, sp: Space, sample: Sequence[Tensor]) -> tuple[Damage, float]:
+        """The damage of every candidate in the chosen metric, and the noise floor of measuring it."""
+        wanted = self._wanted(state, sp)
+        of = {"chain": [p.text() for p in chain.passes], "sample": len(sample)}
+        gradients = output_gradients(state, ctx) if self.metric == "fisher" else {}
+        store = ctx.store.analysis("errors", {**of, "gradients": bool(gradients)})
+        table = measure(chain, state, ctx, wanted, store, gradients)
+        if self.metric != "kl":
+            return by_entry(table, self.metric), 0.0
+        shapes = {s.name: s.shape for s in state.graph}
+        formats = probe_formats(wanted, shapes)
+        of["formats"] = sorted({str(f) for pair in formats.values() for f in pair})
+        probes = Prober(chain, state, ctx, sample, formats, ctx.store.analysis("probes", {**of, "tokens": self.probe})).run()
+        floor = max((p.kl for p in probes.get(FLOOR, ())), default=0.0)
+        laws = {u.name: response(probes[u.name], floor) for u in units(state, list(formats))}
+        return by_response(state, table, list(formats), laws), floor
+
+    def _wanted(self, state: State, sp: Space) -> dict[str, list[Format]]:
+        """All formats for every matrix in the blocks, whatever the pins, so that other pins find the table complete; and what
+        pins add."""
+        wanted = {s.name: choices.fitting(s, self.formats, self.ranks, self.factors, {}) for s in state.graph.linear}
+        for name, formats in sp.wanted().items():
+            if name in wanted:
+                wanted[name] += [f for f in formats if f not in wanted[name]]
+        return {n: [f for f in formats if not isinstance(f, Dense)] for n, formats in wanted.items()}
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The passes that will quantize, seen as one: the first takes plain formats, `lqlora` those with a correction."""
+
+    passes: tuple[Quantize, ...]
+
+    @property
+    def damp(self) -> float:
+        return self.passes[0].damp
+
+    @property
+    def order(self) -> str:
+        return self.passes[0].order
+
+    @property
+    def drift(self) -> float:
+        return 0.0
+
+    def target(self, fmt: Format) -> Format:
+        """A table is made of what is planned."""
+        return fmt
+
+    def solve(self, *args: Any) -> Any:
+        """Not asked: a table is made of trials."""
+        raise NotImplementedError
+
+    def tries(
+        self, W_nk: Tensor, factor: gptq_core.Factor | None, formats: Sequence[Format], case: Case
+    ) -> Iterator[tuple[Format, Tensor]]:
+        """What each format would make of W [N, K], fp32, as it is deployed."""
+        plain = [f for f in formats if not isinstance(f, LowRank)]
+        yield from self.passes[0].tries(W_nk, factor, plain, case)
+        ranked = [f for f in formats if isinstance(f, LowRank)]
+        if ranked:
+            last = next(p for p in self.passes if isinstance(p, LqLora))
+            yield from last.tries(W_nk, factor, ranked, case)
+
+
+@dataclass(frozen=True)
+class Solved:
+    """An allocation, with all that is needed to say what it is worth and to try another."""
+
+    options: Allocate
+    state: State
+    space: Space
+    limits: list[Resource]
+    damage: Damage
+    problem: core.Problem
+    solution: core.Solution
+    floor: float = 0.0
+    results: tuple[Trial, ...] = ()
+
+    def formats(self, choice: Sequence[int]) -> dict[str, Format]:
+        return self.space.plan(choice, Dense(self.state.dtype))
+
+    def plan(self, measured: bool = True) -> BitPlan:
+        """The plan with its forecast."""
+        formats, s, r = self.formats(self.solution.choice), self.solution, self.limits[0]
+        chosen = {site.name: f for g, i in zip(self.space.groups, s.choice, strict=True)
+                  for site, f in zip(g.sites, g.options[i], strict=True)}  # fmt: skip
+        damages = {name: self.damage(self.state.graph[name], f) for name, f in chosen.items()}
+        forecast = Forecast(
+            metric=self.options.metric if measured else "guess", budget=r.name, used=s.used[0] + r.fixed,
+            allowed=r.allowed + r.fixed, damage=damages, total=sum(damages.values()), bound=s.bound, gap=s.gap,
+            price=s.price[0], method=s.method, frontier=self.frontier() if measured else (), trials=self.results,
+            floor=self.floor, measured=measured, notes=self.space.notes,
+        )  # fmt: skip
+        ordered = {site.name: formats[site.name] for site in self.state.graph if site.name in formats}
+        return BitPlan(ordered, forecast)
+
+    def frontier(self) -> tuple[Point, ...]:
+        """The damage to expect at other budgets, from the least that is possible to the most that can be used."""
+        uses = [item.use[0] for item in self.problem.items]
+        least, most = sum(int(u.min()) for u in uses), sum(int(u.max()) for u in uses)
+        budgets = [least + (most - least) * i // STEPS for i in range(STEPS + 1)]
+        r = self.limits[0]
+        found = {}
+        for p in core.frontier(self.problem, budgets):
+            found[p.used] = Point(self.bits(p.choice), p.used + r.fixed, p.damage)
+        return tuple(found.values())
+
+    def bits(self, choice: Sequence[int]) -> float:
+        """Average stored bits of the matrices inside blocks."""
+        linear = self.state.graph.linear
+        return BitPlan(self.formats(choice)).bits(linear, self.state.dtype.itemsize)
+
+    # --- trying for real ---
+
+    def tried(self, chain: Chain, ctx: Context, sample: Sequence[Tensor]) -> Solved:
+        """The same with the best of `trials` allocations in place of the optimum: each is quantized and its KL measured."""
+        best, least = self.solution, self._measured(self.solution, chain, ctx, sample)
+        seen = {best.choice: least}
+        while len(seen) < self.options.trials:
+            fresh = [c for c in core.neighbours(self.problem, best, len(seen) + 1) if c not in seen]
+            if not fresh:
+                break
+            other = replace(self.solution, choice=fresh[0], **self._totals(fresh[0]))
+            seen[other.choice] = self._measured(other, chain, ctx, sample)
+            if seen[other.choice] < least:
+                best, least = other, seen[other.choice]
+        results = tuple(Trial(self._totals(c)["damage"], kl, self._differs(c), c == best.choice) for c, kl in seen.items())
+        return replace(self, solution=best, results=results)
+
+    def _totals(self, choice: core.Choice) -> dict[str, Any]:
+        pairs = list(zip(self.problem.items, choice, strict=True))
+        used = tuple(sum(int(item.use[c][i]) for item, i in pairs) for c in range(len(self.limits)))
+        return {"damage": sum(float(item.damage[i]) for item, i in pairs), "used": used}
+
+    def _differs(self, choice: core.Choice) -> int:
+        ours, theirs = self.formats(self.solution.choice), self.formats(choice)
+        return sum(ours.get(n) != theirs.get(n) for n in {**ours, **theirs})
+
+    def _measured(self, solution: core.Solution, chain: Chain, ctx: Context, sample: Sequence[Tensor]) -> float:
+        formats = self.formats(solution.choice)
+        texts = {n: str(f) for n, f in formats.items()}
+        store = ctx.store.analysis("trial", [texts, [p.text() for p in chain.passes], len(sample)])
+        if store.committed("kl") is not None:
+            return float(store.records[-1]["kl"])
+        ctx.progress(0, 1, "trying an allocation")
+        planned = replace(self.state, plan=BitPlan(formats), facts=self.state.facts | Fact.PLANNED)
+        work = [store.analysis(p.name, i) for i, p in enumerate(chain.passes)]
+        for p, parts in zip(chain.passes, work, strict=True):
+            planned = p.run(planned, replace(ctx, store=parts, say=lambda record: None))
+        kl = divergence(self.state, planned, ctx, sample)
+        store.commit("kl", {}, [{"site": "", "kl": kl}])
+        for parts in work:
+            parts.drop()
+        return kl
+
+
+def split(calibration: Tokens | None, probe: int) -> tuple[list[Tensor], Tokens | None]:
+    """(windows to measure KL on, the rest to calibrate on): about `probe` tokens, at most a quarter of the windows; a single
+    window is both."""
+    if calibration is None:
+        return [], None
+    n, length = calibration.ids.shape
+    held = max(1, min(n // 4, probe // length))
+    rest = calibration.ids[: n - held] if n > 1 else calibration.ids
+    return Tokens(calibration.ids[n - held :], calibration.place).batches(), Tokens(rest, calibration.place)
+
+
+def by_entry(table: Table, metric: str) -> Damage:
+    """Damage as the table has it."""
+    return lambda site, fmt: float(getattr(table[site.name, fmt], metric)) if (site.name, fmt) in table.entries else 0.0
+
+
+def by_response(state: State, table: Table, names: Sequence[str], laws: dict[str, tuple[float, float]]) -> Damage:
+    """KL by the law of each unit; experts of one unit share its KL by the energy of their outputs."""
+    of = {site: (laws[u.name], u) for u in units(state, names) for site in u.sites}
+    energy = {site: entry.energy for (site, _), entry in table.entries.items()}
+    whole = {u.name: sum(energy[s] for s in u.sites) for _, u in of.values()}
+
+    def damage(site: Site, fmt: Format) -> float:
+        if (site.name, fmt) not in table.entries or site.name not in of:
+            return 0.0
+        (a, p), unit = of[site.name]
+        return float(a * table[site.name, fmt].output ** p * energy[site.name] / whole[unit.name])
+
+    return damage
+
+
+def read_plan(path: Path) -> dict[str, str]:
+    """The `sites` of a plan.yaml; ValueError in one line where it is none."""
+    try:
+        held = yaml.safe_load(path.read_text())
+    except OSError as e:
+        raise ValueError(f"{path}: {e.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path}: is no YAML ({str(e).splitlines()[0]})") from None
+    sites = held.get("sites") if isinstance(held, dict) else None
+    if not isinstance(sites, dict) or not all(isinstance(v, str) for v in sites.values()):
+        raise ValueError(f"{path}: is no plan; it needs 'sites', a mapping from site to format")
+    return {str(n): f for n, f in sites.items()}
+
+
+def given_plan(state: State, sites: dict[str, str]) -> BitPlan:
+    """A plan that a person wrote or edited; errors name the site."""
+    for name in sites:
+        if name not in state.graph.sites:
+            try:
+                state.graph.match(name)
+            except MatchError as e:
+                raise MatchError(str(e), ("plan",)) from None
+    try:
+        return BitPlan.of(state.graph, Dense(state.dtype), sites, state.dtype)
+    except CompressError as e:
+        raise type(e)(str(e), ("plan",)) from None

@@ -1,0 +1,298 @@
+"""What may be chosen for a model, as an integer program: matrices that go together, their formats, and what each would use.
+
+A group is a set of matrices that get one format, because an engine joins them or because the user says so; ranks of a
+low-rank correction may differ inside a group, unless it is large. An option of a group is a tuple of formats, one for each
+member. Pins narrow the options before anything is solved. Each budget becomes one limit in whole bytes:
+
+    3.0 bits          bytes of the matrices inside the blocks <= 3.0 / 8 of their number of weights
+    1.2 GiB, 45 %     bytes of the whole file: every other tensor and the header are set aside first, and each option carries
+                      the bytes of its own header entries, so a choice that keeps the limit makes a file that does
+    limits: {...}     the same for the tensors of the sites that a pattern names
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from compress.checkpoint import Layout, Spec
+from compress.errors import CompressError, FormatError, MatchError, RecipeError
+from compress.formats import Dense, Format, LowRank, parse
+from compress.graph import Graph, Site, matches
+from compress.passes.allocate_core import Item, Limit, Problem
+from compress.plan import BitPlan, Budget, check_fits, size
+from compress.state import State, site_entries
+
+MANY = 6  # members of a group from which on all of them have one rank
+Option = tuple[Format, ...]
+
+
+class Bounds(BaseModel):
+    """The least and the most that a site may get, as formats: by the bytes they take."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    min: str | None = Field(None, description="at least the bytes of this format")
+    max: str | None = Field(None, description="at most the bytes of this format")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sites that go together, and the options they have."""
+
+    sites: tuple[Site, ...]
+    options: tuple[Option, ...]
+
+    @property
+    def name(self) -> str:
+        names = [s.name for s in self.sites]
+        return " + ".join(names) if len(names) < MANY else f"{names[0]} and {len(names) - 1} more"
+
+
+@dataclass(frozen=True)
+class Space:
+    """Everything that may be chosen. notes: what the user should know about formats that do not fit everywhere."""
+
+    groups: tuple[Group, ...]
+    notes: tuple[str, ...]
+
+    def wanted(self) -> dict[str, list[Format]]:
+        """Site -> the quantized formats that it may get: what has to be measured."""
+        found: dict[str, dict[Format, None]] = {}
+        for group in self.groups:
+            for i, site in enumerate(group.sites):
+                found[site.name] = {o[i]: None for o in group.options if not isinstance(o[i], Dense)}
+        return {name: list(formats) for name, formats in found.items()}
+
+    def plan(self, choice: Sequence[int], own: Format) -> dict[str, Format]:
+        """The formats of a choice, one option for each group; what stays as it is (`own`) is left out."""
+        chosen = {s.name: f for g, i in zip(self.groups, choice, strict=True) for s, f in zip(g.sites, g.options[i], strict=True)}
+        return {name: fmt for name, fmt in chosen.items() if fmt != own}
+
+
+def space(
+    state: State,
+    formats: Sequence[Format],
+    ranks: Sequence[int],
+    factors: Format,
+    pins: Mapping[str, str | Bounds],
+    together: str | Sequence[Sequence[str]],
+) -> Space:
+    """The groups of a state's sites and their options, pins respected.
+
+    Raises FormatError and MatchError, with the place in the options, where a pattern matches nothing, a format fits nowhere, or
+    pins contradict each other or the groups.
+    """
+    graph, own = state.graph, Dense(state.dtype)
+    allowed: dict[str, list[Format]] = {}
+    misfits: dict[Format, list[Site]] = {}
+    for site in graph.linear:
+        allowed[site.name] = fitting(site, formats, ranks, factors, misfits)
+    for pattern, pin in pins.items():
+        allowed |= pinned(graph, pattern, pin, allowed, own)
+    for name, fmts in allowed.items():
+        if not fmts:
+            why = f"none of the formats fits its shape {list(graph[name].shape)}"
+            raise FormatError(f"'{name}': {why}; add one that does, or pin it", ("formats",))
+    groups = (Group(tuple(members), options_of(members, allowed)) for members in gathered(graph, allowed, together))
+    return Space(tuple(groups), tuple(misfit(fmt, sites) for fmt, sites in misfits.items()))
+
+
+def misfit(fmt: Format, sites: Sequence[Site]) -> str:
+    """That a candidate fits some sites and not these."""
+    more = f" and {len(sites) - 1} more" if len(sites) > 1 else ""
+    return f"{fmt} does not fit {sites[0].name} ({sites[0].shape[1]} inputs){more}"
+
+
+def fitting(
+    site: Site, formats: Sequence[Format], ranks: Sequence[int], factors: Format, misfits: dict[Format, list[Site]]
+) -> list[Format]:
+    """The candidates that a site can have, with and without correction; others are noted in `misfits`."""
+    found: list[Format] = []
+    for base in formats:
+        for rank in ranks if not isinstance(base, Dense) else (0,):
+            # what the types do not allow here, LowRank itself refuses
+            fmt = LowRank(base, rank, factors) if rank else base  # type: ignore[arg-type]
+            try:
+                fmt.check(site.shape)
+                found.append(fmt)
+            except FormatError:
+                misfits.setdefault(fmt, []).append(site)
+    return found
+
+
+def pinned(
+    graph: Graph, pattern: str, pin: str | Bounds, allowed: Mapping[str, list[Format]], own: Format
+) -> dict[str, list[Format]]:
+    """What one pin leaves of the candidates, by site."""
+    at = ("pins", pattern)
+    try:
+        sites = graph.match(pattern)
+        if isinstance(pin, str):
+            fmt = parse(pin)
+            for site in sites:
+                check_fits(site, fmt, own, at)
+            return {s.name: [fmt] for s in sites}
+        low, high = (None if text is None else parse(text) for text in (pin.min, pin.max))
+    except CompressError as e:
+        raise type(e)(str(e), at) from None
+    left = {}
+    for site in sites:
+        if site.name not in allowed:
+            raise MatchError(f"'{site.name}' is not allocated (only matrices inside blocks are); pin it to one format", at)
+        least, most = low.nbytes(site.shape) if low else 0, high.nbytes(site.shape) if high else float("inf")
+        left[site.name] = [f for f in allowed[site.name] if least <= f.nbytes(site.shape) <= most]
+        if not left[site.name]:
+            raise FormatError(f"'{site.name}': no candidate lies between min and max; its formats: "
+                              f"{', '.join(map(str, allowed[site.name]))}", at)  # fmt: skip
+    return left
+
+
+def gathered(graph: Graph, names: Iterable[str], together: str | Sequence[Sequence[str]]) -> Iterable[list[Site]]:
+    """The sites to allocate in groups, in the graph's order."""
+    sets: list[list[str]] = []
+    if together == "engine":
+        sets = [[s.name for s in group] for group in graph.fused()]
+    elif together != "none":
+        sets = [same for patterns in together for same in by_block(graph, patterns)]
+    key: dict[str, str] = {}
+    for members in sets:
+        for name in members:
+            if key.setdefault(name, members[0]) != members[0]:
+                raise RecipeError(f"'{name}' is in two groups; let the patterns of 'together' not overlap", ("together",))
+    groups: dict[str, list[Site]] = {}
+    wanted = set(names)
+    for site in graph:
+        if site.name in wanted:
+            groups.setdefault(key.get(site.name, site.name), []).append(site)
+    return groups.values()
+
+
+def by_block(graph: Graph, patterns: Sequence[str]) -> Iterable[list[str]]:
+    """The sites that one entry of `together` names, block by block."""
+    for pattern in patterns:
+        try:
+            graph.match(pattern)
+        except MatchError as e:
+            raise MatchError(str(e), ("together",)) from None
+    for block in graph.blocks:
+        members = [s.name for s in graph.of_block(block.index) if any(matches(s, p) for p in patterns)]
+        if members:
+            yield members
+
+
+def options_of(sites: Sequence[Site], allowed: Mapping[str, list[Format]]) -> tuple[Option, ...]:
+    """Tuples of formats with one base for all sites; every combination of ranks in a small group, one rank in a large one."""
+    bases = [{base_of(f) for f in allowed[s.name]} for s in sites]
+    shared = [b for b in dict.fromkeys(base_of(f) for f in allowed[sites[0].name]) if all(b in others for others in bases)]
+    if not shared:
+        names, todo = ", ".join(s.name for s in sites[:4]), "pin them alike, or set together: none"
+        raise FormatError(f"{names} go together, but their pins leave them no common format; {todo}", ("pins",))
+    options: list[Option] = []
+    for base in shared:
+        choices = [[f for f in allowed[s.name] if base_of(f) == base] for s in sites]
+        if len(sites) < MANY:
+            options += itertools.product(*choices)
+        else:
+            options += [o for o in zip(*choices, strict=False) if len({rank_of(f) for f in o}) == 1]
+    return tuple(options)
+
+
+def base_of(fmt: Format) -> Format:
+    return fmt.base if isinstance(fmt, LowRank) else fmt
+
+
+def rank_of(fmt: Format) -> int:
+    return fmt.rank if isinstance(fmt, LowRank) else 0
+
+
+# --- the integer program ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Resource:
+    """One limit: its name, where in the options it stands, what it allows, and what a site uses of it in a format."""
+
+    name: str
+    at: tuple[str, ...]
+    allowed: int
+    use: Callable[[Site, Format], int]
+    fixed: int  # bytes that count towards it whatever is chosen; `allowed` is what they leave
+    numel: int  # weights that an average is over; 0 where it is not one
+
+    def say(self, least: int) -> str:
+        """A number of bytes of what may be chosen, in the unit of the budget."""
+        total = least + self.fixed
+        return f"{8 * total / self.numel:.4g} bits" if self.numel else f"{total:,} bytes ({size(total)})"
+
+
+def resources(state: State, sp: Space, budgets: Sequence[str], limits: Mapping[str, str]) -> list[Resource]:
+    """The limits of a recipe, the main budget first. FormatError and MatchError with the place in the options."""
+    found = [resource(state, sp, text, None, ("budget",)) for text in budgets]
+    return found + [resource(state, sp, text, pattern, ("limits", pattern)) for pattern, text in limits.items()]
+
+
+def resource(state: State, sp: Space, text: str, pattern: str | None, at: tuple[str, ...]) -> Resource:
+    try:
+        budget = Budget.parse(text)
+        sites = state.graph.linear if pattern is None else state.graph.match(pattern)
+    except CompressError as e:
+        raise type(e)(str(e), at) from None
+    inside = {s.name for s in sites}
+    numel = sum(s.numel for s in sites if not s.tied)
+    own = state.dtype.itemsize
+    if pattern is not None or budget.average:
+
+        def plain(site: Site, fmt: Format) -> int:
+            return fmt.nbytes(site.shape) if site.name in inside else 0
+
+        loose = sum(s.numel * own for s in sites if s.name not in {m.name for g in sp.groups for m in g.sites} and not s.tied)
+        name = str(budget) if pattern is None else f"{pattern}: {budget}"
+        return Resource(name, at, budget.bytes(numel, numel * own) - loose, plain, loose, numel if budget.average else 0)
+    before = Layout.of(state.specs).nbytes
+    digits = len(str(before))
+    fixed = aside(state, sp, digits)
+
+    def written(site: Site, fmt: Format) -> int:
+        return sum(s.nbytes + header_bytes(s, digits) for s, _, _ in site_entries(site, fmt, state.dtype, state.scale_dtype))
+
+    return Resource(str(budget), at, budget.bytes(0, before) - fixed, written, fixed, 0)
+
+
+def aside(state: State, sp: Space, digits: int) -> int:
+    """Bytes of the file that no choice changes: other tensors, their header entries, and what a header has in any case."""
+    example = {s.name: f for g in sp.groups for s, f in zip(g.sites, g.options[0], strict=True)}
+    entries = replace(state, plan=BitPlan(example)).entries()
+    rest = [spec for spec, site, _ in entries if site is None or site.name not in example]
+    return sum(s.nbytes + header_bytes(s, digits) for s in rest) + len(Layout.of([]).files[0].header) + 8
+
+
+def header_bytes(spec: Spec, digits: int) -> int:
+    """At most what a tensor takes in a header whose offsets have `digits` digits, and in the index of a large model."""
+    offset = 10**digits - 1
+    entry = {spec.name: {"dtype": "BF16", "shape": list(spec.shape), "data_offsets": [offset, offset]}}
+    index = len(f' "{spec.name}": "model-00001-of-00001.safetensors",\n') if digits > 9 else 0
+    return len(json.dumps(entry, separators=(",", ":"))) + index
+
+
+def problem(sp: Space, limits: Sequence[Resource], damage: Callable[[Site, Format], float]) -> Problem:
+    """The integer program: damages add up over sites, and so does what they use."""
+    items = []
+    for group in sp.groups:
+        damages = [sum(damage(s, f) for s, f in zip(group.sites, o, strict=True)) for o in group.options]
+        use = [[sum(r.use(s, f) for s, f in zip(group.sites, o, strict=True)) for o in group.options] for r in limits]
+        items.append(Item(group.name, np.array(damages, np.float64), np.array(use, np.int64)))
+    return Problem(items, [Limit(r.name, r.allowed) for r in limits])
+
+
+def guess(site: Site, fmt: Format) -> float:
+    """Damage before anything is measured: every weight counts alike, and each bit more divides the squared error by four."""
+    if isinstance(fmt, Dense):
+        return 0.0
+    bits = 8 * fmt.nbytes(site.shape) / site.numel
+    return float(site.numel * 4.0**-bits)

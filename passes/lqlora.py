@@ -1,0 +1,149 @@
+"""The pass `lqlora`: each matrix as a quantized one plus a product of low rank, W ≈ Q + B A.
+
+The mathematics is in lqlora_core.py. The walk over the model, its Hessians and its twin are those of `quantize`, of which this
+is a kind: a site whose planned format has no rank is quantized as there, one with a rank gets both parts. Where an earlier step
+has quantized a site already, its codes are kept and only the correction is added, unless `rounds` asks to fit the two to each
+other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from compress.errors import RecipeError
+from compress.formats import Dense, Format, LowRank, Packed
+from compress.grid import plain, restore
+from compress.manager import Context, Pass
+from compress.passes import gptq_core
+from compress.passes import lqlora_core as core
+from compress.passes.gradients import fisher
+from compress.passes.quantize import FormatText, Quantize
+from compress.passes.solver import Answer, Case
+from compress.state import Aspect, Fact, State
+
+
+class LqLora(Quantize):
+    """Quantize weights and correct them by a product of low rank, fitted to each other."""
+
+    name: ClassVar[str] = "lqlora"
+    needs: ClassVar[Fact] = Fact.NONE
+    gives: ClassVar[Fact] = Fact.QUANTIZED | Fact.ADAPTED
+    breaks: ClassVar[Fact] = Fact.DENSE
+    writes: ClassVar[Aspect] = Aspect.WEIGHTS | Aspect.ENCODING | Aspect.PLAN
+
+    rank: int = Field(16, ge=1, description="rank of the correction of every matrix inside the blocks")
+    factors: FormatText = Field(  # type: ignore[assignment]  # validated into a Format
+        "bf16", description="format of the correction's factors: bf16, int8:channel, nf8:g64, ..."
+    )
+    init: Literal["closed_form", "paper"] = Field(
+        "closed_form", description="closed_form: least error of outputs; paper: LQ-LoRA's alternation, least error of weights"
+    )
+    rounds: int = Field(2, ge=0, description="closed_form: times that both parts are refitted to each other")
+    fisher: bool = Field(False, description="paper: weigh the weights by their Fisher information, from calibration data")
+
+    @model_validator(mode="after")
+    def _one_method(self) -> LqLora:
+        if self.fisher and self.init != "paper":
+            raise ValueError("'fisher' is an option of init: paper; the closed form weighs by the inputs")
+        return self
+
+    @property
+    def corrects(self) -> bool:
+        return super().corrects and self.init == "closed_form"
+
+    @property
+    def default(self) -> Format:
+        return LowRank(self.format, self.rank, self.factors)  # type: ignore[arg-type]  # LowRank itself refuses others
+
+    def check(self, calibrated: bool, following: Sequence[Pass] = ()) -> None:
+        if self.init == "closed_form" and not calibrated:
+            raise RecipeError("'closed_form' needs data.calibration; add it, or use init: paper and method: rtn", ("init",))
+        if self.fisher and not calibrated:
+            raise RecipeError("'fisher' needs data.calibration; add it, or leave it out", ("fisher",))
+        super().check(calibrated, following)
+
+    def target(self, fmt: Format) -> Format:
+        return fmt
+
+    def foresee(self, state: State) -> State:
+        if state.plan is not None:
+            self.refuse_own_formats()
+            return state
+        return super().foresee(state)
+
+    def run(self, state: State, ctx: Context) -> State:
+        if self.fisher:
+            fisher(state, ctx, state.graph.linear[0])  # all are measured before anything changes
+        return super().run(state, ctx)
+
+    def solve(self, W_nk: Tensor, factor: gptq_core.Factor | None, fmt: Format, case: Case) -> Answer:
+        if not isinstance(fmt, LowRank):
+            return super().solve(W_nk, factor, fmt, case)
+        scale_dtype, given = case.scale_dtype, case.given
+        stored = partial(rounded, fmt=fmt.factors, scale_dtype=scale_dtype)
+        if self.init == "paper":
+            F_nk = fisher(case.state, case.ctx, case.site).to(W_nk.device) if self.fisher else None
+            split = core.alternate(W_nk, fmt.base, fmt.rank, generator=case.generator, weight_nk=F_nk, clip=self.clip,
+                                   scale_dtype=scale_dtype, factors=stored)  # fmt: skip
+            split = measured(split, W_nk, factor, fmt)
+        else:
+            assert factor is not None, "`check` asks for calibration data"
+            start = None if given is None else solved(W_nk, factor, given, fmt)
+            split = core.closed_form(W_nk, factor, fmt.base, fmt.rank, clip=self.clip, scale_dtype=scale_dtype,
+                                     rounds=self.rounds, factors=stored, start=start)  # fmt: skip
+
+        def pack(rows: slice) -> dict[str, Tensor]:
+            base = fmt.base.pack(split.codes.cpu(), split.grid.to("cpu"))
+            return fmt.pack(base, split.A_rk.cpu(), split.B_nr.cpu(), scale_dtype)
+
+        return Answer(pack, split.loss_n, split.rounding_loss_n, split.energy_n, split.notes)
+
+    def tries(
+        self, W_nk: Tensor, factor: gptq_core.Factor | None, formats: Sequence[Format], case: Case
+    ) -> Iterator[tuple[Format, Tensor]]:
+        """What each format would make of W; for the closed form, without rounds: one solution of a base serves all its ranks."""
+        held: tuple[Format | None, Any] = (None, None)
+        for fmt in formats:
+            if not isinstance(fmt, LowRank) or self.init == "paper":
+                yield from super().tries(W_nk, factor, [fmt], case)
+                continue
+            assert factor is not None
+            if held[0] != fmt.base:
+                held = fmt.base, gptq_core.quantize(W_nk, factor, fmt.base, clip=self.clip, scale_dtype=case.scale_dtype)
+            Q_nk = restore(held[1].codes, held[1].grid, fmt.base)
+            stored = partial(rounded, fmt=fmt.factors, scale_dtype=case.scale_dtype)
+            A_rk, B_nr = core.correction(W_nk - Q_nk, factor, fmt.rank)
+            yield fmt, Q_nk.addmm_(stored(B_nr.T).T, stored(A_rk))
+
+
+def rounded(F_rx: Tensor, fmt: Format, scale_dtype: torch.dtype) -> Tensor:
+    """A factor as the format that stores it gives it back."""
+    if isinstance(fmt, Dense):
+        return F_rx.to(fmt.dtype).to(F_rx.dtype)
+    assert not isinstance(fmt, LowRank)
+    return restore(*plain(F_rx.float().contiguous(), fmt, scale_dtype), fmt).to(F_rx.dtype)
+
+
+def solved(W_nk: Tensor, factor: gptq_core.Factor, given: Packed, fmt: LowRank) -> gptq_core.Solved | None:
+    """A site that an earlier step has quantized, in the form in which the solver hands out its own; None if in another format."""
+    if given.format != fmt.base:
+        return None
+    codes, grid = fmt.base.unpack(given.tensors)
+    codes, grid = codes.to(W_nk.device), grid.to(W_nk.device)
+    loss_n = gptq_core.loss(W_nk - restore(codes, grid, fmt.base), factor)
+    return gptq_core.Solved(codes, grid, loss_n, loss_n, gptq_core.loss(W_nk, factor))
+
+
+def measured(split: core.Split, W_nk: Tensor, factor: gptq_core.Factor | None, fmt: LowRank) -> core.Split:
+    """The same with losses under the Hessian in place of those of the weights, so that reports compare."""
+    if factor is None:
+        return split
+    loss_n = gptq_core.loss(W_nk - split.weights(fmt.base), factor)
+    return replace(split, loss_n=loss_n, rounding_loss_n=loss_n, energy_n=gptq_core.loss(W_nk, factor))

@@ -1,0 +1,242 @@
+"""One block's worth of solving: where Hessians come from and where codes go.
+
+A stage is the set of sites that read the same activations (q, k, v; then o; then gate, up; then down): they share one Hessian,
+and those that also share a format are solved as one matrix, since rows are independent. What is done to a matrix is the pass's
+own `solve`.
+
+Experts see only the tokens that the router sends them. An expert that saw fewer than two tokens for each input gets the
+mean Hessian of all experts of its block mixed in, as if it had seen the missing tokens there; the inputs of `down` are the
+expert's own neurons, so there the mean keeps only its trace. Both are reported.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from compress.formats import Dense, Format, LowRank, Packed
+from compress.graph import Site
+from compress.grid import Quantized
+from compress.manager import Context, Record
+from compress.passes import gptq_core as core
+from compress.state import State
+from compress.stream import Inputs
+
+TOKENS_PER_INPUT = 2  # below this, an expert's own Hessian is too poor to stand alone
+
+
+class Solves(Protocol):
+    """A pass that turns matrices into formats one by one, seen from the solver. The fields are its options."""
+
+    @property
+    def damp(self) -> float: ...
+    @property
+    def order(self) -> str: ...
+    @property
+    def drift(self) -> float: ...
+    def target(self, fmt: Format) -> Format: ...
+    def solve(self, W_nk: Tensor, factor: core.Factor | None, fmt: Format, case: Case) -> Answer: ...
+
+
+@dataclass(frozen=True)
+class Case:
+    """What else is known of a matrix in hand: its site (the first of several solved as one), the state, the context."""
+
+    site: Site
+    state: State
+    ctx: Context
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        return self.state.scale_dtype
+
+    @property
+    def generator(self) -> torch.Generator:
+        """The site's own, from its start."""
+        return self.ctx.generator(self.site)
+
+    @property
+    def given(self) -> Packed | None:
+        """The site as an earlier step left it, where one changed it."""
+        stored = self.state.changed.get(self.site.name)
+        return stored.load() if stored else None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of a matrix: its packed tensors, by rows, and what each output lost (see `gptq_core.Solved`)."""
+
+    pack: Callable[[slice], dict[str, Tensor]]
+    loss_n: Tensor
+    rounding_loss_n: Tensor
+    energy_n: Tensor
+    notes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, solved: core.Solved, fmt: Quantized) -> Answer:
+        def pack(rows: slice) -> dict[str, Tensor]:
+            if fmt.joint:
+                return fmt.pack(solved.codes.cpu(), solved.grid)
+            return fmt.pack(solved.codes[rows].cpu(), solved.grid.map(lambda t: t[rows].cpu()))
+
+        return cls(pack, solved.loss_n, solved.rounding_loss_n, solved.energy_n, solved.notes)
+
+
+class Solver:
+    """One block's worth of solving: Hessians as they are observed, packed sites and records as they are solved."""
+
+    def __init__(self, options: Solves, state: State, ctx: Context):
+        self.options, self.state, self.ctx = options, state, ctx
+        planned = state.plan.formats if state.plan else {}
+        self.formats: Mapping[str, Format] = {n: options.target(f) for n, f in planned.items()}
+        self.packed: dict[str, Packed] = {}
+        self.records: list[Record] = []
+        self._hessians: dict[int | None, Tensor] = {}
+        self._drift: Tensor | None = None
+        self._tokens: dict[int | None, int] = {}
+        self._active: dict[str, list[Site]] = {}
+
+    def sites(self, names: Sequence[str]) -> list[Site]:
+        """Those of the named sites that are still to change, noted by the stage at which they are solved."""
+        graph = self.state.graph
+        found = [graph[n] for n in names if n in self.formats and self.state.format(graph[n]) != self.formats[n]]
+        for site in found:
+            self._active.setdefault(site.stage, []).append(site)
+        return found
+
+    def observe(self, stage: str, inputs: Inputs, clean: Inputs | None) -> None:
+        """Add one batch's activations, by expert, to the stage's Hessians; and how far they are from the clean ones.
+
+        Experts are left out of the latter: what the router sends to one of them differs between the two models.
+        """
+        for expert, X_tk in inputs.items():
+            if expert not in self._hessians:
+                k = X_tk.shape[-1]
+                self._hessians[expert] = torch.zeros(k, k, dtype=torch.float32, device=X_tk.device)
+                self._tokens[expert] = 0
+            core.accumulate(self._hessians[expert], X_tk)
+            self._tokens[expert] += X_tk.shape[0]
+        if clean is not None and None in clean:
+            M_kk = ((clean[None] - inputs[None]).T @ inputs[None]).float()
+            self._drift = M_kk if self._drift is None else self._drift.add_(M_kk)
+
+    def solve(self, stage: str) -> dict[str, Tensor]:
+        """Solve every site of a stage; the new matrices [out, in] by name."""
+        with precision("ieee"):
+            return self._solve(stage)
+
+    def _solve(self, stage: str) -> dict[str, Tensor]:
+        sites = self._active[stage]
+        pooled = self._pool(stage) if len(self._hessians) > 1 else None
+        for expert in sorted(self._hessians, key=lambda e: -1 if e is None else e):
+            start = time.perf_counter()
+            H_kk, notes = self._mean(expert, pooled)
+            factor = core.factor(H_kk, damp=self.options.damp, order=self.options.order)
+            shared = time.perf_counter() - start
+            mine = [s for s in sites if s.expert == expert]
+            for same in self._together(mine):
+                self.solve_together(same, factor, self._tokens[expert], notes, shared * len(same) / len(mine))
+        self._hessians.clear()
+        self._tokens.clear()
+        self._drift = None
+        return {s.name: self.packed[s.name].dequantize(self.state.dtype) for s in sites if s.name in self.packed}
+
+    def _together(self, sites: Sequence[Site]) -> Iterator[list[Site]]:
+        """Sites of one Hessian that can be solved as one matrix: of one format, unless its parameters are a whole matrix's."""
+        for fmt in dict.fromkeys(self.formats[s.name] for s in sites):
+            same = [s for s in sites if self.formats[s.name] == fmt]
+            alone = isinstance(fmt, LowRank) or (isinstance(fmt, Quantized) and fmt.joint)
+            yield from ([s] for s in same) if alone else [same]
+
+    def _pool(self, stage: str) -> Tensor:
+        total = sum(self._tokens.values())
+        P_kk = sum(self._hessians.values(), start=torch.zeros(())) / max(1, total)
+        core.finish(P_kk)
+        if stage.endswith("mid"):
+            P_kk = torch.eye(len(P_kk), device=P_kk.device) * P_kk.diagonal().mean()
+        return P_kk
+
+    def _mean(self, expert: int | None, pooled: Tensor | None) -> tuple[Tensor, tuple[str, ...]]:
+        """The mean Hessian of what was seen, the pooled one mixed in for tokens that are missing."""
+        H_kk, seen = core.finish(self._hessians.pop(expert)), self._tokens[expert]
+        wanted = TOKENS_PER_INPUT * len(H_kk)
+        if pooled is None or seen >= wanted:
+            return H_kk.div_(max(1, seen)), ()
+        note = f"expert saw {seen} tokens, pooled Hessian for {wanted - seen} more"
+        return (H_kk + (wanted - seen) * pooled) / wanted, (note,)
+
+    def solve_together(
+        self,
+        sites: Sequence[Site],
+        factor: core.Factor | None,
+        tokens: int | None,
+        notes: tuple[str, ...] = (),
+        seconds: float = 0.0,
+    ) -> None:
+        """Solve sites of one Hessian and one format as one matrix, and keep the parts."""
+        start = time.perf_counter()
+        fmt = self.formats[sites[0].name]
+        weights = [self.state.original(s) for s in sites]
+        if isinstance(fmt, Dense):
+            for site, weight in zip(sites, weights, strict=True):
+                self._keep(site, Packed(fmt, site.shape, {"weight": weight.to(fmt.dtype)}), {})
+            return
+        W_nk = torch.cat([w.to(self.ctx.device, torch.float32) for w in weights])
+        if self._drift is not None and tokens and factor is not None and factor.lam > 0:
+            W_nk = core.retarget(W_nk, (W_nk @ self._drift).div_(tokens), factor, self.options.drift)
+        answer = self.options.solve(W_nk, factor, fmt, Case(sites[0], self.state, self.ctx))
+        seconds = (seconds + time.perf_counter() - start) / len(sites)
+        row = 0
+        for site in sites:
+            rows = slice(row, row + site.shape[0])
+            row = rows.stop
+            energy = float(answer.energy_n[rows].sum()) or 1.0
+            self._keep(site, Packed(fmt, site.shape, answer.pack(rows)), {
+                "error": float(answer.loss_n[rows].sum()) / energy,
+                "rounding": float(answer.rounding_loss_n[rows].sum()) / energy,
+                "damping": damping(factor), "tokens": tokens, "seconds": seconds,
+                "notes": [*notes, *answer.notes],
+            })  # fmt: skip
+
+    def _keep(self, site: Site, packed: Packed, measured: Record) -> None:
+        self.packed[site.name] = packed
+        record = {"site": site.name, "format": str(packed.format), "bytes": packed.nbytes, **measured}
+        self.records.append(record)
+        self.ctx.say(record)
+
+
+@contextmanager
+def precision(kind: str) -> Iterator[None]:
+    """Inside, fp32 matrix products on CPU round their factors to bf16 and sum in fp32, or are exact (``ieee``).
+
+    Activations of an fp32 model are then as precise as those of a bf16 model, on CPUs with bf16 units at several times the
+    speed. A Hessian stays the exact product of (rounded) activations, so it stays positive. Other CPUs ignore it.
+    """
+    setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = setting.fp32_precision
+    setting.fp32_precision = kind
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
+
+
+def stage_bytes(sites: Sequence[Site]) -> int:
+    """Memory for solving one stage: every Hessian in fp32, one of them factored in fp64, the weights as they are and in fp32,
+    and what the solver holds for the outputs that it has in hand."""
+    inputs = {s.input_key: s.shape[1] for s in sites}
+    together = max(sum(s.numel for s in sites if s.input_key == key) for key in inputs)
+    return 4 * sum(k * k for k in inputs.values()) + 24 * max(inputs.values()) ** 2 + 7 * together + 40 * min(together, 1 << 22)
+
+
+def damping(factor: core.Factor | None) -> float | None:
+    """The damping that was used, as a share of the mean diagonal of the inputs that were seen."""
+    if factor is None or factor.lam == 0:
+        return None
+    return factor.lam / float(factor.diag_k[factor.diag_k > 0].mean())
