@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from compress import allocation, data, evaluate, pipeline, tables
-from compress.checkpoint import Layout
 from compress.console import Console
 from compress.errors import CompressError, ModelError, RecipeError, did_you_mean
-from compress.export import EXPORTERS, compressed_tensors
+from compress.export import EXPORTERS, adapter, compressed_tensors, native
 from compress.formats import Dense, Format
 from compress.model import Model, open_model
 from compress.passes import PASSES
@@ -101,8 +100,9 @@ def opened(path: Path) -> tuple[Model, State, str]:
         path = found[0]
     if not path.is_dir():
         raise ModelError(f"{path}: {'is a file, not a folder' if path.exists() else 'no such folder'}")
-    if compressed_tensors.is_artifact(path):
-        return compressed_tensors.open_artifact(path), compressed_tensors.read(path), "our reader of compressed-tensors, streamed"
+    for kind in (compressed_tensors, native):
+        if kind.is_artifact(path):
+            return kind.open_artifact(path), kind.read(path), kind.READER
     model = open_model(str(path))
     return model, model.state, "transformers' modules, streamed"
 
@@ -119,7 +119,7 @@ def eval_command(options: argparse.Namespace) -> None:
     if original and original.graph["embed"].shape[0] != state.graph["embed"].shape[0]:
         raise ModelError(f"{original.folder}: has another vocabulary than {options.what}; KL needs the model it was made from")
     _, scores = evaluate.compare(original.state if original else None, state, model.config, tokens, options.device)
-    figures = evaluate.sizes(state, model.checkpoint.nbytes)
+    figures = evaluate.sizes(state, state.checkpoint.nbytes)
     if options.json:
         print(json.dumps({**scores.json(), **figures.json(), "text": tokens.place, "engine": engine}, indent=1))
         return
@@ -162,7 +162,11 @@ def hand_over(options: argparse.Namespace) -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise CompressError("--tasks needs lm-eval:  pip install lm-eval")
     model, _, _ = opened(options.what)
-    arguments = ["--model", "hf", "--model_args", f"pretrained={model.folder}", "--tasks", options.tasks,
+    if native.is_artifact(model.folder):
+        raise CompressError(f"{model.folder}: --tasks goes through transformers, which has no native formats; export "
+                            "compressed_tensors as well")  # fmt: skip
+    corrected = f",peft={model.folder / adapter.FOLDER}" if adapter.present(model.folder) else ""
+    arguments = ["--model", "hf", "--model_args", f"pretrained={model.folder}{corrected}", "--tasks", options.tasks,
                  "--device", options.device]  # fmt: skip
     code = subprocess.run([sys.executable, "-m", "lm_eval", *arguments], check=False).returncode
     if code:
@@ -170,7 +174,7 @@ def hand_over(options: argparse.Namespace) -> None:
 
 
 def inspect_command(options: argparse.Namespace) -> None:
-    model, state, _ = opened(options.what)
+    _, state, _ = opened(options.what)
     sites = list(state.graph) if options.site is None else state.graph.match(options.site)
     rows: list[dict[str, Any]] = []
     for s in sites:
@@ -179,16 +183,15 @@ def inspect_command(options: argparse.Namespace) -> None:
         rows.append({"site": s.name, "role": s.role, "shape": list(s.shape), "format": str(fmt or "as it is"),
                      "bytes": stored, "bits": round(8 * stored / s.numel, 4), "tensor": s.weight})  # fmt: skip
     if options.json:
-        print(json.dumps({"sites": rows, "tensor_bytes": model.checkpoint.nbytes}, indent=1))
+        print(json.dumps({"sites": rows, "tensor_bytes": state.checkpoint.nbytes}, indent=1))
         return
     shown = rows if options.site else rows[:SHOWN_SITES]
     table = [[r["site"], f"{r['shape'][0]}x{r['shape'][1]}", r["format"], f"{r['bits']:.3f}", f"{r['bytes']:,}"] for r in shown]
     print(tables.columns(table, ["site", "shape", "format", "bits", "bytes"], right=(3, 4)))
     if len(shown) < len(rows):
         print(f"… {len(rows) - len(shown)} more; name a site or a pattern to see it")
-    files = Layout.of(model.specs).tensor_bytes
     counts = f"{len(state.graph.blocks)} blocks, {len(state.graph.sites)} sites"
-    print(f"\n{state.graph.family}, {counts}, {size(files)} of tensors")
+    print(f"\n{state.graph.family}, {counts}, {size(state.checkpoint.nbytes)} of tensors")
     if len(sites) == 1:
         print(histogram(state, sites[0]))
 

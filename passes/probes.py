@@ -102,8 +102,9 @@ class Prober:
         for block in self.state.graph.blocks:
             self.ctx.progress(block.index, len(self.state.graph.blocks), f"probing from {block.module}")
             made = self._made(stream, block.index, batches) if block.index in blocks else None
-            if made is None and block.index < blocks.stop:
-                stream.advance(self.state, block.index, batches)
+            if block.index < blocks.start:
+                with precision("bf16"):
+                    stream.advance(self.state, block.index, batches)
             with stream.block(self.state, block.index) as module:
                 for variant in self.variants:
                     for batch in variant.batches:
@@ -174,7 +175,7 @@ def probe_formats(wanted: Wanted, shapes: Mapping[str, tuple[int, int]]) -> dict
     """The two candidates to replace each site by: the coarsest, and that which takes nearest to two bits more."""
     chosen: dict[str, tuple[Format, ...]] = {}
     for name, formats in wanted.items():
-        bases = [f for f in formats if not isinstance(f, LowRank | Dense)]
+        bases = [f for f in formats if not isinstance(f, LowRank | Dense)] or [f for f in formats if isinstance(f, LowRank)]
         if bases:
             n = shapes[name][0] * shapes[name][1]
             bits = {f: 8 * f.nbytes(shapes[name]) / n for f in bases}
@@ -193,7 +194,8 @@ def divergence(original: State, changed: State, ctx: Context, sample: Sequence[T
             stream.advance(state, block.index, batches)
         runs.append((stream, stream.logits(state, batches)))
     total = 0.0
-    for p, q in zip(runs[0][1], runs[1][1], strict=True):
-        log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
-        total += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
+    with torch.no_grad():  # the two generators below leave each other's setting behind
+        for p, q in zip(runs[0][1], runs[1][1], strict=True):
+            log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
+            total += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
     return total / sum(t.numel() for t in sample)
