@@ -26,7 +26,7 @@ from compress.codebooks import paper_grid
 from compress.data import Tokens
 from compress.errors import CompressError, MatchError, RecipeError
 from compress.formats import Dense, Format, LowRank
-from compress.graph import Site
+from compress.graph import Site, total
 from compress.manager import Context, Cost, Pass
 from compress.passes import allocate_core as core
 from compress.passes import choices, gptq_core
@@ -34,7 +34,7 @@ from compress.passes.choices import Bounds, Resource, Space
 from compress.passes.error_table import Table, measure
 from compress.passes.gradients import output_gradients
 from compress.passes.lqlora import LqLora
-from compress.passes.probes import FLOOR, Prober, divergence, probe_formats, response, units
+from compress.passes.probes import FLOOR, HELD, Prober, divergence, probe_formats, response, units
 from compress.passes.quantize import FormatText, Quantize
 from compress.passes.solver import Case
 from compress.plan import BitPlan, Forecast, Point, Trial
@@ -115,13 +115,21 @@ class Allocate(Pass):
         return replace(state, plan=self._solved(state, sp, limits, choices.guess, 2.0).plan(measured=False))
 
     def cost(self, state: State, tokens: int) -> Cost:
-        """Measuring is about one quantization for every format, and a forward pass of few tokens for every matrix, twice."""
+        """One solution for every format, two short forward passes for every matrix, and a quantization for every trial."""
         if self.plan is not None:
             return Cost()
-        numel = sum(s.numel for s in state.graph.linear)
-        solving = sum(8.0 * s.numel * s.shape[1] for s in state.graph.linear) * len(self.formats)
-        probing = 2.0 * self.probe * numel * len(state.graph.linear) if self.metric == "kl" else 0.0
-        return Cost(2.0 * tokens * numel + probing, solving, numel * len(self.formats), 0)
+        once, again = Quantize(drift=0.0).cost(state, tokens), Quantize().cost(state, tokens)
+        n, probing, born = len(self.formats), 0.0, 0
+        if self.metric == "kl":
+            linear = state.graph.linear
+            probing = 2.0 * self.probe * total(linear) * len(linear)
+            born = min(HELD, 2 * len(linear) * self.probe * state.graph["embed"].shape[1] * state.dtype.itemsize)
+        return Cost(
+            once.model_flops + probing + self.trials * again.model_flops,
+            n * once.exact_flops + self.trials * again.exact_flops,
+            n * once.weights + self.trials * again.weights,
+            max(once.peak_bytes + born, again.peak_bytes),
+        )
 
     # --- what may be chosen, and the best of it ---
 

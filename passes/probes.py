@@ -175,7 +175,8 @@ def probe_formats(wanted: Wanted, shapes: Mapping[str, tuple[int, int]]) -> dict
     """The two candidates to replace each site by: the coarsest, and that which takes nearest to two bits more."""
     chosen: dict[str, tuple[Format, ...]] = {}
     for name, formats in wanted.items():
-        bases = [f for f in formats if not isinstance(f, LowRank | Dense)] or [f for f in formats if isinstance(f, LowRank)]
+        measurable = [f for f in formats if not isinstance(f, Dense)]
+        bases = [f for f in measurable if not isinstance(f, LowRank)] or measurable
         if bases:
             n = shapes[name][0] * shapes[name][1]
             bits = {f: 8 * f.nbytes(shapes[name]) / n for f in bases}

@@ -47,7 +47,8 @@ VERBS = ("plan", "run", "eval", "inspect", "passes")
         (["eval", "a", "--length", "2.5"], "argument --length: needs a whole number from 2 on, not '2.5'   "
          "(see compress eval --help)"),
         (["run", "none.yaml"], "none.yaml: No such file or directory"),
-        (["passes", "quantise"], "no pass 'quantise'; did you mean 'quantize'?   known: allocate, quantize, lqlora, compressed_tensors, native"),
+        (["passes", "quantise"], "no pass 'quantise'; did you mean 'quantize'?   known: allocate, quantize, lqlora, "
+         "compressed_tensors, native"),
         (["inspect", "none"], "none: no such folder"),
     ],
 )  # fmt: skip

@@ -24,13 +24,14 @@ from compress.checkpoint import INDEX
 from compress.errors import CompressError, ExportError, FormatError, ModelError
 from compress.export import compressed_tensors as ct
 from compress.export.artifact import MARK, Job
+from compress.export.native import Native
 from compress.formats import Int
 from compress.graph import Graph
 from compress.model import open_model
 from compress.state import State
 from tests import stock
 from tests.conftest import FAMILIES, GROUPED, IDS, SMALL, make_model
-from tests.cooking import cook, recipe
+from tests.cooking import bake, cook, recipe
 from tests.sharing import SharingConfig
 
 MOE = ("mixtral", "qwen3_moe")
@@ -345,6 +346,57 @@ def test_experts_of_different_blocks_may_differ_and_the_plan_says_who_can_read_t
     read_back(artifact_of(made), made.state)
 
 
+@pytest.mark.parametrize(("steps", "says"), [
+    ({"quantize": {"format": "nf3:g64", "method": "rtn"}},
+     "compressed_tensors holds integers; 'layers.0.attn.q' has nf3:g64: export native instead, or use int formats only"),
+    ({"quantize": {"format": "int4:g32", "method": "rtn", "pins": {"*.down": "lut2:g32:shared"}}},
+     "compressed_tensors holds integers; 'layers.0.mlp.down' has lut2:g32:shared: export native instead"),
+    ({"lqlora": {"format": "nf4:g32", "rank": 4}}, "compressed_tensors holds integers; 'layers.0.attn.q' has nf4:g32"),
+    ({"lqlora": {"format": "int4:g32", "rank": 4, "factors": "int8:channel"}},
+     "'layers.0.attn.q' has int4:g32+r4:int8:channel, and a PEFT adapter keeps factors in 16 or 32 bits; write int4:g32+r4"),
+    ({"lqlora": {"format": "int4:g32", "rank": 4, "pins": {"layers.1.attn.k": "int5:g32+r4"}}},
+     "vLLM joins q,k,v into one matrix and needs one format for them, here layers.1.attn.q int4:g32, layers.1.attn.k int5:g32"),
+])  # fmt: skip
+def test_what_integers_or_adapters_cannot_hold_is_refused_before_the_run(
+    family: Any, text: Path, tmp_path: Path, steps: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ExportError) as caught:
+        bake(tmp_path, family("llama"), text, "compressed_tensors", steps)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert re.match(r".*recipe\.yaml:\d+:\d+ ", str(caught.value))
+    assert not (tmp_path / "out").exists()
+
+
+def test_experts_with_factors_are_refused(family: Any, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ExportError, match=r"'layers.0.experts.0.gate' has int4:g32\+r4, and PEFT has no adapter for single experts"
+    ):
+        bake(tmp_path, family("mixtral"), text, "compressed_tensors", {"lqlora": {"format": "int4:g32", "rank": 4}})
+
+
+@pytest.mark.parametrize("kind", [ct.CompressedTensors, Native])
+def test_a_matrix_whose_tensors_fall_into_two_files_is_read(cooked: Any, family: Any, tmp_path: Path, kind: Any) -> None:
+    """A shard may end between a matrix's codes and its scales."""
+    made, exporter = cooked("llama"), kind.model_construct(shard_bytes=3000)
+    job = Job(open_model(str(family("llama"))), made.state, ids()[0], "key", lambda facts: "")
+    files = exporter.layout(job.model, made.state).files
+    assert any(a.specs[-1].name.endswith("_packed") for a in files)
+    exporter.write(job, tmp_path)
+    assert exporter.prove(job, tmp_path).difference == 0
+
+
+def test_the_dtype_is_written_where_the_source_leaves_it_out(family: Any, text: Path, tmp_path: Path) -> None:
+    """Else readers would take that of the first number in the file, which may be a scale."""
+    source = shutil.copytree(family("llama", torch.float32), tmp_path / "model")
+    config = json.loads((source / "config.json").read_text())
+    del config["dtype"]
+    (source / "config.json").write_text(json.dumps(config))
+    made = cook(tmp_path / "run", source, text, method="rtn", format="int4:g32", pins={"lm_head": "int8:g32"})
+    assert json.loads((artifact_of(made) / "config.json").read_text())["dtype"] == "float32"
+    exact(artifact_of(made), source, made.state)
+
+
 def test_a_matrix_that_serves_two_modules_is_refused(text: Path, tmp_path: Path) -> None:
     source = make_model(tmp_path / "model", SharingConfig(**SMALL, **GROUPED, **IDS, tie_word_embeddings=True))
     with pytest.raises(ExportError, match=r"'layers.0.attn.k' is one matrix for 2 modules .*v_proj.*pin it to bf16"):
@@ -523,8 +575,8 @@ def test_an_artifact_that_fails_its_proof_is_not_kept(
     """A bug in packing, planted: what lies at the final name is a proven artifact or nothing."""
     written = ct.tensors
 
-    def wrong(model: Any, state: State) -> Any:
-        for name, tensor in written(model, state):
+    def wrong(state: State) -> Any:
+        for name, tensor in written(state):
             yield name, -tensor if name == f"{Q}.weight_scale" else tensor
 
     monkeypatch.setattr(ct, "tensors", wrong)

@@ -61,7 +61,8 @@ EDITS = [
     ("calibration: {text: words.txt, ", "calibration: {sources: {text: a}, ", ":5:17  'sources' needs a list, not a mapping"),
     ("calibration: {text: words.txt, sequences: 8, length: 32}", "calibration: words.txt", ":5:3  'calibration' needs a mapping, "
      "not 'words.txt'"),
-    ("  - quantize:\n", "  - quantise:\n", ":8:5  no pass 'quantise'; did you mean 'quantize'?   known: allocate, quantize, lqlora"),
+    ("  - quantize:\n", "  - quantise:\n", ":8:5  no pass 'quantise'; did you mean 'quantize'?   known: allocate, "
+     "quantize, lqlora"),
     ("  - quantize:\n", "    quantize:\n", ":7:1  'passes' needs a list, not a mapping"),
     ("  - quantize:\n", "  - quantize\n  - quantize:\n", ":8:5  item 1 of 'passes' is written 'NAME: {OPTION: VALUE}', here "
      "'quantize: {}'"),
@@ -82,7 +83,7 @@ EDITS = [
     ('"lm_head": "int8:g32"', '"lm_head": 8', ":10:14  'lm_head' needs text, not '8'"),
     ('"lm_head": "int8:g32"', "0: bf16", ":10:14  a key is text, not '0'; put it in quotes"),
     ("compressed_tensors", "compressed-tensors", ":12:5  no exporter 'compressed-tensors'; did you mean "
-     "'compressed_tensors'?   known: compressed_tensors"),
+     "'compressed_tensors'?   known: compressed_tensors, native"),
     ("tensors: {}", "tensors: {shard: 1}", ":12:26  exporter 'compressed_tensors' has no option 'shard'; did you mean "
      "'shard_bytes'?   options: shard_bytes"),
     ("tensors: {}\n", "tensors: {}\n  - compressed_tensors: {}\n", ":13:5  exporter 'compressed_tensors' is given twice; "

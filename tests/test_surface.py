@@ -41,6 +41,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "quantize": QUANTIZE,
     "lqlora": {**QUANTIZE, "rank": 16, "factors": "bf16", "init": "closed_form", "rounds": 2, "fisher": False},
     "compressed_tensors": {"shard_bytes": 5_000_000_000},
+    "native": {"shard_bytes": 5_000_000_000},
 }  # fmt: skip
 
 DATA: dict[type, dict[str, Any]] = {
