@@ -61,7 +61,7 @@ def allocated(bits: BitPlan, state: State) -> str:
     if f.measured:
         parts += ["\n".join(allocation.summary(f)), allocation.frontier_table(f), allocation.plot(f)]
     else:
-        parts += ["This allocation is a guess: every weight counts alike until 'plan' or 'run' has measured damage on the model's\n"
+        parts += ["This allocation is a guess: every weight counts alike until 'plan' or 'run' measures damage on the model's\n"
                   "weights. What fits the budget is exact."]  # fmt: skip
     return "\n\n".join(parts)
 

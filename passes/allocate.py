@@ -31,8 +31,8 @@ from compress.manager import Context, Cost, Pass
 from compress.passes import allocate_core as core
 from compress.passes import choices, gptq_core
 from compress.passes.choices import Bounds, Resource, Space
-from compress.passes.error_table import Table, measure
-from compress.passes.gradients import output_gradients
+from compress.passes.error_table import Squares, Table, measure
+from compress.passes.gradients import fisher, output_gradients
 from compress.passes.lqlora import LqLora
 from compress.passes.probes import FLOOR, HELD, Prober, divergence, probe_formats, response, units
 from compress.passes.quantize import FormatText, Quantize
@@ -134,6 +134,8 @@ class Allocate(Pass):
     # --- what may be chosen, and the best of it ---
 
     def _space(self, state: State) -> tuple[Space, list[Resource]]:
+        if self.metric == "fisher" and any(s.expert is not None for s in state.graph.linear):
+            raise RecipeError("gradients of experts are not measured; use metric: kl", ("metric",))
         sp = choices.space(state, self.formats, self.ranks, self.factors, self.pins, self.together)
         budgets = (self.budget,) if isinstance(self.budget, str) else self.budget
         return sp, choices.resources(state, sp, budgets, self.limits)
@@ -165,9 +167,8 @@ class Allocate(Pass):
         """The damage of every candidate in the chosen metric, and the noise floor of measuring it."""
         wanted = self._wanted(state, sp)
         of = {"chain": [p.text() for p in chain.passes], "sample": len(sample)}
-        gradients = output_gradients(state, ctx) if self.metric == "fisher" else {}
-        store = ctx.store.analysis("errors", {**of, "gradients": bool(gradients)})
-        table = measure(chain, state, ctx, wanted, store, gradients)
+        store = ctx.store.analysis("errors", {**of, "gradients": self.metric == "fisher"})
+        table = measure(chain, state, ctx, wanted, store, self._squares(state, ctx, chain) if self.metric == "fisher" else None)
         if self.metric != "kl":
             return by_entry(table, self.metric), 0.0
         shapes = {s.name: s.shape for s in state.graph}
@@ -177,6 +178,13 @@ class Allocate(Pass):
         floor = max((p.kl for p in probes.get(FLOOR, ())), default=0.0)
         laws = {u.name: response(probes[u.name], floor) for u in units(state, list(formats))}
         return by_response(state, table, list(formats), laws), floor
+
+    def _squares(self, state: State, ctx: Context, chain: Chain) -> Squares:
+        """Squared gradients at outputs; at weights where LQ-LoRA's own Fisher-weighted way follows."""
+        if any(isinstance(p, LqLora) and p.fisher for p in chain.passes):
+            return lambda site: fisher(state, ctx, site)
+        found = output_gradients(state, ctx)
+        return lambda site: found[site.name]
 
     def _wanted(self, state: State, sp: Space) -> dict[str, list[Format]]:
         """All formats for every matrix in the blocks, whatever the pins, so that other pins find the table complete; and what

@@ -5,7 +5,7 @@ For Δ = Ŵ - W, with Ŵ the deployed weights, three figures are kept, so that t
     output   tr(ΔHΔᵀ) / tr(WHWᵀ), the relative error of the matrix's outputs on the calibration text
     weight   |Δ|², which LQ-LoRA's data-free allocation adds up (arXiv 2311.12023, section 3.2)
     fisher   ½ Σ_n g_n (ΔHΔᵀ)_nn with g_n the mean squared gradient of the log-likelihood at output n: the KL per token to second
-             order, the outputs taken as independent
+             order, the outputs taken as independent; or, as LQ-LoRA has it (section 3.3), ½ Σ F_nk Δ_nk² with that at the weights
 
 Every matrix is quantized alone, on the inputs of the unquantized model: the table answers for one matrix at a time, and adding
 its entries up is the allocator's assumption, not the table's. It is kept part by part, a block and a family of formats in each,
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,6 +31,7 @@ from compress.passes.solver import Case, Solver, Solves, precision
 from compress.state import State
 
 Wanted = Mapping[str, Sequence[Format]]  # site -> candidates
+Squares = Callable[[Site], Tensor]  # squared gradients at a site's outputs [N] or at its weights [N, K]
 
 
 class Tries(Solves, Protocol):
@@ -68,7 +69,7 @@ class Table:
 class Meter(Solver):
     """Solves every candidate of a site and keeps its errors instead of its codes."""
 
-    def __init__(self, solver: Tries, state: State, ctx: Context, wanted: Wanted, gradients: Mapping[str, Tensor]):
+    def __init__(self, solver: Tries, state: State, ctx: Context, wanted: Wanted, gradients: Squares | None):
         super().__init__(solver, state, ctx)
         self.formats = {name: formats[0] for name, formats in wanted.items() if formats}
         self.wanted, self.gradients, self.tries = wanted, gradients, solver.tries
@@ -93,15 +94,20 @@ class Meter(Solver):
     def _note(self, site: Site, fmt: Format, W_nk: Tensor, made: Tensor, factor: core.Factor | None) -> None:
         D_nk = made - W_nk
         loss_n, energy = core.loss(D_nk, factor), float(core.loss(W_nk, factor).sum()) or 1.0
-        g_n = self.gradients.get(site.name)
+        squares = self.gradients(site) if self.gradients else None
         self.made[site.name, fmt] = made, float(loss_n.sum()) / energy
         self.records.append({
             "site": site.name, "format": str(fmt), "output": float(loss_n.sum()) / energy, "weight": float(D_nk.square().sum()),
-            "energy": energy, "fisher": None if g_n is None else 0.5 * float(g_n.to(loss_n) @ loss_n),
+            "energy": energy, "fisher": None if squares is None else half_fisher(squares.to(D_nk), D_nk, loss_n),
         })  # fmt: skip
 
 
-def measure(solver: Tries, state: State, ctx: Context, wanted: Wanted, store: Store, gradients: Mapping[str, Tensor]) -> Table:
+def half_fisher(squares: Tensor, D_nk: Tensor, loss_n: Tensor) -> float:
+    """Half the Fisher information of a change, from squared gradients at the outputs, [N], or at the weights, [N, K]."""
+    return 0.5 * float((squares * D_nk.square()).sum() if squares.ndim == 2 else squares @ loss_n)
+
+
+def measure(solver: Tries, state: State, ctx: Context, wanted: Wanted, store: Store, gradients: Squares | None) -> Table:
     """The table of all wanted candidates, from what `store` holds and, for the rest, one pass of the calibration text."""
     missing = [list(absent(state, block.sites, wanted, store)) for block in state.graph.blocks]
     if any(missing):
@@ -126,7 +132,7 @@ def absent(state: State, names: Sequence[str], wanted: Wanted, store: Store) -> 
 
 def _measure(
     solver: Tries, state: State, ctx: Context, missing: Sequence[Sequence[tuple[str, dict[str, list[Format]]]]], store: Store,
-    gradients: Mapping[str, Tensor],
+    gradients: Squares | None,
 ) -> None:  # fmt: skip
     last = max(i for i, parts in enumerate(missing) if parts)
     stream, batches = (None, []) if ctx.calibration is None else ctx.stream(state)

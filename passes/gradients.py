@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.errors import RecipeError
 from compress.formats import Dense, Packed
 from compress.graph import Site
 from compress.manager import Context, Store
@@ -62,8 +61,6 @@ def _known(state: State, ctx: Context, name: str, squares: Squares, only: Site |
 
 
 def _measure(state: State, ctx: Context, store: Store, squares: Squares) -> None:
-    if any(s.expert is not None for s in state.graph.linear):
-        raise RecipeError("gradients of experts are not measured; use metric: kl", ("metric",))
     assert ctx.calibration is not None, "`check` asks for calibration data"
     stream = Stream(state, ctx.config, ctx.device)
     batches = stream.start(state, list(ctx.calibration.ids.split(1)))

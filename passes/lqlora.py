@@ -73,6 +73,8 @@ class LqLora(Quantize):
         return fmt
 
     def foresee(self, state: State) -> State:
+        if self.fisher and any(s.expert is not None for s in state.graph.linear):
+            raise RecipeError("gradients of experts are not measured; leave 'fisher' out", ("fisher",))
         if state.plan is not None:
             self.refuse_own_formats()
             return state

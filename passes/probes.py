@@ -121,7 +121,7 @@ class Prober:
     def _made(self, stream: Stream, index: int, batches: Sequence[Any]) -> list[tuple[str, float, dict[str, Tensor]]]:
         """The replacements of one block's units, while the calibration batches pass through it."""
         names = [n for n in self.state.graph.blocks[index].sites if n in self.formats]
-        meter = Meter(self.solver, self.state, self.ctx, {n: self.formats[n] for n in names}, {})
+        meter = Meter(self.solver, self.state, self.ctx, {n: self.formats[n] for n in names}, None)
         with precision("bf16"):
             stream.calibrate(self.state, index, batches, meter.sites(names), meter.observe, meter.solve)
         energy = {r["site"]: r["energy"] for r in meter.records}

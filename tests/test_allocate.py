@@ -100,7 +100,7 @@ def test_plan_says_the_bytes_that_run_writes(allocated: Project) -> None:
 
 
 IMPOSSIBLE = [
-    ("allocate.budget=1.9 bits", "no allocation keeps to 1.9 bits; the least possible is 2.524 bits.  Raise it, allow smaller formats"),
+    ("allocate.budget=1.9 bits", "no allocation keeps to 1.9 bits; the least possible is 2.524 bits.  Raise it, allow smaller "),
     ("allocate.budget=10 KiB", "no allocation keeps to 10 KiB; the least possible is 98,845 bytes (96.53 KiB)"),
     ('allocate.limits={"*.v": 2 bits}', "no allocation keeps to *.v: 2 bits; the least possible is 2.5"),
     ("allocate.budget=3 bit/s", "'3 bit/s' is no budget; write bits per weight (3.0 bits), bytes of the file (1.2 GiB; units: "),
@@ -109,9 +109,9 @@ IMPOSSIBLE = [
      "formats: int2:g32, int3:g32, int4:g64, int8:g64"),
     ('allocate.pins={"*.q": int4:g64, "*.k": int8:g64}', "layers.0.attn.q, layers.0.attn.k, layers.0.attn.v go together, but "
      "their pins leave them no common format; pin them alike, or set together: none"),
-    ("allocate.formats=[int4:g48]", "'layers.0.attn.q': none of the formats fits its shape [64, 64]; add one that does, or pin it"),
+    ("allocate.formats=[int4:g48]", "'layers.0.attn.q': none of the formats fits its shape [64, 64]; add one that does, or "),
     ("allocate.ranks=[0, 8]", "ranks are bought, but no later step uses them; add '- lqlora: {}' behind 'allocate'"),
-    ('allocate.together=[["*.q", "*.k"], ["*.k"]]', "'layers.0.attn.k' is in two groups; let the patterns of 'together' not overlap"),
+    ('allocate.together=[["*.q", "*.k"], ["*.k"]]', "'layers.0.attn.k' is in two groups; let the patterns of 'together' not "),
     ("quantize.format=int4:g32", "an earlier step plans the formats; leave 'format' out of 'quantize' and pin there"),
 ]  # fmt: skip
 
@@ -248,7 +248,7 @@ def test_a_probe_measures_what_the_stock_model_shows(family: Any, tmp_path: Path
     sample = [tokens.ids[:2]]
     found = probes.Prober(chain, model.state, ctx, sample, {n: formats for n in names}, ctx.store.analysis("p", 0)).run()
     theirs = stock.load(model.folder)
-    table = measure(chain, model.state, ctx, {n: list(formats) for n in names}, ctx.store.analysis("e", 0), {})
+    table = measure(chain, model.state, ctx, {n: list(formats) for n in names}, ctx.store.analysis("e", 0), None)
     with torch.no_grad():
         log_p = theirs(input_ids=sample[0]).logits.log_softmax(-1)
     for name in ("layers.0.attn.v", "layers.0.mlp.down", "layers.1.mlp.gate"):
@@ -267,7 +267,7 @@ def test_a_probe_measures_what_the_stock_model_shows(family: Any, tmp_path: Path
 def only(chain: Chain, state: State, ctx: Context, name: str, fmt: Any) -> torch.Tensor:
     """What the quantizer makes of one site on the clean inputs of the unquantized model."""
     stream, batches = ctx.stream(state)
-    meter = Meter(chain, state, ctx, {name: [fmt]}, {})
+    meter = Meter(chain, state, ctx, {name: [fmt]}, None)
     with precision("bf16"):
         for block in state.graph.blocks[: state.graph[name].block]:
             stream.advance(state, block.index, batches)
@@ -367,7 +367,7 @@ def test_predicted_damage_of_single_replacements_ranks_as_the_measured(assets: P
     assert rest is not None
     ctx, chain = context(model, rest, tmp_path), Chain((Quantize(),))
     every = {s.name: [parse(f) for f in WIDTHS] for s in model.graph.linear}
-    table = measure(chain, model.state, ctx, every, ctx.store.analysis("e", 0), {})
+    table = measure(chain, model.state, ctx, every, ctx.store.analysis("e", 0), None)
     pair = probes.probe_formats(every, {s.name: s.shape for s in model.graph})
     found = probes.Prober(chain, model.state, ctx, sample, pair, ctx.store.analysis("p", 0)).run()
     truth = probes.Prober(

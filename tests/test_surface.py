@@ -35,9 +35,9 @@ VERBS = {
 
 QUANTIZE = {"method": "gptq", "format": "int4:g128", "pins": {}, "damp": 0.01, "order": "activation", "clip": "mse", "drift": 0.5}
 OPTIONS: dict[str, dict[str, Any]] = {
-    "allocate": {"budget": "4.0 bits", "formats": ["int2:g64", "int3:g64", "int4:g64", "int8:g64"], "ranks": [0], "factors": "bf16",
-                 "pins": {}, "limits": {}, "together": "engine", "metric": "kl", "probe": 4096, "trials": 4, "time_limit": 60.0,
-                 "plan": None},
+    "allocate": {"budget": "4.0 bits", "formats": ["int2:g64", "int3:g64", "int4:g64", "int8:g64"], "ranks": [0],
+                 "factors": "bf16", "pins": {}, "limits": {}, "together": "engine", "metric": "kl", "probe": 4096, "trials": 4,
+                 "time_limit": 60.0, "plan": None},
     "quantize": QUANTIZE,
     "lqlora": {**QUANTIZE, "rank": 16, "factors": "bf16", "init": "closed_form", "rounds": 2, "fisher": False},
     "compressed_tensors": {"shard_bytes": 5_000_000_000},
