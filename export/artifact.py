@@ -2,11 +2,15 @@
 
 An exporter is a frozen pydantic model like a pass. It says beforehand what it cannot hold (`check`), what the user should
 know (`remarks`) and the exact files (`layout`); it writes into a folder beside its final name, proves the artifact, and only then
-renames it.
+renames it. How tensors get into the files and back out is in tensors.py.
+
+`MARK` notes the size of every file and the hash of every weight file. Sizes are compared whenever a run asks whether the
+artifact is there; hashes are for whoever received a copy, and `native.read` compares them where that takes no more than seconds.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from abc import ABC, abstractmethod
@@ -97,8 +101,9 @@ def place(exporter: Exporter, job: Job, out: Path) -> tuple[Path, Proof]:
         partial.mkdir(parents=True)
         exporter.write(job, partial)
         proof = exporter.prove(job, partial)
-        sizes = {p.name: p.stat().st_size for p in sorted(partial.iterdir())}
-        note = {"schema": 1, "exporter": exporter.name, "key": job.key, "proof": asdict(proof), "sizes": sizes}
+        hashes = {name: sha256(partial / name) for name in sizes(partial) if name.endswith(".safetensors")}
+        note = {"schema": 1, "exporter": exporter.name, "key": job.key, "proof": asdict(proof), "sizes": sizes(partial),
+                "sha256": hashes}  # fmt: skip
         (partial / MARK).write_text(json.dumps(note, indent=1) + "\n")
         move_aside(out)
         partial.rename(out)
@@ -108,6 +113,16 @@ def place(exporter: Exporter, job: Job, out: Path) -> tuple[Path, Proof]:
             raise disk_error(e, out.parent) from None
         raise
     return out, proof
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """The size of every file in a folder and its subfolders, by its path within the folder."""
+    return {p.relative_to(folder).as_posix(): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as held:
+        return hashlib.file_digest(held, "sha256").hexdigest()
 
 
 def json_of(file: Path) -> dict[str, Any]:
@@ -127,7 +142,7 @@ def mark(folder: Path) -> dict[str, Any]:
 def held(folder: Path) -> str | None:
     """The key of the artifact in a folder, or None where there is none, or a file of it is missing or cut short."""
     note = mark(folder)
-    files = {p.name: p.stat().st_size for p in folder.iterdir()} if note else {}
+    files = sizes(folder) if note else {}
     whole = all(files.get(name) == size for name, size in note.get("sizes", {}).items())
     return note.get("key") if whole and "proof" in note else None
 

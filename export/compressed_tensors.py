@@ -4,16 +4,17 @@ The layout of tensors is that of formats.py (compressed-tensors >= 0.18, the den
 by its exact module path, because engines disagree on which of two overlapping patterns wins. The known limits, as of
 compressed-tensors 0.20 and transformers 5.23, are told by `remarks`: asymmetric and Conv1D sites load in vLLM or through
 our own reader, not in stock transformers; stock transformers reads all experts of a model with one scheme.
+
+The factors of low-rank sites lie beside, as a PEFT adapter (adapter.py): the engines above load the quantized matrices alone.
 """
 
 from __future__ import annotations
 
 import io
-import json
-import math
 import re
-from collections.abc import Iterator
 from contextlib import redirect_stderr
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,16 +23,44 @@ import torch
 import transformers
 from pydantic import Field
 
-from compress.checkpoint import Layout, Spec, tensor_bytes
+from compress.checkpoint import Layout
 from compress.errors import ExportError, ModelError
-from compress.export.artifact import Exporter, Job, Proof, carry_over, json_of
+from compress.export import adapter
+from compress.export.artifact import Exporter, Job, Proof, carry_over
+from compress.export.tensors import (
+    EngineError,
+    Placed,
+    compared,
+    declared,
+    formats_of,
+    logits,
+    same_tensors,
+    tensors,
+    write_config,
+)
 from compress.formats import Dense, Format, Int
 from compress.graph import Graph, Site
 from compress.model import Model, first_line, model_class, open_model
-from compress.state import Fact, State, Stored
-from compress.stream import Stream
+from compress.state import Fact, State
 
-TOLERANCE = 2e-2  # of the largest logit: kernels of different shape round differently in 16-bit models
+FP32_TOLERANCE = 1e-3  # of the largest logit
+READER = "our reader of compressed-tensors, streamed"
+USE_VLLM = "```bash\nvllm serve THIS_FOLDER\n```"
+USE_TRANSFORMERS = """\
+```python
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")
+```"""
+USE_ADAPTER = "The low-rank corrections are a PEFT adapter in `adapter/`; without it the folder is the model uncorrected."
+USE_PEFT = """\
+```python
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")
+model(torch.tensor([[0]]))  # the first pass unpacks the matrices, which PEFT needs to see
+model = PeftModel.from_pretrained(model, "THIS_FOLDER/adapter")
+```"""
 ENGINES = "vLLM >= 0.31 (2 to 8 bits; 0.25 to 0.30: symmetric)"
 
 
@@ -43,7 +72,12 @@ class CompressedTensors(Exporter):
     shard_bytes: int = Field(5_000_000_000, ge=1_000_000, description="largest size of one safetensors file")
 
     def check(self, state: State) -> None:
-        formats = formats_of(state)
+        adapter.check(state)
+        formats = formats_of(adapter.base_of(state))
+        for name, fmt in formats.items():
+            if not isinstance(fmt, Int | Dense):
+                raise ExportError(f"compressed_tensors holds integers; '{name}' has {fmt}: export native instead, or use "
+                                  "int formats only")  # fmt: skip
         for group in state.graph.fused():
             kinds = {str(formats.get(s.name, "as it is")) for s in group}
             if len(kinds) > 1:
@@ -56,90 +90,54 @@ class CompressedTensors(Exporter):
 
     def remarks(self, state: State) -> list[str]:
         reasons = stock_obstacles(state)
-        if not reasons:
-            return [f"compressed_tensors loads in stock transformers (compressed-tensors >= 0.18) and {ENGINES}"]
-        return [f"compressed_tensors: stock transformers cannot load it today: {'; '.join(reasons)}; it is written for {ENGINES} "
-                "and 'compress eval'"]  # fmt: skip
+        said = [f"compressed_tensors loads in stock transformers (compressed-tensors >= 0.18) and {ENGINES}"]
+        if reasons:
+            said = [f"compressed_tensors: stock transformers cannot load it today: {'; '.join(reasons)}; it is written for "
+                    f"{ENGINES} and 'compress eval'"]  # fmt: skip
+        return said + beside(state)
 
     def layout(self, model: Model, state: State) -> Layout:
-        return Layout.of([spec for spec, _, _ in entries(model, state)], self.shard_bytes)
+        layout = Layout.of([spec for spec, _, _ in adapter.base_of(state).entries()], self.shard_bytes)
+        return Layout((*layout.files, adapter.weights_file(state))) if adapter.corrected(state) else layout
 
     def write(self, job: Job, folder: Path) -> None:
         self.check(job.state)
-        self.layout(job.model, job.state).write(folder, tensors(job.model, job.state))
-        config = json.loads((job.model.folder / "config.json").read_text())
-        config["quantization_config"] = quantization_config(job.state)
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        base = adapter.base_of(job.state)
+        self.layout(job.model, job.state).write(folder, chain(tensors(base), adapter.tensors(job.state)))
+        write_config(job.model, folder, quantization_config(base))
+        if adapter.corrected(job.state):
+            adapter.write_config(job.state, folder)
         carry_over(job.model.folder, folder)
-        (folder / "README.md").write_text(job.card({"loads in": engines(stock_obstacles(job.state))}))
+        write_card(job, folder, stock_obstacles(job.state))
 
     def prove(self, job: Job, folder: Path) -> Proof:
         written = read(folder)
         same_tensors(job.state, written)
         if job.tokens is None:
             return Proof("our own reader", 0.0, "every code compared; no text in the recipe to compare logits on")
-        ours = logits(job.state, job.model.config, job.tokens, job.device)
-        obstacles = stock_obstacles(job.state)
-        needed = sum(s.numel for s in job.state.graph) * job.state.dtype.itemsize * 1.5
-        if not obstacles and needed > psutil.virtual_memory().available:
-            obstacles = [f"the dense model needs {needed / 2**30:.1f} GiB of memory"]
+        obstacles = stock_obstacles(job.state) or lacking(job.state)
         if not obstacles:
             try:
-                return compared(ours, stock_logits(folder, job.tokens, job.state.graph), "transformers")
+                return self._stock_proof(job, folder)
             except EngineError as e:  # vLLM has its own code for the architecture, so the artifact is kept; its card says so
                 obstacles = [str(e)]
-                (folder / "README.md").write_text(job.card({"loads in": engines(obstacles)}))
-        theirs = logits(written, job.model.config, job.tokens, job.device)
+                write_card(job, folder, obstacles)
+        ours, theirs = (logits(s, job.model.config, job.tokens, job.device) for s in (job.state, written))
         return compared(ours, theirs, "our own reader", f"not proven in stock transformers: {'; '.join(obstacles)}")
+
+    def _stock_proof(self, job: Job, folder: Path) -> Proof:
+        """With an adapter in fp32: PEFT adds a product that we put in the matrix, and in 16 bits the two round differently."""
+        assert job.tokens is not None
+        if not adapter.corrected(job.state):
+            ours = logits(job.state, job.model.config, job.tokens, job.device)
+            return compared(ours, stock_logits(folder, job.tokens, job.state), "transformers")
+        state = replace(job.state, dtype=torch.float32)
+        theirs = stock_logits(folder, job.tokens, state)
+        ours = logits(state, job.model.config, job.tokens, job.device)
+        return compared(ours, theirs, "transformers with PEFT", "compared in fp32", FP32_TOLERANCE)
 
 
 # --- what is written -------------------------------------------------------------------------------------------------
-
-
-def formats_of(state: State) -> dict[str, Format]:
-    return dict(state.plan.formats) if state.plan else {}
-
-
-def entries(model: Model, state: State) -> Iterator[tuple[Spec, Site | None, str]]:
-    """Every tensor to write, in the source's order: its spec, its site where it changes, and the suffix within the site."""
-    formats = formats_of(state)
-    scale = torch.float16 if state.dtype == torch.float16 else torch.bfloat16
-    by_weight = {s.weight: s for s in state.graph if s.name in formats}
-    joined: dict[str, list[Site]] = {}
-    for site in state.graph:
-        if site.expert is not None:
-            joined.setdefault(site.joined, []).append(site)
-    for spec in model.specs:
-        sites = [by_weight[spec.name]] if spec.name in by_weight else []
-        if any(s.name in formats for s in joined.get(spec.name, ())):
-            sites = joined[spec.name]
-        if not sites:
-            yield spec, None, ""
-        for site in sites:
-            yield from site_entries(site, formats.get(site.name), spec.dtype, scale)
-
-
-def site_entries(site: Site, fmt: Format | None, dtype: torch.dtype, scale: torch.dtype) -> Iterator[tuple[Spec, Site, str]]:
-    if fmt is None:  # one expert left dense beside quantized ones
-        yield Spec(site.weight, dtype, site.shape), site, "weight"
-        return
-    for suffix, (kind, shape) in fmt.tensors(site.shape, scale).items():
-        flip = site.transposed and suffix == "weight"
-        yield Spec(f"{site.stem}.{suffix}", kind, shape[::-1] if flip else shape), site, suffix
-
-
-def tensors(model: Model, state: State) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of `entries`, one at a time."""
-    held: tuple[str, dict[str, torch.Tensor]] = ("", {})
-    for spec, site, suffix in entries(model, state):
-        if site is None:
-            yield spec.name, state.checkpoint.read(spec.name)
-            continue
-        if held[0] != site.name:
-            stored = state.changed.get(site.name)
-            held = site.name, dict(stored.load().tensors) if stored else {"weight": state.original(site)}
-        tensor = held[1][suffix]
-        yield spec.name, tensor.T.contiguous() if site.transposed and suffix == "weight" else tensor
 
 
 def scheme(fmt: Int) -> dict[str, Any]:
@@ -196,7 +194,7 @@ def split_group(group: tuple[Site, ...], formats: dict[str, Format]) -> str:
 
 def stock_obstacles(state: State) -> list[str]:
     """Why stock transformers cannot load the artifact; empty when it can."""
-    formats = {n: f for n, f in formats_of(state).items() if isinstance(f, Int)}
+    formats = {n: f for n, f in formats_of(adapter.base_of(state)).items() if isinstance(f, Int)}
     found = []
     if any(not f.symmetric for f in formats.values()):
         found.append("asymmetric formats (compressed-tensors 0.18 to 0.20 does not load their zero points)")
@@ -209,17 +207,65 @@ def stock_obstacles(state: State) -> list[str]:
     return found
 
 
+def lacking(state: State) -> list[str]:
+    """Why the artifact cannot be compared in stock transformers here, though that loads it."""
+    adapted = bool(adapter.corrected(state))
+    needed = sum(s.numel for s in state.graph) * (4 if adapted else state.dtype.itemsize) * 1.5
+    if needed > psutil.virtual_memory().available:
+        return [f"the dense model needs {needed / 2**30:.1f} GiB of memory"]
+    if adapted and not adapter.installed():
+        return ["the adapter needs PEFT, which is not installed (pip install peft)"]
+    if adapted and any(state.graph[n].expert is not None for n in formats_of(state)):
+        return ["adapters are compared in fp32, and it unpacks experts in 16 bits"]
+    return []
+
+
+def beside(state: State) -> list[str]:
+    """What to know of the adapter, where there is one."""
+    found = adapter.corrected(state)
+    if not found:
+        return []
+    most = max(f.rank for f in found.values())
+    return [f"compressed_tensors: the low-rank factors of {len(found)} matrices lie in {adapter.FOLDER}/ as a PEFT adapter; the "
+            "folder without it is the quantized model uncorrected. PEFT applies it in transformers, after a first forward pass; "
+            f"vLLM takes such adapters with --enable-lora and a --max-lora-rank of {most} or more (not tried)"]  # fmt: skip
+
+
+def write_card(job: Job, folder: Path, obstacles: list[str]) -> None:
+    """The model card, with the ways to load the artifact that are known to work."""
+    adapted = bool(adapter.corrected(job.state))
+    ways = [USE_ADAPTER if adapted else USE_VLLM, *([] if obstacles else [USE_PEFT if adapted else USE_TRANSFORMERS])]
+    facts = {"library": "transformers", "tag": "compressed-tensors", "loads in": engines(obstacles), "use": "\n\n".join(ways)}
+    (folder / "README.md").write_text(job.card(facts))
+
+
 def engines(obstacles: list[str]) -> str:
     return ENGINES if obstacles else f"transformers (with compressed-tensors >= 0.18), {ENGINES}"
 
 
+def stock_logits(folder: Path, tokens: torch.Tensor, state: State) -> torch.Tensor:
+    """The logits of the artifact as stock transformers loads it in the state's dtype, with the adapter as PEFT applies it.
+
+    Progress bars are not shown.
+    Experts run in its plain loop: the grouped product that it prefers rounds differently, which may send a token elsewhere.
+    """
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    sites = len(adapter.corrected(state))
+    loop = {"experts_implementation": "eager"} if any(s.expert is not None for s in state.graph) else {}
+    options = loop | ({"dtype": state.dtype} if sites else {})
+    try:
+        with redirect_stderr(io.StringIO()), torch.no_grad():
+            model = model_class(config).from_pretrained(folder, local_files_only=True, **options).eval()
+            model = adapter.apply(model, folder, sites) if sites else model
+            out: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
+    except EngineError:
+        raise
+    except Exception as e:  # some architectures read a module's `weight`, which a packed module lacks
+        raise EngineError(f"transformers' {model_class(config).__name__} fails on it ({first_line(e)})") from e
+    return out.float()
+
+
 # --- reading it back -------------------------------------------------------------------------------------------------
-
-
-def declared(folder: Path) -> dict[str, Any]:
-    """The `quantization_config` of a folder's config.json; empty where there is none, or the file is no JSON mapping."""
-    found = json_of(folder / "config.json").get("quantization_config")
-    return found if isinstance(found, dict) else {}
 
 
 def is_artifact(folder: Path) -> bool:
@@ -237,22 +283,16 @@ def read(folder: Path) -> State:
                   if f"{site.stem}.weight_packed" in model.checkpoint}  # fmt: skip
     except (LookupError, TypeError, AttributeError, re.error) as e:
         raise ModelError(f"{folder / 'config.json'}: its quantization_config is broken ({type(e).__name__}: {e})") from None
-    state = State(model.graph, model.checkpoint, model.dtype, facts=Fact.QUANTIZED)
-    return state.with_sites(stored)
+    state = State(model.graph, model.checkpoint, model.dtype, facts=Fact.QUANTIZED).with_sites(stored)
+    return adapter.read(folder, state) if adapter.present(folder) else state
 
 
-def stored_at(site: Site, schemes: list[tuple[list[str], Int]], model: Model) -> Stored:
+def stored_at(site: Site, schemes: list[tuple[list[str], Int]], model: Model) -> Placed:
     """Where a packed site lies, in the format that a target names; ModelError if its tensors are not of that format."""
     fmt = next((f for names, f in schemes if any(hits(site, t) for t in names)), None)
     if fmt is None:
         raise ModelError(f"{model.folder}: '{site.stem}' is packed, but no target of config.json names it")
-    for suffix, (_, shape) in fmt.tensors(site.shape).items():
-        spec = model.checkpoint.specs.get(f"{site.stem}.{suffix}")
-        if spec is None or spec.shape != shape:
-            found = "missing" if spec is None else list(spec.shape)
-            raise ModelError(f"{model.folder}: '{site.stem}.{suffix}' is {found}, {fmt} needs {list(shape)}; "
-                             "config and weights do not belong together")  # fmt: skip
-    return Stored(model.checkpoint.files[f"{site.stem}.weight_packed"], f"{site.stem}.", fmt, site.shape)
+    return Placed.of(site, fmt, model.checkpoint, {s: f"{site.stem}.{s}" for s in fmt.tensors(site.shape)})
 
 
 def open_artifact(folder: Path) -> Model:
@@ -272,60 +312,3 @@ def hits(site: Site, target: str) -> bool:
     if target.startswith("re:"):
         return any(re.match(target[3:], n) for n in names)
     return target in names
-
-
-def same_tensors(wanted: State, written: State) -> None:
-    """ExportError naming the first site whose codes, or other tensor whose bytes, are not on disk as they should be."""
-    for name, stored in wanted.changed.items():
-        ours, theirs = stored.load().tensors, {}
-        if isinstance(stored.format, Dense):
-            theirs = {"weight": written.original(written.graph[name])}
-        elif name in written.changed:
-            theirs = dict(written.changed[name].load().tensors)
-        for suffix, tensor in ours.items():
-            if suffix not in theirs or not torch.equal(tensor, theirs[suffix]):
-                raise ExportError(f"'{name}': {suffix} on disk differs from the run's; please report this")
-    before, after = wanted.checkpoint, written.checkpoint
-    sites = [wanted.graph[n] for n in formats_of(wanted)]
-    replaced = {s.weight for s in sites} | {s.joined for s in sites if s.expert is not None}
-    for name in before.specs:
-        if name not in replaced and (name not in after or tensor_bytes(before.read(name)) != tensor_bytes(after.read(name))):
-            raise ExportError(f"'{name}' on disk differs from the source's; please report this")
-
-
-def logits(state: State, config: Any, tokens: torch.Tensor, device: str) -> torch.Tensor:
-    """The logits of a state, streamed, fp32 [b, t, vocabulary]."""
-    stream = Stream(state, config, device)
-    batches = stream.start(state, [tokens])
-    for block in state.graph.blocks:
-        stream.advance(state, block.index, batches)
-    return next(stream.logits(state, batches)).float().cpu()
-
-
-class EngineError(Exception):
-    """An engine's own code failed on the artifact; the message says how."""
-
-
-def stock_logits(folder: Path, tokens: torch.Tensor, graph: Graph) -> torch.Tensor:
-    """The logits of the artifact as stock transformers loads it; its progress bars are not shown.
-
-    Experts run in its plain loop: the grouped product that it prefers rounds differently, which may send a token elsewhere.
-    """
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    loop = {"experts_implementation": "eager"} if any(s.expert is not None for s in graph) else {}
-    try:
-        with redirect_stderr(io.StringIO()), torch.no_grad():
-            model = model_class(config).from_pretrained(folder, local_files_only=True, **loop).eval()
-            out: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
-    except Exception as e:  # some architectures read a module's `weight`, which a packed module lacks
-        raise EngineError(f"transformers' {model_class(config).__name__} fails on it ({first_line(e)})") from e
-    return out.float()
-
-
-def compared(ours: torch.Tensor, theirs: torch.Tensor, engine: str, remark: str = "") -> Proof:
-    """The proof, or an ExportError where the engine's logits are not the run's."""
-    difference = float((ours - theirs).abs().max())
-    if not math.isfinite(difference) or difference > TOLERANCE * float(ours.abs().max()):
-        raise ExportError(f"{engine} loads the artifact, but its logits differ from the run's by {difference:.3g} "
-                          f"(largest logit {float(ours.abs().max()):.3g}); the artifact is not kept")  # fmt: skip
-    return Proof(engine, difference, remark)

@@ -23,3 +23,13 @@ def recipe(folder: Path, model: Path, text: Path | None = None, exports: Any = N
 
 def cook(folder: Path, model: Path, text: Path | None = None, exports: Any = None, **options: Any) -> pipeline.Outcome:
     return pipeline.run(recipe(folder, model, text, exports, **options))
+
+
+def bake(
+    folder: Path, model: Path, text: Path | None, exporter: str, *passes: dict[str, Any], **options: Any
+) -> pipeline.Outcome:
+    """A run of any passes, exported by one exporter with `options`; calibrated on `text` where there is one."""
+    path = recipe(folder, model, text)
+    content = yaml.safe_load(path.read_text()) | {"passes": list(passes), "export": [{exporter: options}]}
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return pipeline.run(path)
