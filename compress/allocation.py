@@ -100,7 +100,8 @@ def svg(f: Forecast) -> str:
     marks = [dot(measured, "class=ring", f"measured {figure(measured.damage)}") for _, measured in tried]
     marks += [dot(p, "class=point", f"{p.bits:.2f} bits: {figure(p.damage)}") for p in points]
     chosen = dot(Point(0.0, f.used, f.total), "class=chosen", f"the choice: {f.used:,} bytes, expected {figure(f.total)}")
-    axis = (f"<text x={pad} y={h - 12}>{size(left)}</text><text x={w - pad} y={h - 12} text-anchor=end>{size(right)}</text>"
+    axis = (f"<text x={pad} y={h - 12}>{size(left)}, {points[0].bits:.2f} bits</text>"
+            f"<text x={w - pad} y={h - 12} text-anchor=end>{size(right)}, {points[-1].bits:.2f} bits</text>"
             f"<text x=4 y={pad - 14}>{html.escape(UNIT[f.metric])}, logarithmic</text>"
             f"<text x=4 y={pad + 4}>{10**high:.2g}</text><text x=4 y={h - pad}>{10**low:.2g}</text>")  # fmt: skip
     line = f"<polyline points='{' '.join(at(p) for p in points)}'/>"

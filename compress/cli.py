@@ -65,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     p = verbs.add_parser("inspect", help=text, description=text)
     p.add_argument("what", type=Path, metavar="RUN|ARTIFACT|MODEL")
     p.add_argument("site", nargs="?", help="one site, or a pattern")
+    p.add_argument("--errors", action="store_true", help="of a run: the error table that an allocation was made from")
     p.add_argument("--json", action="store_true", help="for machines")
     text = "list the passes, or the options of one"
     p = verbs.add_parser("passes", help=text, description=text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import importlib.util
 import json
 import subprocess
@@ -14,14 +15,14 @@ from typing import Any
 
 from compress import allocation, data, evaluate, pipeline, tables
 from compress.console import Console
-from compress.errors import CompressError, ModelError, RecipeError, did_you_mean
+from compress.errors import CompressError, MatchError, ModelError, RecipeError, RunError, did_you_mean
 from compress.export import EXPORTERS, adapter, compressed_tensors, native
 from compress.formats import Dense, Format
 from compress.model import Model, open_model
 from compress.passes import PASSES
 from compress.plan import BitPlan, size
 from compress.recipe import Recipe, load, schema
-from compress.run import is_run
+from compress.run import is_run, read_part
 from compress.state import State
 
 SHOWN_SITES = 40
@@ -173,7 +174,28 @@ def hand_over(options: argparse.Namespace) -> None:
         raise CompressError(f"lm-eval ended with exit code {code}")
 
 
+def error_table(options: argparse.Namespace) -> None:
+    """The newest table that an allocation of this run was made from: what each candidate would cost and do."""
+    found = sorted(options.what.glob("analyses/table-*/table.safetensors"), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise RunError(f"{options.what}: holds no error table; it is measured by 'plan' or 'run' of a recipe with 'allocate'")
+    rows = read_part(found[-1])[1]
+    wanted = [r for r in rows if options.site is None or fnmatch.fnmatchcase(r["site"], options.site)]
+    if not wanted:
+        known = sorted({r["site"] for r in rows})
+        raise MatchError(f"'{options.site}' is in no row of the table{did_you_mean(options.site, known)}")
+    if options.json:
+        print(json.dumps(wanted, indent=1))
+        return
+    figures = [[tables.number(r[k]) for k in ("output", "weight", "damage")] for r in wanted]
+    table = [[r["site"], r["format"], f"{r['bytes']:,}", *f] for r, f in zip(wanted, figures, strict=True)]
+    print(tables.columns(table, ["site", "format", "bytes", "error of outputs", "of weights", "damage"], right=(2, 3, 4, 5)))
+
+
 def inspect_command(options: argparse.Namespace) -> None:
+    if options.errors:
+        error_table(options)
+        return
     _, state, _ = opened(options.what)
     sites = list(state.graph) if options.site is None else state.graph.match(options.site)
     rows: list[dict[str, Any]] = []

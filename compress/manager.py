@@ -12,7 +12,7 @@ import json
 import resource
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -107,6 +107,11 @@ class Pass(BaseModel, ABC):
     @abstractmethod
     def foresee(self, state: State) -> State:
         """The state as it will be, in structure and plan, without touching a weight. Raises on options that do not fit."""
+
+    def outcomes(self, state: State) -> Iterable[State]:
+        """States as `foresee` gives them that show everything that may come of this pass: exporters are asked about each, so that
+        what none of them can hold is told before anything is measured."""
+        yield self.foresee(state)
 
     @abstractmethod
     def run(self, state: State, ctx: Context) -> State:

@@ -101,15 +101,23 @@ def prepare(path: Path, overrides: Sequence[str] = ()) -> Prepared:
     for i, p in enumerate(recipe.passes):
         try:
             p.check(recipe.document.data.calibration is not None, recipe.passes[i + 1 :])
+            outcomes = p.outcomes(foreseen) if p.decides else ()
             foreseen = manager.foresee([p], foreseen)
         except CompressError as e:
             raise recipe.located(e, "passes", i) from None
+        for outcome in outcomes:
+            check_exports(recipe, outcome)
+    check_exports(recipe, foreseen)
+    return Prepared(recipe, model, start, foreseen)
+
+
+def check_exports(recipe: Recipe, state: State) -> None:
+    """ExportError, with its place in the recipe, where an exporter cannot hold a state."""
     for i, exporter in enumerate(recipe.exports):
         try:
-            exporter.check(foreseen)
+            exporter.check(state)
         except CompressError as e:
             raise recipe.located(e, "export", i) from None
-    return Prepared(recipe, model, start, foreseen)
 
 
 # --- plan ------------------------------------------------------------------------------------------------------------

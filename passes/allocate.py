@@ -13,8 +13,8 @@ choice itself, exact and with its gap, is made by allocate_core.py. Here they me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -23,25 +23,21 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from compress.codebooks import paper_grid
-from compress.data import Tokens
 from compress.errors import CompressError, MatchError, RecipeError
-from compress.formats import Dense, Format, LowRank
+from compress.formats import Dense, Format
 from compress.graph import Site, total
 from compress.manager import Context, Cost, Pass
 from compress.passes import allocate_core as core
-from compress.passes import choices, gptq_core
+from compress.passes import choices
 from compress.passes.choices import Bounds, Resource, Space
 from compress.passes.error_table import Squares, Table, measure
 from compress.passes.gradients import fisher, output_gradients
 from compress.passes.lqlora import LqLora
-from compress.passes.probes import FLOOR, HELD, Prober, divergence, probe_formats, response, units
+from compress.passes.probes import FLOOR, HELD, Prober, probe_formats, response, units
 from compress.passes.quantize import FormatText, Quantize
-from compress.passes.solver import Case
-from compress.plan import BitPlan, Forecast, Point, Trial
+from compress.passes.trials import Chain, Damage, Solved, split
+from compress.plan import BitPlan
 from compress.state import Aspect, Fact, State
-
-Damage = Callable[[Site, Format], float]
-STEPS = 24  # points of the frontier
 
 
 class Allocate(Pass):
@@ -114,6 +110,18 @@ class Allocate(Pass):
         sp, limits = self._space(state)
         return replace(state, plan=self._solved(state, sp, limits, choices.guess, 2.0).plan(measured=False))
 
+    def outcomes(self, state: State) -> Iterator[State]:
+        """The guess, and for every format a plan in which each group has it that may."""
+        guessed = self.foresee(state)
+        yield guessed
+        if self.plan is None and guessed.plan is not None:
+            groups = self._space(state)[0].groups
+            for fmt in dict.fromkeys(f for g in groups for o in g.options for f in o):
+                found = {s.name: fmt for g in groups if (fmt,) * len(g.sites) in g.options for s in g.sites}
+                yield replace(
+                    guessed, plan=BitPlan({n: f for n, f in {**guessed.plan.formats, **found}.items() if f != Dense(state.dtype)})
+                )
+
     def cost(self, state: State, tokens: int) -> Cost:
         """One solution for every format, two short forward passes for every matrix, and a quantization for every trial."""
         if self.plan is not None:
@@ -148,7 +156,7 @@ class Allocate(Pass):
             r = limits[e.limit_index]
             todo = "Raise it, allow smaller formats, or prune first"
             raise RecipeError(f"no allocation keeps to {r.name}; the least possible is {r.say(e.least)}.  {todo}", r.at) from None
-        return Solved(self, state, sp, limits, damage, problem, solution)
+        return Solved(self.metric, state, sp, limits, damage, problem, solution)
 
     # --- measuring ---
 
@@ -159,25 +167,27 @@ class Allocate(Pass):
         sp, limits = self._space(state)
         sample, rest = split(ctx.calibration, self.probe)
         inner = replace(ctx, calibration=rest)
-        damage, floor = self._damage(state, inner, chain, sp, sample)
+        table, damage, floor = self._damage(state, inner, chain, sp, sample)
+        keep(table, damage, state, ctx)
         solved = replace(self._solved(state, sp, limits, damage, self.time_limit), floor=floor)
-        return replace(state, plan=solved.tried(chain, inner, sample).plan() if self.trials else solved.plan())
+        return replace(state, plan=solved.tried(self.trials, chain, inner, sample).plan() if self.trials else solved.plan())
 
-    def _damage(self, state: State, ctx: Context, chain: Chain, sp: Space, sample: Sequence[Tensor]) -> tuple[Damage, float]:
-        """The damage of every candidate in the chosen metric, and the noise floor of measuring it."""
+    def _damage(
+        self, state: State, ctx: Context, chain: Chain, sp: Space, sample: Sequence[Tensor]
+    ) -> tuple[Table, Damage, float]:
+        """The errors of every candidate, their damage in the chosen metric, and the noise floor of measuring it."""
         wanted = self._wanted(state, sp)
         of = {"chain": [p.text() for p in chain.passes], "sample": len(sample)}
         store = ctx.store.analysis("errors", {**of, "gradients": self.metric == "fisher"})
         table = measure(chain, state, ctx, wanted, store, self._squares(state, ctx, chain) if self.metric == "fisher" else None)
         if self.metric != "kl":
-            return by_entry(table, self.metric), 0.0
-        shapes = {s.name: s.shape for s in state.graph}
-        formats = probe_formats(wanted, shapes)
-        of["formats"] = sorted({str(f) for pair in formats.values() for f in pair})
+            return table, by_entry(table, self.metric), 0.0
+        formats = probe_formats(wanted, {s.name: s.shape for s in state.graph})
+        of["formats"] = {name: [str(f) for f in pair] for name, pair in formats.items()}
         probes = Prober(chain, state, ctx, sample, formats, ctx.store.analysis("probes", {**of, "tokens": self.probe})).run()
         floor = max((p.kl for p in probes.get(FLOOR, ())), default=0.0)
         laws = {u.name: response(probes[u.name], floor) for u in units(state, list(formats))}
-        return by_response(state, table, list(formats), laws), floor
+        return table, by_response(state, table, list(formats), laws), floor
 
     def _squares(self, state: State, ctx: Context, chain: Chain) -> Squares:
         """Squared gradients at outputs; at weights where LQ-LoRA's own Fisher-weighted way follows."""
@@ -196,145 +206,13 @@ class Allocate(Pass):
         return {n: [f for f in formats if not isinstance(f, Dense)] for n, formats in wanted.items()}
 
 
-@dataclass(frozen=True)
-class Chain:
-    """The passes that will quantize, seen as one: the first takes plain formats, `lqlora` those with a correction."""
-
-    passes: tuple[Quantize, ...]
-
-    @property
-    def damp(self) -> float:
-        return self.passes[0].damp
-
-    @property
-    def order(self) -> str:
-        return self.passes[0].order
-
-    @property
-    def drift(self) -> float:
-        return 0.0
-
-    def target(self, fmt: Format) -> Format:
-        """A table is made of what is planned."""
-        return fmt
-
-    def solve(self, *args: Any) -> Any:
-        """Not asked: a table is made of trials."""
-        raise NotImplementedError
-
-    def tries(
-        self, W_nk: Tensor, factor: gptq_core.Factor | None, formats: Sequence[Format], case: Case
-    ) -> Iterator[tuple[Format, Tensor]]:
-        """What each format would make of W [N, K], fp32, as it is deployed."""
-        plain = [f for f in formats if not isinstance(f, LowRank)]
-        yield from self.passes[0].tries(W_nk, factor, plain, case)
-        ranked = [f for f in formats if isinstance(f, LowRank)]
-        if ranked:
-            last = next(p for p in self.passes if isinstance(p, LqLora))
-            yield from last.tries(W_nk, factor, ranked, case)
-
-
-@dataclass(frozen=True)
-class Solved:
-    """An allocation, with all that is needed to say what it is worth and to try another."""
-
-    options: Allocate
-    state: State
-    space: Space
-    limits: list[Resource]
-    damage: Damage
-    problem: core.Problem
-    solution: core.Solution
-    floor: float = 0.0
-    results: tuple[Trial, ...] = ()
-
-    def formats(self, choice: Sequence[int]) -> dict[str, Format]:
-        return self.space.plan(choice, Dense(self.state.dtype))
-
-    def plan(self, measured: bool = True) -> BitPlan:
-        """The plan with its forecast."""
-        formats, s, r = self.formats(self.solution.choice), self.solution, self.limits[0]
-        chosen = {site.name: f for g, i in zip(self.space.groups, s.choice, strict=True)
-                  for site, f in zip(g.sites, g.options[i], strict=True)}  # fmt: skip
-        damages = {name: self.damage(self.state.graph[name], f) for name, f in chosen.items()}
-        forecast = Forecast(
-            metric=self.options.metric if measured else "guess", budget=r.name, used=s.used[0] + r.fixed,
-            allowed=r.allowed + r.fixed, damage=damages, total=sum(damages.values()), bound=s.bound, gap=s.gap,
-            price=s.price[0], method=s.method, frontier=self.frontier() if measured else (), trials=self.results,
-            floor=self.floor, measured=measured, notes=self.space.notes,
-        )  # fmt: skip
-        ordered = {site.name: formats[site.name] for site in self.state.graph if site.name in formats}
-        return BitPlan(ordered, forecast)
-
-    def frontier(self) -> tuple[Point, ...]:
-        """The damage to expect at other budgets, from the least that is possible to the most that can be used."""
-        uses = [item.use[0] for item in self.problem.items]
-        least, most = sum(int(u.min()) for u in uses), sum(int(u.max()) for u in uses)
-        budgets = [least + (most - least) * i // STEPS for i in range(STEPS + 1)]
-        r = self.limits[0]
-        found = {}
-        for p in core.frontier(self.problem, budgets):
-            found[p.used] = Point(self.bits(p.choice), p.used + r.fixed, p.damage)
-        return tuple(found.values())
-
-    def bits(self, choice: Sequence[int]) -> float:
-        """Average stored bits of the matrices inside blocks."""
-        linear = self.state.graph.linear
-        return BitPlan(self.formats(choice)).bits(linear, self.state.dtype.itemsize)
-
-    # --- trying for real ---
-
-    def tried(self, chain: Chain, ctx: Context, sample: Sequence[Tensor]) -> Solved:
-        """The same with the best of `trials` allocations in place of the optimum: each is quantized and its KL measured."""
-        best, least = self.solution, self._measured(self.solution, chain, ctx, sample)
-        seen = {best.choice: least}
-        while len(seen) < self.options.trials:
-            fresh = [c for c in core.neighbours(self.problem, best, len(seen) + 1) if c not in seen]
-            if not fresh:
-                break
-            other = replace(self.solution, choice=fresh[0], **self._totals(fresh[0]))
-            seen[other.choice] = self._measured(other, chain, ctx, sample)
-            if seen[other.choice] < least:
-                best, least = other, seen[other.choice]
-        results = tuple(Trial(self._totals(c)["damage"], kl, self._differs(c), c == best.choice) for c, kl in seen.items())
-        return replace(self, solution=best, results=results)
-
-    def _totals(self, choice: core.Choice) -> dict[str, Any]:
-        pairs = list(zip(self.problem.items, choice, strict=True))
-        used = tuple(sum(int(item.use[c][i]) for item, i in pairs) for c in range(len(self.limits)))
-        return {"damage": sum(float(item.damage[i]) for item, i in pairs), "used": used}
-
-    def _differs(self, choice: core.Choice) -> int:
-        ours, theirs = self.formats(self.solution.choice), self.formats(choice)
-        return sum(ours.get(n) != theirs.get(n) for n in {**ours, **theirs})
-
-    def _measured(self, solution: core.Solution, chain: Chain, ctx: Context, sample: Sequence[Tensor]) -> float:
-        formats = self.formats(solution.choice)
-        texts = {n: str(f) for n, f in formats.items()}
-        store = ctx.store.analysis("trial", [texts, [p.text() for p in chain.passes], len(sample)])
-        if store.committed("kl") is not None:
-            return float(store.records[-1]["kl"])
-        ctx.progress(0, 1, "trying an allocation")
-        planned = replace(self.state, plan=BitPlan(formats), facts=self.state.facts | Fact.PLANNED)
-        work = [store.analysis(p.name, i) for i, p in enumerate(chain.passes)]
-        for p, parts in zip(chain.passes, work, strict=True):
-            planned = p.run(planned, replace(ctx, store=parts, say=lambda record: None))
-        kl = divergence(self.state, planned, ctx, sample)
-        store.commit("kl", {}, [{"site": "", "kl": kl}])
-        for parts in work:
-            parts.drop()
-        return kl
-
-
-def split(calibration: Tokens | None, probe: int) -> tuple[list[Tensor], Tokens | None]:
-    """(windows to measure KL on, the rest to calibrate on): about `probe` tokens, at most a quarter of the windows; a single
-    window is both."""
-    if calibration is None:
-        return [], None
-    n, length = calibration.ids.shape
-    held = max(1, min(n // 4, probe // length))
-    rest = calibration.ids[: n - held] if n > 1 else calibration.ids
-    return Tokens(calibration.ids[n - held :], calibration.place).batches(), Tokens(rest, calibration.place)
+def keep(table: Table, damage: Damage, state: State, ctx: Context) -> None:
+    """Keep the table where `inspect` finds it: every candidate's bytes, errors and damage."""
+    rows = [{"site": name, "format": str(fmt), "bytes": fmt.nbytes(state.graph[name].shape), **asdict(entry),
+             "damage": damage(state.graph[name], fmt)} for (name, fmt), entry in table.entries.items()]  # fmt: skip
+    store = ctx.store.analysis("table", [p.text() for p in ctx.following] + [r["damage"] for r in rows])
+    if store.committed("table") is None:
+        store.commit("table", {}, rows)
 
 
 def by_entry(table: Table, metric: str) -> Damage:

@@ -28,6 +28,7 @@ from compress.passes.allocate_core import Item, Limit, Problem
 from compress.plan import BitPlan, Budget, check_fits, size
 from compress.state import State, site_entries
 
+ADAPTED = 40  # bytes by which the name of a factor may grow where factors lie in a file of their own
 MANY = 6  # members of a group from which on all of them have one rank
 Option = tuple[Format, ...]
 
@@ -269,15 +270,16 @@ def aside(state: State, sp: Space, digits: int) -> int:
     example = {s.name: f for g in sp.groups for s, f in zip(g.sites, g.options[0], strict=True)}
     entries = replace(state, plan=BitPlan(example)).entries()
     rest = [spec for spec, site, _ in entries if site is None or site.name not in example]
-    return sum(s.nbytes + header_bytes(s, digits) for s in rest) + len(Layout.of([]).files[0].header) + 8
+    return sum(s.nbytes + header_bytes(s, digits) for s in rest) + 2 * len(Layout.of([]).files[0].header) + 16
 
 
 def header_bytes(spec: Spec, digits: int) -> int:
     """At most what a tensor takes in a header whose offsets have `digits` digits, and in the index of a large model."""
     offset = 10**digits - 1
     entry = {spec.name: {"dtype": "BF16", "shape": list(spec.shape), "data_offsets": [offset, offset]}}
+    prefix = ADAPTED if ".lora_" in spec.name else 0
     index = len(f' "{spec.name}": "model-00001-of-00001.safetensors",\n') if digits > 9 else 0
-    return len(json.dumps(entry, separators=(",", ":"))) + index
+    return len(json.dumps(entry, separators=(",", ":"))) + index + prefix
 
 
 def problem(sp: Space, limits: Sequence[Resource], damage: Callable[[Site, Format], float]) -> Problem:

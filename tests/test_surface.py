@@ -29,7 +29,7 @@ VERBS = {
     "run": {"recipe": None, "--out": None, "--set": [], "--until": None, "--device": "cpu"},
     "eval": {"what": None, "--text": None, "--sequences": 32, "--length": 512, "--against": None, "--device": "cpu",
              "--json": False, "--tasks": None},
-    "inspect": {"what": None, "site": None, "--json": False},
+    "inspect": {"what": None, "site": None, "--errors": False, "--json": False},
     "passes": {"name": None, "--schema": False},
 }  # fmt: skip
 

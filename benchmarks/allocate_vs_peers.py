@@ -1,0 +1,399 @@
+"""Spends one budget of bits through `compress`, uniformly, and through peers that allocate; one judge, in one run; prints ratios.
+
+    python benchmarks/allocate_vs_peers.py --assets ASSETS --save benchmarks/results \\
+        --autoround-python VENV/bin/python --modelopt-python VENV/bin/python
+
+Two small real models, 64 windows of 256 tokens to calibrate on and 80 others to judge by. A budget is an average over the linear
+layers of the blocks, scales counted; the head and the embeddings stay as they are. The rows:
+
+    ours        `allocate` and `quantize`, for every metric, over plain integers (INT) or those and look-up tables (ALL)
+    uniform     `quantize` alone with one format everywhere; for a budget the best of those that keep to it
+    autoround   AutoScheme over symmetric or asymmetric integers of 2, 3, 4 and 8 bits, in groups of 64
+    modelopt    AutoQuantize over symmetric integers of these widths and groups
+
+`--singles` measures, instead, how well each metric ranks single replacements: one matrix in one format, the rest as it was.
+Parts can be run by themselves: with `--work` a folder keeps what was measured, and the page has all of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from allocate_child import VARIANTS
+from quantize_child import cpu_seconds
+from quantize_vs_peers import environment
+from report import figure, line, machine, number
+from safetensors.torch import load_file
+from scoring import Judge, Score, UnfairWeightsError, most_values
+from workloads import LENGTH, windows
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))  # this clone, installed or not
+ROWS = ("ours", "uniform", "autoround", "modelopt")
+METRICS = ("kl", "output", "weight", "fisher")
+INT = ("int2:g64", "int2:channel", "int3:g64", "int3:channel", "int4:channel", "int4:g64", "int8:channel")
+LISTS = {"INT": INT, "ALL": (*INT, "lut2:g64", "lut2:g256", "lut3:g64", "lut3:g256", "lut4:g64")}
+UNIFORM = ("int2:g64", "int2:g32", "int2:g16", "int3:channel", "int3:g64", "int3:g32", "int3:g16", "int4:channel")
+OWN = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # a config's dtype -> the format that leaves a matrix as it is
+SLACK = 0.02  # bits that our format spends on a matrix's shape, at most; peers' bits do not count it, and a format may fail by it
+CALIBRATION, EVALUATION = 64, 80  # windows
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model with its texts."""
+
+    name: str
+    model: Path
+    calibration: Path
+    evaluation: Path
+
+    def windows(self, text: Path, limit: int) -> torch.Tensor:
+        """(limit, LENGTH) int64 tokens of a text."""
+        from transformers import AutoTokenizer
+
+        return windows(text.read_text("utf-8"), AutoTokenizer.from_pretrained(self.model), limit=limit)
+
+
+CASES = {
+    "stories": ("models/stories260K-mlp192", "texts/stories-split/calibration.txt", "texts/stories-split/evaluation.txt"),
+    "ref-7m": ("models/ref-7m", "texts/c4/c4.utf8", "texts/wikitext2-raw/wiki.test.raw"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One result. budget: None for a uniform format. bits: what it really takes. predicted: the damage that ours foresaw."""
+
+    model: str
+    tool: str
+    label: str
+    budget: float | None
+    bits: float = 0.0
+    kl: float = 0.0
+    perplexity: float = 0.0
+    cpu_s: float | None = None
+    wall_s: float | None = None
+    peak_mb: float | None = None
+    predicted: float | None = None
+    note: str = ""
+    layers: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """The name of its file."""
+        budget = f"-{self.budget}" if self.budget else ""
+        return f"{self.model}-{self.tool}-{self.label}{budget}".replace(":", "_").replace(" ", "-")
+
+
+class MixedJudge(Judge):
+    """The judge for weights whose layers differ in width."""
+
+    def layers(self, weights: Mapping[str, torch.Tensor], grids: Mapping[str, tuple[int, int]]) -> Score:
+        """Score of the original with these layers put in, after checking each against its (bits, group)."""
+        for name, (bits, group) in grids.items():
+            if bits < 9 and (most := most_values(weights[name], group)) > 1 << bits:
+                raise UnfairWeightsError(f"{name}: a group holds {most} values, {bits} bits allow {1 << bits}")
+        try:
+            self._put({**self.original, **{name: w.float() for name, w in weights.items()}})
+            return self._score()
+        finally:
+            self._put(self.original)
+
+
+def main() -> None:
+    """Measures what is asked for, prints the page of all that the work folder holds, saves it if asked."""
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    work = Path(args.work or tempfile.mkdtemp(prefix="allocate-vs-peers-")).resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        for case in cases(args):
+            if args.singles:
+                keep(work / f"{case.name}.singles.json", singles(case, args, work))
+            else:
+                measure(case, args, work)
+        page, raw = document(work, args)
+    finally:
+        if not args.work:
+            shutil.rmtree(work, ignore_errors=True)
+    print(page)
+    if args.save:
+        args.save.mkdir(parents=True, exist_ok=True)
+        (args.save / f"{date.today()}-allocate-vs-peers.md").write_text(page + "\n", "utf-8")
+        keep(args.save / f"{date.today()}-allocate-vs-peers.json", raw)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line; environments may also come from AUTOROUND_PYTHON and MODELOPT_PYTHON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    assets = os.environ.get("COMPRESS_ASSETS", HERE.parent.parent / "shared/assets")
+    parser.add_argument("--assets", type=Path, default=assets, help="holds models/ and texts/ (or set COMPRESS_ASSETS)")
+    parser.add_argument("--models", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--budgets", nargs="+", type=float, default=[2.5, 3.0, 3.5, 4.0], help="bits, scales counted")
+    parser.add_argument("--rows", type=lambda text: text.split(","), default=ROWS, help="of " + ",".join(ROWS))
+    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=METRICS, help="ours: only these")
+    parser.add_argument("--lists", nargs="+", choices=LISTS, default=list(LISTS), help="ours: only these candidates")
+    parser.add_argument("--variants", nargs="+", help="peers: only these, such as iters50")
+    for tool in VARIANTS:
+        default = os.environ.get(f"{tool.upper()}_PYTHON")
+        parser.add_argument(f"--{tool}-python", default=default, help=f"the python of an environment with {tool}")
+    parser.add_argument("--singles", action="store_true", help="single replacements instead, for --metrics over INT")
+    parser.add_argument("--single-sites", type=int, default=35, help="of these many matrices, drawn")
+    parser.add_argument("--single-windows", type=int, default=16, help="on these many of the windows to judge by")
+    parser.add_argument("--threads", type=int, default=1, help="OpenMP threads of every tool")
+    parser.add_argument("--work", help="keep results, logs and weights here and go on from them (default: a temporary folder)")
+    parser.add_argument("--save", type=Path, metavar="DIR", help="also write DIR/DATE-allocate-vs-peers.md and .json")
+    return parser.parse_args()
+
+
+def cases(args: argparse.Namespace) -> Iterator[Case]:
+    """The models asked for; a missing file ends the run with one line."""
+    for name in args.models:
+        paths = [args.assets / path for path in CASES[name]]
+        if missing := [path for path in paths if not path.exists()]:
+            sys.exit(f"{name}: no {missing[0]}; name the folder of the assets with --assets")
+        yield Case(name, *paths)
+
+
+def keep(file: Path, value: Any) -> None:
+    """Writes a value as JSON."""
+    file.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
+
+
+# --- measuring ----------------------------------------------------------------------------------------------------------
+
+
+def measure(case: Case, args: argparse.Namespace, work: Path) -> None:
+    """Measures every row asked for that the work folder does not hold, and leaves each there."""
+    judge = MixedJudge(case.model, case.windows(case.evaluation, EVALUATION))
+    keep(work / f"{case.name}.original.json", asdict(judge.original_score()))
+    for row in wanted(case, args):
+        file = work / f"{row.key}.row.json"
+        if not file.exists() or json.loads(file.read_text("utf-8"))["note"]:
+            row = peer(row, case, judge, args, work) if row.tool in VARIANTS else ours(row, case, judge, work)
+            keep(file, asdict(row))
+            tell(f"{row.key:40} {row.note or f'{row.bits:.3f} bits  KL {row.kl:.4f}'}")
+
+
+def tell(text: str) -> None:
+    """One line for the terminal while the run goes on."""
+    print(f"{time.strftime('%H:%M:%S')}  {text}", file=sys.stderr, flush=True)
+
+
+def wanted(case: Case, args: argparse.Namespace) -> Iterator[Row]:
+    """The rows asked for, not measured yet."""
+    if "uniform" in args.rows:
+        yield from (Row(case.name, "uniform", fmt, None) for fmt in UNIFORM)
+    if "ours" in args.rows:
+        for label in (f"{metric} {name}" for metric in args.metrics for name in args.lists):
+            yield from (Row(case.name, "ours", label, budget) for budget in args.budgets)
+    for tool in (tool for tool in VARIANTS if tool in args.rows):
+        for label in (v for v in VARIANTS[tool] if not args.variants or v in args.variants):
+            yield from (Row(case.name, tool, label, budget) for budget in args.budgets)
+
+
+def ours(row: Row, case: Case, judge: MixedJudge, work: Path) -> Row:
+    """Allocated or uniform by `compress`. All budgets of one label share a run folder, so the first pays for the measuring."""
+    passes: list[dict[str, Any]] = [{"quantize": {"format": row.label}}]
+    if row.tool == "ours":
+        metric, name = row.label.split()
+        passes = [{"allocate": {"budget": f"{row.budget} bits", "formats": LISTS[name], "metric": metric}}, {"quantize": {}}]
+    cpu, wall = cpu_seconds(), time.perf_counter()
+    outcome = run_recipe(case, passes, work / replace(row, budget=None).key)
+    row = replace(row, cpu_s=cpu_seconds() - cpu, wall_s=time.perf_counter() - wall)
+    state = outcome.state
+    formats = {site.stem: str(state.format(site)) for site in state.graph.linear}
+    weights = {site.stem: state.weight(site) for site in state.graph.linear}
+    score = judge.layers(weights, {name: grid(text, weights[name].shape[1]) for name, text in formats.items()})
+    predicted = state.plan.forecast.total if state.plan.forecast else None
+    bits = outcome.report.after.linear_bits
+    return replace(row, bits=bits, kl=score.kl, perplexity=score.perplexity, predicted=predicted, layers=formats)
+
+
+def run_recipe(case: Case, passes: list[dict[str, Any]], out: Path, until: str | None = None) -> Any:
+    """`compress run` of these passes in the folder `out`."""
+    import compress
+
+    data = {"calibration": {"text": str(case.calibration), "sequences": CALIBRATION, "length": LENGTH}}
+    recipe = {"model": str(case.model), "out": str(out), "seed": 0, "data": data, "passes": passes}
+    path = out.with_name(f"{out.name}.yaml")
+    keep(path, recipe)  # JSON is YAML
+    return compress.run_recipe(path, until=until)
+
+
+def grid(text: str, inputs: int) -> tuple[int, int]:
+    """(bits, group) of a format by its text; a matrix left dense has 16 bits."""
+    found = re.match(r"[a-z]+(\d+):(?:g(\d+))?", text)
+    return (int(found[1]), min(int(found[2] or inputs), inputs)) if found else (16, inputs)
+
+
+def peer(row: Row, case: Case, judge: MixedJudge, args: argparse.Namespace, work: Path) -> Row:
+    """Allocated by a peer in its own environment; what goes wrong becomes the row's note."""
+    out, python = work / row.key, getattr(args, f"{row.tool}_python")
+    if not (out / "result.json").exists():
+        failure = run_child(python, write_job(row, case, out), args.threads) if python else f"no --{row.tool}-python"
+        if failure:
+            return replace(row, note=f"not measured: {failure}")
+    result = json.loads((out / "result.json").read_text("utf-8"))
+    stored = load_file(out / "weights.safetensors")
+    weights = {name: stored[f"{name}.weight"] for name in judge.linears}
+    try:
+        score = judge.layers(weights, {name: (layer["bits"], 64) for name, layer in result["layers"].items()})
+    except UnfairWeightsError as error:
+        return replace(row, note=f"not comparable: {error}")
+    figures = {name: result[name] for name in ("bits", "cpu_s", "wall_s", "peak_mb")}
+    return replace(row, kl=score.kl, perplexity=score.perplexity, layers=result["layers"], **figures)
+
+
+def write_job(row: Row, case: Case, out: Path) -> Path:
+    """The job's file and its tokens; see `Job` in allocate_child.py."""
+    out.mkdir(exist_ok=True)
+    torch.save(case.windows(case.calibration, CALIBRATION), out / "tokens.pt")
+    job = {"tool": row.tool, "model": str(case.model), "tokens": str(out / "tokens.pt"), "bits": row.budget}
+    keep(out / "job.json", {**job, "options": VARIANTS[row.tool][row.label], "out": str(out)})
+    return out / "job.json"
+
+
+def run_child(python: str, job: Path, threads: int) -> str:
+    """Runs the job in its own environment; returns what failed, '' if nothing did. The job's folder keeps the log."""
+    log = job.parent / "log.txt"
+    with log.open("w", encoding="utf-8") as file:
+        command = [python, str(HERE / "allocate_child.py"), str(job)]
+        try:
+            done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment(threads), cwd=job.parent)
+        except OSError as error:
+            return f"{python}: {error.strerror}"
+    if not done.returncode:
+        return ""
+    last = (log.read_text("utf-8", errors="replace").strip() or f"exit {done.returncode}").splitlines()[-1]
+    return last.replace("|", "/")[:160]
+
+
+# --- single replacements ------------------------------------------------------------------------------------------------
+
+
+def singles(case: Case, args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
+    """For sites and formats of INT: what each metric predicts of the one replacement, and the KL that it really causes."""
+    foreseen = {metric: predictions(case, metric, work) for metric in args.metrics}
+    names = sorted({site for table in foreseen.values() for site, _ in table})
+    judge = MixedJudge(case.model, case.windows(case.evaluation, args.single_windows))
+    found = []
+    for site in random.Random(0).sample(names, min(len(names), args.single_sites)):
+        for fmt in INT:
+            kl = single(case, site, fmt, judge, work)
+            predicted = {metric: table[site, fmt] for metric, table in foreseen.items()}
+            found.append({"site": site, "format": fmt, "kl": kl, "predicted": predicted})
+        tell(f"{case.name} {site}")
+    return found
+
+
+def predictions(case: Case, metric: str, work: Path) -> dict[tuple[str, str], float]:
+    """(site, format) -> damage, as the forecast tells it of a plan in which everything is pinned to this format."""
+    table = {}
+    for fmt in INT:
+        options = {"budget": "16 bits", "formats": INT, "metric": metric, "pins": {"layers.*": fmt}, "trials": 0}
+        outcome = run_recipe(case, [{"allocate": options}, {"quantize": {}}], work / f"{case.name}-singles", until="allocate")
+        table |= {(site, fmt): d for site, d in outcome.state.plan.forecast.damage.items()}
+    return table
+
+
+def single(case: Case, site: str, fmt: str, judge: MixedJudge, work: Path) -> float:
+    """KL with one matrix quantized alone, the rest as it was."""
+    out = work / f"{case.name}-single"
+    shutil.rmtree(out, ignore_errors=True)
+    own = OWN[json.loads((case.model / "config.json").read_text("utf-8"))["dtype"]]
+    state = run_recipe(case, [{"quantize": {"format": own, "pins": {site: fmt}, "drift": 0}}], out).state
+    return judge.layers({state.graph[site].stem: state.weight(state.graph[site])}, {}).kl
+
+
+def rank_table(found: list[dict[str, Any]]) -> list[str]:
+    """Spearman's rank correlation of each metric's predictions with the measured KL, over all formats and for each alone."""
+    from scipy.stats import spearmanr
+
+    parts = {"all": found} | {fmt: [s for s in found if s["format"] == fmt] for fmt in INT}
+    lines = head("metric", *parts)
+    for metric in found[0]["predicted"]:
+        pairs = [([s["predicted"][metric] for s in part], [s["kl"] for s in part]) for part in parts.values()]
+        lines.append(line([metric, *(f"{spearmanr(*pair).statistic:.3f}" for pair in pairs)]))
+    return lines
+
+
+# --- the page -----------------------------------------------------------------------------------------------------------
+
+READING = """
+KL is KL(original || quantized) in nats a token, perplexity exp of the mean loss, both of plain transformers in fp32 on held-out
+text, each tool's dequantized weights put in. Bits are the average over the linear layers of the blocks, 16-bit scales and zero
+points counted. CPU seconds are those of loading, measuring, allocating and quantizing; the budgets of one row of ours share what
+was measured, so the first pays for the others. `predicted` is what the allocation expected, in its metric's own units. A ratio
+below 1 is in our favour. The models are small: differences of a few per cent are noise.
+""".strip()
+
+
+def document(work: Path, args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """The whole page, of all that the work folder holds, and its figures."""
+    rows = [Row(**json.loads(file.read_text("utf-8"))) for file in sorted(work.glob("*.row.json"))]
+    lines = [f"# Allocation against peers, {date.today()}", "", f"{machine()}; {args.threads} thread(s).", ""]
+    raw: dict[str, Any] = {"rows": [asdict(row) for row in rows]}
+    for name in CASES:
+        mine = [row for row in rows if row.model == name]
+        if mine:
+            original = json.loads((work / f"{name}.original.json").read_text("utf-8"))
+            lines += [f"## {name}, perplexity {figure(original['perplexity'])}", "", *results(mine), "", *ratios(mine), ""]
+        if (file := work / f"{name}.singles.json").exists():
+            raw[f"{name} singles"] = found = json.loads(file.read_text("utf-8"))
+            lines += [f"## {name}, {len(found)} single replacements: rank correlation of predicted and measured damage", ""]
+            lines += [*rank_table(found), ""]
+    return "\n".join([*lines, READING]), raw
+
+
+def results(rows: list[Row]) -> list[str]:
+    """The table of what was measured, uniform formats first."""
+    lines = head("row", "budget", "bits", "KL", "perplexity", "predicted", "CPU s")
+    for row in sorted(rows, key=lambda r: (r.budget or 0.0, r.bits if r.budget is None else 0.0, ROWS.index(r.tool), r.label)):
+        figures = [f"{row.bits:.3f}", f"{row.kl:.4f}", figure(row.perplexity), number(row.predicted, 4), number(row.cpu_s, 0)]
+        lines.append(line([f"{row.tool} {row.label}", number(row.budget, 1), *([row.note, *[""] * 4] if row.note else figures)]))
+    return lines
+
+
+def head(*names: str) -> list[str]:
+    """The two lines that open a table; its first column holds words, the others figures."""
+    return [line(names), line(["---", *["---:"] * (len(names) - 1)])]
+
+
+def ratios(rows: list[Row]) -> list[str]:
+    """KL of each row of ours divided by that of the best uniform format within the budget and by each peer's."""
+    done = [row for row in rows if not row.note]
+    columns = sorted({f"{row.tool} {row.label}" for row in done if row.tool in VARIANTS})
+    lines = head("KL of ours", "budget", "/ best uniform", f"with {SLACK} bits more", *(f"/ {c}" for c in columns))
+    for row in sorted((r for r in done if r.tool == "ours"), key=lambda r: (r.budget or 0.0, r.label)):
+        theirs = {f"{r.tool} {r.label}": r.kl for r in done if r.budget == row.budget}
+        uniform = [best_uniform(done, (row.budget or 0.0) + slack) for slack in (0.0, SLACK)]
+        cells = [f"{row.kl / best.kl:.2f} ({best.label})" if best else "" for best in uniform]
+        cells += [f"{row.kl / theirs[c]:.2f}" if c in theirs else "" for c in columns]
+        lines.append(line([row.label, number(row.budget, 1), *cells]))
+    return lines
+
+
+def best_uniform(rows: Iterable[Row], budget: float) -> Row | None:
+    """The uniform row with the least KL among those whose true bits keep to the budget."""
+    return min((r for r in rows if r.tool == "uniform" and r.bits <= budget + 1e-9), key=lambda r: r.kl, default=None)
+
+
+if __name__ == "__main__":
+    main()

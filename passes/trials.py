@@ -1,0 +1,167 @@
+"""An allocation and what it is worth: its forecast, the frontier around it, and what comes of trying it and its neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from compress.data import Tokens
+from compress.formats import Dense, Format, LowRank
+from compress.graph import Site
+from compress.manager import Context
+from compress.passes import allocate_core as core
+from compress.passes import gptq_core
+from compress.passes.choices import Resource, Space
+from compress.passes.lqlora import LqLora
+from compress.passes.probes import divergence
+from compress.passes.quantize import Quantize
+from compress.passes.solver import Case
+from compress.plan import BitPlan, Forecast, Point, Trial
+from compress.state import Fact, State
+
+Damage = Callable[[Site, Format], float]
+STEPS = 24  # points of the frontier
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The passes that will quantize, seen as one: the first takes plain formats, `lqlora` those with a correction."""
+
+    passes: tuple[Quantize, ...]
+
+    @property
+    def damp(self) -> float:
+        return self.passes[0].damp
+
+    @property
+    def order(self) -> str:
+        return self.passes[0].order
+
+    @property
+    def drift(self) -> float:
+        return 0.0
+
+    def target(self, fmt: Format) -> Format:
+        """A table is made of what is planned."""
+        return fmt
+
+    def solve(self, *args: Any) -> Any:
+        """Not asked: a table is made of trials."""
+        raise NotImplementedError
+
+    def tries(
+        self, W_nk: Tensor, factor: gptq_core.Factor | None, formats: Sequence[Format], case: Case
+    ) -> Iterator[tuple[Format, Tensor]]:
+        """What each format would make of W [N, K], fp32, as it is deployed."""
+        plain = [f for f in formats if not isinstance(f, LowRank)]
+        yield from self.passes[0].tries(W_nk, factor, plain, case)
+        ranked = [f for f in formats if isinstance(f, LowRank)]
+        if ranked:
+            last = next(p for p in self.passes if isinstance(p, LqLora))
+            yield from last.tries(W_nk, factor, ranked, case)
+
+
+@dataclass(frozen=True)
+class Solved:
+    """An allocation, with all that is needed to say what it is worth and to try another."""
+
+    metric: str
+    state: State
+    space: Space
+    limits: list[Resource]
+    damage: Damage
+    problem: core.Problem
+    solution: core.Solution
+    floor: float = 0.0
+    results: tuple[Trial, ...] = ()
+
+    def formats(self, choice: Sequence[int]) -> dict[str, Format]:
+        return self.space.plan(choice, Dense(self.state.dtype))
+
+    def plan(self, measured: bool = True) -> BitPlan:
+        """The plan with its forecast."""
+        formats, s, r = self.formats(self.solution.choice), self.solution, self.limits[0]
+        chosen = {site.name: f for g, i in zip(self.space.groups, s.choice, strict=True)
+                  for site, f in zip(g.sites, g.options[i], strict=True)}  # fmt: skip
+        damages = {name: self.damage(self.state.graph[name], f) for name, f in chosen.items()}
+        forecast = Forecast(
+            metric=self.metric if measured else "guess", budget=r.name, used=s.used[0] + r.fixed,
+            allowed=r.allowed + r.fixed, damage=damages, total=sum(damages.values()), bound=s.bound, gap=s.gap,
+            price=s.price[0], method=s.method, frontier=self.frontier() if measured else (), trials=self.results,
+            floor=self.floor, measured=measured, notes=self.space.notes,
+        )  # fmt: skip
+        ordered = {site.name: formats[site.name] for site in self.state.graph if site.name in formats}
+        return BitPlan(ordered, forecast)
+
+    def frontier(self) -> tuple[Point, ...]:
+        """The damage to expect at other budgets, from the least that is possible to the most that can be used."""
+        uses = [item.use[0] for item in self.problem.items]
+        least, most = sum(int(u.min()) for u in uses), sum(int(u.max()) for u in uses)
+        budgets = [least + (most - least) * i // STEPS for i in range(STEPS + 1)]
+        r = self.limits[0]
+        found = {}
+        for p in core.frontier(self.problem, budgets):
+            found[p.used] = Point(self.bits(p.choice), p.used + r.fixed, p.damage)
+        return tuple(found.values())
+
+    def bits(self, choice: Sequence[int]) -> float:
+        """Average stored bits of the matrices inside blocks."""
+        linear = self.state.graph.linear
+        return BitPlan(self.formats(choice)).bits(linear, self.state.dtype.itemsize)
+
+    # --- trying for real ---
+
+    def tried(self, trials: int, chain: Chain, ctx: Context, sample: Sequence[Tensor]) -> Solved:
+        """The same with the best of `trials` allocations in place of the optimum: each is quantized and its KL measured."""
+        best, least = self.solution, self._measured(self.solution, chain, ctx, sample)
+        seen = {best.choice: least}
+        while len(seen) < trials:
+            fresh = [c for c in core.neighbours(self.problem, best, len(seen) + 1) if c not in seen]
+            if not fresh:
+                break
+            other = replace(self.solution, choice=fresh[0], **self._totals(fresh[0]))
+            seen[other.choice] = self._measured(other, chain, ctx, sample)
+            if seen[other.choice] < least:
+                best, least = other, seen[other.choice]
+        results = tuple(Trial(self._totals(c)["damage"], kl, self._differs(c), c == best.choice) for c, kl in seen.items())
+        return replace(self, solution=best, results=results)
+
+    def _totals(self, choice: core.Choice) -> dict[str, Any]:
+        pairs = list(zip(self.problem.items, choice, strict=True))
+        used = tuple(sum(int(item.use[c][i]) for item, i in pairs) for c in range(len(self.limits)))
+        return {"damage": sum(float(item.damage[i]) for item, i in pairs), "used": used}
+
+    def _differs(self, choice: core.Choice) -> int:
+        ours, theirs = self.formats(self.solution.choice), self.formats(choice)
+        return sum(ours.get(n) != theirs.get(n) for n in {**ours, **theirs})
+
+    def _measured(self, solution: core.Solution, chain: Chain, ctx: Context, sample: Sequence[Tensor]) -> float:
+        formats = self.formats(solution.choice)
+        texts = {n: str(f) for n, f in formats.items()}
+        store = ctx.store.analysis("trial", [texts, [p.text() for p in chain.passes], len(sample)])
+        if store.committed("kl") is not None:
+            return float(store.records[-1]["kl"])
+        ctx.progress(0, 1, "trying an allocation")
+        planned = replace(self.state, plan=BitPlan(formats), facts=self.state.facts | Fact.PLANNED)
+        work = [store.analysis(p.name, i) for i, p in enumerate(chain.passes)]
+        for p, parts in zip(chain.passes, work, strict=True):
+            planned = p.run(planned, replace(ctx, store=parts, say=lambda record: None))
+        kl = divergence(self.state, planned, ctx, sample)
+        store.commit("kl", {}, [{"site": "", "kl": kl}])
+        for parts in work:
+            parts.drop()
+        return kl
+
+
+def split(calibration: Tokens | None, probe: int) -> tuple[list[Tensor], Tokens | None]:
+    """(windows to measure KL on, the rest to calibrate on): about `probe` tokens, at most a quarter of the windows; a single
+    window is both."""
+    if calibration is None:
+        return [], None
+    n, length = calibration.ids.shape
+    held = max(1, min(n // 4, probe // length))
+    rest = calibration.ids[: n - held] if n > 1 else calibration.ids
+    return Tokens(calibration.ids[n - held :], calibration.place).batches(), Tokens(rest, calibration.place)
