@@ -48,7 +48,7 @@ def summary(f: Forecast) -> list[str]:
     if f.floor:
         lines.append(f"noise floor of measuring {figure(f.floor)}")
     for t in f.trials:
-        what = "the optimum" if not t.differs else f"a neighbour, other in {t.differs} sites"
+        what = "the optimum" if not t.differs else f"another, different in {t.differs} sites"
         taken = "  <- taken" if t.chosen else ""
         lines.append(f"tried {what}: predicted {figure(t.predicted)}, measured {figure(t.measured)}{taken}")
     return lines + [f"note: {note}" for note in f.notes]

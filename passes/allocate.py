@@ -5,15 +5,19 @@ choice itself, exact and with its gap, is made by allocate_core.py. Here they me
 
 1. the damage of every candidate, in the chosen metric;
 2. the integer program, its optimum, bound, price, and the frontier over all budgets;
-3. the optimum and a few neighbours tried for real: quantized as the recipe will do it, their KL measured on calibration windows
-   that the trial was not calibrated on; a neighbour that does better takes the optimum's place, and its own neighbours are next.
+3. the optimum and a few others tried for real: quantized as the recipe will do it, their KL measured on calibration windows
+   that the trial was not calibrated on. First the optima by the errors alone, which are worse guesses but never the same ones,
+   then neighbours of whichever did best so far. Adding up damages errs most at two bits and a half; there this matters.
 
 `foresee` can measure nothing. It solves the same program with a guess, so that whatever cannot fit is told before anything runs.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -40,6 +44,9 @@ from compress.plan import BitPlan
 from compress.state import Aspect, Fact, State
 
 
+OTHERS = ("weight", "output")  # metrics that any table has: their optima are tried too, for they err in other places
+
+
 class Allocate(Pass):
     """Choose each matrix's format and rank: the least damage within a budget, by an exact integer program."""
 
@@ -64,7 +71,7 @@ class Allocate(Pass):
     )
     metric: Literal["kl", "fisher", "output", "weight"] = Field("kl", description="how damage is measured")
     probe: int = Field(4096, ge=1, description="tokens on which KL is measured, from the end of the calibration text")
-    trials: int = Field(4, ge=0, description="allocations tried for real, the optimum and neighbours; 0 trusts the prediction")
+    trials: int = Field(4, ge=0, description="allocations tried for real, the optimum and others near; 0 trusts the prediction")
     time_limit: float = Field(60.0, gt=0, description="seconds for the integer program; what gap is left is told")
     plan: dict[str, str] | None = Field(None, description="a plan.yaml to take as it is: its path, or site -> format")
 
@@ -151,7 +158,8 @@ class Allocate(Pass):
     def _solved(self, state: State, sp: Space, limits: list[Resource], damage: Damage, seconds: float) -> Solved:
         problem = choices.problem(sp, limits, damage)
         try:
-            solution = core.solve(problem, time_limit=seconds)
+            with silence():
+                solution = core.solve(problem, time_limit=seconds)
         except core.Infeasible as e:
             r = limits[e.limit_index]
             todo = "Raise it, allow smaller formats, or prune first"
@@ -170,7 +178,10 @@ class Allocate(Pass):
         table, damage, floor = self._damage(state, inner, chain, sp, sample)
         keep(table, damage, state, ctx)
         solved = replace(self._solved(state, sp, limits, damage, self.time_limit), floor=floor)
-        return replace(state, plan=solved.tried(self.trials, chain, inner, sample).plan() if self.trials else solved.plan())
+        if self.trials:
+            others = [self._solved(state, sp, limits, by_entry(table, m), self.time_limit).solution.choice for m in OTHERS]
+            solved = solved.tried(self.trials, others, chain, inner, sample)
+        return replace(state, plan=solved.plan())
 
     def _damage(
         self, state: State, ctx: Context, chain: Chain, sp: Space, sample: Sequence[Tensor]
@@ -204,6 +215,20 @@ class Allocate(Pass):
             if name in wanted:
                 wanted[name] += [f for f in formats if f not in wanted[name]]
         return {n: [f for f in formats if not isinstance(f, Dense)] for n, formats in wanted.items()}
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Inside, what native code prints to standard output is dropped: HiGHS has a line of its own now and then."""
+    sys.stdout.flush()
+    before, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(before, 1)
+        os.close(before)
+        os.close(nowhere)
 
 
 def keep(table: Table, damage: Damage, state: State, ctx: Context) -> None:

@@ -16,6 +16,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -147,7 +148,7 @@ def pinned(
         if site.name not in allowed:
             raise MatchError(f"'{site.name}' is not allocated (only matrices inside blocks are); pin it to one format", at)
         least, most = low.nbytes(site.shape) if low else 0, high.nbytes(site.shape) if high else float("inf")
-        left[site.name] = [f for f in allowed[site.name] if least <= f.nbytes(site.shape) <= most]
+        left[site.name] = [f for f in allowed[site.name] if least <= stored(f, site.shape) <= most]
         if not left[site.name]:
             raise FormatError(f"'{site.name}': no candidate lies between min and max; its formats: "
                               f"{', '.join(map(str, allowed[site.name]))}", at)  # fmt: skip
@@ -189,19 +190,27 @@ def by_block(graph: Graph, patterns: Sequence[str]) -> Iterable[list[str]]:
 
 def options_of(sites: Sequence[Site], allowed: Mapping[str, list[Format]]) -> tuple[Option, ...]:
     """Tuples of formats with one base for all sites; every combination of ranks in a small group, one rank in a large one."""
-    bases = [{base_of(f) for f in allowed[s.name]} for s in sites]
-    shared = [b for b in dict.fromkeys(base_of(f) for f in allowed[sites[0].name]) if all(b in others for others in bases)]
+    by_base = [families(allowed[s.name]) for s in sites]
+    shared = [b for b in by_base[0] if all(b in others for others in by_base)]
     if not shared:
         names, todo = ", ".join(s.name for s in sites[:4]), "pin them alike, or set together: none"
         raise FormatError(f"{names} go together, but their pins leave them no common format; {todo}", ("pins",))
     options: list[Option] = []
     for base in shared:
-        choices = [[f for f in allowed[s.name] if base_of(f) == base] for s in sites]
+        members = [{rank_of(f): f for f in family[base]} for family in by_base]
         if len(sites) < MANY:
-            options += itertools.product(*choices)
+            options += itertools.product(*(m.values() for m in members))
         else:
-            options += [o for o in zip(*choices, strict=False) if len({rank_of(f) for f in o}) == 1]
+            options += [tuple(m[rank] for m in members) for rank in members[0] if all(rank in m for m in members)]
     return tuple(options)
+
+
+def families(formats: Sequence[Format]) -> dict[Format, list[Format]]:
+    """Formats by their base."""
+    found: dict[Format, list[Format]] = {}
+    for fmt in formats:
+        found.setdefault(base_of(fmt), []).append(fmt)
+    return found
 
 
 def base_of(fmt: Format) -> Format:
@@ -250,7 +259,7 @@ def resource(state: State, sp: Space, text: str, pattern: str | None, at: tuple[
     if pattern is not None or budget.average:
 
         def plain(site: Site, fmt: Format) -> int:
-            return fmt.nbytes(site.shape) if site.name in inside else 0
+            return stored(fmt, site.shape) if site.name in inside else 0
 
         loose = sum(s.numel * own for s in sites if s.name not in {m.name for g in sp.groups for m in g.sites} and not s.tied)
         name = str(budget) if pattern is None else f"{pattern}: {budget}"
@@ -293,8 +302,15 @@ def problem(sp: Space, limits: Sequence[Resource], damage: Callable[[Site, Forma
 
 
 def guess(site: Site, fmt: Format) -> float:
-    """Damage before anything is measured: every weight counts alike, and each bit more divides the squared error by four."""
+    """Damage before anything is measured: every weight counts alike, each bit more divides the squared error by four, and a
+    correction takes away the share of it that lies in as many of equal directions."""
     if isinstance(fmt, Dense):
         return 0.0
-    bits = 8 * fmt.nbytes(site.shape) / site.numel
-    return float(site.numel * 4.0**-bits)
+    bits = 8 * stored(base_of(fmt), site.shape) / site.numel
+    return float(site.numel * 4.0**-bits * (1 - rank_of(fmt) / min(site.shape)))
+
+
+@cache
+def stored(fmt: Format, shape: tuple[int, int]) -> int:
+    """Bytes of a matrix in a format; asked for many times."""
+    return fmt.nbytes(shape)

@@ -114,12 +114,16 @@ class Solved:
 
     # --- trying for real ---
 
-    def tried(self, trials: int, chain: Chain, ctx: Context, sample: Sequence[Tensor]) -> Solved:
-        """The same with the best of `trials` allocations in place of the optimum: each is quantized and its KL measured."""
+    def tried(self, trials: int, others: Sequence[core.Choice], chain: Chain, ctx: Context, sample: Sequence[Tensor]) -> Solved:
+        """The same with the best of `trials` allocations in place of the optimum: each is quantized and its KL measured.
+
+        The optimum comes first, then the `others`, then neighbours of the best so far.
+        """
         best, least = self.solution, self._measured(self.solution, chain, ctx, sample)
         seen = {best.choice: least}
         while len(seen) < trials:
-            fresh = [c for c in core.neighbours(self.problem, best, len(seen) + 1) if c not in seen]
+            near = core.neighbours(self.problem, best, len(seen) + 1)
+            fresh = [c for c in (*others, *near) if c not in seen]
             if not fresh:
                 break
             other = replace(self.solution, choice=fresh[0], **self._totals(fresh[0]))
