@@ -2,9 +2,9 @@
 
     python benchmarks/lqlora.py --assets ASSETS --save benchmarks/results
 
-Every row is a recipe: formats allocated among LQ-LoRA's configurations (those on the hull below 4.3 bits), then quantized. `bits of Q`
-is the paper's accounting, which leaves the factors out; `bits` counts everything. KL (nats per token) and perplexity are on held-out
-text. Rows without correction are given both: the bits of Q of the others, and their bits with factors.
+Every row is a recipe: formats allocated among LQ-LoRA's configurations (those on the hull below 4.3 bits), then quantized. `bits
+of Q` is the paper's accounting, which leaves the factors out; `bits` counts everything. KL (nats per token) and perplexity are
+on held-out text. Rows without correction are given both: the bits of Q of the others, and their bits with factors.
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ def ways(q: float, factors: float, rank: int) -> Iterator[tuple[str, list[dict[s
     for name, bits in ((f"NF, {q} bits", q), ("NF, bits of the factors too", q + factors)):
         yield name, [{"allocate": {"formats": HULL, "budget": f"{bits} bits", **WEIGHT}}, {"quantize": NEAREST}]
     yield "LQ-LoRA, data-free", [{"allocate": {**low, **WEIGHT}}, {"lqlora": {"init": "paper", **NEAREST}}]
-    yield "LQ-LoRA, Fisher", [{"allocate": {**low, **WEIGHT, "metric": "fisher"}}, {"lqlora": {"init": "paper", "fisher": True, **NEAREST}}]
+    yield (
+        "LQ-LoRA, Fisher",
+        [{"allocate": {**low, **WEIGHT, "metric": "fisher"}}, {"lqlora": {"init": "paper", "fisher": True, **NEAREST}}],
+    )
     yield "closed form, same formats", [{"allocate": {**low, "trials": 1}}, {"lqlora": {}}]
     free = {"formats": TABLES, "ranks": [0, rank // 2, rank], "factors": "int8:channel", "budget": f"{q + factors} bits"}
     yield "ranks and formats bought freely", [{"allocate": {**free, "trials": 1}}, {"lqlora": {}}]
@@ -94,7 +97,12 @@ def factor_bits(assets: Path, model: str, rank: int) -> float:
 
 def page(tables: dict[str, list[Row]]) -> str:
     """The whole page."""
-    lines = [f"# LQ-LoRA and the closed form, {date.today()}", "", f"{machine()}; ranks {RANKS}, factors in bf16 unless bought.", ""]
+    lines = [
+        f"# LQ-LoRA and the closed form, {date.today()}",
+        "",
+        f"{machine()}; ranks {RANKS}, factors in bf16 unless bought.",
+        "",
+    ]
     for title, found in tables.items():
         head = ["way", "bits of Q", "bits", "KL", "perplexity"]
         lines += [f"## {title}", "", line(head), line(["---"] + ["---:"] * 4)]

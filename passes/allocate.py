@@ -43,7 +43,6 @@ from compress.passes.trials import Chain, Damage, Solved, split
 from compress.plan import BitPlan
 from compress.state import Aspect, Fact, State
 
-
 OTHERS = ("weight", "output")  # metrics that any table has: their optima are tried too, for they err in other places
 
 

@@ -19,14 +19,17 @@ from torch import Tensor
 
 from compress.errors import RecipeError
 from compress.formats import Dense, Format, LowRank, Packed
-from compress.grid import plain, restore
-from compress.manager import Context, Pass
+from compress.grid import Quantized, plain, restore
+from compress.manager import Context, Cost, Pass
 from compress.passes import gptq_core
 from compress.passes import lqlora_core as core
 from compress.passes.gradients import fisher
 from compress.passes.quantize import FormatText, Quantize
 from compress.passes.solver import Answer, Case
+from compress.plan import BitPlan, check_fits
 from compress.state import Aspect, Fact, State
+
+EIGEN_FLOPS = 10.0  # of a symmetric eigenproblem of side m, in units of m³
 
 
 class LqLora(Quantize):
@@ -75,10 +78,33 @@ class LqLora(Quantize):
     def foresee(self, state: State) -> State:
         if self.fisher and any(s.expert is not None for s in state.graph.linear):
             raise RecipeError("gradients of experts are not measured; leave 'fisher' out", ("fisher",))
-        if state.plan is not None:
-            self.refuse_own_formats()
+        if Fact.PLANNED in state.facts:
+            self.refuse("format", "pins", "rank", "factors")
             return state
+        if state.plan is not None:  # quantized by an earlier step: every matrix in the blocks is corrected
+            self.refuse("format", "pins")
+            return replace(state, plan=BitPlan({n: self._corrected(state, n, f) for n, f in state.plan.formats.items()}))
         return super().foresee(state)
+
+    def _corrected(self, state: State, name: str, fmt: Format) -> Format:
+        site = state.graph[name]
+        if site.block is None or not isinstance(fmt, Quantized):
+            return fmt
+        corrected = LowRank(fmt, self.rank, self.factors)  # type: ignore[arg-type]  # LowRank itself refuses others
+        check_fits(site, corrected, Dense(state.dtype), ("rank",))
+        return corrected
+
+    def cost(self, state: State, tokens: int) -> Cost:
+        """Each round from each end is a quantization and an eigenproblem of the smaller side."""
+        once = super().cost(state, tokens)
+        formats = state.plan.formats if state.plan else {}
+        sites = [state.graph[n] for n, f in formats.items() if isinstance(f, LowRank)]
+        if self.init == "paper" or not sites:
+            return once
+        share, times = sum(s.numel for s in sites) / max(1, once.weights), 2 * (self.rounds + 1)
+        spectra = times * sum(EIGEN_FLOPS * min(s.shape) ** 3 for s in sites)
+        solving = once.exact_flops * (1 + share * (times - 1))
+        return replace(once, exact_flops=solving + spectra, weights=round(once.weights * (1 + share * (times - 1))))
 
     def run(self, state: State, ctx: Context) -> State:
         if self.fisher:

@@ -68,7 +68,7 @@ class Quantize(Pass):
 
     def foresee(self, state: State) -> State:
         if Fact.PLANNED in state.facts:
-            self.refuse_own_formats()
+            self.refuse("format", "pins")
             return state
         return replace(state, plan=BitPlan.of(state.graph, self.default, self.pins, state.dtype))
 
@@ -77,9 +77,9 @@ class Quantize(Pass):
         """What every matrix inside the blocks becomes where nothing else is said."""
         return self.format
 
-    def refuse_own_formats(self) -> None:
-        """RecipeError where an earlier step has planned every format and this one names formats as well."""
-        for option in ("format", "pins"):
+    def refuse(self, *options: str) -> None:
+        """RecipeError where an earlier step has planned every format and this one names some as well, by one of these options."""
+        for option in options:
             if option in self.model_fields_set:
                 todo = f"leave '{option}' out of '{self.name}' and pin there"
                 raise RecipeError(f"an earlier step plans the formats; {todo}", (option,))

@@ -202,7 +202,8 @@ def test_eval_of_an_artifact_whose_config_tells_another_group(project: Project):
     path = project.artifact / "config.json"
     path.write_text(path.read_text().replace('"group_size": 32', '"group_size": 64'))
     assert re.search(
-        r"weight_scale' is bfloat16 \[\d+, 2\], int4:g64 needs bfloat16 \[\d+, 1\]; config and weights", project("eval", project.out).line
+        r"weight_scale' is bfloat16 \[\d+, 2\], int4:g64 needs bfloat16 \[\d+, 1\]; config and weights",
+        project("eval", project.out).line,
     )
 
 

@@ -155,3 +155,22 @@ def test_the_text_form_of_what_is_planned_round_trips() -> None:
     p = LqLora.model_validate({"format": "nf3:g64:dq8x256", "rank": 64, "factors": "nf8:g64:dq8x256:fp32"})
     assert str(p.default) == "nf3:g64:dq8x256+r64:nf8:g64:dq8x256:fp32"
     assert parse(str(p.default)) == p.default
+
+
+def test_behind_quantize_every_quantized_matrix_is_corrected(project: Project) -> None:
+    project.edit(
+        "export:\n  - compressed_tensors: {}\n", '  - lqlora: {rank: 4, factors: "int8:channel", rounds: 0}\nexport: []\n'
+    )
+    made = compress.run_recipe(project.recipe)
+    formats = {n: str(f) for n, f in made.state.plan.formats.items()}
+    assert formats.pop("lm_head") == "int8:g32"
+    assert set(formats.values()) == {"int4:g32+r4:int8:channel"}
+    assert {n: s.format for n, s in made.state.changed.items()} == dict(made.state.plan.formats)
+    assert "leave 'format' out of 'lqlora'" in project.run("lqlora.format=int3:g32").line
+    assert "the rank is above 32" in project.run("lqlora.rank=40").line
+
+
+def test_ranks_are_planned_or_given_not_both(project: Project) -> None:
+    text = project.recipe.read_text()
+    project.recipe.write_text(text[: text.index("  - quantize:")] + BOUGHT + "  - lqlora: {rank: 4}\nexport: []\n")
+    assert "an earlier step plans the formats; leave 'rank' out of 'lqlora' and pin there" in project.plan().line
