@@ -39,7 +39,7 @@ from compress.passes.gradients import fisher, output_gradients
 from compress.passes.lqlora import LqLora
 from compress.passes.probes import FLOOR, HELD, Prober, probe_formats, response, units
 from compress.passes.quantize import FormatText, Quantize
-from compress.passes.trials import Chain, Damage, Solved, split
+from compress.passes.trials import Chain, Damage, Solved, split, windows
 from compress.plan import BitPlan
 from compress.state import Aspect, Fact, State
 
@@ -187,7 +187,7 @@ class Allocate(Pass):
     ) -> tuple[Table, Damage, float]:
         """The errors of every candidate, their damage in the chosen metric, and the noise floor of measuring it."""
         wanted = self._wanted(state, sp)
-        of = {"chain": [p.text() for p in chain.passes], "sample": len(sample)}
+        of = {"chain": [p.text() for p in chain.passes], "sample": windows(sample)}
         store = ctx.store.analysis("errors", {**of, "gradients": self.metric == "fisher"})
         table = measure(chain, state, ctx, wanted, store, self._squares(state, ctx, chain) if self.metric == "fisher" else None)
         if self.metric != "kl":

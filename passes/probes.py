@@ -185,18 +185,18 @@ def probe_formats(wanted: Wanted, shapes: Mapping[str, tuple[int, int]]) -> dict
     return chosen
 
 
-def divergence(original: State, changed: State, ctx: Context, sample: Sequence[Tensor]) -> float:
-    """KL (nats per token) of a changed model's predictions from the original's on sample windows, both streamed."""
+def divergence(original: State, changed: State, ctx: Context, sample: Sequence[Tensor]) -> list[float]:
+    """KL (nats per token) of a changed model's predictions from the original's, window by window, both streamed."""
     runs = []
     for state in (original, changed):
         stream = Stream(state, ctx.config, ctx.device)
         batches = stream.start(state, sample)
         for block in state.graph.blocks:
             stream.advance(state, block.index, batches)
-        runs.append((stream, stream.logits(state, batches)))
-    total = 0.0
-    with torch.no_grad():  # the two generators below leave each other's setting behind
-        for p, q in zip(runs[0][1], runs[1][1], strict=True):
+        runs.append(stream.logits(state, batches))
+    found: list[float] = []
+    with torch.no_grad():  # the two generators leave each other's setting behind
+        for p, q in zip(*runs, strict=True):
             log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
-            total += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
-    return total / sum(t.numel() for t in sample)
+            found += (log_p.exp() * (log_p - log_q)).sum(-1, dtype=torch.float64).mean(-1).tolist()
+    return found

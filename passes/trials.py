@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean, stdev
 from typing import Any
 
 from torch import Tensor
@@ -117,7 +118,8 @@ class Solved:
     def tried(self, trials: int, others: Sequence[core.Choice], chain: Chain, ctx: Context, sample: Sequence[Tensor]) -> Solved:
         """The same with the best of `trials` allocations in place of the optimum: each is quantized and its KL measured.
 
-        The optimum comes first, then the `others`, then neighbours of the best so far.
+        The optimum comes first, then the `others`, then neighbours of the best so far. A difference within its own standard error
+        changes nothing.
         """
         best, least = self.solution, self._measured(self.solution, chain, ctx, sample)
         seen = {best.choice: least}
@@ -128,9 +130,9 @@ class Solved:
                 break
             other = replace(self.solution, choice=fresh[0], **self._totals(fresh[0]))
             seen[other.choice] = self._measured(other, chain, ctx, sample)
-            if seen[other.choice] < least:
+            if surely_less(seen[other.choice], least):
                 best, least = other, seen[other.choice]
-        results = tuple(Trial(self._totals(c)["damage"], kl, self._differs(c), c == best.choice) for c, kl in seen.items())
+        results = tuple(Trial(self._totals(c)["damage"], fmean(kl), self._differs(c), c == best.choice) for c, kl in seen.items())
         return replace(self, solution=best, results=results)
 
     def _totals(self, choice: core.Choice) -> dict[str, Any]:
@@ -142,12 +144,12 @@ class Solved:
         ours, theirs = self.formats(self.solution.choice), self.formats(choice)
         return sum(ours.get(n) != theirs.get(n) for n in {**ours, **theirs})
 
-    def _measured(self, solution: core.Solution, chain: Chain, ctx: Context, sample: Sequence[Tensor]) -> float:
+    def _measured(self, solution: core.Solution, chain: Chain, ctx: Context, sample: Sequence[Tensor]) -> list[float]:
         formats = self.formats(solution.choice)
         texts = {n: str(f) for n, f in formats.items()}
-        store = ctx.store.analysis("trial", [texts, [p.text() for p in chain.passes], len(sample)])
+        store = ctx.store.analysis("trial", [texts, [p.text() for p in chain.passes], windows(sample)])
         if store.committed("kl") is not None:
-            return float(store.records[-1]["kl"])
+            return list(store.records[-1]["kl"])
         ctx.progress(0, 1, "trying an allocation")
         planned = replace(self.state, plan=BitPlan(formats), facts=self.state.facts | Fact.PLANNED)
         work = [store.analysis(p.name, i) for i, p in enumerate(chain.passes)]
@@ -158,6 +160,18 @@ class Solved:
         for parts in work:
             parts.drop()
         return kl
+
+
+def windows(sample: Sequence[Tensor]) -> int:
+    """How many windows there are in batches of them."""
+    return sum(len(batch) for batch in sample)
+
+
+def surely_less(these: Sequence[float], those: Sequence[float]) -> bool:
+    """Whether one allocation's KL lies below another's by more than the standard error of the difference, window by window."""
+    differences = [a - b for a, b in zip(these, those, strict=True)]
+    error = stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else 0.0
+    return fmean(differences) < -error
 
 
 def split(calibration: Tokens | None, probe: int) -> tuple[list[Tensor], Tokens | None]:

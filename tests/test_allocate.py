@@ -20,7 +20,7 @@ from compress.export import compressed_tensors
 from compress.formats import Dense, Int, parse
 from compress.manager import Context
 from compress.model import open_model
-from compress.passes import gradients, probes
+from compress.passes import gradients, probes, trials
 from compress.passes.allocate import Allocate
 from compress.passes.error_table import Meter, measure
 from compress.passes.quantize import Quantize
@@ -412,3 +412,17 @@ def test_the_error_table_can_be_looked_at(allocated: Project) -> None:
     assert sorted(by_site, key=lambda r: -r["bytes"]) == sorted(by_site, key=lambda r: r["damage"]), "more bytes, less damage"
     assert "did you mean 'layers.0.attn.o'" in allocated("inspect", allocated.out, "layers.0.atn.o", "--errors").line
     assert "holds no error table" in allocated("inspect", allocated.model, "--errors").line
+
+
+def test_a_trial_must_be_better_by_more_than_chance() -> None:
+    assert trials.surely_less([1.0, 2.0, 3.0], [1.2, 2.3, 3.1])
+    assert not trials.surely_less([1.0, 2.0, 3.0], [1.3, 1.8, 3.0])
+    assert not trials.surely_less([1.0], [1.0])
+    assert trials.surely_less([1.0], [1.1])
+
+
+def test_more_or_fewer_windows_to_measure_on_are_another_measurement(allocated: Project) -> None:
+    for probe in (32, 64):
+        assert allocated.plan("allocate.trials=0", f"allocate.probe={probe}").code == 0
+    for name in ("errors", "probes"):
+        assert len(list(allocated.out.glob(f"analyses/{name}-*"))) == 2
