@@ -213,9 +213,11 @@ def ours(row: Row, case: Case, judge: MixedJudge, work: Path) -> Row:
     passes: list[dict[str, Any]] = [{"quantize": {"format": row.label}}]
     if row.tool == "ours":
         metric, name = row.label.split()
-        tried = {} if metric == "kl" else {"trials": 0}  # the metrics by themselves, beside ours as it comes
-        options = {"budget": f"{row.budget} bits", "formats": LISTS[name], "metric": metric, **tried}
-        passes = [{"allocate": options}, {"quantize": {}}]
+        tried = {} if metric == "kl" else {"trials": 0}  # other metrics by themselves, beside ours as it comes
+        passes = [
+            {"allocate": {"budget": f"{row.budget} bits", "formats": LISTS[name], "metric": metric, **tried}},
+            {"quantize": {}},
+        ]
     cpu, wall = cpu_seconds(), time.perf_counter()
     outcome = run_recipe(case, passes, work / replace(row, budget=None).key)
     row = replace(row, cpu_s=cpu_seconds() - cpu, wall_s=time.perf_counter() - wall)

@@ -42,9 +42,13 @@ def grid(plan: BitPlan, graph: Graph, own: str) -> str:
 
 def summary(f: Forecast) -> list[str]:
     """What is known of the choice itself, a line each."""
-    lines = [f"expected damage {figure(f.total)}, {UNIT[f.metric]}; "
-             f"no allocation within {f.budget} can go below {figure(f.bound)} (gap {f.gap:.1%}, {f.method})",
-             f"uses {f.used:,} of {f.allowed:,} bytes; one KiB more would save about {figure(1024 * f.price)}"]  # fmt: skip
+    best = f.trials[0].predicted if f.trials else f.total
+    other = "" if math.isclose(best, f.total) else f" (of the predicted optimum {figure(best)}, to which a trial was preferred)"
+    lines = [f"expected damage {figure(f.total)}, {UNIT[f.metric]}{other}; "
+             f"no allocation is predicted to go below {figure(f.bound)} (gap {f.gap:.1%}, {f.method})"]  # fmt: skip
+    for s in f.spent:
+        saves = f"one KiB more would save about {figure(1024 * s.price)}" if s.price else "more would save nothing"
+        lines.append(f"{s.name}: uses {s.used:,} of {s.allowed:,} bytes; {saves}")
     if f.floor:
         lines.append(f"noise floor of measuring {figure(f.floor)}")
     for t in f.trials:
@@ -110,7 +114,9 @@ def svg(f: Forecast) -> str:
 
 def plan_yaml(plan: BitPlan) -> str:
     """The plan as a person may edit it; ``allocate: {plan: plan.yaml}`` takes it as it is."""
-    head = ["# site: format. Edit at will, then: allocate: {plan: plan.yaml}"]
+    head = ["# site: format. Edit a copy at will, then: allocate: {plan: COPY.yaml}"]
     if plan.forecast:
         head += [f"# {line}" for line in summary(plan.forecast)]
-    return "\n".join(head) + "\n" + yaml.safe_dump({"sites": {n: str(f) for n, f in plan.formats.items()}}, sort_keys=False)
+    known = {"table": plan.forecast.table} if plan.forecast and plan.forecast.table else {}
+    sites = {n: str(f) for n, f in plan.formats.items()}
+    return "\n".join(head) + "\n" + yaml.safe_dump({"sites": sites, **known}, sort_keys=False)

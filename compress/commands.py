@@ -13,6 +13,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from compress import allocation, data, evaluate, pipeline, tables
 from compress.console import Console
 from compress.errors import CompressError, MatchError, ModelError, RecipeError, RunError, did_you_mean
@@ -174,9 +176,19 @@ def hand_over(options: argparse.Namespace) -> None:
         raise CompressError(f"lm-eval ended with exit code {code}")
 
 
+def yaml_of(file: Path) -> dict[str, Any]:
+    """A YAML mapping; empty where the file is absent, damaged, or holds something else."""
+    try:
+        known = yaml.safe_load(file.read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
 def error_table(options: argparse.Namespace) -> None:
-    """The newest table that an allocation of this run was made from: what each candidate would cost and do."""
-    found = sorted(options.what.glob("analyses/table-*/table.safetensors"), key=lambda p: p.stat().st_mtime)
+    """The table that the allocation in the run's plan.yaml was made from: what each candidate would cost and do."""
+    noted = yaml_of(options.what / "plan.yaml").get("table")
+    found = list(options.what.glob(f"analyses/tables-*/{noted}.safetensors")) if noted else []
     if not found:
         raise RunError(f"{options.what}: holds no error table; it is measured by 'plan' or 'run' of a recipe with 'allocate'")
     rows = read_part(found[-1])[1]

@@ -183,6 +183,7 @@ def decided(ready: Prepared, out: Path, measure: bool, device: str, console: Con
         return ready
     if all(step.finished for step in steps[:last]):
         state = fold(ready, steps, last, Console(quiet=True))
+        save_plan(state, out)
     else:
         with RunFolder(out).held():
             state = fold(ready, steps, last, console)
@@ -191,8 +192,8 @@ def decided(ready: Prepared, out: Path, measure: bool, device: str, console: Con
 
 
 def save_plan(state: State, out: Path) -> None:
-    """The allocation, if there is one, where a person finds it."""
-    if state.plan and state.plan.forecast:
+    """What each site is to become, where a person finds it."""
+    if state.plan:
         write_atomic(out / "plan.yaml", allocation.plan_yaml(state.plan).encode())
 
 

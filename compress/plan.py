@@ -76,32 +76,46 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class Spent:
+    """What an allocation uses of one limit, in bytes, of what it allows; price: the damage that one byte more would save."""
+
+    name: str
+    used: int
+    allowed: int
+    price: float
+
+
+@dataclass(frozen=True)
 class Forecast:
-    """What an allocation is expected to do. damage: by site, in the metric's units (nats for ``kl``); `total` is their sum and
-    `bound` what no allocation in this budget can go below, so `gap` is what optimality may lack. price: the damage that one
-    more byte would save. floor: of measuring, in the same units. measured: whether the damages were; else they are a guess.
+    """What an allocation is expected to do. spent: of each limit, the main budget first. damage: by site, in the metric's units
+    (nats for ``kl``); `total` is their sum, and `bound` what no allocation within the limits is predicted to go below, `gap` what
+    the predicted optimum may lack to it. floor: of measuring, in the same units. measured: whether the damages were; else they
+    are a guess. table: the name of the error table in the run folder.
     """
 
     metric: str
-    budget: str
-    used: int
-    allowed: int
+    spent: tuple[Spent, ...]
     damage: Mapping[str, float]
     total: float
     bound: float
     gap: float
-    price: float
     method: str
     frontier: tuple[Point, ...] = ()
     trials: tuple[Trial, ...] = ()
     floor: float = 0.0
     measured: bool = True
     notes: tuple[str, ...] = ()
+    table: str = ""
+
+    @property
+    def used(self) -> int:
+        """Bytes of the main budget."""
+        return self.spent[0].used
 
     @classmethod
     def of_json(cls, d: Mapping[str, Any]) -> Forecast:
         lists = {"frontier": tuple(Point(**p) for p in d["frontier"]), "trials": tuple(Trial(**t) for t in d["trials"]),
-                 "notes": tuple(d["notes"])}  # fmt: skip
+                 "spent": tuple(Spent(**s) for s in d["spent"]), "notes": tuple(d["notes"])}  # fmt: skip
         return cls(**{**d, **lists})
 
 

@@ -152,8 +152,8 @@ class Parts:
         return read_part(path)[0]
 
     def analysis(self, name: str, of: object) -> Parts:
-        """The parts of an analysis within this one."""
-        return Parts(self.root, name, digest(self.key, of))
+        """The parts of an analysis within this one; they go when it is dropped."""
+        return Parts(self.partial, name, digest(self.key, of))
 
     def drop(self) -> None:
         """Remove what was kept; nobody will ask for it again."""

@@ -14,21 +14,24 @@ choice itself, exact and with its gap, is made by allocate_core.py. Here they me
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
 import yaml
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor
 
 from compress.codebooks import paper_grid
 from compress.errors import CompressError, MatchError, RecipeError
-from compress.formats import Dense, Format
+from compress.formats import Dense, Format, LowRank
 from compress.graph import Site, total
 from compress.manager import Context, Cost, Pass
 from compress.passes import allocate_core as core
@@ -74,10 +77,28 @@ class Allocate(Pass):
     time_limit: float = Field(60.0, gt=0, description="seconds for the integer program; what gap is left is told")
     plan: dict[str, str] | None = Field(None, description="a plan.yaml to take as it is: its path, or site -> format")
 
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _budget(cls, budget: Any) -> Any:
+        texts = [budget] if isinstance(budget, str) else budget
+        if not isinstance(texts, list | tuple) or not texts or not all(isinstance(t, str) for t in texts):
+            raise ValueError(f"{budget} is no budget; write '3.0 bits', '1.2 GiB' or '45 %', or a list of such texts")
+        return budget
+
     @field_validator("formats", mode="before")
     @classmethod
     def _paper(cls, formats: Any) -> Any:
         return tuple(paper_grid()) if formats == "lq-lora" else formats
+
+    @field_validator("formats")
+    @classmethod
+    def _plain(cls, formats: tuple[Format, ...]) -> tuple[Format, ...]:
+        if not formats:
+            raise ValueError("name at least one format")
+        ranked = [str(f) for f in formats if isinstance(f, LowRank)]
+        if ranked:
+            raise ValueError(f"{ranked[0]} has a rank; give ranks by 'ranks', and their format by 'factors'")
+        return tuple(dict.fromkeys(formats))
 
     @field_validator("ranks")
     @classmethod
@@ -86,10 +107,37 @@ class Allocate(Pass):
             raise ValueError("ranks are whole numbers from 0 on, at least one of them")
         return tuple(sorted(set(ranks)))
 
+    @field_validator("pins", mode="before")
+    @classmethod
+    def _pins(cls, pins: Any) -> Any:
+        for pattern, pin in pins.items() if isinstance(pins, dict) else ():
+            bounds = isinstance(pin, dict) and pin and pin.keys() <= {"min", "max"}
+            if not bounds and not isinstance(pin, str | Bounds):
+                raise ValueError(f"'{pattern}' is pinned by a format, or by {{min: FORMAT, max: FORMAT}}, not by {pin}")
+        return pins
+
+    @field_validator("together", mode="before")
+    @classmethod
+    def _together(cls, together: Any) -> Any:
+        if isinstance(together, str) and together not in ("engine", "none"):
+            raise ValueError(f'\'{together}\' is neither engine nor none; else give lists of patterns, as in [["*.q", "*.k"]]')
+        return together
+
     @field_validator("plan", mode="before")
     @classmethod
     def _read(cls, plan: Any, info: ValidationInfo) -> Any:
         return read_plan(Path((info.context or {}).get("base", ".")) / plan) if isinstance(plan, str) else plan
+
+    @model_validator(mode="after")
+    def _nothing_idle(self) -> Allocate:
+        if self.plan is not None:
+            usual = type(self)().model_dump(mode="json")
+            idle = [n for n, v in self.model_dump(mode="json").items() if n != "plan" and v != usual[n]]
+            if idle:
+                raise ValueError(f"a plan is taken as it is; leave out {', '.join(idle)}")
+        elif self.factors != Dense(torch.bfloat16) and max(self.ranks) == 0:
+            raise ValueError("'factors' is the format of what 'ranks' may buy; name ranks, or leave it out")
+        return self
 
     # --- before anything is measured ---
 
@@ -104,13 +152,16 @@ class Allocate(Pass):
         found = tuple(p for p in following if isinstance(p, Quantize))
         if not found:
             raise RecipeError("nothing behind 'allocate' quantizes; add a step such as '- quantize: {}'")
-        texts = [p for p in (self.plan or self.pins).values() if isinstance(p, str)]
+        pins = (self.plan or self.pins).values()
+        texts = [t for p in pins for t in ((p.min, p.max) if isinstance(p, Bounds) else (p,)) if t is not None]
         ranked = max(self.ranks) > 0 or any("+r" in t for t in texts)
         if ranked and not any(isinstance(p, LqLora) for p in found):
             raise RecipeError("ranks are bought, but no later step uses them; add '- lqlora: {}' behind 'allocate'", ("ranks",))
         return Chain(found)
 
     def foresee(self, state: State) -> State:
+        if Fact.PLANNED in state.facts:
+            raise RecipeError("an earlier step has planned every format already; keep one 'allocate'")
         if self.plan is not None:
             return replace(state, plan=given_plan(state, self.plan))
         sp, limits = self._space(state)
@@ -121,12 +172,11 @@ class Allocate(Pass):
         guessed = self.foresee(state)
         yield guessed
         if self.plan is None and guessed.plan is not None:
-            groups = self._space(state)[0].groups
-            for fmt in dict.fromkeys(f for g in groups for o in g.options for f in o):
-                found = {s.name: fmt for g in groups if (fmt,) * len(g.sites) in g.options for s in g.sites}
-                yield replace(
-                    guessed, plan=BitPlan({n: f for n, f in {**guessed.plan.formats, **found}.items() if f != Dense(state.dtype)})
-                )
+            groups = [(g, frozenset(g.options)) for g in self._space(state)[0].groups]
+            for fmt in dict.fromkeys(f for g, _ in groups for o in g.options for f in o):
+                found = {s.name: fmt for g, options in groups if (fmt,) * len(g.sites) in options for s in g.sites}
+                formats = {n: f for n, f in {**guessed.plan.formats, **found}.items() if f != Dense(state.dtype)}
+                yield replace(guessed, plan=BitPlan(formats))
 
     def cost(self, state: State, tokens: int) -> Cost:
         """One solution for every format, two short forward passes for every matrix, and a quantization for every trial."""
@@ -175,8 +225,8 @@ class Allocate(Pass):
         sample, rest = split(ctx.calibration, self.probe)
         inner = replace(ctx, calibration=rest)
         table, damage, floor = self._damage(state, inner, chain, sp, sample)
-        keep(table, damage, state, ctx)
-        solved = replace(self._solved(state, sp, limits, damage, self.time_limit), floor=floor)
+        name = keep(table, damage, state, ctx)
+        solved = replace(self._solved(state, sp, limits, damage, self.time_limit), floor=floor, table=name)
         if self.trials:
             others = [self._solved(state, sp, limits, by_entry(table, m), self.time_limit).solution.choice for m in OTHERS]
             solved = solved.tried(self.trials, others, chain, inner, sample)
@@ -187,7 +237,7 @@ class Allocate(Pass):
     ) -> tuple[Table, Damage, float]:
         """The errors of every candidate, their damage in the chosen metric, and the noise floor of measuring it."""
         wanted = self._wanted(state, sp)
-        of = {"chain": [p.text() for p in chain.passes], "sample": windows(sample)}
+        of = {"chain": [(p.version, p.text()) for p in chain.passes], "version": self.version, "sample": windows(sample)}
         store = ctx.store.analysis("errors", {**of, "gradients": self.metric == "fisher"})
         table = measure(chain, state, ctx, wanted, store, self._squares(state, ctx, chain) if self.metric == "fisher" else None)
         if self.metric != "kl":
@@ -202,7 +252,8 @@ class Allocate(Pass):
     def _squares(self, state: State, ctx: Context, chain: Chain) -> Squares:
         """Squared gradients at outputs; at weights where LQ-LoRA's own Fisher-weighted way follows."""
         if any(isinstance(p, LqLora) and p.fisher for p in chain.passes):
-            return lambda site: fisher(state, ctx, site)
+            tokens = ctx.calibration.ids.shape[1] if ctx.calibration else 1  # F is of a window, damage of a token
+            return lambda site: fisher(state, ctx, site) / tokens
         found = output_gradients(state, ctx)
         return lambda site: found[site.name]
 
@@ -230,13 +281,15 @@ def silence() -> Iterator[None]:
         os.close(nowhere)
 
 
-def keep(table: Table, damage: Damage, state: State, ctx: Context) -> None:
-    """Keep the table where `inspect` finds it: every candidate's bytes, errors and damage."""
+def keep(table: Table, damage: Damage, state: State, ctx: Context) -> str:
+    """Keep the table where `inspect` finds it, every candidate's bytes, errors and damage; the name it is found by."""
     rows = [{"site": name, "format": str(fmt), "bytes": fmt.nbytes(state.graph[name].shape), **asdict(entry),
              "damage": damage(state.graph[name], fmt)} for (name, fmt), entry in table.entries.items()]  # fmt: skip
-    store = ctx.store.analysis("table", [p.text() for p in ctx.following] + [r["damage"] for r in rows])
-    if store.committed("table") is None:
-        store.commit("table", {}, rows)
+    name = f"table-{zlib.crc32(json.dumps(rows).encode()):08x}"
+    store = ctx.store.analysis("tables", {})
+    if store.committed(name) is None:
+        store.commit(name, {}, rows)
+    return name
 
 
 def by_entry(table: Table, metric: str) -> Damage:

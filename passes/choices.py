@@ -162,12 +162,12 @@ def gathered(graph: Graph, names: Iterable[str], together: str | Sequence[Sequen
         sets = [[s.name for s in group] for group in graph.fused()]
     elif together != "none":
         sets = [same for patterns in together for same in by_block(graph, patterns)]
-    key: dict[str, str] = {}
-    for members in sets:
+    key: dict[str, int] = {}
+    for i, members in enumerate(sets):
         for name in members:
-            if key.setdefault(name, members[0]) != members[0]:
+            if key.setdefault(name, i) != i:
                 raise RecipeError(f"'{name}' is in two groups; let the patterns of 'together' not overlap", ("together",))
-    groups: dict[str, list[Site]] = {}
+    groups: dict[str | int, list[Site]] = {}
     wanted = set(names)
     for site in graph:
         if site.name in wanted:
@@ -179,9 +179,11 @@ def by_block(graph: Graph, patterns: Sequence[str]) -> Iterable[list[str]]:
     """The sites that one entry of `together` names, block by block."""
     for pattern in patterns:
         try:
-            graph.match(pattern)
+            outside = [s.name for s in graph.match(pattern) if s.block is None]
         except MatchError as e:
             raise MatchError(str(e), ("together",)) from None
+        if outside:
+            raise RecipeError(f"'{outside[0]}' lies outside the blocks; groups are made within a block", ("together",))
     for block in graph.blocks:
         members = [s.name for s in graph.of_block(block.index) if any(matches(s, p) for p in patterns)]
         if members:

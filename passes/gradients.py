@@ -50,7 +50,8 @@ def _squared_weights(X_tk: Tensor, G_tn: Tensor) -> Tensor:
 
 
 def _known(state: State, ctx: Context, name: str, squares: Squares, only: Site | None = None) -> Iterator[tuple[str, Tensor]]:
-    store = ctx.store.analysis(name, {})
+    assert ctx.calibration is not None, "`check` asks for calibration data"
+    store = ctx.store.analysis(name, {"tokens": ctx.calibration.hash})
     parts = [f"block-{b.index:04}" for b in state.graph.blocks]
     if any(store.committed(part) is None for part in parts):
         _measure(state, ctx, store, squares)
@@ -61,7 +62,7 @@ def _known(state: State, ctx: Context, name: str, squares: Squares, only: Site |
 
 
 def _measure(state: State, ctx: Context, store: Store, squares: Squares) -> None:
-    assert ctx.calibration is not None, "`check` asks for calibration data"
+    assert ctx.calibration is not None
     stream = Stream(state, ctx.config, ctx.device)
     batches = stream.start(state, list(ctx.calibration.ids.split(1)))
     inputs: list[list[Tensor]] = []

@@ -18,7 +18,7 @@ from pydantic import Field, PlainSerializer, PlainValidator, WithJsonSchema
 from torch import Tensor
 
 from compress.errors import RecipeError
-from compress.formats import Format, LowRank, parse
+from compress.formats import Dense, Format, LowRank, parse
 from compress.graph import Site
 from compress.grid import Quantized
 from compress.manager import Context, Cost, Pass
@@ -81,7 +81,7 @@ class Quantize(Pass):
         """RecipeError where an earlier step has planned every format and this one names some as well, by one of these options."""
         for option in options:
             if option in self.model_fields_set:
-                todo = f"leave '{option}' out of '{self.name}' and pin there"
+                todo = f"leave '{option}' out of '{self.name}' and say it there"
                 raise RecipeError(f"an earlier step plans the formats; {todo}", (option,))
 
     def target(self, fmt: Format) -> Format:
@@ -152,8 +152,9 @@ class Quantize(Pass):
     def _twin(self, state: State, ctx: Context) -> Twin | None:
         if not self.corrects:
             return None
-        stream, batches = ctx.stream(state)
-        return Twin(stream, state, batches)
+        before = replace(state, changed={n: s for n, s in state.changed.items() if isinstance(s.format, Dense)})
+        stream, batches = ctx.stream(before)
+        return Twin(stream, before, batches)
 
     def _head(self, state: State, ctx: Context, stream: Stream, batches: Sequence[Batch]) -> State:
         solver = Solver(self, state, ctx)

@@ -20,7 +20,7 @@ from compress.passes.lqlora import LqLora
 from compress.passes.probes import divergence
 from compress.passes.quantize import Quantize
 from compress.passes.solver import Case
-from compress.plan import BitPlan, Forecast, Point, Trial
+from compress.plan import BitPlan, Forecast, Point, Spent, Trial
 from compress.state import Fact, State
 
 Damage = Callable[[Site, Format], float]
@@ -77,6 +77,7 @@ class Solved:
     problem: core.Problem
     solution: core.Solution
     floor: float = 0.0
+    table: str = ""
     results: tuple[Trial, ...] = ()
 
     def formats(self, choice: Sequence[int]) -> dict[str, Format]:
@@ -84,15 +85,16 @@ class Solved:
 
     def plan(self, measured: bool = True) -> BitPlan:
         """The plan with its forecast."""
-        formats, s, r = self.formats(self.solution.choice), self.solution, self.limits[0]
+        formats, s = self.formats(self.solution.choice), self.solution
         chosen = {site.name: f for g, i in zip(self.space.groups, s.choice, strict=True)
                   for site, f in zip(g.sites, g.options[i], strict=True)}  # fmt: skip
         damages = {name: self.damage(self.state.graph[name], f) for name, f in chosen.items()}
+        spent = (Spent(r.name, used + r.fixed, r.allowed + r.fixed, price)
+                 for r, used, price in zip(self.limits, s.used, s.price, strict=True))  # fmt: skip
         forecast = Forecast(
-            metric=self.metric if measured else "guess", budget=r.name, used=s.used[0] + r.fixed,
-            allowed=r.allowed + r.fixed, damage=damages, total=sum(damages.values()), bound=s.bound, gap=s.gap,
-            price=s.price[0], method=s.method, frontier=self.frontier() if measured else (), trials=self.results,
-            floor=self.floor, measured=measured, notes=self.space.notes,
+            metric=self.metric if measured else "guess", spent=tuple(spent), damage=damages, total=sum(damages.values()),
+            bound=s.bound, gap=s.gap, method=s.method, frontier=self.frontier() if measured else (), trials=self.results,
+            floor=self.floor, measured=measured, notes=self.space.notes, table=self.table,
         )  # fmt: skip
         ordered = {site.name: formats[site.name] for site in self.state.graph if site.name in formats}
         return BitPlan(ordered, forecast)
@@ -147,7 +149,7 @@ class Solved:
     def _measured(self, solution: core.Solution, chain: Chain, ctx: Context, sample: Sequence[Tensor]) -> list[float]:
         formats = self.formats(solution.choice)
         texts = {n: str(f) for n, f in formats.items()}
-        store = ctx.store.analysis("trial", [texts, [p.text() for p in chain.passes], windows(sample)])
+        store = ctx.store.analysis("trial", [texts, [(p.version, p.text()) for p in chain.passes], windows(sample)])
         if store.committed("kl") is not None:
             return list(store.records[-1]["kl"])
         ctx.progress(0, 1, "trying an allocation")

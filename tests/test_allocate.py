@@ -110,10 +110,21 @@ IMPOSSIBLE = [
      "formats: int2:g32, int3:g32, int4:g64, int8:g64"),
     ('allocate.pins={"*.q": int4:g64, "*.k": int8:g64}', "layers.0.attn.q, layers.0.attn.k, layers.0.attn.v go together, but "
      "their pins leave them no common format; pin them alike, or set together: none"),
+    ("allocate.budget=3.0", "'budget': 3.0 is no budget; write '3.0 bits', '1.2 GiB' or '45 %', or a list of such texts"),
+    ("allocate.budget=[]", "'budget': [] is no budget; write"),
+    ("allocate.formats=[]", "'formats': name at least one format"),
+    ('allocate.formats=["int3:g32+r4"]', "'formats': int3:g32+r4 has a rank; give ranks by 'ranks', and their "),
+    ('allocate.pins={"*.q": {mim: int4:g64}}', "'*.q' is pinned by a format, or by {min: FORMAT, max: FORMAT}, not by {'mim': "),
+    ("allocate.together=engin", "'engin' is neither engine nor none; else give lists of patterns"),
+    ('allocate.together=[["*.q", "*.k"], ["*.q", "*.v"]]', "'layers.0.attn.q' is in two groups"),
+    ('allocate.together=[["lm_head", "*.v"]]', "'lm_head' lies outside the blocks; groups are made within a block"),
+    ("allocate.factors=int8:channel", "'factors' is the format of what 'ranks' may buy; name ranks, or leave it out"),
+    ('allocate.pins={"*.q": "int3:g32+r4"}', "ranks are bought, but no later step uses them"),
+    ('allocate.plan={"*.q": int4:g32}', "a plan is taken as it is; leave out budget, formats, probe, trials"),
     ("allocate.formats=[int4:g48]", "'layers.0.attn.q': none of the formats fits its shape [64, 64]; add one that does, or "),
     ("allocate.ranks=[0, 8]", "ranks are bought, but no later step uses them; add '- lqlora: {}' behind 'allocate'"),
     ('allocate.together=[["*.q", "*.k"], ["*.k"]]', "'layers.0.attn.k' is in two groups; let the patterns of 'together' not "),
-    ("quantize.format=int4:g32", "an earlier step plans the formats; leave 'format' out of 'quantize' and pin there"),
+    ("quantize.format=int4:g32", "an earlier step plans the formats; leave 'format' out of 'quantize' and say it there"),
 ]  # fmt: skip
 
 
@@ -177,6 +188,7 @@ def test_a_saved_plan_can_be_edited_and_is_taken_as_it_is(allocated: Project, tm
     allocated.recipe.write_text(text[:start] + "  - allocate: {plan: mine.yaml}\n" + text[end:])
     assert allocated.run().code == 0
     assert formats_in(allocated.artifact) == saved["sites"]
+    assert yaml.safe_load((allocated.out / "plan.yaml").read_text()) == {"sites": saved["sites"]}
     resolved = yaml.safe_load((allocated.out / "recipe.resolved.yaml").read_text())
     assert resolved["passes"][0]["allocate"]["plan"] == saved["sites"], "the resolved recipe holds the plan itself"
     (allocated.folder / "mine.yaml").write_text("sites: {layers.0.attn.oo: int4:g32}")
@@ -213,7 +225,7 @@ def test_plan_measures_and_run_goes_on_from_there(allocated: Project) -> None:
     assert "expected damage" in planned.out
     assert "expected damage" in allocated.plan().out, "now from what was kept"
     assert "allocate  (finished before)" in allocated.run().out
-    expected = re.search(r"no allocation within 3.5 bits can go below \S+ \(gap 0.0%, exact\)", planned.out)
+    expected = re.search(r"no allocation is predicted to go below \S+ \(gap 0.0%, exact\)", planned.out)
     assert expected
     assert expected[0] in (allocated.out / "report.md").read_text()
     assert "<svg class=frontier" in (allocated.out / "report.html").read_text()
@@ -405,6 +417,10 @@ def test_the_error_table_can_be_looked_at(allocated: Project) -> None:
     shown = allocated("inspect", allocated.out, "layers.0.attn.o", "--errors")
     assert [line.split()[1] for line in shown.out.splitlines()[2:]] == ["int2:g32", "int3:g32", "int4:g64", "int8:g64"]
     rows = json.loads(allocated("inspect", allocated.out, "--errors", "--json").out)
+    allocated.plan("allocate.trials=0", 'allocate.formats=["int2:g32", "int5:g32"]')
+    assert "int5:g32" in allocated("inspect", allocated.out, "--errors").out
+    allocated.plan("allocate.trials=0")
+    assert json.loads(allocated("inspect", allocated.out, "--errors", "--json").out) == rows, "that of the plan, not the newest"
     assert len(rows) == 14 * 4
     for r in rows:
         assert r["bytes"] == parse(r["format"]).nbytes(tuple(open_model(str(allocated.model)).graph[r["site"]].shape))

@@ -19,7 +19,7 @@ from compress.passes.lqlora import LqLora
 from compress.passes.quantize import Quantize
 from compress.state import State
 from tests.conftest import Project
-from tests.pass_laws import attempt
+from tests.pass_laws import attempt, step_of
 
 EVERY_RANK = {"pins": {"*.down": "int3:g32+r8:int8:channel", "*.up": "lut2:g64+r4", "*.o": "nf3:g32:dq8x16+r4:nf8:g64"}}
 
@@ -173,4 +173,22 @@ def test_behind_quantize_every_quantized_matrix_is_corrected(project: Project) -
 def test_ranks_are_planned_or_given_not_both(project: Project) -> None:
     text = project.recipe.read_text()
     project.recipe.write_text(text[: text.index("  - quantize:")] + BOUGHT + "  - lqlora: {rank: 4}\nexport: []\n")
-    assert "an earlier step plans the formats; leave 'rank' out of 'lqlora' and pin there" in project.plan().line
+    assert "an earlier step plans the formats; leave 'rank' out of 'lqlora' and say it there" in project.plan().line
+
+
+def test_behind_quantize_the_twin_is_the_original(project: Project) -> None:
+    """The drift that is corrected is that from the unquantized model, also where an earlier step has quantized."""
+    seen: list[State] = []
+
+    class Watching(LqLora):
+        def _twin(self, state: State, ctx: Any) -> Any:
+            twin = super()._twin(state, ctx)
+            seen.append(twin.state)
+            return twin
+
+    model = open_model(str(project.model))
+    quantized = attempt(Quantize.model_validate({"format": "int2:g32"}), model, project.folder / "a" / "steps")
+    step = step_of(LqLora.model_validate({"rank": 4, "rounds": 0}), model, project.folder / "b" / "steps")
+    Watching.model_validate({"rank": 4, "rounds": 0}).run(quantized, step.context())
+    assert not seen[0].changed
+    assert quantized.changed
