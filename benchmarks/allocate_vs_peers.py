@@ -3,8 +3,8 @@
     python benchmarks/allocate_vs_peers.py --assets ASSETS --save benchmarks/results \\
         --autoround-python VENV/bin/python --modelopt-python VENV/bin/python
 
-Two small real models, 64 windows of 256 tokens to calibrate on and 80 others to judge by. A budget is an average over the linear
-layers of the blocks, scales counted; the head and the embeddings stay as they are. The rows:
+Two small real models, 64 windows of 256 tokens to calibrate on, 80 others to judge by. A budget is an average over the linear
+layers of the blocks, scales counted; head and embeddings stay as they are. The rows:
 
     ours        `allocate` and `quantize`, over plain integers (INT) or those and look-up tables (ALL); other metrics untried
     uniform     `quantize` alone with one format everywhere; for a budget the best of those that keep to it
@@ -214,10 +214,8 @@ def ours(row: Row, case: Case, judge: MixedJudge, work: Path) -> Row:
     if row.tool == "ours":
         metric, name = row.label.split()
         tried = {} if metric == "kl" else {"trials": 0}  # other metrics by themselves, beside ours as it comes
-        passes = [
-            {"allocate": {"budget": f"{row.budget} bits", "formats": LISTS[name], "metric": metric, **tried}},
-            {"quantize": {}},
-        ]
+        options = {"budget": f"{row.budget} bits", "formats": LISTS[name], "metric": metric, **tried}
+        passes = [{"allocate": options}, {"quantize": {}}]
     cpu, wall = cpu_seconds(), time.perf_counter()
     outcome = run_recipe(case, passes, work / replace(row, budget=None).key)
     row = replace(row, cpu_s=cpu_seconds() - cpu, wall_s=time.perf_counter() - wall)
@@ -343,9 +341,8 @@ def rank_table(found: list[dict[str, Any]]) -> list[str]:
 READING = """
 KL is KL(original || quantized) in nats a token, perplexity exp of the mean loss, both of plain transformers in fp32 on held-out
 text, each tool's dequantized weights put in. Bits are the average over the linear layers of the blocks, 16-bit scales and zero
-points counted. CPU seconds are those of loading, measuring, allocating and quantizing; the budgets of one row of ours share what
-was measured, so the first pays for the others. `predicted` is what the allocation expected, in its metric's own units. A ratio
-below 1 is in our favour. The models are small: differences of a few per cent are noise.
+points counted. CPU seconds are those of loading, measuring, allocating and quantizing; of ours the first budget pays for the
+others. `predicted` is in its metric's own units. A ratio below 1 is in our favour. Models are small: a few per cent are noise.
 """.strip()
 
 
