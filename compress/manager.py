@@ -124,6 +124,11 @@ class Pass(BaseModel, ABC):
         """What running it on `tokens` calibration tokens will take; `state` is the foreseen one."""
         return Cost()
 
+    def chosen(self) -> dict[str, Any]:
+        """The options that are not at their defaults, as JSON values: the same for a recipe and for its resolved form."""
+        usual = type(self).model_construct().model_dump(mode="json", warnings=False)
+        return {n: v for n, v in self.model_dump(mode="json").items() if v != usual[n]}
+
     def text(self) -> str:
         """Name and options, byte-stable; part of the step's key."""
         return f"{self.name}{json.dumps(self.model_dump(mode='json'), sort_keys=True)}"

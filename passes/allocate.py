@@ -131,8 +131,7 @@ class Allocate(Pass):
     @model_validator(mode="after")
     def _nothing_idle(self) -> Allocate:
         if self.plan is not None:
-            usual = type(self)().model_dump(mode="json")
-            idle = [n for n, v in self.model_dump(mode="json").items() if n != "plan" and v != usual[n]]
+            idle = [n for n in self.chosen() if n != "plan"]
             if idle:
                 raise ValueError(f"a plan is taken as it is; leave out {', '.join(idle)}")
         elif self.factors != Dense(torch.bfloat16) and max(self.ranks) == 0:

@@ -55,7 +55,7 @@ class LqLora(Quantize):
     def _one_method(self) -> LqLora:
         if self.fisher and self.init != "paper":
             raise ValueError("'fisher' is an option of init: paper; the closed form weighs by the inputs")
-        if "rounds" in self.model_fields_set and self.init != "closed_form":
+        if "rounds" in self.chosen() and self.init != "closed_form":
             raise ValueError("'rounds' is an option of init: closed_form; the paper's alternation ends by itself")
         return self
 

@@ -80,7 +80,7 @@ class Quantize(Pass):
     def refuse(self, *options: str) -> None:
         """RecipeError where an earlier step has planned every format and this one names some as well, by one of these options."""
         for option in options:
-            if option in self.model_fields_set:
+            if option in self.chosen():
                 todo = f"leave '{option}' out of '{self.name}' and say it there"
                 raise RecipeError(f"an earlier step plans the formats; {todo}", (option,))
 

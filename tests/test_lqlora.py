@@ -192,3 +192,13 @@ def test_behind_quantize_the_twin_is_the_original(project: Project) -> None:
     Watching.model_validate({"rank": 4, "rounds": 0}).run(quantized, step.context())
     assert not seen[0].changed
     assert quantized.changed
+
+
+def test_a_resolved_recipe_runs_as_the_recipe_did(project: Project) -> None:
+    """Defaults written out are no choices of the user's."""
+    text = project.recipe.read_text()
+    project.recipe.write_text(text[: text.index("  - quantize:")] + BOUGHT + "  - quantize: {}\n  - lqlora: {}\nexport: []\n")
+    assert project.run().code == 0
+    resolved = project("run", project.out / "recipe.resolved.yaml", "--out", project.out)
+    assert resolved.code == 0
+    assert resolved.out.count("(finished before)") == 3
