@@ -43,7 +43,7 @@ def grid(plan: BitPlan, graph: Graph, own: str) -> str:
 def summary(f: Forecast) -> list[str]:
     """What is known of the choice itself, a line each."""
     best = f.trials[0].predicted if f.trials else f.total
-    other = "" if math.isclose(best, f.total) else f" (of the predicted optimum {figure(best)}, to which a trial was preferred)"
+    other = "" if math.isclose(best, f.total) else f"; the predicted optimum, which a trial passed over, has {figure(best)}"
     lines = [f"expected damage {figure(f.total)}, {UNIT[f.metric]}{other}; "
              f"no allocation is predicted to go below {figure(f.bound)} (gap {f.gap:.1%}, {f.method})"]  # fmt: skip
     for s in f.spent:
