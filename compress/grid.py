@@ -21,7 +21,6 @@ Shape = tuple[int, ...]
 Spec = dict[str, tuple[torch.dtype, Shape]]
 
 GROUPS = tuple(range(16, 257, 8))
-SCALE_BYTES = 2
 _LEAST_SCALE = {torch.bfloat16: 2.0**-126, torch.float16: 2.0**-24, torch.float32: 2.0**-126}
 _CHUNK = 1 << 18  # weights decoded at a time, so that the temporaries stay in cache
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -138,19 +138,24 @@ class LqLora(Quantize):
     def tries(
         self, W_nk: Tensor, factor: gptq_core.Factor | None, formats: Sequence[Format], case: Case
     ) -> Iterator[tuple[Format, Tensor]]:
-        """What each format would make of W; for the closed form, without rounds: one solution of a base serves all its ranks."""
-        held: tuple[Format | None, Any] = (None, None)
+        """What each format would make of W; for the closed form, without rounds: one solution of a base and one eigenproblem
+        serve all its ranks, since the leading directions are those of every lower rank."""
+        ranks: dict[Format, int] = {}
         for fmt in formats:
-            if not isinstance(fmt, LowRank) or self.init == "paper":
+            if isinstance(fmt, LowRank) and self.init == "closed_form":
+                ranks[fmt.base] = max(ranks.get(fmt.base, 0), fmt.rank)
+            else:
                 yield from super().tries(W_nk, factor, [fmt], case)
-                continue
-            assert factor is not None
-            if held[0] != fmt.base:
-                held = fmt.base, gptq_core.quantize(W_nk, factor, fmt.base, clip=self.clip, scale_dtype=case.scale_dtype)
-            Q_nk = restore(held[1].codes, held[1].grid, fmt.base)
-            stored = partial(rounded, fmt=fmt.factors, scale_dtype=case.scale_dtype)
-            A_rk, B_nr = core.correction(W_nk - Q_nk, factor, fmt.rank)
-            yield fmt, Q_nk.addmm_(stored(B_nr.T).T, stored(A_rk))
+        for base, most in ranks.items():
+            assert factor is not None, "`check` asks for calibration data"
+            assert isinstance(base, Quantized)
+            found = gptq_core.quantize(W_nk, factor, base, clip=self.clip, scale_dtype=case.scale_dtype)
+            Q_nk = restore(found.codes, found.grid, base)
+            A_rk, B_nr = core.correction(W_nk - Q_nk, factor, most)
+            for fmt in formats:
+                if isinstance(fmt, LowRank) and fmt.base == base:
+                    stored = partial(rounded, fmt=fmt.factors, scale_dtype=case.scale_dtype)
+                    yield fmt, torch.addmm(Q_nk, stored(B_nr[:, : fmt.rank].T).T, stored(A_rk[: fmt.rank]))
 
 
 def rounded(F_rx: Tensor, fmt: Format, scale_dtype: torch.dtype) -> Tensor:

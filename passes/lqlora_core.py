@@ -42,7 +42,7 @@ in fp64, each 2 s for m = 2048 on one CPU core and growing with m³.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -202,27 +202,6 @@ def closed_form(
     harmful = rank and best is seen[0] and _total(best, g_n) > 0
     notes = ("the correction does not pay with factors rounded so coarsely; it is zero",) if harmful else ()
     return replace(best, losses_by_round=tuple(_total(s, g_n) for s in seen), notes=best.notes + notes)
-
-
-@torch.no_grad()
-def losses_for_ranks(
-    W_nk: Tensor,
-    f: Factor,
-    fmt: Quantized,
-    ranks: Iterable[int],
-    *,
-    clip: str = "mse",
-    scale_dtype: torch.dtype = torch.bfloat16,
-    start: Solved | None = None,
-    g_n: Tensor | None = None,
-) -> dict[int, float]:
-    """Rank -> what GPTQ and the closed form of that rank leave, factors not rounded: the second iterate of `closed_form`.
-
-    One quantization and one set of eigenvalues serve all ranks. `start` and `g_n` as in `closed_form`.
-    """
-    s = start or gptq_core.quantize(W_nk, f, fmt, clip=clip, scale_dtype=scale_dtype)
-    losses = rank_losses(W_nk.to(f.L_kk.dtype) - restore(s.codes, s.grid, fmt), f, g_n).tolist()
-    return {r: losses[min(r, len(losses) - 1)] for r in ranks}
 
 
 def _exactly(x: Tensor) -> Tensor:

@@ -14,9 +14,12 @@ from safetensors.torch import load_file, save_file
 
 import compress
 from compress.formats import LowRank, parse
+from compress.grid import restore
 from compress.model import open_model
+from compress.passes import gptq_core, lqlora_core
 from compress.passes.lqlora import LqLora
 from compress.passes.quantize import Quantize
+from compress.passes.solver import Case
 from compress.state import State
 from tests.conftest import Project
 from tests.pass_laws import attempt, step_of
@@ -202,3 +205,21 @@ def test_a_resolved_recipe_runs_as_the_recipe_did(project: Project) -> None:
     resolved = project("run", project.out / "recipe.resolved.yaml", "--out", project.out)
     assert resolved.code == 0
     assert resolved.out.count("(finished before)") == 3
+
+
+def test_one_eigenproblem_serves_all_ranks_of_a_trial(family: Any, tmp_path: Path) -> None:
+    """What the allocator measures for each rank is the tail of one spectrum: the closed form of that rank, without rounds."""
+    model = open_model(str(family("llama")))
+    site = model.graph["layers.0.mlp.up"]
+    W = model.state.original(site).float()
+    X = torch.randn(512, W.shape[1], generator=torch.Generator().manual_seed(0)) @ torch.randn(W.shape[1], W.shape[1])
+    f = gptq_core.factor(X.T @ X / len(X))
+    p = LqLora()
+    case = Case(site, model.state, step_of(p, model, tmp_path).context())
+    formats = [parse(f"int2:g32+r{rank}") for rank in (2, 16, 8)]
+    found = {fmt: float(gptq_core.loss(made - W, f).sum()) for fmt, made in p.tries(W, f, [parse("int2:g32"), *formats], case)}
+    base = gptq_core.quantize(W, f, parse("int2:g32"))  # type: ignore[arg-type]
+    tails = lqlora_core.rank_losses(W - restore(base.codes, base.grid, parse("int2:g32")), f)  # type: ignore[arg-type]
+    assert found[parse("int2:g32")] == pytest.approx(float(tails[0]), rel=1e-3)
+    for fmt in formats:
+        assert found[fmt] == pytest.approx(float(tails[fmt.rank]), rel=0.02)  # type: ignore[union-attr]  # factors in bf16
