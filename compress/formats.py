@@ -291,6 +291,11 @@ class LowRank:
 Format = Int | NF | Lut | Dense | LowRank
 
 
+def base_of(fmt: Format) -> Int | NF | Lut | Dense:
+    """A format without its low-rank correction, if it has one."""
+    return fmt.base if isinstance(fmt, LowRank) else fmt
+
+
 @dataclass(frozen=True, eq=False)
 class Packed:
     """A matrix in a format: the tensors that are written, under the names of `format.tensors`."""

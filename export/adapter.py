@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from compress import formats
 from compress.checkpoint import Checkpoint, File, Spec
 from compress.errors import CompressError, ExportError, ModelError
 from compress.export.artifact import json_of
@@ -46,8 +47,8 @@ def corrected(state: State) -> dict[str, LowRank]:
 
 def base_of(state: State) -> State:
     """The state as it is without factors: every matrix in the format of its quantized part."""
-    formats = {n: f.base if isinstance(f, LowRank) else f for n, f in formats_of(state).items()}
-    return replace(state, plan=BitPlan(formats)) if formats else state
+    uncorrected = {n: formats.base_of(f) for n, f in formats_of(state).items()}
+    return replace(state, plan=BitPlan(uncorrected)) if uncorrected else state
 
 
 def check(state: State) -> None:

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from compress.checkpoint import Layout, Spec
 from compress.errors import CompressError, FormatError, MatchError, RecipeError
-from compress.formats import Dense, Format, LowRank, parse
+from compress.formats import Dense, Format, LowRank, base_of, parse
 from compress.graph import Graph, Site, matches
 from compress.passes.allocate_core import Item, Limit, Problem
 from compress.plan import BitPlan, Budget, check_fits, size
@@ -213,10 +213,6 @@ def families(formats: Sequence[Format]) -> dict[Format, list[Format]]:
     for fmt in formats:
         found.setdefault(base_of(fmt), []).append(fmt)
     return found
-
-
-def base_of(fmt: Format) -> Format:
-    return fmt.base if isinstance(fmt, LowRank) else fmt
 
 
 def rank_of(fmt: Format) -> int:

@@ -23,7 +23,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from compress.formats import Format, LowRank, parse
+from compress.formats import Format, base_of, parse
 from compress.graph import Site
 from compress.manager import Context, Record, Store
 from compress.passes import gptq_core as core
@@ -121,8 +121,7 @@ def absent(state: State, names: Sequence[str], wanted: Wanted, store: Store) -> 
     families: dict[str, dict[str, list[Format]]] = {}
     for name in names:
         for fmt in wanted.get(name, ()):
-            base = fmt.base if isinstance(fmt, LowRank) else fmt
-            families.setdefault(str(base), {}).setdefault(name, []).append(fmt)
+            families.setdefault(str(base_of(fmt)), {}).setdefault(name, []).append(fmt)
     for family, members in families.items():
         content = json.dumps({name: list(map(str, formats)) for name, formats in members.items()}).encode()
         part = f"block-{state.graph[names[0]].block:04}-{family.replace(':', '_')}-{zlib.crc32(content):08x}"

@@ -52,11 +52,11 @@ def _squared_weights(X_tk: Tensor, G_tn: Tensor) -> Tensor:
 def _known(state: State, ctx: Context, name: str, squares: Squares, only: Site | None = None) -> Iterator[tuple[str, Tensor]]:
     assert ctx.calibration is not None, "`check` asks for calibration data"
     store = ctx.store.analysis(name, {"tokens": ctx.calibration.hash})
-    parts = [f"block-{b.index:04}" for b in state.graph.blocks]
-    if any(store.committed(part) is None for part in parts):
+    blocks = [b.index for b in state.graph.blocks] if only is None else [only.block]
+    if store.committed(f"block-{state.graph.blocks[0].index:04}") is None:  # blocks are measured from the last to the first
         _measure(state, ctx, store, squares)
-    for part in parts if only is None else [f"block-{only.block:04}"]:
-        for site, stored in (store.committed(part) or {}).items():
+    for index in blocks:
+        for site, stored in (store.committed(f"block-{index:04}") or {}).items():
             if only is None or site == only.name:
                 yield site, stored.load().tensors["weight"]
 

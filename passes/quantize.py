@@ -18,7 +18,7 @@ from pydantic import Field, PlainSerializer, PlainValidator, WithJsonSchema
 from torch import Tensor
 
 from compress.errors import RecipeError
-from compress.formats import Dense, Format, LowRank, parse
+from compress.formats import Dense, Format, base_of, parse
 from compress.graph import Site
 from compress.grid import Quantized
 from compress.manager import Context, Cost, Pass
@@ -86,7 +86,7 @@ class Quantize(Pass):
 
     def target(self, fmt: Format) -> Format:
         """What this pass makes of a site whose planned format is `fmt`: a low-rank correction is left to a later pass."""
-        return fmt.base if isinstance(fmt, LowRank) else fmt
+        return base_of(fmt)
 
     def solve(self, W_nk: Tensor, factor: core.Factor | None, fmt: Format, case: Case) -> Answer:
         """W in a quantized format, by this pass's method, under the Hessian that was factored (None: nothing was seen)."""

@@ -33,3 +33,16 @@ def bake(
     content = yaml.safe_load(path.read_text()) | {"passes": list(passes), "export": [{exporter: options}]}
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return pipeline.run(path)
+
+
+def stories(
+    assets: Path, folder: Path, passes: list[dict[str, Any]], calibration: int = 64, evaluation: int = 80
+) -> pipeline.Outcome:
+    """A run of any passes on a small trained Llama; windows of 256 tokens of its own texts."""
+    texts = assets / "texts" / "stories-split"
+    data = {"calibration": {"text": str(texts / "calibration.txt"), "sequences": calibration, "length": 256},
+            "evaluation": {"text": str(texts / "evaluation.txt"), "sequences": evaluation, "length": 256}}  # fmt: skip
+    content = {"model": str(assets / "models" / "stories260K-mlp192"), "out": str(folder / "run"), "data": data, "passes": passes}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return pipeline.run(path)

@@ -13,7 +13,6 @@ import yaml
 from safetensors import safe_open
 from scipy.stats import spearmanr
 
-import compress
 from compress import data, pipeline
 from compress.data import Tokens
 from compress.export import compressed_tensors
@@ -30,6 +29,7 @@ from compress.run import Parts
 from compress.state import State
 from tests import stock
 from tests.conftest import Project, contents
+from tests.cooking import stories
 
 ALLOCATE = """\
   - allocate:
@@ -342,24 +342,13 @@ def test_the_damage_of_experts_is_shared_by_their_energy(family: Any, tmp_path: 
 # --- on real models ---------------------------------------------------------------------------------------------------
 
 
-def real(assets: Path, folder: Path, passes: list[dict[str, Any]]) -> Any:
-    """The outcome of a recipe on a small trained Llama."""
-    texts = assets / "texts" / "stories-split"
-    recipe = {"model": str(assets / "models" / "stories260K-mlp192"), "out": str(folder / "run"), "passes": passes,
-              "data": {"calibration": {"text": str(texts / "calibration.txt"), "sequences": 64, "length": 256},
-                       "evaluation": {"text": str(texts / "evaluation.txt"), "sequences": 80, "length": 256}}}  # fmt: skip
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-    return compress.run_recipe(path)
-
-
 WIDTHS = ["int2:g64", "int2:channel", "int3:g64", "int3:channel", "int4:channel", "int8:channel"]
 
 
 def test_mixed_widths_beat_one_width_of_the_same_bytes(assets: Path, tmp_path: Path) -> None:
     """At 3 bits the KL is at most 0.7 of that of one format for all; measured: 0.42."""
-    uniform = real(assets, tmp_path, [{"quantize": {"format": "int2:g16"}}])
-    mixed = real(assets, tmp_path, [{"allocate": {"budget": "3.0 bits", "formats": WIDTHS, "trials": 2}}, {"quantize": {}}])
+    uniform = stories(assets, tmp_path, [{"quantize": {"format": "int2:g16"}}])
+    mixed = stories(assets, tmp_path, [{"allocate": {"budget": "3.0 bits", "formats": WIDTHS, "trials": 2}}, {"quantize": {}}])
     assert mixed.report.after.linear_bits <= 3.0 <= uniform.report.after.linear_bits
     assert mixed.scores["compressed"]["kl"] <= 0.7 * uniform.scores["compressed"]["kl"]
     forecast = mixed.state.plan.forecast

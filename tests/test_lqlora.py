@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 
 import compress
@@ -22,6 +21,7 @@ from compress.passes.quantize import Quantize
 from compress.passes.solver import Case
 from compress.state import State
 from tests.conftest import Project
+from tests.cooking import stories
 from tests.pass_laws import attempt, step_of
 
 EVERY_RANK = {"pins": {"*.down": "int3:g32+r8:int8:channel", "*.up": "lut2:g64+r4", "*.o": "nf3:g32:dq8x16+r4:nf8:g64"}}
@@ -135,13 +135,7 @@ def test_ranks_are_bought_from_the_same_budget_and_used(project: Project, behind
 
 
 def measured(assets: Path, folder: Path, passes: list[dict[str, Any]]) -> float:
-    texts = assets / "texts" / "stories-split"
-    recipe = {"model": str(assets / "models" / "stories260K-mlp192"), "out": str(folder / "run"), "passes": passes,
-              "data": {"calibration": {"text": str(texts / "calibration.txt"), "sequences": 32, "length": 256},
-                       "evaluation": {"text": str(texts / "evaluation.txt"), "sequences": 32, "length": 256}}}  # fmt: skip
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-    kl: float = compress.run_recipe(path).scores["compressed"]["kl"]
+    kl: float = stories(assets, folder, passes, 32, 32).scores["compressed"]["kl"]
     return kl
 
 
