@@ -1,4 +1,4 @@
-"""The command line: five verbs. Tuning lives in the recipe; flags only steer the run."""
+"""The command line: six verbs. Tuning lives in the recipe; flags only steer the run."""
 
 from __future__ import annotations
 
@@ -61,6 +61,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="cpu")
     p.add_argument("--json", action="store_true", help="for machines")
     p.add_argument("--tasks", help="hand over to lm-eval: a comma-separated list of its tasks")
+    text = "time a run's artifact against its original: tokens per second, bytes per token"
+    p = verbs.add_parser("bench", help=text, description=text)
+    p.add_argument("what", type=Path, metavar="RUN|ARTIFACT|MODEL")
+    p.add_argument("--against", type=Path, metavar="MODEL", help="the original; default: the run's")
+    p.add_argument("--prompt", type=at_least(1), default=128, help="tokens of the prompt; default: 128")
+    p.add_argument("--new", type=at_least(1), default=32, help="tokens to decode; default: 32")
+    p.add_argument("--repeats", type=at_least(1), default=5, help="turns of each; default: 5")
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--json", action="store_true", help="for machines")
     text = "show what is inside a run, an artifact, or a model"
     p = verbs.add_parser("inspect", help=text, description=text)
     p.add_argument("what", type=Path, metavar="RUN|ARTIFACT|MODEL")

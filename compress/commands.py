@@ -1,4 +1,4 @@
-"""What the five verbs do, in terms of the pipeline; each prints one screen."""
+"""What the six verbs do, in terms of the pipeline; each prints one screen."""
 
 from __future__ import annotations
 
@@ -10,15 +10,19 @@ import subprocess
 import sys
 import types
 import typing
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
-from compress import allocation, data, evaluate, pipeline, tables
+from compress import allocation, bench, data, evaluate, pipeline, tables
 from compress.console import Console
 from compress.errors import CompressError, MatchError, ModelError, RecipeError, RunError, did_you_mean
-from compress.export import EXPORTERS, adapter, compressed_tensors, native
+from compress.export import adapter, native
+from compress.export.engines import Engine, EngineError, dense
+from compress.export.table import EXPORTERS, KINDS, Kind
 from compress.formats import Dense, Format
 from compress.model import Model, open_model
 from compress.passes import PASSES
@@ -94,8 +98,8 @@ def run_command(options: argparse.Namespace) -> None:
 # --- eval and inspect ------------------------------------------------------------------------------------------------
 
 
-def opened(path: Path) -> tuple[Model, State, str]:
-    """A run's artifact, an artifact, or a model folder: its model, its state, and what reads it."""
+def opened(path: Path) -> tuple[Model, State, Kind | None]:
+    """A run's artifact, an artifact, or a model folder: its model, its state, and the kind of artifact it is."""
     if is_run(path):
         found = [path / name for name in EXPORTERS if (path / name / "config.json").exists()]
         if not found:
@@ -103,11 +107,23 @@ def opened(path: Path) -> tuple[Model, State, str]:
         path = found[0]
     if not path.is_dir():
         raise ModelError(f"{path}: {'is a file, not a folder' if path.exists() else 'no such folder'}")
-    for kind in (compressed_tensors, native):
-        if kind.is_artifact(path):
-            return kind.open_artifact(path), kind.read(path), kind.READER
+    kind = next((k for k in KINDS if k.is_artifact(path)), None)
+    if kind:
+        return kind.open_artifact(path), kind.read(path), kind
     model = open_model(str(path))
-    return model, model.state, "transformers' modules, streamed"
+    return model, model.state, None
+
+
+def engine_of(kind: Kind | None, model: Model, state: State, device: str) -> tuple[Engine | None, str]:
+    """The engine that serves an artifact, and what a user should read of it; None where our own streamed reader has to do."""
+    if kind is None:
+        return None, "transformers' modules, streamed"
+    try:
+        engine = kind.engine(model.folder, state, device)
+        engine.prefill(torch.zeros(1, 2, dtype=torch.int64))  # some fail only when they run
+    except EngineError as e:
+        return None, f"{kind.READER} ({e})"
+    return engine, engine.name
 
 
 def eval_command(options: argparse.Namespace) -> None:
@@ -115,16 +131,18 @@ def eval_command(options: argparse.Namespace) -> None:
         hand_over(options)
         return
     pipeline.check_device(options.device)
-    model, state, engine = opened(options.what)
+    model, state, kind = opened(options.what)
     windows, base = windows_of(options)
     tokens = data.read(windows, model.folder, base, state.graph["embed"].shape[0])
     original = original_of(options)
     if original and original.graph["embed"].shape[0] != state.graph["embed"].shape[0]:
         raise ModelError(f"{original.folder}: has another vocabulary than {options.what}; KL needs the model it was made from")
-    _, scores = evaluate.compare(original.state if original else None, state, model.config, tokens, options.device)
+    engine, said = engine_of(kind, model, state, options.device)
+    ask = (lambda ids: engine.prefill(ids)[0]) if engine else None
+    _, scores = evaluate.compare(original.state if original else None, state, model.config, tokens, options.device, ask)
     figures = evaluate.sizes(state, state.checkpoint.nbytes)
     if options.json:
-        print(json.dumps({**scores.json(), **figures.json(), "text": tokens.place, "engine": engine}, indent=1))
+        print(json.dumps({**scores.json(), **figures.json(), "text": tokens.place, "engine": said}, indent=1))
         return
     rows = [["perplexity", "-" if scores.perplexity is None else f"{scores.perplexity:.4f}"],
             ["KL from the original (nats)", "-" if scores.kl is None else f"{scores.kl:.5f}"],
@@ -133,7 +151,37 @@ def eval_command(options: argparse.Namespace) -> None:
             ["bits per weight, linear layers", f"{figures.linear_bits:.3f}"],
             ["bits per weight, whole file", f"{figures.file_bits:.3f}"]]  # fmt: skip
     print(tables.columns(rows, right=(1,)))
-    print(f"\n{scores.tokens:,} tokens of {tokens.place}, context {scores.length}; read by {engine}")
+    print(f"\n{scores.tokens:,} tokens of {tokens.place}, context {scores.length}; through {said}")
+
+
+def bench_command(options: argparse.Namespace) -> None:
+    pipeline.check_device(options.device)
+    model, state, kind = opened(options.what)
+    if not state.graph.causal:
+        raise ModelError(f"{options.what}: the model does not predict the next token; there is nothing to decode")
+    original = original_of(options)
+    if original is None:
+        raise ModelError(f"{options.what}: whose original is not known; name it with --against MODEL")
+    learned = getattr(model.config, "max_position_embeddings", None) or options.prompt + options.new
+    if options.prompt + options.new > learned:
+        raise ModelError(f"{options.what}: has {learned} positions; lower --prompt {options.prompt} or --new {options.new}")
+    try:
+        engines = [dense(original, options.device)]
+        engines.append(kind.engine(model.folder, state, options.device) if kind else dense(model, options.device))
+        vocabulary = state.graph["embed"].shape[0]
+        prompt = torch.randint(vocabulary, (1, options.prompt), generator=torch.Generator().manual_seed(0))
+        with closing(Console(stream=sys.stderr)) as console:
+            console.progress(0, options.repeats + 1, "turns")
+            tick = lambda done: console.progress(done, options.repeats + 1, "turns")  # noqa: E731
+            before, after = bench.measure(engines, prompt, options.new, options.repeats, tick)
+    except EngineError as e:
+        raise ModelError(f"{options.what}: {e}; no other engine can serve it here") from None
+    if options.json:
+        print(json.dumps(bench.json_of(before, after, options.prompt), indent=1))
+        return
+    print(tables.columns(bench.rows(before, after, options.prompt), ["", "original", "this", "ratio"], right=(1, 2, 3)))
+    print(f"\nmedian (and extremes) of {options.repeats} turns, batch 1, prompt {options.prompt}, {options.new} tokens decoded, "
+          f"{torch.get_num_threads()} threads, {options.device}")  # fmt: skip
 
 
 def windows_of(options: argparse.Namespace) -> tuple[data.Windows, Path]:
@@ -148,8 +196,9 @@ def windows_of(options: argparse.Namespace) -> tuple[data.Windows, Path]:
 def recipe_of(path: Path) -> Recipe | None:
     """The resolved recipe of a run folder, or of the run folder that an artifact lies in."""
     for folder in (path, path.resolve().parent):
-        if is_run(folder):
-            return load(folder / "recipe.resolved.yaml", PASSES, EXPORTERS)
+        file = folder / "recipe.resolved.yaml"
+        if is_run(folder) and file.exists():
+            return load(file, PASSES, EXPORTERS)
     return None
 
 

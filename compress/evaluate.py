@@ -1,4 +1,6 @@
-"""How good a model is, and how far from its original: perplexity, KL divergence, top-1 agreement, all streamed block by block.
+"""How good a model is, and how far from its original: perplexity, KL divergence, top-1 agreement.
+
+A state is streamed block by block; an engine is asked.
 
 KL is KL(original || compressed) in nats, the mean over predicted tokens. Perplexity is exp of the mean negative
 log-likelihood of each window's tokens after its first, so it depends on the window's length, which is always stated.
@@ -7,7 +9,7 @@ log-likelihood of each window's tokens after its first, so it depends on the win
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +20,7 @@ from compress.data import Tokens
 from compress.formats import Dense
 from compress.graph import total
 from compress.state import State
-from compress.stream import Batch, Stream
+from compress.stream import Stream
 
 
 @dataclass(frozen=True)
@@ -49,33 +51,36 @@ class Sizes:
         return asdict(self)
 
 
-def hidden(state: State, config: Any, tokens: Tokens, device: str) -> tuple[Stream, list[Batch]]:
-    """Every batch passed through all blocks."""
+Ask = Callable[[Tensor], Tensor]  # windows of token ids [b, t] -> their logits [b, t, vocabulary]
+
+
+def streamed(state: State, config: Any, tokens: Tokens, device: str) -> Iterator[Tensor]:
+    """The logits of every batch, in the order of `tokens.batches()`, with one block's weights in memory."""
     stream = Stream(state, config, device)
     batches = stream.start(state, tokens.batches())
     for block in state.graph.blocks:
         stream.advance(state, block.index, batches)
-    return stream, batches
+    yield from stream.logits(state, batches)
 
 
 def compare(
-    original: State | None, state: State, config: Any, tokens: Tokens, device: str = "cpu"
+    original: State | None, state: State, config: Any, tokens: Tokens, device: str = "cpu", ask: Ask | None = None
 ) -> tuple[Scores | None, Scores]:
-    """The scores of the original (None without one) and of `state`, on the same tokens."""
-    stream, batches = hidden(state, config, tokens, device)
-    before = Sums(int(tokens.ids.shape[1]), state.graph.causal)
-    after = Sums(before.length, before.causal)
+    """The scores of the original (None without one) and of `state`, on the same tokens; with `ask`, those of its answers instead
+    of the state's own logits."""
+    batches, causal = tokens.batches(), state.graph.causal
+    before, after = (Sums(int(tokens.ids.shape[1]), causal) for _ in range(2))
+    found = map(ask, batches) if ask else streamed(state, config, tokens, device)
     theirs: Iterable[Tensor | None] = [None] * len(batches)
     if original is not None:
-        base, base_batches = hidden(original, config, tokens, device)
-        theirs = base.logits(original, base_batches)
+        theirs = streamed(original, config, tokens, device)
     with torch.no_grad():
-        for batch, ours, reference in zip(batches, stream.logits(state, batches), theirs, strict=True):
-            log_q, log_p = predictions(ours, before.causal), None
+        for batch, logits, reference in zip(batches, found, theirs, strict=True):
+            log_q, log_p = predictions(logits, causal), None
             if reference is not None:
-                log_p = predictions(reference, before.causal)
-                before.add(batch.tokens, log_p, None)
-            after.add(batch.tokens, log_q, log_p)
+                log_p = predictions(reference, causal).to(log_q.device)
+                before.add(batch, log_p, None)
+            after.add(batch, log_q, log_p)
     return before.scores if original is not None else None, after.scores
 
 

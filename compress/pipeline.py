@@ -20,8 +20,8 @@ from compress import allocation, data, evaluate, manager, report, tables
 from compress.checkpoint import Layout
 from compress.console import Console
 from compress.errors import CompressError, DataError, RecipeError
-from compress.export import EXPORTERS
 from compress.export.artifact import Exporter, Job, Proof, json_of, place, refuse_foreign
+from compress.export.table import EXPORTERS
 from compress.manager import Context, Pass
 from compress.model import Model, first_line, open_model
 from compress.passes import PASSES

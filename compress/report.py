@@ -173,6 +173,7 @@ class Report:
 
 def proof_line(proof: Any) -> str:
     text = f"loaded again with {proof.engine}: largest difference of a logit {proof.difference:.2g}"
+    text += f", {proof.greedy} greedy tokens the same" if proof.greedy else ""
     return f"{text} ({proof.remark})" if proof.remark else text
 
 

@@ -1,9 +1,1 @@
-"""The exporters: one explicit table."""
-
-from __future__ import annotations
-
-from compress.export.artifact import Exporter
-from compress.export.compressed_tensors import CompressedTensors
-from compress.export.native import Native
-
-EXPORTERS: dict[str, type[Exporter]] = {e.name: e for e in (CompressedTensors, Native)}
+"""Artifacts: exporters, listed in table.py, and the runtime that loads them without the rest of the package."""

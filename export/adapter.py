@@ -24,7 +24,8 @@ from compress import formats
 from compress.checkpoint import Checkpoint, File, Spec
 from compress.errors import CompressError, ExportError, ModelError
 from compress.export.artifact import json_of
-from compress.export.tensors import EngineError, Placed, formats_of
+from compress.export.engines import EngineError
+from compress.export.tensors import Placed, formats_of
 from compress.formats import Dense, LowRank
 from compress.graph import Site
 from compress.model import first_line

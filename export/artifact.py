@@ -29,16 +29,19 @@ from compress.model import Model
 from compress.state import State
 
 MARK = "compress.json"  # in every artifact: which run and settings it comes from
+WEIGHTS = {".safetensors", ".onnx", ".data", ".gguf"}
 CARRIED = {".json", ".jinja", ".model", ".txt", ".py", ".tiktoken"}
 
 
 @dataclass(frozen=True)
 class Proof:
-    """How an artifact was checked: the engine that loaded it, and the largest difference of a logit from the run's own."""
+    """How an artifact was checked: the engine that loaded it, the largest difference of a logit from the run's own, and how many
+    tokens of a greedy continuation are the run's; 0 where none was generated."""
 
     engine: str
     difference: float
     remark: str = ""
+    greedy: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Job:
 
 
 class Exporter(BaseModel, ABC):
-    """One kind of artifact. Subclasses are listed in `export.EXPORTERS`."""
+    """One kind of artifact. Subclasses are listed in table.py."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -101,7 +104,7 @@ def place(exporter: Exporter, job: Job, out: Path) -> tuple[Path, Proof]:
         partial.mkdir(parents=True)
         exporter.write(job, partial)
         proof = exporter.prove(job, partial)
-        hashes = {name: sha256(partial / name) for name in sizes(partial) if name.endswith(".safetensors")}
+        hashes = {name: sha256(partial / name) for name in sizes(partial) if Path(name).suffix in WEIGHTS}
         note = {"schema": 1, "exporter": exporter.name, "key": job.key, "proof": asdict(proof), "sizes": sizes(partial),
                 "sha256": hashes}  # fmt: skip
         (partial / MARK).write_text(json.dumps(note, indent=1) + "\n")

@@ -24,16 +24,16 @@ import transformers
 from pydantic import Field
 
 from compress.checkpoint import Layout
-from compress.errors import ExportError, ModelError
+from compress.errors import CompressError, ExportError, ModelError
 from compress.export import adapter
 from compress.export.artifact import Exporter, Job, Proof, carry_over
+from compress.export.engines import Engine, EngineError, Transformers
+from compress.export.proof import logits, prove
 from compress.export.tensors import (
-    EngineError,
     Placed,
     compared,
     declared,
     formats_of,
-    logits,
     same_tensors,
     tensors,
     write_config,
@@ -115,26 +115,23 @@ class CompressedTensors(Exporter):
         same_tensors(job.state, written)
         if job.tokens is None:
             return Proof("our own reader", 0.0, "every code compared; no text in the recipe to compare logits on")
-        obstacles = stock_obstacles(job.state) or lacking(job.state)
-        if not obstacles:
-            try:
-                return self._stock_proof(job, folder)
-            except EngineError as e:  # vLLM has its own code for the architecture, so the artifact is kept; its card says so
-                obstacles = [str(e)]
-                write_card(job, folder, obstacles)
-        ours, theirs = (logits(s, job.model.config, job.tokens, job.device) for s in (job.state, written))
-        return compared(ours, theirs, "our own reader", f"not proven in stock transformers: {'; '.join(obstacles)}")
+        try:
+            if reasons := lacking(job.state):
+                raise EngineError("; ".join(reasons))
+            return self._engine_proof(job, folder)
+        except EngineError as e:  # vLLM has its own code for the architecture, so the artifact is kept; its card says so
+            write_card(job, folder, [str(e)])
+            ours, theirs = (logits(s, job.model.config, [job.tokens], job.device)[0] for s in (job.state, written))
+            return compared(ours, theirs, "our own reader", f"not proven in an engine: {e}")
 
-    def _stock_proof(self, job: Job, folder: Path) -> Proof:
+    def _engine_proof(self, job: Job, folder: Path) -> Proof:
         """With an adapter in fp32: PEFT adds a product that we put in the matrix, and in 16 bits the two round differently."""
-        assert job.tokens is not None
+        obstacles = stock_obstacles(job.state)
+        remark = f"not proven in stock transformers: {'; '.join(obstacles)}" if obstacles else ""
         if not adapter.corrected(job.state):
-            ours = logits(job.state, job.model.config, job.tokens, job.device)
-            return compared(ours, stock_logits(folder, job.tokens, job.state), "transformers")
+            return prove(job, engine(folder, job.state, job.device), remark=remark)
         state = replace(job.state, dtype=torch.float32)
-        theirs = stock_logits(folder, job.tokens, state)
-        ours = logits(state, job.model.config, job.tokens, job.device)
-        return compared(ours, theirs, "transformers with PEFT", "compared in fp32", FP32_TOLERANCE)
+        return prove(job, engine(folder, state, job.device), FP32_TOLERANCE, remark or "compared in fp32", state)
 
 
 # --- what is written -------------------------------------------------------------------------------------------------
@@ -243,26 +240,34 @@ def engines(obstacles: list[str]) -> str:
     return ENGINES if obstacles else f"transformers (with compressed-tensors >= 0.18), {ENGINES}"
 
 
-def stock_logits(folder: Path, tokens: torch.Tensor, state: State) -> torch.Tensor:
-    """The logits of the artifact as stock transformers loads it in the state's dtype, with the adapter as PEFT applies it.
-
-    Progress bars are not shown.
-    Experts run in its plain loop: the grouped product that it prefers rounds differently, which may send a token elsewhere.
-    """
+def engine(folder: Path, state: State, device: str) -> Engine:
+    """What serves it: stock transformers, with PEFT where there is an adapter, or our runtime where those cannot."""
+    if stock_obstacles(state):
+        return packed_engine(folder, state, device)
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     sites = len(adapter.corrected(state))
-    loop = {"experts_implementation": "eager"} if any(s.expert is not None for s in state.graph) else {}
-    options = loop | ({"dtype": state.dtype} if sites else {})
+    # Experts run in the plain loop: the grouped product that transformers prefers rounds differently, which may send a token
+    # elsewhere.
+    options: dict[str, Any] = {"experts_implementation": "eager"} if any(s.expert is not None for s in state.graph) else {}
     try:
-        with redirect_stderr(io.StringIO()), torch.no_grad():
-            model = model_class(config).from_pretrained(folder, local_files_only=True, **options).eval()
-            model = adapter.apply(model, folder, sites) if sites else model
-            out: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
+        with redirect_stderr(io.StringIO()), torch.no_grad():  # progress bars
+            model = model_class(config).from_pretrained(folder, local_files_only=True, dtype=state.dtype, **options)
+            model = adapter.apply(model.to(device), folder, sites) if sites else model.to(device)
     except EngineError:
         raise
-    except Exception as e:  # some architectures read a module's `weight`, which a packed module lacks
+    except Exception as e:
         raise EngineError(f"transformers' {model_class(config).__name__} fails on it ({first_line(e)})") from e
-    return out.float()
+    return Transformers(model, "transformers with PEFT" if sites else "transformers")
+
+
+def packed_engine(folder: Path, state: State, device: str) -> Engine:
+    """Our runtime, which keeps the matrices packed."""
+    from compress.export import runtime  # registers itself with transformers, which is for those who ask for it
+
+    try:
+        return Transformers(runtime.load(folder, device, state.dtype), "compress runtime")
+    except CompressError as e:
+        raise EngineError(f"the runtime does not take it ({first_line(e)})") from e
 
 
 # --- reading it back -------------------------------------------------------------------------------------------------

@@ -23,10 +23,6 @@ from compress.stream import Stream
 TOLERANCE = 2e-2  # of the largest logit: kernels of different shape round differently in 16-bit models
 
 
-class EngineError(Exception):
-    """An engine's own code failed on the artifact; the message says how."""
-
-
 # --- what is written -------------------------------------------------------------------------------------------------
 
 

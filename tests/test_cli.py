@@ -13,7 +13,7 @@ import pytest
 
 from compress.cli import main
 from compress.console import Console
-from compress.export import EXPORTERS
+from compress.export.table import EXPORTERS
 from compress.passes import PASSES
 from tests.conftest import ROOT, Project, Result
 
@@ -32,7 +32,7 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Any:
     return call
 
 
-VERBS = ("plan", "run", "eval", "inspect", "passes")
+VERBS = ("plan", "run", "eval", "bench", "inspect", "passes")
 
 # --- arguments --------------------------------------------------------------------------------------------------------
 
@@ -41,7 +41,7 @@ VERBS = ("plan", "run", "eval", "inspect", "passes")
     ("arguments", "expected"),
     [
         ([], "the following arguments are required: VERB   (see compress --help)"),
-        (["rnu"], "argument VERB: invalid choice: 'rnu' (choose from plan, run, eval, inspect, passes)   (see compress --help)"),
+        (["rnu"], "argument VERB: invalid choice: 'rnu' (choose from plan, run, eval, bench, inspect, passes)   (see compress --help)"),
         (["run"], "the following arguments are required: recipe   (see compress run --help)"),
         (["run", "a.yaml", "--sett", "x"], "unrecognized arguments: --sett x   (see compress --help)"),
         (["eval", "a", "--length", "2.5"], "argument --length: needs a whole number from 2 on, not '2.5'   "

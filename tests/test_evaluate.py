@@ -153,7 +153,7 @@ def test_eval_of_a_run_an_artifact_and_a_model(project: Project):
 
 def test_eval_says_what_it_measured_on(project: Project):
     result = project("eval", project.model, "--text", project.text, "--sequences", "2", "--length", "16")
-    assert f"30 tokens of {project.text}, context 16; read by transformers' modules, streamed" in result.out
+    assert f"30 tokens of {project.text}, context 16; through transformers' modules, streamed" in result.out
     assert "perplexity" in result.out
 
 

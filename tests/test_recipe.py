@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.errors import CompressError, OrderError, RecipeError
-from compress.export import EXPORTERS
+from compress.export.table import EXPORTERS
 from compress.manager import Pass, check_order
 from compress.passes import PASSES
 from compress.recipe import load

@@ -19,7 +19,7 @@ import pytest
 import compress
 from compress.cli import parser
 from compress.data import Data, Text, Windows
-from compress.export import EXPORTERS
+from compress.export.table import EXPORTERS
 from compress.passes import PASSES
 from compress.recipe import Document
 from tests.conftest import ROOT

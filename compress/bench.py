@@ -1,0 +1,83 @@
+"""How fast a model answers: two engines in one run, by turns, so that a busy machine slows both.
+
+Prefill is one pass over a prompt; decode is a token at a time through the cache. What a pass must read of the weights is the
+floor under decoding, so it stands beside the times. A number without a spread says little: each is a median with its extremes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+
+from compress.export.engines import Engine
+from compress.plan import size
+from compress.tables import Row
+
+
+@dataclass
+class Speed:
+    """Seconds of each prefill of the prompt, and of a decoded token, the mean over one continuation."""
+
+    engine: str
+    weight_bytes: int
+    prefill: list[float] = field(default_factory=list)
+    decode: list[float] = field(default_factory=list)
+
+
+def measure(engines: Sequence[Engine], prompt: torch.Tensor, new: int, repeats: int, tick: Callable[[int], None]) -> list[Speed]:
+    """Time each engine on a prompt [1, t] and `new` tokens after it, `repeats` times by turns after a first that does not count.
+
+    `tick` is told how many turns are done.
+    """
+    speeds = [Speed(e.name, 0) for e in engines]
+    for turn in range(repeats + 1):
+        for engine, speed in zip(engines, speeds, strict=True):
+            prefill, decode = once(engine, prompt, new)
+            if turn:
+                speed.prefill.append(prefill)
+                speed.decode.append(decode)
+        tick(turn + 1)
+    for engine, speed in zip(engines, speeds, strict=True):
+        speed.weight_bytes = engine.weight_bytes()  # asked last: some engines unpack in their first pass
+    return speeds
+
+
+def once(engine: Engine, prompt: torch.Tensor, new: int) -> tuple[float, float]:
+    """Seconds of the prefill, and of a decoded token."""
+    start = time.perf_counter()
+    logits, cache = engine.prefill(prompt)
+    filled = time.perf_counter()
+    for _ in range(new):
+        logits, cache = engine.step(logits[:, -1:].argmax(-1), cache)
+    return filled - start, (time.perf_counter() - filled) / new
+
+
+def rows(original: Speed, ours: Speed, prompt: int) -> list[Row]:
+    """The figures side by side, ratios last; more than 1 is better for us."""
+
+    def rates(seconds: list[float], tokens: int) -> str:
+        low, middle, high = (tokens / s for s in (max(seconds), median(seconds), min(seconds)))
+        return f"{middle:.4g} ({low:.4g} to {high:.4g})"
+
+    def faster(which: str) -> str:
+        return f"{median(getattr(original, which)) / median(getattr(ours, which)):.2f}"
+
+    read, ours_read = original.weight_bytes, ours.weight_bytes
+    smaller = f"{read / max(1, ours_read):.2f}"
+    return [["engine", original.engine, ours.engine, ""],
+            ["prefill, tokens/s", rates(original.prefill, prompt), rates(ours.prefill, prompt), faster("prefill")],
+            ["decode, tokens/s", rates(original.decode, 1), rates(ours.decode, 1), faster("decode")],
+            ["weights read per token, prefill", size(read // prompt), size(ours_read // prompt), smaller],
+            ["weights read per token, decode", size(read), size(ours_read), smaller]]  # fmt: skip
+
+
+def json_of(original: Speed, ours: Speed, prompt: int) -> dict[str, Any]:
+    """The medians, for machines."""
+    return {name: {"engine": s.engine, "prefill_tokens_per_second": prompt / median(s.prefill),
+                   "decode_tokens_per_second": 1 / median(s.decode), "weight_bytes": s.weight_bytes}
+            for name, s in (("original", original), ("artifact", ours))}  # fmt: skip
