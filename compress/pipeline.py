@@ -1,7 +1,7 @@
 """From a recipe to artifacts: the one place, beside the command line, that joins passes and exporters.
 
-`prepare` checks everything that can be checked before a weight is read; `plan` tells what `run` will do and cost; `run`
-does it. Both are what the command line calls and what a program may call.
+`plan` tells what `run` will do and cost; `run` does it. Both are what the command line calls and what a program may call; a
+recipe is checked against its model in prepare.py.
 """
 
 from __future__ import annotations
@@ -10,114 +10,26 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from compress import allocation, data, evaluate, manager, report, tables
+from compress import allocation, evaluate, manager, report, tables
 from compress.checkpoint import Layout
 from compress.console import Console
-from compress.errors import CompressError, DataError, RecipeError
-from compress.export.artifact import Exporter, Job, Proof, json_of, place, refuse_foreign
-from compress.export.table import EXPORTERS
+from compress.errors import RecipeError
+from compress.export.artifact import Files, Job, Proof, json_of, place, refuse_foreign
 from compress.manager import Context, Pass
-from compress.model import Model, first_line, open_model
-from compress.passes import PASSES
-from compress.recipe import Recipe, load
+from compress.model import first_line
+from compress.plan import size
+from compress.prepare import Prepared, prepare
+from compress.recipe import Recipe
 from compress.run import RunFolder, Step, digest, step_inputs, versions, write_atomic
 from compress.state import State
 
 BASELINE_BYTES = 450 * 2**20  # Python, torch and transformers, imported
 PROOF_TOKENS = (2, 64)  # windows and tokens on which an artifact's logits are compared
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A recipe whose every claim has been checked against the model, before a weight is read."""
-
-    recipe: Recipe
-    model: Model
-    start: State
-    foreseen: State
-
-    @property
-    def seed(self) -> int:
-        return self.recipe.document.seed
-
-    @property
-    def exports(self) -> tuple[Exporter, ...]:
-        return self.recipe.exports
-
-    @cached_property
-    def calibration(self) -> data.Tokens | None:
-        return self._tokens("calibration")
-
-    @cached_property
-    def evaluation(self) -> data.Tokens | None:
-        return self._tokens("evaluation")
-
-    def _tokens(self, which: str) -> data.Tokens | None:
-        windows = getattr(self.recipe.document.data, which)
-        if windows is None:
-            return None
-        try:
-            check_length(windows.length, self.model.config)
-            return data.read(windows, self.model.folder, self.recipe.base, self.start.graph["embed"].shape[0])
-        except CompressError as e:
-            raise type(e)(f"{self.recipe.place(('data', which))}  {e}") from None
-
-    @property
-    def root_key(self) -> str:
-        return digest(self.model.identity())
-
-
-def check_length(length: int, config: Any) -> None:
-    """DataError where windows are longer than the positions that a model has learned (rotary positions have no such end)."""
-    learned = getattr(config, "max_position_embeddings", None)
-    if learned and config.model_type == "roberta":  # its positions start behind the padding token's
-        learned -= config.pad_token_id + 1
-    if learned is not None and length > learned and not hasattr(config, "rope_parameters"):
-        raise DataError(f"windows of {length} tokens are longer than the {learned} positions that the model has; "
-                        f"ask for length: {learned} or less")  # fmt: skip
-
-
-def prepare(path: Path, overrides: Sequence[str] = ()) -> Prepared:
-    """Read a recipe and check it: options, order, patterns, formats against shapes, exporters against formats."""
-    recipe = load(path, PASSES, EXPORTERS, overrides)
-    try:
-        model = open_model(recipe.document.model, recipe.base)
-        graph = model.graph
-    except CompressError as e:
-        raise type(e)(f"{recipe.place(('model',))}  {e}") from None
-    # A config without weights has no checkpoint; nothing that `plan` does reads one.
-    start = model.state if model.has_weights else State(graph, None, model.dtype, tuple(model.specs))  # type: ignore[arg-type]
-    try:
-        manager.check_order(recipe.passes, start.facts)
-    except CompressError as e:
-        raise recipe.located(e) from None
-    foreseen = start
-    for i, p in enumerate(recipe.passes):
-        try:
-            p.check(recipe.document.data.calibration is not None, recipe.passes[i + 1 :])
-            outcomes = p.outcomes(foreseen) if p.decides else ()
-            foreseen = manager.foresee([p], foreseen)
-        except CompressError as e:
-            raise recipe.located(e, "passes", i) from None
-        for outcome in outcomes:
-            check_exports(recipe, outcome)
-    check_exports(recipe, foreseen)
-    return Prepared(recipe, model, start, foreseen)
-
-
-def check_exports(recipe: Recipe, state: State) -> None:
-    """ExportError, with its place in the recipe, where an exporter cannot hold a state."""
-    for i, exporter in enumerate(recipe.exports):
-        try:
-            exporter.check(state)
-        except CompressError as e:
-            raise recipe.located(e, "export", i) from None
 
 
 # --- plan ------------------------------------------------------------------------------------------------------------
@@ -129,7 +41,7 @@ class Planned:
 
     prepared: Prepared
     steps: list[tuple[str, str, str]]
-    layouts: dict[str, Layout]
+    layouts: dict[str, Files]
     original: Layout
     peak_bytes: int
     seconds: float
@@ -162,15 +74,28 @@ def plan(
     remarks = [r for e in ready.exports for r in e.remarks(ready.foreseen)]
     if not ready.model.has_weights:
         remarks.append(f"{ready.model.folder} holds no weights: sizes are those of the config in {str(ready.start.dtype)[6:]}")
+    layouts = {e.name: e.layout(ready.model, ready.foreseen) for e in ready.exports}
+    remarks += over_budget(ready.foreseen, layouts)
     return Planned(
         prepared=ready,
         steps=step_states(ready, out),
-        layouts={e.name: e.layout(ready.model, ready.foreseen) for e in ready.exports},
+        layouts=layouts,
         original=Layout.of(ready.model.specs),
         peak_bytes=BASELINE_BYTES + max((c.peak_bytes for c in costs), default=0),
         seconds=estimate(ready, costs),
         remarks=remarks,
     )
+
+
+def over_budget(state: State, layouts: Mapping[str, Files]) -> list[str]:
+    """What to know where a budget of bytes, which counts safetensors, is passed by another exporter's containers."""
+    forecast = state.plan.forecast if state.plan else None
+    found = []
+    for limit in forecast.spent if forecast else ():
+        whole = not limit.name.endswith("bits") and ":" not in limit.name  # of the file, not of some matrices or an average
+        found += [f"{name} takes {size(files.nbytes)}, above the budget of {limit.name}, which counts safetensors of our formats"
+                  for name, files in layouts.items() if whole and files.nbytes > limit.allowed]  # fmt: skip
+    return found
 
 
 def decided(ready: Prepared, out: Path, measure: bool, device: str, console: Console) -> Prepared:
@@ -345,8 +270,8 @@ def execute(ready: Prepared, out: Path, last: int, device: str, console: Console
 
 def result_bytes(ready: Prepared, state: State) -> int:
     """Bytes of the tensors as the first exporter lays them out; of the source's own where nothing is exported."""
-    layouts = [e.layout(ready.model, state) for e in ready.exports] or [Layout.of(ready.model.specs)]
-    return layouts[0].tensor_bytes
+    layouts: list[Files] = [e.layout(ready.model, state) for e in ready.exports]
+    return layouts[0].tensor_bytes if layouts else Layout.of(ready.model.specs).tensor_bytes
 
 
 def scored(ready: Prepared, state: State, key: str, out: Path, device: str, console: Console) -> dict[str, Any]:

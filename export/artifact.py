@@ -14,16 +14,16 @@ import hashlib
 import json
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from compress.checkpoint import Layout, disk_error
+from compress.checkpoint import disk_error
 from compress.errors import ExportError
 from compress.model import Model
 from compress.state import State
@@ -56,6 +56,17 @@ class Job:
     device: str = "cpu"
 
 
+class Files(Protocol):
+    """What an exporter will write: every weight file by name and bytes. `tensor_bytes` leaves headers out."""
+
+    @property
+    def files(self) -> Sequence[Any]: ...
+    @property
+    def tensor_bytes(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
 class Exporter(BaseModel, ABC):
     """One kind of artifact. Subclasses are listed in table.py."""
 
@@ -72,7 +83,7 @@ class Exporter(BaseModel, ABC):
         """What the user should know about engines before the run."""
 
     @abstractmethod
-    def layout(self, model: Model, state: State) -> Layout:
+    def layout(self, model: Model, state: State) -> Files:
         """The weight files to be, to the byte."""
 
     @abstractmethod

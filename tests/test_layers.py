@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 
 # From the top. A module may import from its own line, without cycles, and from lines below; nobody from above.
 LAYERS = (
-    ("cli", "commands", "pipeline", "bench", "__main__"),
+    ("cli", "commands", "pipeline", "prepare", "bench", "__main__"),
     ("recipe", "run", "report", "evaluate", "console", "allocation", "tables"),
     ("passes", "export"),
     ("manager", "analysis"),

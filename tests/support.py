@@ -1,0 +1,100 @@
+"""What each exporter holds, and which engine then computes the same: made by trying, printed by `python -m tests.support`.
+
+A cell is the proof of a run: the artifact was written, loaded by the engine named, gave the run's logits within the tolerance of
+`export/proof.py` and the run's greedy text. A dash is a refusal by `check`, before anything is computed.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import transformers
+
+from compress.errors import CompressError
+from compress.export.artifact import Proof
+from compress.export.table import EXPORTERS
+from compress.formats import parse
+from compress.model import open_model
+from compress.plan import BitPlan
+from compress.state import State
+from compress.tables import pipes
+from tests.conftest import FAMILIES, make_model, write_text
+from tests.cooking import bake
+
+FORMATS = (*(f"int{b}:g32" for b in range(2, 9)), "int4:g64", "int4:channel", "int4:g32:asym", "int2:g32:asym", "nf4:g64",
+           "nf3:g64", "nf4:g64:dq8x256", "nf8:g64", "lut4:g64", "lut3:g64:shared", "lut2:g64", "int4:g32+r4",
+           "nf4:g64+r4")  # fmt: skip
+COMMON = "int4:g32"  # what families are tried with
+REFUSED = "-"
+
+
+def state_of(source: Path, form: str) -> State:
+    """A model with every matrix inside its blocks planned to be in one format."""
+    state = open_model(str(source)).state
+    return State(state.graph, state.checkpoint, state.dtype, state.specs,
+                 plan=BitPlan({s.name: parse(form) for s in state.graph.linear}))  # fmt: skip
+
+
+def refusal(exporter: str, source: Path, form: str) -> str | None:
+    """Why an exporter does not take a model in a format; None where it does."""
+    try:
+        EXPORTERS[exporter]().check(state_of(source, form))
+    except CompressError as e:
+        return str(e)
+    return None
+
+
+def proven(exporter: str, source: Path, text: Path, form: str, folder: Path) -> Proof:
+    """The proof of one run."""
+    method = "lqlora" if "+r" in form else "quantize"
+    options = {"rank": parse(form).rank, "format": str(parse(form).base)} if method == "lqlora" else {"format": form}  # type: ignore[union-attr]
+    return bake(folder, source, text, exporter, {method: {"method": "rtn", **options}}).artifacts[exporter][1]
+
+
+def cell(exporter: str, source: Path, text: Path, form: str) -> str:
+    """What the table says of one exporter, model and format."""
+    if refusal(exporter, source, form):
+        return REFUSED
+    with tempfile.TemporaryDirectory() as folder:
+        proof = proven(exporter, source, text, form, Path(folder))
+    return re.sub(r" [\d.]+\S*", "", proof.engine)
+
+
+def rows(names: tuple[str, ...], pairs: Iterator[tuple[str, Path, str]], text: Path) -> list[list[str]]:
+    found = []
+    for name, source, form in pairs:
+        found.append([f"`{name}`", *(cell(exporter, source, text, form) for exporter in names)])
+        print(" | ".join(found[-1]), file=sys.stderr, flush=True)
+    return found
+
+
+HEAD = """\
+# What loads where
+
+Printed by `python -m tests.support`, which runs a recipe for every cell on a tiny model: the engine named has loaded the artifact
+and given the run's logits and greedy text (`export/proof.py`). A dash is a refusal, in `plan` already, that says what to do
+instead. "our own reader" is ours, block by block: no engine at hand could load that one, and the run says why. What was tried
+besides, in vLLM, GPTQModel and others, is told in the page of each exporter: [Export](export.md)."""
+
+
+def page(folder: Path) -> str:
+    """The whole page."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    text, names = write_text(folder / "words.txt"), tuple(EXPORTERS)
+    models = {name: make_model(folder / name, config()) for name, config in FAMILIES.items()}
+    by_format = rows(names, ((form, models["llama"], form) for form in FORMATS), text)
+    by_family = rows(names, ((name, models[name], COMMON) for name in models), text)
+    return "\n\n".join([HEAD, "## Formats, on Llama", pipes(by_format, ["format", *names]),
+                        f"## Families, in `{COMMON}`", pipes(by_family, ["family", *names])]) + "\n"  # fmt: skip
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as place:
+        print(page(Path(place)), end="")
