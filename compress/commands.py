@@ -20,7 +20,7 @@ import yaml
 from compress import allocation, bench, data, evaluate, pipeline, tables
 from compress.console import Console
 from compress.errors import CompressError, MatchError, ModelError, RecipeError, RunError, did_you_mean
-from compress.export import adapter, native
+from compress.export import adapter, compressed_tensors, native
 from compress.export.engines import Engine, EngineError, dense
 from compress.export.table import EXPORTERS, KINDS, Kind
 from compress.formats import Dense, Format
@@ -210,17 +210,18 @@ def original_of(options: argparse.Namespace) -> Model | None:
 
 
 def hand_over(options: argparse.Namespace) -> None:
-    """Let lm-eval measure tasks through transformers."""
+    """Let lm-eval measure tasks through transformers, which our runtime has taught to load native artifacts."""
     if importlib.util.find_spec("lm_eval") is None:
         raise CompressError("--tasks needs lm-eval:  pip install lm-eval")
-    model, _, _ = opened(options.what)
-    if native.is_artifact(model.folder):
-        raise CompressError(f"{model.folder}: --tasks goes through transformers, which has no native formats; export "
-                            "compressed_tensors as well")  # fmt: skip
+    model, _, kind = opened(options.what)
+    if kind not in (None, compressed_tensors, native):
+        raise CompressError(f"{model.folder}: --tasks goes through transformers, which does not load this kind of artifact; "
+                            "export compressed_tensors or native as well")  # fmt: skip
     corrected = f",peft={model.folder / adapter.FOLDER}" if adapter.present(model.folder) else ""
     arguments = ["--model", "hf", "--model_args", f"pretrained={model.folder}{corrected}", "--tasks", options.tasks,
                  "--device", options.device]  # fmt: skip
-    code = subprocess.run([sys.executable, "-m", "lm_eval", *arguments], check=False).returncode
+    program = "import compress.export.runtime; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
+    code = subprocess.run([sys.executable, "-c", program, *arguments], check=False).returncode
     if code:
         raise CompressError(f"lm-eval ended with exit code {code}")
 

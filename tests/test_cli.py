@@ -41,7 +41,8 @@ VERBS = ("plan", "run", "eval", "bench", "inspect", "passes")
     ("arguments", "expected"),
     [
         ([], "the following arguments are required: VERB   (see compress --help)"),
-        (["rnu"], "argument VERB: invalid choice: 'rnu' (choose from plan, run, eval, bench, inspect, passes)   (see compress --help)"),
+        (["rnu"], "argument VERB: invalid choice: 'rnu' (choose from plan, run, eval, bench, inspect, passes)   "
+         "(see compress --help)"),
         (["run"], "the following arguments are required: recipe   (see compress run --help)"),
         (["run", "a.yaml", "--sett", "x"], "unrecognized arguments: --sett x   (see compress --help)"),
         (["eval", "a", "--length", "2.5"], "argument --length: needs a whole number from 2 on, not '2.5'   "

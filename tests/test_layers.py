@@ -24,14 +24,18 @@ LAYERS = (
     ("graph", "formats", "codebooks", "grid", "bitpack", "errors"),
 )
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
-TRANSFORMERS = {"model", "stream", "data", "export.compressed_tensors"}  # the last one to prove what it wrote in the stock engine
+# The exporters and the runtime, to load what was written in the engine that will serve it.
+TRANSFORMERS = {"model", "stream", "data", "export.compressed_tensors", "export.gptq_engines", "export.onnx",
+                "export.runtime"}  # fmt: skip
+RUNTIME = {"formats", "codebooks", "grid", "bitpack", "checkpoint", "errors"}  # all that an artifact needs of the rest to be run
 FOLDERS = {"compress": ROOT / "compress", "passes": ROOT / "passes", "export": ROOT / "export"}
 
 
 def sources() -> dict[str, Path]:
     """Module name without the leading 'compress.' -> file, for everything that is installed."""
     core = {p.stem: p for p in FOLDERS["compress"].glob("*.py") if p.stem != "__init__"}
-    parts = {f"{n}.{p.stem}".removesuffix(".__init__"): p for n in ("passes", "export") for p in FOLDERS[n].rglob("*.py")}
+    parts = {".".join((n, *p.relative_to(FOLDERS[n]).with_suffix("").parts)).removesuffix(".__init__"): p
+             for n in ("passes", "export") for p in FOLDERS[n].rglob("*.py")}  # fmt: skip
     return core | parts
 
 
@@ -101,7 +105,14 @@ def test_the_core_names_no_algorithm() -> None:
 @pytest.mark.parametrize("module", sorted(sources()))
 def test_transformers_is_imported_by_the_adapter_alone(module: str) -> None:
     if any(name.split(".")[0] == "transformers" for name in imported(sources()[module])):
-        assert module in TRANSFORMERS
+        assert any(module == known or module.startswith(f"{known}.") for known in TRANSFORMERS), module
+
+
+def test_the_runtime_needs_the_formats_alone() -> None:
+    for module, path in sources().items():
+        if module.startswith("export.runtime"):
+            others = {other for other in ours(path) if not other.startswith("export.runtime")}
+            assert others <= RUNTIME, module
 
 
 def test_the_parts_are_imported_as_compress_passes_and_compress_export() -> None:
@@ -134,8 +145,10 @@ def test_the_wheel_is_one_package_with_everything_in_it(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {n.split("/")[0] for n in names if ".dist-info/" not in n} == {"compress"}
-    wanted = {f"compress/{m.replace('.', '/')}.py" for m in sources() if m not in ("passes", "export")}
-    assert wanted | {"compress/py.typed", "compress/passes/__init__.py", "compress/export/__init__.py"} <= set(names)
+    wanted = {f"compress/{m.replace('.', '/')}.py" for m, p in sources().items() if p.stem != "__init__"}
+    wanted |= {f"compress/{m.replace('.', '/')}/__init__.py" for m, p in sources().items() if p.stem == "__init__"}
+    wanted |= {f"compress/export/runtime/kernels/{p.name}" for p in (ROOT / "export/runtime/kernels").iterdir()}
+    assert wanted | {"compress/py.typed"} <= set(names)
     check = (
         "from importlib.util import find_spec as f; print(*(f(f'compress.{n}').origin for n in ('passes', 'export.artifact')))"
     )

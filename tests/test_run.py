@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from compress import pipeline
 from compress.errors import RunError
 from compress.export.compressed_tensors import CompressedTensors
+from compress.passes import PASSES
 from compress.passes.quantize import Quantize
 from compress.run import RunFolder, Step, digest, first_difference, read_part, shorten, write_atomic
 from compress.state import Fact
@@ -282,7 +283,7 @@ def test_until_before_the_last_step_exports_nothing(project: Project, monkeypatc
         def run(self, state: Any, ctx: Any) -> Any:
             return state
 
-    monkeypatch.setitem(pipeline.PASSES, "idle", Idle)
+    monkeypatch.setitem(PASSES, "idle", Idle)
     project.edit("export:", "  - idle: {}\nexport:")
     assert project("run", project.recipe, "--until", "quantize").code == 0
     assert len(names(project.out / "steps")) == 1

@@ -29,6 +29,7 @@ VERBS = {
     "run": {"recipe": None, "--out": None, "--set": [], "--until": None, "--device": "cpu"},
     "eval": {"what": None, "--text": None, "--sequences": 32, "--length": 512, "--against": None, "--device": "cpu",
              "--json": False, "--tasks": None},
+    "bench": {"what": None, "--against": None, "--prompt": 128, "--new": 32, "--repeats": 5, "--device": "cpu", "--json": False},
     "inspect": {"what": None, "site": None, "--errors": False, "--json": False},
     "passes": {"name": None, "--schema": False},
 }  # fmt: skip
@@ -53,7 +54,8 @@ DATA: dict[type, dict[str, Any]] = {
               "length": 2048, "bos": False, "sources": []},
 }  # fmt: skip
 
-SOURCES = sorted(p for name in ("compress", "passes", "export", "recipes", "benchmarks") for p in (ROOT / name).glob("*.py"))
+PARTS = ("passes", "export", "recipes", "benchmarks")
+SOURCES = sorted([*(ROOT / "compress").glob("*.py"), *(p for name in PARTS for p in (ROOT / name).rglob("*.py"))])
 LONGEST_FUNCTION, LONGEST_FILE, MEDIAN = 60, 400, 15
 
 
