@@ -48,13 +48,15 @@ def plan_command(options: argparse.Namespace) -> None:
         print("\n" + allocated(bits, ready.foreseen))
     print()
     print(tables.columns(format_rows(ready.foreseen), ["format", "sites", "weights", "bytes"], right=(1, 2, 3)))
-    print(f"\n{len(graph.sites)} sites, {len(bits.formats) if bits else 0} change; original {size(planned.original.nbytes)}")
+    linear = evaluate.sizes(ready.foreseen, 0).linear_bits
+    changed = len(bits.formats) if bits else 0
+    print(f"\n{len(graph.sites)} sites, {changed} change; {linear:.3f} bits per weight in linear layers; "
+          f"original {size(planned.original.nbytes)}")  # fmt: skip
     for name, layout in planned.layouts.items():
         share = layout.nbytes / planned.original.nbytes
-        figures = evaluate.sizes(ready.foreseen, layout.tensor_bytes)
         print(f"{name}: {layout.nbytes:,} bytes in {len(layout.files)} file{'s' * (len(layout.files) > 1)}"
-              f" ({size(layout.nbytes)}, {share:.0%} of the original; {figures.linear_bits:.3f} bits per weight in"
-              f" linear layers, {figures.file_bits:.3f} over the whole file)")  # fmt: skip
+              f" ({size(layout.nbytes)}, {share:.0%} of the original; "
+              f"{evaluate.sizes(ready.foreseen, layout.tensor_bytes).file_bits:.3f} bits per weight)")  # fmt: skip
     print(f"peak memory about {size(planned.peak_bytes)}, time about {tables.span(planned.seconds)} on this machine's CPU")
     for remark in planned.remarks:
         print(f"note: {remark}")
@@ -123,7 +125,8 @@ def engine_of(kind: Kind | None, model: Model, state: State, device: str) -> tup
         engine.prefill(torch.zeros(1, 2, dtype=torch.int64))  # some fail only when they run
     except EngineError as e:
         return None, f"{kind.READER} ({e})"
-    return engine, engine.name
+    remark = getattr(engine, "remark", "")
+    return engine, f"{engine.name} ({remark})" if remark else engine.name
 
 
 def eval_command(options: argparse.Namespace) -> None:
@@ -214,7 +217,7 @@ def hand_over(options: argparse.Namespace) -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise CompressError("--tasks needs lm-eval:  pip install lm-eval")
     model, _, kind = opened(options.what)
-    if kind not in (None, compressed_tensors, native):
+    if kind and not (compressed_tensors.is_artifact(model.folder) or native.is_artifact(model.folder)):
         raise CompressError(f"{model.folder}: --tasks goes through transformers, which does not load this kind of artifact; "
                             "export compressed_tensors or native as well")  # fmt: skip
     corrected = f",peft={model.folder / adapter.FOLDER}" if adapter.present(model.folder) else ""
