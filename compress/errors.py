@@ -8,6 +8,7 @@
     ├── DataError                   calibration or evaluation text: missing, too short
     ├── FormatError                 a format's text, or a format that does not fit a matrix
     ├── RunError                    the run directory: in use, made by other settings, disk full
+    ├── KernelError                 CUDA kernels that cannot be compiled, or do not run on this machine
     └── ExportError                 an artifact that the target cannot hold, or that does not prove itself
 
     ContractError(RuntimeError)     our mistake, or a pass author's: the message says so and a traceback is shown
@@ -62,6 +63,10 @@ class RunError(CompressError):
 
 class ExportError(CompressError):
     """An artifact cannot be written for its target, or failed its own check."""
+
+
+class KernelError(CompressError):
+    """The CUDA kernels cannot be compiled, or do not run on this machine."""
 
 
 class ContractError(RuntimeError):
