@@ -25,6 +25,7 @@ from compress.errors import ModelError, RunError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 OWN = "compress"  # weight files of our own formats: a name that no other tool takes for a model's
+OWN_INDEX = f"{OWN}.safetensors.index.json"  # of several such files
 HASHED_BYTES = 2 << 30  # a few seconds of hashing
 
 DTYPES = {
@@ -163,6 +164,8 @@ def weight_files(folder: Path) -> list[Path]:
             names = sorted({str(name) for name in json.loads((folder / INDEX).read_text())["weight_map"].values()})
         except (ValueError, LookupError, TypeError, AttributeError) as e:
             raise ModelError(f"{folder / INDEX}: broken index ({e}); download it again") from None
+        if foreign := next((name for name in names if Path(name).name != name), None):
+            raise ModelError(f"{folder / INDEX}: names '{foreign[:80]}', which is no file of this folder; download it again")
         return [folder / name for name in names]
     if (folder / SINGLE).exists():
         return [folder / SINGLE]
@@ -207,7 +210,7 @@ class Layout:
     def of(cls, specs: Sequence[Spec], shard_bytes: int = 5_000_000_000, stem: str = "") -> Layout:
         """Tensors in the given order, a new shard before one would pass `shard_bytes`.
 
-        The files are named as transformers does, or, with a `stem`, stem-00001.safetensors and on, without an index.
+        The files are named as transformers does, or, with a `stem`, stem-00001.safetensors and on.
         """
         shards: list[list[Spec]] = [[]]
         size = 0
@@ -225,14 +228,16 @@ class Layout:
         return cls(tuple(File(f"model-{i + 1:05}-of-{n:05}.safetensors", tuple(s)) for i, s in enumerate(shards)))
 
     @property
-    def index(self) -> bytes | None:
-        """The bytes of the index file, or None where there are no shards that need one."""
-        shards = [file for file in self.files if file.name.startswith("model-")]
+    def index(self) -> tuple[str, bytes] | None:
+        """The name and the bytes of the index file, or None where there are no shards that need one."""
+        name, shards = INDEX, [file for file in self.files if file.name.startswith("model-")]
         if not shards:
+            name, shards = OWN_INDEX, [file for file in self.files if file.name.startswith(f"{OWN}-")]
+        if not shards or (name == OWN_INDEX and len(shards) == 1):
             return None
         weight_map = {spec.name: file.name for file in shards for spec in file.specs}
         table = {"metadata": {"total_size": sum(s.nbytes for f in shards for s in f.specs)}, "weight_map": weight_map}
-        return json.dumps(table, indent=1).encode()
+        return name, json.dumps(table, indent=1).encode()
 
     @property
     def tensor_bytes(self) -> int:
@@ -241,7 +246,7 @@ class Layout:
     @property
     def nbytes(self) -> int:
         """Bytes of all files, headers and index included."""
-        return sum(file.nbytes for file in self.files) + len(self.index or b"")
+        return sum(file.nbytes for file in self.files) + (len(self.index[1]) if self.index else 0)
 
     def write(self, folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Write the files from a stream of (name, tensor) in the layout's own order, one tensor in memory at a time."""
@@ -258,8 +263,9 @@ class Layout:
                     write_all(out.fileno(), tensor_bytes(tensor), folder)
                 os.fsync(out.fileno())
         assert next(stream, None) is None, "more tensors than the layout has room for"
-        if self.index is not None:
-            (folder / INDEX).write_bytes(self.index)
+        if self.index:
+            name, data = self.index
+            (folder / name).write_bytes(data)
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

@@ -19,7 +19,8 @@ from compress import allocation, evaluate, manager, report, tables
 from compress.checkpoint import Layout
 from compress.console import Console
 from compress.errors import RecipeError
-from compress.export.artifact import Files, Job, Proof, json_of, place, refuse_foreign
+from compress.export.artifact import Files, Job, Proof, place, refuse_foreign
+from compress.export.runtime.reading import json_of
 from compress.manager import Context, Pass
 from compress.model import first_line
 from compress.plan import size

@@ -23,8 +23,8 @@ from torch import nn
 from compress import formats
 from compress.checkpoint import Checkpoint, File, Spec
 from compress.errors import CompressError, ExportError, ModelError
-from compress.export.artifact import json_of
 from compress.export.engines import EngineError
+from compress.export.runtime.reading import json_of
 from compress.export.tensors import Placed, formats_of
 from compress.formats import Dense, LowRank
 from compress.graph import Site

@@ -4,13 +4,12 @@ An exporter is a frozen pydantic model like a pass. It says beforehand what it c
 know (`remarks`) and the exact files (`layout`); it writes into a folder beside its final name, proves the artifact, and only then
 renames it. How tensors get into the files and back out is in tensors.py.
 
-`MARK` notes the size of every file and the hash of every weight file. Sizes are compared whenever a run asks whether the
+`MARK` notes the size of every file, and the hashes of weight files and config. Sizes are compared whenever a run asks whether the
 artifact is there; hashes are for whoever received a copy, and `native.read` compares them where that takes no more than seconds.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from abc import ABC, abstractmethod
@@ -25,10 +24,10 @@ from pydantic import BaseModel, ConfigDict
 
 from compress.checkpoint import disk_error
 from compress.errors import ExportError
+from compress.export.runtime.reading import MARK, json_of, sha256
 from compress.model import Model
 from compress.state import State
 
-MARK = "compress.json"  # in every artifact: which run and settings it comes from
 WEIGHTS = {".safetensors", ".onnx", ".data", ".gguf"}
 CARRIED = {".json", ".jinja", ".model", ".txt", ".py", ".tiktoken"}
 
@@ -115,7 +114,8 @@ def place(exporter: Exporter, job: Job, out: Path) -> tuple[Path, Proof]:
         partial.mkdir(parents=True)
         exporter.write(job, partial)
         proof = exporter.prove(job, partial)
-        hashes = {name: sha256(partial / name) for name in sizes(partial) if Path(name).suffix in WEIGHTS}
+        hashed = (name for name in sizes(partial) if Path(name).suffix in WEIGHTS or name == "config.json")
+        hashes = {name: sha256(partial / name) for name in hashed}
         note = {"schema": 1, "exporter": exporter.name, "key": job.key, "proof": asdict(proof), "sizes": sizes(partial),
                 "sha256": hashes}  # fmt: skip
         (partial / MARK).write_text(json.dumps(note, indent=1) + "\n")
@@ -132,20 +132,6 @@ def place(exporter: Exporter, job: Job, out: Path) -> tuple[Path, Proof]:
 def sizes(folder: Path) -> dict[str, int]:
     """The size of every file in a folder and its subfolders, by its path within the folder."""
     return {p.relative_to(folder).as_posix(): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def sha256(file: Path) -> str:
-    with file.open("rb") as held:
-        return hashlib.file_digest(held, "sha256").hexdigest()
-
-
-def json_of(file: Path) -> dict[str, Any]:
-    """A JSON mapping; empty where the file is absent, damaged, or holds something else."""
-    try:
-        known = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}
 
 
 def mark(folder: Path) -> dict[str, Any]:

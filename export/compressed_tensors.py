@@ -10,29 +10,27 @@ The factors of low-rank sites lie beside, as a PEFT adapter (adapter.py): the en
 
 from __future__ import annotations
 
-import io
 import re
-from contextlib import redirect_stderr
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
-import psutil
 import torch
-import transformers
 from pydantic import Field
 
 from compress.checkpoint import Layout
-from compress.errors import CompressError, ExportError, ModelError
+from compress.errors import ExportError, ModelError
 from compress.export import adapter
 from compress.export.artifact import Exporter, Job, Proof, carry_over
-from compress.export.engines import Engine, EngineError, Transformers
+from compress.export.compressed_engines import RUNTIME, STOCK, VLLM, engine, lacking, stock_obstacles
+from compress.export.engines import EngineError
 from compress.export.proof import logits, prove
+from compress.export.runtime.reading import declared
 from compress.export.tensors import (
+    TOLERANCE,
     Placed,
     compared,
-    declared,
     formats_of,
     same_tensors,
     tensors,
@@ -40,9 +38,10 @@ from compress.export.tensors import (
 )
 from compress.formats import Dense, Format, Int
 from compress.graph import Graph, Site
-from compress.model import Model, first_line, model_class, open_model
+from compress.model import Model, open_model
 from compress.state import Fact, State
 
+__all__ = ["READER", "CompressedTensors", "engine", "is_artifact", "open_artifact", "read"]
 FP32_TOLERANCE = 1e-3  # of the largest logit
 READER = "our reader of compressed-tensors, streamed"
 USE_VLLM = "```bash\nvllm serve THIS_FOLDER\n```"
@@ -50,6 +49,11 @@ USE_TRANSFORMERS = """\
 ```python
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")
+```"""
+USE_RUNTIME = """\
+```python
+from compress.export import runtime  # pip install compress-pipeline
+model = runtime.load("THIS_FOLDER")
 ```"""
 USE_ADAPTER = "The low-rank corrections are a PEFT adapter in `adapter/`; without it the folder is the model uncorrected."
 USE_PEFT = """\
@@ -61,7 +65,6 @@ model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")
 model(torch.tensor([[0]]))  # the first pass unpacks the matrices, which PEFT needs to see
 model = PeftModel.from_pretrained(model, "THIS_FOLDER/adapter")
 ```"""
-ENGINES = "vLLM >= 0.31 (2 to 8 bits; 0.25 to 0.30: symmetric)"
 
 
 class CompressedTensors(Exporter):
@@ -90,10 +93,10 @@ class CompressedTensors(Exporter):
 
     def remarks(self, state: State) -> list[str]:
         reasons = stock_obstacles(state)
-        said = [f"compressed_tensors loads in stock transformers (compressed-tensors >= 0.18) and {ENGINES}"]
+        said = [f"compressed_tensors loads in stock transformers (compressed-tensors >= 0.18) and {VLLM}"]
         if reasons:
             said = [f"compressed_tensors: stock transformers cannot load it today: {'; '.join(reasons)}; it is written for "
-                    f"{ENGINES} and 'compress eval'"]  # fmt: skip
+                    f"{VLLM} and our runtime"]  # fmt: skip
         return said + beside(state)
 
     def layout(self, model: Model, state: State) -> Layout:
@@ -108,7 +111,7 @@ class CompressedTensors(Exporter):
         if adapter.corrected(job.state):
             adapter.write_config(job.state, folder)
         carry_over(job.model.folder, folder)
-        write_card(job, folder, stock_obstacles(job.state))
+        write_card(job, folder, USE_RUNTIME if stock_obstacles(job.state) else stock_use(job.state))
 
     def prove(self, job: Job, folder: Path) -> Proof:
         written = read(folder)
@@ -116,22 +119,22 @@ class CompressedTensors(Exporter):
         if job.tokens is None:
             return Proof("our own reader", 0.0, "every code compared; no text in the recipe to compare logits on")
         try:
-            if reasons := lacking(job.state):
-                raise EngineError("; ".join(reasons))
-            return self._engine_proof(job, folder)
+            return in_engine(job, folder)
         except EngineError as e:  # vLLM has its own code for the architecture, so the artifact is kept; its card says so
-            write_card(job, folder, [str(e)])
+            write_card(job, folder, None)
             ours, theirs = (logits(s, job.model.config, [job.tokens], job.device)[0] for s in (job.state, written))
             return compared(ours, theirs, "our own reader", f"not proven in an engine: {e}")
 
-    def _engine_proof(self, job: Job, folder: Path) -> Proof:
-        """With an adapter in fp32: PEFT adds a product that we put in the matrix, and in 16 bits the two round differently."""
-        obstacles = stock_obstacles(job.state)
-        remark = f"not proven in stock transformers: {'; '.join(obstacles)}" if obstacles else ""
-        if not adapter.corrected(job.state):
-            return prove(job, engine(folder, job.state, job.device), remark=remark)
-        state = replace(job.state, dtype=torch.float32)
-        return prove(job, engine(folder, state, job.device), FP32_TOLERANCE, remark or "compared in fp32", state)
+
+def in_engine(job: Job, folder: Path) -> Proof:
+    """With an adapter in fp32: engines add a product that we put in the matrix, and in 16 bits the two round differently."""
+    adapted = bool(adapter.corrected(job.state))
+    state = replace(job.state, dtype=torch.float32) if adapted else job.state
+    found = engine(folder, state, job.device)
+    if found.name == RUNTIME and not lacking(state):
+        write_card(job, folder, USE_RUNTIME)
+    remark = "; ".join(filter(None, (found.remark, "compared in fp32" if adapted else "")))
+    return prove(job, found, FP32_TOLERANCE if adapted else TOLERANCE, remark, state)
 
 
 # --- what is written -------------------------------------------------------------------------------------------------
@@ -189,34 +192,6 @@ def split_group(group: tuple[Site, ...], formats: dict[str, Format]) -> str:
             "pin them together")  # fmt: skip
 
 
-def stock_obstacles(state: State) -> list[str]:
-    """Why stock transformers cannot load the artifact; empty when it can."""
-    formats = {n: f for n, f in formats_of(adapter.base_of(state)).items() if isinstance(f, Int)}
-    found = []
-    if any(not f.symmetric for f in formats.values()):
-        found.append("asymmetric formats (compressed-tensors 0.18 to 0.20 does not load their zero points)")
-    if any(state.graph[n].transposed for n in formats):
-        found.append(f"'{state.graph.family}' keeps its matrices in Conv1D modules, which compressed-tensors passes over: what "
-                     "loads has random weights in their place")  # fmt: skip
-    experts = {str(formats.get(s.name)) for s in state.graph if s.expert is not None}
-    if len(experts) > 1:
-        found.append("experts of different formats (it reads all experts with one)")
-    return found
-
-
-def lacking(state: State) -> list[str]:
-    """Why the artifact cannot be compared in stock transformers here, though that loads it."""
-    adapted = bool(adapter.corrected(state))
-    needed = sum(s.numel for s in state.graph) * (4 if adapted else state.dtype.itemsize) * 1.5
-    if needed > psutil.virtual_memory().available:
-        return [f"the dense model needs {needed / 2**30:.1f} GiB of memory"]
-    if adapted and not adapter.installed():
-        return ["the adapter needs PEFT, which is not installed (pip install peft)"]
-    if adapted and any(state.graph[n].expert is not None for n in formats_of(state)):
-        return ["adapters are compared in fp32, and it unpacks experts in 16 bits"]
-    return []
-
-
 def beside(state: State) -> list[str]:
     """What to know of the adapter, where there is one."""
     found = adapter.corrected(state)
@@ -228,46 +203,18 @@ def beside(state: State) -> list[str]:
             f"vLLM takes such adapters with --enable-lora and a --max-lora-rank of {most} or more (not tried)"]  # fmt: skip
 
 
-def write_card(job: Job, folder: Path, obstacles: list[str]) -> None:
-    """The model card, with the ways to load the artifact that are known to work."""
-    adapted = bool(adapter.corrected(job.state))
-    ways = [USE_ADAPTER if adapted else USE_VLLM, *([] if obstacles else [USE_PEFT if adapted else USE_TRANSFORMERS])]
-    facts = {"library": "transformers", "tag": "compressed-tensors", "loads in": engines(obstacles), "use": "\n\n".join(ways)}
+def stock_use(state: State) -> str:
+    """How to load the artifact in stock transformers."""
+    return USE_PEFT if adapter.corrected(state) else USE_TRANSFORMERS
+
+
+def write_card(job: Job, folder: Path, use: str | None) -> None:
+    """The model card, with vLLM and one way to load the artifact in transformers that is known to work, if there is one."""
+    first = USE_ADAPTER if adapter.corrected(job.state) else USE_VLLM
+    loads = {USE_RUNTIME: f"{VLLM}, {RUNTIME}", None: VLLM}.get(use, f"{STOCK}, {VLLM}")
+    facts = {"library": "transformers", "tag": "compressed-tensors", "loads in": loads,
+             "use": "\n\n".join(filter(None, (first, use)))}  # fmt: skip
     (folder / "README.md").write_text(job.card(facts))
-
-
-def engines(obstacles: list[str]) -> str:
-    return ENGINES if obstacles else f"transformers (with compressed-tensors >= 0.18), {ENGINES}"
-
-
-def engine(folder: Path, state: State, device: str) -> Engine:
-    """What serves it: stock transformers, with PEFT where there is an adapter, or our runtime where those cannot."""
-    if stock_obstacles(state):
-        return packed_engine(folder, state, device)
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    sites = len(adapter.corrected(state))
-    # Experts run in the plain loop: the grouped product that transformers prefers rounds differently, which may send a token
-    # elsewhere.
-    options: dict[str, Any] = {"experts_implementation": "eager"} if any(s.expert is not None for s in state.graph) else {}
-    try:
-        with redirect_stderr(io.StringIO()), torch.no_grad():  # progress bars
-            model = model_class(config).from_pretrained(folder, local_files_only=True, dtype=state.dtype, **options)
-            model = adapter.apply(model.to(device), folder, sites) if sites else model.to(device)
-    except EngineError:
-        raise
-    except Exception as e:
-        raise EngineError(f"transformers' {model_class(config).__name__} fails on it ({first_line(e)})") from e
-    return Transformers(model, "transformers with PEFT" if sites else "transformers")
-
-
-def packed_engine(folder: Path, state: State, device: str) -> Engine:
-    """Our runtime, which keeps the matrices packed."""
-    from compress.export import runtime  # registers itself with transformers, which is for those who ask for it
-
-    try:
-        return Transformers(runtime.load(folder, device, state.dtype), "compress runtime")
-    except CompressError as e:
-        raise EngineError(f"the runtime does not take it ({first_line(e)})") from e
 
 
 # --- reading it back -------------------------------------------------------------------------------------------------

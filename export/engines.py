@@ -33,10 +33,13 @@ class Engine(Protocol):
 
 
 class Transformers:
-    """A model of transformers, with stock modules or with packed ones. EngineError where its own code fails."""
+    """A model of transformers, with stock modules or with packed ones. EngineError where its own code fails.
 
-    def __init__(self, model: nn.Module, name: str):
-        self.model, self.name = model.eval(), name
+    remark: why it is this engine and no other.
+    """
+
+    def __init__(self, model: nn.Module, name: str, remark: str = ""):
+        self.model, self.name, self.remark = model.eval(), name, remark
 
     def prefill(self, tokens: Tensor) -> tuple[Tensor, Any]:
         return self._run(tokens)

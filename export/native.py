@@ -1,8 +1,9 @@
-"""Export in our own form: every format that there is, as plain safetensors, read back by `compress eval` and by `native.read`.
+"""Export in our own form: every format that there is, as plain safetensors, which our runtime loads in transformers and vLLM.
 
 A matrix in a module M has the tensors `M.<suffix>` that its format lists (docs/formats.md); everything else is the source's.
-The files are compress-00001.safetensors and on, not model.safetensors: transformers only warns of a `quant_method` that it does
-not know, and would go on with random weights; without a file of the name that it looks for, it stops.
+The files are compress-00001.safetensors and on, not model.safetensors: without the runtime, transformers only warns of a
+`quant_method` that it does not know, and would go on with random weights; without a file of the name that it looks for, it stops.
+Where there are several, compress.safetensors.index.json says for the runtime which tensor is in which.
 
 config.json is the source's, with a `quantization_config`:
 
@@ -11,49 +12,55 @@ config.json is the source's, with a `quantization_config`:
     formats          module -> text of its format, for every matrix that is not as the source has it
     others           tensors that belong to no matrix and no parameter, such as buffers; absent where there are none
 
-The reader asks for every tensor by name and shape, and for no tensor more. No path comes from a file: the weights are what lies
-in the folder under the names above. Hashes (see artifact.py) are compared up to `HASHED_BYTES`, which takes seconds; of larger
-artifacts the sizes are, and `sha256sum` does the rest.
+The reader asks for every tensor by name and shape, and for no tensor more; the runtime and it share their checks of a folder
+(runtime/reading.py). No path comes from a file: the weights are what lies in the folder under the names above. Hashes (see
+artifact.py) are compared up to `HASHED_BYTES`, which takes seconds; of larger artifacts the sizes are, and `sha256sum` does
+the rest.
 """
 
 from __future__ import annotations
 
+import io
+from contextlib import redirect_stderr
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import psutil
+import torch
 from pydantic import Field
 
-from compress.checkpoint import HASHED_BYTES, OWN, Layout, read_header, weight_files
+from compress.checkpoint import OWN, Layout
 from compress.errors import FormatError, ModelError
-from compress.export.artifact import Exporter, Job, Proof, carry_over, mark, sha256, sizes
-from compress.export.tensors import (
-    TOLERANCE,
-    Placed,
-    compared,
-    declared,
-    formats_of,
-    logits,
-    same_tensors,
-    tensors,
-    write_config,
-)
-from compress.formats import Format, parse
+from compress.export.artifact import Exporter, Job, Proof, carry_over, sizes
+from compress.export.engines import Engine, EngineError, Transformers
+from compress.export.proof import logits, prove
+from compress.export.runtime import reading
+from compress.export.runtime.reading import METHOD, VERSION, declared, formats
+from compress.export.tensors import TOLERANCE, Placed, compared, formats_of, same_tensors, tensors, write_config
+from compress.formats import Format, LowRank
 from compress.graph import Graph, Site
-from compress.model import Model, open_model
+from compress.model import Model, first_line, open_model
 from compress.state import Fact, State
 
-METHOD, VERSION = "compress", 1
+FP32_TOLERANCE = 1e-3  # of the largest logit
+FACTORS_TOLERANCE = 5e-2  # the same in 16 bits
 READER = "our reader of native artifacts, streamed"
+ENGINE = "compress runtime"
 USE = """\
+```python
+import compress.export.runtime  # pip install compress-pipeline
+from transformers import {auto}
+model = {auto}.from_pretrained("THIS_FOLDER")
+```"""
+USE_VLLM = """\
 ```bash
-compress eval THIS_FOLDER --text FILE
-```
-
-Other tools do not know these formats; `compress.export.native.read` gives the matrices back."""
+vllm serve THIS_FOLDER  # where compress-pipeline is installed beside vLLM
+```"""
 
 
 class Native(Exporter):
-    """Every format, as safetensors files that only compress reads."""
+    """Every format, as safetensors files that our runtime loads in transformers and vLLM."""
 
     name: ClassVar[str] = "native"
 
@@ -63,7 +70,9 @@ class Native(Exporter):
         """Everything can be held."""
 
     def remarks(self, state: State) -> list[str]:
-        return ["native is read by 'compress eval' and 'compress inspect' alone; transformers and vLLM refuse it"]
+        """What loads it."""
+        where = ", and in vLLM where compress-pipeline is installed" if for_vllm(state) else ""
+        return [f"native loads in transformers after 'import compress.export.runtime'{where}; other engines refuse it"]
 
     def layout(self, model: Model, state: State) -> Layout:
         return Layout.of([spec for spec, _, _ in state.entries()], self.shard_bytes, OWN)
@@ -72,7 +81,10 @@ class Native(Exporter):
         self.layout(job.model, job.state).write(folder, tensors(job.state))
         write_config(job.model, folder, quantization_config(job.state))
         carry_over(job.model.folder, folder)
-        facts = {"library": METHOD, "tag": METHOD, "loads in": "compress", "use": USE}
+        use = USE.format(auto="AutoModelForCausalLM" if job.state.graph.causal else "AutoModelForMaskedLM")
+        facts = {"library": "transformers", "tag": METHOD, "loads in": "transformers with compress-pipeline", "use": use}
+        if for_vllm(job.state):
+            facts |= {"loads in": "transformers and vLLM with compress-pipeline", "use": f"{use}\n\n{USE_VLLM}"}
         (folder / "README.md").write_text(job.card(facts))
 
     def prove(self, job: Job, folder: Path) -> Proof:
@@ -80,8 +92,29 @@ class Native(Exporter):
         same_tensors(job.state, written)
         if job.tokens is None:
             return Proof("our own reader", 0.0, "every tensor compared; no text in the recipe to compare logits on")
-        ours, theirs = (logits(s, job.model.config, job.tokens, job.device) for s in (job.state, written))
-        return compared(ours, theirs, "our own reader", tolerance=0.0 if job.device == "cpu" else TOLERANCE)
+        try:
+            return in_runtime(job, folder)
+        except EngineError as e:
+            ours, theirs = (logits(s, job.model.config, [job.tokens], job.device)[0] for s in (job.state, written))
+            tolerance = 0.0 if job.device == "cpu" else TOLERANCE
+            return compared(ours, theirs, "our own reader", f"not proven in the runtime: {e}", tolerance)
+
+
+def for_vllm(state: State) -> bool:
+    """Whether our plug-in serves it in vLLM: not masked models, and not experts."""
+    return state.graph.causal and all(state.graph[name].expert is None for name in formats_of(state))
+
+
+def in_runtime(job: Job, folder: Path) -> Proof:
+    """The proof by the runtime. Where there are factors it adds a product that we put in the matrix, and in 16 bits the two round
+    differently: a CPU compares in fp32, for which the kernels of a GPU have no code."""
+    state = job.state
+    if not any(isinstance(f, LowRank) for f in formats_of(state).values()):
+        return prove(job, engine(folder, state, job.device))
+    if job.device != "cpu":
+        return prove(job, engine(folder, state, job.device), FACTORS_TOLERANCE)
+    state = replace(state, dtype=torch.float32)
+    return prove(job, engine(folder, state, job.device), FP32_TOLERANCE, "compared in fp32", state)
 
 
 def quantization_config(state: State) -> dict[str, Any]:
@@ -99,6 +132,23 @@ def belonging(graph: Graph) -> set[str]:
     return joined | {s.weight for s in graph if not s.tied} | graph.parameters.keys()
 
 
+# --- running it -----------------------------------------------------------------------------------------------------
+
+
+def engine(folder: Path, state: State, device: str) -> Engine:
+    """The artifact in our runtime, in the state's dtype; EngineError where that cannot load it."""
+    from compress.export.runtime import load
+
+    needed = sum(size for name, size in sizes(folder).items() if name.endswith(".safetensors"))
+    if needed > psutil.virtual_memory().available:
+        raise EngineError(f"the packed model needs {needed / 2**30:.1f} GiB of memory")
+    try:
+        with redirect_stderr(io.StringIO()):
+            return Transformers(load(folder, device, state.dtype), ENGINE)
+    except ModelError as e:
+        raise EngineError(first_line(e)) from e
+
+
 # --- reading it back -------------------------------------------------------------------------------------------------
 
 
@@ -110,6 +160,7 @@ def is_artifact(folder: Path) -> bool:
 def open_artifact(folder: Path) -> Model:
     """The model of a native artifact, without its weights' meaning; ModelError for a version that we do not know."""
     formats(folder)
+    reading.shards(folder)
     model = open_model(str(folder))
     del model.config.quantization_config
     return model
@@ -118,7 +169,8 @@ def open_artifact(folder: Path) -> Model:
 def read(folder: Path) -> State:
     """The state that a native artifact holds; ModelError where its files do not belong together."""
     model = open_artifact(folder)
-    check_files(folder, model)
+    reading.check_marks(folder, reading.shards(folder))
+    reading.headers(reading.shards(folder))
     by_stem = {s.stem: s for s in model.graph if not s.tied}
     state = State(model.graph, model.checkpoint, model.dtype, facts=Fact.QUANTIZED)
     stored: dict[str, Placed] = {}
@@ -128,26 +180,6 @@ def read(folder: Path) -> State:
         stored[by_stem[module].name] = placed(by_stem[module], fmt, state, folder)
     check_names(folder, state, stored)
     return state.with_sites(stored)
-
-
-def formats(folder: Path) -> dict[str, Format]:
-    """Module -> format, as config.json says."""
-    path, config = folder / "config.json", declared(folder)
-    version, texts = config.get("format_version"), config.get("formats")
-    if type(version) is not int or not 1 <= version <= VERSION:
-        raise ModelError(f"{path}: format_version is {version!r}, and {VERSION} is the newest that is read here; "
-                         "upgrade compress-pipeline")  # fmt: skip
-    if not isinstance(texts, dict) or not all(isinstance(t, str) for t in texts.values()):
-        raise ModelError(f"{path}: its quantization_config is broken: 'formats' is to map modules to formats")
-    found = {}
-    for module, text in texts.items():
-        try:
-            found[module] = parse(text)
-        except FormatError as e:
-            raise ModelError(f"{path}: '{module}': {e}") from None
-        except ValueError:
-            raise ModelError(f"{path}: '{module}': '{text[:40]}…' is no format") from None
-    return found
 
 
 def placed(site: Site, fmt: Format, state: State, folder: Path) -> Placed:
@@ -172,22 +204,3 @@ def check_names(folder: Path, state: State, stored: dict[str, Placed]) -> None:
         held = site.name in stored or site.tied or site.weight in state.checkpoint or site.joined in state.checkpoint
         if not held:
             raise ModelError(f"{folder}: '{site.weight}' is packed, but config.json names no format for it")
-
-
-def check_files(folder: Path, model: Model) -> None:
-    """ModelError for a weight file that is missing, doubled, or not the one that was written."""
-    paths = weight_files(folder)
-    names = [path.name for path in paths]
-    wanted = [f"{OWN}-{i:05}.safetensors" for i in range(1, len(names) + 1)]
-    if names != wanted:
-        raise ModelError(f"{folder}: holds {', '.join(names[:3])}, not {wanted[0]} and on; a weight file is missing")
-    if sum(len(read_header(path)) for path in paths) != len(model.checkpoint.specs):
-        raise ModelError(f"{folder}: two weight files hold the same tensor; they do not belong together")
-    note, held = mark(folder), sizes(folder)
-    hashes, noted = note.get("sha256"), note.get("sizes")
-    small = sum(held[name] for name in names) <= HASHED_BYTES
-    for path in paths:
-        size = noted.get(path.name, held[path.name]) if isinstance(noted, dict) else held[path.name]
-        whole = hashes.get(path.name) if isinstance(hashes, dict) and small else None
-        if size != held[path.name] or (whole is not None and whole != sha256(path)):
-            raise ModelError(f"{path}: is not the file that was written (see compress.json); it is damaged, copy it again")

@@ -13,12 +13,11 @@ import torch
 
 from compress.checkpoint import Checkpoint, tensor_bytes
 from compress.errors import ExportError, ModelError
-from compress.export.artifact import Proof, json_of
+from compress.export.artifact import Proof
 from compress.formats import Dense, Format, LowRank, Packed
 from compress.graph import Site
 from compress.model import Model
 from compress.state import State, Stored
-from compress.stream import Stream
 
 TOLERANCE = 2e-2  # of the largest logit: kernels of different shape round differently in 16-bit models
 
@@ -54,12 +53,6 @@ def write_config(model: Model, folder: Path, quantization: dict[str, Any]) -> No
 
 
 # --- reading it back -------------------------------------------------------------------------------------------------
-
-
-def declared(folder: Path) -> dict[str, Any]:
-    """The `quantization_config` of a folder's config.json; empty where there is none, or the file is no JSON mapping."""
-    found = json_of(folder / "config.json").get("quantization_config")
-    return found if isinstance(found, dict) else {}
 
 
 @dataclass(frozen=True)
@@ -141,15 +134,6 @@ def same_site(name: str, stored: Stored, written: State) -> None:
     found = written.format(written.graph[name])
     if found != stored.format and not isinstance(stored.format, Dense):
         raise ExportError(f"'{name}' is {stored.format}, what is on disk says {found}; please report this")
-
-
-def logits(state: State, config: Any, tokens: torch.Tensor, device: str) -> torch.Tensor:
-    """The logits of a state, streamed, fp32 [b, t, vocabulary]."""
-    stream = Stream(state, config, device)
-    batches = stream.start(state, [tokens])
-    for block in state.graph.blocks:
-        stream.advance(state, block.index, batches)
-    return next(stream.logits(state, batches)).float().cpu()
 
 
 def compared(ours: torch.Tensor, theirs: torch.Tensor, engine: str, remark: str = "", tolerance: float = TOLERANCE) -> Proof:

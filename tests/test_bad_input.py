@@ -248,7 +248,7 @@ def test_what_only_the_engine_dislikes_is_told_and_the_artifact_is_proven_otherw
     (project.model / "generation_config.json").write_bytes(damaged)
     result = project.run()
     assert result.code == 0
-    assert "not proven in stock transformers: transformers' LlamaForCausalLM fails on it" in result.out
+    assert "not proven in an engine: transformers' LlamaForCausalLM fails on it" in result.out
 
 
 def test_a_device_that_cannot_compute(project: Project):

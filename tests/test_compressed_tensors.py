@@ -23,8 +23,9 @@ from compress import pipeline
 from compress.checkpoint import INDEX
 from compress.errors import CompressError, ExportError, FormatError, ModelError
 from compress.export import compressed_tensors as ct
-from compress.export.artifact import MARK, Job
+from compress.export.artifact import Job
 from compress.export.native import Native
+from compress.export.runtime.reading import MARK
 from compress.formats import Int
 from compress.graph import Graph
 from compress.model import open_model
@@ -213,11 +214,11 @@ def test_small_shards_load(family: Any, text: Path, tmp_path: Path) -> None:
 # --- what stock transformers cannot load ------------------------------------------------------------------------------
 
 
-def test_conv1d_is_read_back_by_ours_and_the_plan_warns_of_stock(cooked: Any, family: Any, text: Path, tmp_path: Path) -> None:
+def test_conv1d_runs_in_our_runtime_and_the_plan_warns_of_stock(cooked: Any, family: Any, text: Path, tmp_path: Path) -> None:
     """compressed-tensors passes over Conv1D: transformers then keeps random weights and tells so only in its log."""
     made = cooked("gpt2")
     artifact, proof = made.artifacts["compressed_tensors"]
-    assert (proof.engine, proof.difference) == ("our own reader", 0.0)
+    assert (proof.engine, proof.greedy) == ("compress runtime", 16)
     planned = pipeline.plan(recipe(tmp_path, family("gpt2"), text, format="int4:g32"))
     for said in (proof.remark, *planned.remarks):
         assert "'gpt2' keeps its matrices in Conv1D modules" in said
@@ -227,10 +228,11 @@ def test_conv1d_is_read_back_by_ours_and_the_plan_warns_of_stock(cooked: Any, fa
     assert "transformers" not in next(line for line in (artifact / "README.md").read_text().splitlines() if "Loads in" in line)
 
 
-def test_asymmetric_formats_are_read_back_by_ours_and_the_plan_warns_of_stock(family: Any, text: Path, tmp_path: Path) -> None:
+def test_asymmetric_formats_run_in_our_runtime_and_the_plan_warns_of_stock(family: Any, text: Path, tmp_path: Path) -> None:
     made = cook(tmp_path, family("llama"), text, format="int4:g32:asym", pins={"*.down": "int3:g64:asym", "*.o": "int8:g32"})
     artifact, proof = made.artifacts["compressed_tensors"]
-    assert (proof.engine, proof.difference) == ("our own reader", 0.0)
+    assert (proof.engine, proof.difference, proof.greedy) == ("compress runtime", 0.0, 16)
+    assert "runtime.load(" in (artifact / "README.md").read_text()
     planned = pipeline.plan(tmp_path / "recipe.yaml")
     for said in (proof.remark, *planned.remarks):
         assert "asymmetric formats" in said
@@ -462,7 +464,7 @@ def same_bytes(planned: pipeline.Planned, made: pipeline.Outcome) -> None:
     layout, artifact = planned.layouts["compressed_tensors"], artifact_of(made)
     assert {f.name: f.nbytes for f in layout.files} == {p.name: p.stat().st_size for p in artifact.glob("*.safetensors")}
     index = artifact / INDEX
-    assert (index.read_bytes() if index.exists() else None) == layout.index
+    assert ((INDEX, index.read_bytes()) if index.exists() else None) == layout.index
     assert layout.nbytes == sum(p.stat().st_size for p in artifact.iterdir() if "safetensors" in p.name)
     state = made.state
     formats = {n: state.format(state.graph[n]) for n in state.changed}

@@ -1,0 +1,161 @@
+"""Packed matrices back into weights, a block of rows at a time, in plain torch: what runs on a CPU, and wherever no kernel does.
+
+A block is as large as stays in cache, so the weight is never whole in memory. What a block holds is what
+`format.dequantize(tensors, dtype)` has in these rows, bit for bit. Ways that were measured for codes to levels, 4 bits, one
+thread, 2**24 weights: one lookup for a chunk of codes 6 ms; `F.embedding` 17; `take` 14; shifts and a conversion 10. The lookup
+is fast because the levels of a chunk are moved as one wide number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from compress import bitpack
+from compress.codebooks import NF, Lut, lut_table, nf_table
+from compress.errors import FormatError
+from compress.formats import Format, Int, LowRank, base_of, parse
+
+Shape = tuple[int, int]
+_BLOCK = 1 << 20  # bytes of a block on a CPU: 64 rows of 4096 in fp32
+_ELSEWHERE = 1 << 28  # on other devices launches cost more than memory
+_CHUNK = {2: 8, 3: 12, 4: 8, 6: 12, 8: 8}  # bits looked up at a time; codes of 5 and 7 bits are unpacked sooner than looked up
+_WIDE = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}  # a dtype for as many bytes
+
+
+@lru_cache(maxsize=4096)
+def format_of(text: str) -> Format:
+    """`parse`, remembered."""
+    return parse(text)
+
+
+@lru_cache(maxsize=4096)
+def part_names(text: str, n: int, k: int) -> tuple[str, ...]:
+    """The suffixes of a matrix's tensors in order, without shapes: what the parts of the layout "canonical" are."""
+    return tuple(name for name in format_of(text).tensors((n, k)) if not name.endswith("weight_shape"))
+
+
+def named(text: str, shape: Shape, parts: list[Tensor]) -> dict[str, Tensor]:
+    """The parts under their suffixes; FormatError where their number is wrong."""
+    names = part_names(text, *shape)
+    if len(names) != len(parts):
+        raise FormatError(f"{text} has {len(names)} parts, not {len(parts)}: {', '.join(names)}")
+    return dict(zip(names, parts, strict=True))
+
+
+def with_shapes(fmt: Format, shape: Shape, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with their `weight_shape` entries, as the format's own functions ask for them."""
+    n, k = shape
+    found = {**tensors, "weight_shape": torch.tensor([n, k])}
+    if isinstance(fmt, LowRank):
+        found |= {"lora_A.weight_shape": torch.tensor([fmt.rank, k]), "lora_B.weight_shape": torch.tensor([fmt.rank, n])}
+    return found
+
+
+def blocks(fmt: Format, shape: Shape, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+    """First row, end row and weights [rows, K] of one block after the other; of a low-rank format the quantized part alone."""
+    n, k = shape
+    held = _BLOCK if tensors["weight_packed"].device.type == "cpu" else _ELSEWHERE
+    rows = max(1, held // (k * dtype.itemsize))
+    every = Rows(base_of(fmt), shape, tensors, dtype)
+    for start in range(0, n, rows):
+        yield start, min(n, start + rows), every.at(slice(start, start + rows))
+
+
+class Rows:
+    """The weights of any rows of a matrix. `shape` is [N, K]; `tensors` are the format's, without shapes.
+
+    Levels times scales of integers are rounded once where the scales have the dtype of the weights: a level has at most 9 bits,
+    so the product in 16 bits is the rounded product in fp32. All else is multiplied in fp32.
+    """
+
+    def __init__(self, fmt: Format, shape: Shape, tensors: Mapping[str, Tensor], dtype: torch.dtype):
+        assert isinstance(fmt, Int | NF | Lut)
+        self.fmt, self.shape, self.dtype = fmt, shape, dtype
+        self.packed = tensors["weight_packed"]
+        self.scale = self._scales(tensors)
+        self.inner = dtype if isinstance(fmt, Int) and self.scale.dtype == dtype else torch.float32
+        self.zero = None
+        if isinstance(fmt, Int) and not fmt.symmetric:
+            self.zero = bitpack.unpack(tensors["weight_zero_point"].T, fmt.bits, shape[0]).T
+        self.table = self._table(tensors)
+
+    def at(self, rows: slice | Tensor) -> Tensor:
+        """The weights [rows, K] in the dtype."""
+        k, width = self.shape[1], self.fmt.width(self.shape[1])
+        levels, scale = self._levels(self.packed[rows])[:, :k], self.scale[rows].to(self.inner)
+        whole = k // width * width
+        if whole:
+            grouped = levels[:, :whole].unflatten(1, (-1, width))
+            if self.zero is not None:
+                grouped -= self.zero[rows].to(self.inner)[:, :, None]
+            grouped *= scale[:, : whole // width, None]
+        if whole < k:  # a shorter last group, which only tables have
+            levels[:, whole:] *= scale[:, -1:]
+        return levels.to(self.dtype)
+
+    def _scales(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        if isinstance(self.fmt, NF) and self.fmt.double:
+            double = self.fmt.double
+            return double.scales(double.unpack(tensors, (self.shape[0], self.fmt.groups(self.shape[1]))))
+        return tensors["weight_scale"]
+
+    def _table(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        if self.fmt.bits not in _CHUNK:
+            return None
+        if isinstance(self.fmt, Lut) and not self.fmt.shared:
+            return chunked(tensors["weight_table"].float(), self.fmt.bits)
+        kind = type(self.fmt).__name__
+        return constant_table(kind, self.fmt.bits, self.zero is None, self.inner, self.packed.device)
+
+    def _levels(self, packed: Tensor) -> Tensor:
+        """The levels [rows, K or more], in `inner`, of packed rows; of asymmetric integers before the zero point."""
+        if self.table is None:
+            codes = bitpack.unpack(packed, self.fmt.bits, self.shape[1]).to(self.inner)
+            return codes if self.zero is not None else codes.sub_(self.fmt.levels // 2)
+        found = self.table.index_select(0, chunks(packed, self.fmt.bits))
+        return found.view(self.inner).view(len(packed), -1)
+
+
+def chunks(packed: Tensor, bits: int) -> Tensor:
+    """The words [rows, words] as int32 numbers of `_CHUNK[bits]` bits, flat; rows are filled up to a whole number of both."""
+    if _CHUNK[bits] == 8:
+        return packed.contiguous().view(torch.uint8).view(-1).int()
+    if packed.shape[1] % 3:
+        packed = torch.nn.functional.pad(packed, (0, -packed.shape[1] % 3))
+    packed = packed.reshape(-1, 3)
+    out = torch.empty(len(packed), 8, dtype=torch.int32, device=packed.device)  # 3 words are 8 numbers of 12 bits
+    for i in range(8):
+        word, shift = divmod(12 * i, 32)
+        part = packed[:, word] >> shift
+        if shift > 20:  # over two words
+            part = part & ((1 << (32 - shift)) - 1) | packed[:, word + 1] << (32 - shift)
+        torch.bitwise_and(part, 4095, out=out[:, i])
+    return out.view(-1)
+
+
+@lru_cache(maxsize=64)
+def constant_table(kind: str, bits: int, centred: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The `chunked` table of a format whose levels are the same for all matrices."""
+    if kind == "Int":
+        levels = torch.arange(1 << bits, dtype=torch.float32) - ((1 << bits) // 2 if centred else 0)
+    else:
+        levels = nf_table(bits) if kind == "NF" else lut_table(bits)
+    return chunked(levels.to(dtype), bits).to(device)
+
+
+def chunked(levels: Tensor, bits: int) -> Tensor:
+    """For each chunk the levels [2**bits] of its codes side by side, as one wide number: [2**_CHUNK[bits]]."""
+    codes = codes_of_chunks(bits, levels.device)
+    table = levels[codes]
+    return table.view(_WIDE[table.shape[1] * table.element_size()]).view(-1)
+
+
+@lru_cache(maxsize=64)
+def codes_of_chunks(bits: int, device: torch.device) -> Tensor:
+    """The codes in every chunk, int64 [2**_CHUNK[bits], codes], the lowest bits first."""
+    chunk = torch.arange(1 << _CHUNK[bits], device=device)
+    return torch.stack([chunk >> shift & ((1 << bits) - 1) for shift in range(0, _CHUNK[bits], bits)], 1)

@@ -1,0 +1,93 @@
+"""Loading by one call, and what is registered with transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.quantizers import auto
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from compress.errors import CompressError, ModelError
+from compress.export.runtime import reading
+from compress.export.runtime.correction import correct
+from compress.export.runtime.linear import prepare
+from compress.export.runtime.quantizer import DeclaredConfig, IntegerQuantizer, NativeQuantizer
+from compress.export.runtime.reading import one_line
+
+CONFIGS, QUANTIZERS = auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING
+INTEGERS = "compressed-tensors"
+STOCK: tuple[Any, Any] = CONFIGS[INTEGERS], QUANTIZERS[INTEGERS]
+
+CONFIGS.setdefault(reading.METHOD, DeclaredConfig)
+QUANTIZERS.setdefault(reading.METHOD, NativeQuantizer)
+
+
+class ChosenConfig:
+    """Stands for the config class of compressed-tensors: ours where a folder holds packed integers, else the stock one."""
+
+    @staticmethod
+    def from_dict(declared: Mapping[str, Any], **options: Any) -> QuantizationConfigMixin:
+        try:
+            reading.integer_schemes(declared)
+        except ModelError:
+            found: QuantizationConfigMixin = STOCK[0].from_dict(declared, **options)
+            return found
+        return DeclaredConfig(**declared)
+
+
+def chosen_quantizer(config: Any, **options: Any) -> Any:
+    """Stands for the quantizer of compressed-tensors, as `ChosenConfig` does for its config."""
+    return (IntegerQuantizer if isinstance(config, DeclaredConfig) else STOCK[1])(config, **options)
+
+
+def keep_packed(on: bool = True) -> ExitStack:
+    """Have `from_pretrained` keep the integers of compressed-tensors folders packed, asymmetric and mixed ones too.
+
+    Stock transformers makes them dense in the first forward pass. It lasts until `keep_packed(False)`, or, in a `with`
+    statement, until its end. Folders of other kinds of weights are loaded as ever.
+    """
+    before = QUANTIZERS[INTEGERS] is chosen_quantizer
+
+    def switch(on: bool) -> None:
+        CONFIGS[INTEGERS], QUANTIZERS[INTEGERS] = (ChosenConfig, chosen_quantizer) if on else STOCK  # type: ignore[assignment]
+
+    switch(on)
+    undo = ExitStack()
+    undo.callback(switch, before)
+    return undo
+
+
+def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Any:
+    """The language model of a native artifact or a compressed-tensors folder, packed, on a device; in `dtype`, or its own.
+
+    Low-rank factors that lie beside it in `adapter/` are applied. ModelError where the folder is damaged or cannot be loaded
+    so; it is one line.
+    """
+    folder = Path(folder)
+    config = reading.document(folder / "config.json")
+    method = reading.method(folder)
+    if method not in (reading.METHOD, INTEGERS):
+        raise ModelError(f"{folder}: holds no packed matrices; load it with transformers alone")
+    named = config.get("architectures")
+    masked = isinstance(named, list) and any("MaskedLM" in str(name) for name in named)
+    kind = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
+    with keep_packed():
+        if method == INTEGERS:
+            reading.integer_schemes(reading.declared(folder))
+        try:
+            model: Any = kind.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
+        except CompressError:
+            raise
+        except Exception as e:  # a config that its architecture's code cannot take
+            raise ModelError(f"{folder}: transformers cannot load it ({one_line(str(e) or type(e).__name__)})") from e
+    if method == INTEGERS:
+        correct(model, folder)
+    return model.to(device)
+
+
+__all__ = ["keep_packed", "load", "prepare"]

@@ -1,0 +1,153 @@
+"""Native artifacts in vLLM: the config that config.json's `quant_method` selects, and the method of its linear layers.
+
+vLLM joins q, k and v into one layer, and gate and up. Such a layer has a packed matrix for each of them, so they may differ in
+format, or be dense. Tensor parallelism would split packed rows, and mixtures have layers of their own kind: both are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+from compress.errors import ModelError
+from compress.export.runtime import reading
+from compress.export.runtime.linear import PackedLinear
+from compress.formats import Dense, Format
+
+SHARDS = {"q": 0, "k": 1, "v": 2, None: 0}
+
+
+@register_quantization_config(reading.METHOD)
+class NativeConfig(QuantizationConfig):  # type: ignore[misc]
+    """A native artifact's formats, by module."""
+
+    def __init__(self, formats: dict[str, Format]):
+        super().__init__()
+        self.formats = formats
+
+    def get_name(self) -> str:
+        return reading.METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> NativeConfig:
+        return cls(reading.formats_in(config))
+
+    def maybe_update_config(self, model_name: str, *_: Any, **options: Any) -> None:
+        """Called with the model's folder before anything is loaded: read it as every reader does."""
+        if Path(model_name).is_dir():
+            reading.open_native(Path(model_name))
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
+        if isinstance(layer, RoutedExperts) and any(name.startswith(f"{prefix}.") for name in self.formats):
+            raise ModelError(f"'{prefix}' has packed experts, which the vLLM plug-in does not serve; use transformers")
+        if isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead):
+            return None
+        if not isinstance(layer, LinearBase | ParallelLMHead):
+            return None
+        path, _, last = prefix.rpartition(".")
+        names = [f"{path}.{part}" if path else part for part in self.packed_modules_mapping.get(last, [last])]
+        formats = [self.formats.get(name) for name in names]
+        if all(fmt is None or isinstance(fmt, Dense) for fmt in formats):
+            return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+        return PackedMethod([None if isinstance(fmt, Dense) else fmt for fmt in formats], prefix)
+
+
+class PackedMethod(LinearMethodBase):  # type: ignore[misc]
+    """The method of one layer: the format of each of the matrices that it joins, None for a dense one."""
+
+    def __init__(self, formats: list[Format | None], prefix: str):
+        self.formats, self.prefix = formats, prefix
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **options: Any,
+    ) -> None:
+        """Empty parameters of the names in the files; their loader keeps what it is given for each of the joined matrices."""
+        if input_size_per_partition != input_size or sum(output_partition_sizes) != output_size:
+            raise ModelError(f"'{self.prefix}' is packed, which serves on one device; set tensor_parallel_size to 1")
+        layer.compress_dtype, layer.compress_held = params_dtype, [{} for _ in self.formats]
+        for suffix in sorted({s for fmt in self.formats for s in suffixes(fmt)}):
+            child, _, leaf = suffix.rpartition(".")
+            if child and child not in layer._modules:
+                layer.add_module(child, nn.Module())
+            held: Any = nn.Parameter(torch.empty(0), requires_grad=False)
+            held.weight_loader = loader(layer.compress_held, suffix)
+            (layer.get_submodule(child) if child else layer).register_parameter(leaf, held)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """What was loaded as packed modules, repacked for the kernel where there is one."""
+        matrices = nn.ModuleList()
+        for fmt, held in zip(self.formats, layer.compress_held, strict=True):
+            matrices.append(module_of(fmt, held, layer.compress_dtype, self.prefix))
+        for suffix in {s for fmt in self.formats for s in suffixes(fmt)}:
+            child, _, leaf = suffix.rpartition(".")
+            if child:
+                layer._modules.pop(child, None)
+            else:
+                delattr(layer, leaf)
+        del layer.compress_held
+        layer.add_module("matrices", matrices)
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., in] -> [..., out]: the outputs of all matrices side by side."""
+        found = [matrix(x) for matrix in layer.matrices]
+        out = found[0] if len(found) == 1 else torch.cat(found, -1)
+        return out if bias is None else out + bias
+
+
+def suffixes(fmt: Format | None) -> list[str]:
+    """The names of a matrix's tensors, whatever its shape."""
+    return ["weight"] if fmt is None else list(fmt.tensors((1 << 16, 1 << 16)))
+
+
+def loader(held: list[dict[str, Tensor]], suffix: str) -> Callable[..., None]:
+    """A weight loader that keeps a tensor under its suffix for the matrix that vLLM names: q, k, v, or a number."""
+
+    def load(_: nn.Parameter, tensor: Tensor, shard: str | int | None = None) -> None:
+        held[shard if isinstance(shard, int) else SHARDS[shard]][suffix] = tensor.clone()
+
+    return load
+
+
+def module_of(fmt: Format | None, held: dict[str, Tensor], dtype: torch.dtype, prefix: str) -> nn.Module:
+    """One matrix of a layer; ModelError where a tensor of it was not in the files."""
+    lost = next((s for s in suffixes(fmt) if s not in held), None)
+    if lost:
+        raise ModelError(f"'{prefix}': '{lost}' was not loaded; config and weights do not belong together")
+    if fmt is None:
+        n, k = held["weight"].shape
+        plain = nn.Linear(k, n, bias=False, device="meta", dtype=dtype)
+        plain.weight = nn.Parameter(held["weight"].to(dtype), requires_grad=False)
+        return plain
+    n, k = held["weight_shape"].tolist()
+    scale = held["weight_scale"].dtype if "weight_scale" in held else torch.bfloat16
+    found = PackedLinear(str(fmt), (n, k), dtype, False, scale)
+    found.load_state_dict(held, assign=True)
+    found.prepare()
+    return found
