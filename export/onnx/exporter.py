@@ -1,0 +1,144 @@
+"""Export as ONNX: a graph that onnxruntime runs with packed weights, and a file of weights beside it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import psutil
+import torch
+from pydantic import Field
+
+from compress.checkpoint import tensor_bytes
+from compress.errors import ExportError, FormatError
+from compress.export import proof
+from compress.export.artifact import Exporter, Job, Proof, carry_over
+from compress.export.engines import EngineError
+from compress.export.onnx import datafile
+from compress.export.onnx.datafile import GRAPH, METHOD, VERSION, DataLayout
+from compress.export.onnx.encode import NBits
+from compress.export.onnx.words import describe, use, warnings
+from compress.export.tensors import formats_of, same_site, write_config
+from compress.formats import Format, Int, base_of
+from compress.graph import Site
+from compress.model import Model
+from compress.state import State
+
+ENGINES = "onnxruntime >= 1.24"  # earlier ones lack kernels: 1.23 has none for 2 bits, 1.22 no opset 23
+UNTRACED = {"falcon": "its heads share one key, which torch.onnx does not know in its Attention"}
+EXACT = {"fp32": 1e-3, "fp16": 3e-2}  # of the largest logit, where activations are not rounded
+LOOSE = 0.2  # where they are, to 8 bits in front of every matrix: kernels do that each in their own way
+GRAPH_BYTES = (5000, 6500)  # of the graph: of any, and for each block; of a Llama, others differ little
+
+
+class Onnx(Exporter):
+    """A graph with packed matrices for onnxruntime, on CPU and, with 4 and 8 bits, on CUDA."""
+
+    name: ClassVar[str] = "onnx"
+
+    kv_cache: bool = Field(True, description="keys and values of past tokens go in and out, so that text is generated fast")
+    dtype: Literal["fp32", "fp16"] = Field("fp32", description="what the graph computes in")
+    accuracy_level: Literal[0, 1, 2, 3, 4] = Field(4, description="of integers: 4 rounds activations to 8 bits, 1 does not")
+
+    def check(self, state: State) -> None:
+        refuse(state)
+        for name, fmt in formats_of(state).items():
+            base = base_of(fmt)
+            try:
+                if isinstance(base, Int):
+                    NBits.of(base, state.graph[name].shape[1])
+            except FormatError as e:
+                raise ExportError(f"onnx cannot hold '{name}': {e}; use g32, g64 or g128") from None
+
+    def remarks(self, state: State) -> list[str]:
+        kinds: dict[Format, list[Site]] = {}
+        for name, fmt in formats_of(state).items():
+            kinds.setdefault(fmt, []).append(state.graph[name])
+        graph = GRAPH_BYTES[0] + len(state.graph.blocks) * GRAPH_BYTES[1]
+        size = f"the graph adds about {graph // 1000:,} kB to the size above, and takes about 2 seconds a block to make"
+        said = [describe(fmt, sites, self.accuracy_level) for fmt, sites in kinds.items()]
+        return [f"onnx: {text}" for text in (*said, *warnings(kinds, self.dtype == "fp16", state.dtype), size)]
+
+    def layout(self, model: Model, state: State) -> DataLayout:
+        return datafile.layout(state)
+
+    def write(self, job: Job, folder: Path) -> None:
+        from compress.export.onnx import graph
+        from compress.export.onnx.nodes import serialized
+
+        self.check(job.state)
+        cached = self.kv_cache and job.state.graph.causal
+        made = graph.build(job.state, job.model.config, cached, self.dtype, self.accuracy_level)
+        (folder / GRAPH).write_bytes(serialized(made))
+        datafile.write(folder, datafile.layout(job.state).file, datafile.tensors(job.state))
+        write_config(job.model, folder, quantization_config(job.state))
+        carry_over(job.model.folder, folder)
+        facts = {"library": "onnxruntime", "tag": "onnx", "loads in": ENGINES, "use": use(cached, job.state)}
+        (folder / "README.md").write_text(job.card(facts))
+
+    def prove(self, job: Job, folder: Path) -> Proof:
+        import onnx
+
+        from compress.export.onnx import reader
+        from compress.export.onnx.session import bytes_in_memory
+
+        try:
+            onnx.checker.check_model(folder / GRAPH)
+        except onnx.checker.ValidationError as e:
+            raise ExportError(f"onnx: its checker refuses the graph ({str(e).splitlines()[0]}); please report this") from None
+        same(job.state, reader.read(folder))
+        if job.tokens is None:
+            return Proof("our own reader", 0.0, "every tensor compared; no text in the recipe to compare logits on")
+        needed = bytes_in_memory(job.state, 4) * 1.5  # packed anew for its kernels, beside what was read
+        if needed > psutil.virtual_memory().available:
+            why = f"onnxruntime would need {needed / 2**30:.1f} GiB of memory"
+            return Proof("our own reader", 0.0, f"every tensor compared, and the graph checked; not run: {why}")
+        try:
+            return self._in_session(job, folder)
+        except EngineError as e:
+            raise ExportError(f"onnx: {e}; the artifact is not kept") from e
+
+    def _in_session(self, job: Job, folder: Path) -> Proof:
+        """Exactly first, where only the order of sums differs; then as it will run. In fp32, as the graph computes."""
+        from compress.export.onnx.session import Session
+
+        state = replace(job.state, dtype=torch.float32)
+        integers = any(isinstance(base_of(f), Int) for f in formats_of(job.state).values())
+        if not integers or self.accuracy_level < 2:
+            return proof.prove(job, Session(folder, job.state), EXACT[self.dtype], "against the run's model in fp32", state)
+        exact = proof.prove(job, Session(folder, job.state, level=1), EXACT[self.dtype], state=state)
+        remark = (f"against the run's model in fp32, within {LOOSE:.0%} of the largest logit, as activations are rounded; the "
+                  f"difference is {exact.difference:.2g} where they are not")  # fmt: skip
+        return proof.prove(job, Session(folder, job.state), LOOSE, remark, state)
+
+
+def refuse(state: State) -> None:
+    """ExportError for an architecture that cannot be traced."""
+    family, reason = state.graph.family, UNTRACED.get(state.graph.family)
+    if any(site.expert is not None for site in state.graph):
+        reason = "its experts are chosen by data, token by token, which torch.onnx cannot trace"
+    if reason:
+        raise ExportError(f"onnx: '{family}' is left out: {reason}; export compressed_tensors or native instead")
+
+
+def quantization_config(state: State) -> dict[str, Any]:
+    """The `quantization_config` of config.json."""
+    sites = {state.graph[name]: fmt for name, fmt in formats_of(state).items()}
+    return {"quant_method": METHOD, "format_version": VERSION, "formats": {s.stem: str(f) for s, f in sites.items()},
+            "shapes": {s.stem: list(s.shape) for s in sites}}  # fmt: skip
+
+
+def same(wanted: State, written: State) -> None:
+    """ExportError naming the first site, or other parameter, that is not on disk as the run has it."""
+    for name, stored in wanted.changed.items():
+        same_site(name, stored, written)
+    kept = [s.weight for s in wanted.graph if not s.tied and s.name not in formats_of(wanted)]
+    replaced = {s.weight for s in wanted.graph} - set(kept)
+    for name in [*kept, *(n for n in wanted.graph.parameters if n not in replaced)]:
+        if name not in written.checkpoint or not same_bytes(wanted.checkpoint.read(name), written.checkpoint.read(name)):
+            raise ExportError(f"'{name}' on disk differs from the source's; please report this")
+
+
+def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and tensor_bytes(a) == tensor_bytes(b)

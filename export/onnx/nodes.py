@@ -1,0 +1,226 @@
+"""Matrices as ONNX nodes: what stands in the graph where torch's had a Linear, Conv1D or Embedding.
+
+Integers become MatMulNBits or, where rows are looked up, GatherBlockQuantized; every other format is turned into a dense matrix
+by standard operators, which onnxruntime does once, when it loads the graph. Scales and dense matrices have on disk the 16 bits
+that the run gave them, with a Cast behind them, which is done at loading as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+
+from compress.codebooks import NF, Lut, lut_table, nf_table
+from compress.export.onnx.datafile import DATA, places
+from compress.export.onnx.encode import NBits, Slot
+from compress.formats import Dense, Format, Int, LowRank
+from compress.graph import Site
+
+MICROSOFT = "com.microsoft"
+FLOAT, INT32 = TensorProto.FLOAT, TensorProto.INT32
+COMPUTE = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16}
+
+
+class Nodes:
+    """Nodes and constants as they are made. slots: the tensors of the data file; dtype: what is computed in."""
+
+    def __init__(self, slots: Iterable[Slot], dtype: str, accuracy_level: int):
+        self.slots: Mapping[str, Slot] = {slot.name: slot for slot in slots}
+        self.compute, self.level = COMPUTE[dtype], accuracy_level
+        self.made: list[NodeProto] = []
+        self.constants: dict[str, TensorProto] = {}
+        self._known: dict[str, str] = {}
+        self._count = 0
+
+    def take(self) -> list[NodeProto]:
+        """The nodes made since the last call."""
+        made, self.made = self.made, []
+        return made
+
+    # --- matrices ---
+
+    def matrix(self, site: Site, fmt: Format | None, x: str, out: str, rows: bool) -> None:
+        """out = x Wᵀ or, of an embedding, the `rows` x of W; `fmt` is None for a matrix that is as the source has it."""
+        if isinstance(fmt, LowRank):
+            self.op("Add", [self.plain(site, fmt.base, x, rows), self.correction(fmt, site, x, rows)], out)
+        else:
+            self.plain(site, fmt, x, rows, out)
+
+    def plain(self, site: Site, fmt: Int | NF | Lut | Dense | None, x: str, rows: bool, out: str | None = None) -> str:
+        """What `matrix` gives, without a low-rank correction."""
+        if isinstance(fmt, Int):
+            return self.rows_of_integers(fmt, site, x, out) if rows else self.product_of_integers(fmt, site, x, out)
+        if isinstance(fmt, NF | Lut):
+            return self.applied(self.decoded(fmt, site.shape, f"{site.stem}."), x, rows, False, out)
+        name = site.weight if fmt is None else f"{site.stem}.weight"
+        if rows:  # converted behind, not in front: a table of rows is large
+            return self.op("Cast", [self.op("Gather", [name, x])], out, to=self.compute)
+        return self.applied(self.number(name), x, False, site.transposed, out)
+
+    def applied(self, W: str, x: str, rows: bool, flipped: bool, out: str | None) -> str:
+        """x Wᵀ, x W for a flipped matrix, or rows x of W."""
+        if rows:
+            return self.op("Gather", [W, x], out)
+        return self.op("MatMul", [x, W if flipped else self.turned(W)], out)
+
+    def turned(self, W: str) -> str:
+        return self.once(f"{W}.T", lambda: self.op("Transpose", [W], perm=[1, 0]))
+
+    def product_of_integers(self, fmt: Int, site: Site, x: str, out: str | None) -> str:
+        form, stem = NBits.of(fmt, site.shape[1]), f"{site.stem}."
+        level = {"accuracy_level": self.level} if self.level else {}
+        inputs = [x, f"{stem}weight_codes", self.block_scales(form, fmt, site), *zeros(fmt, stem)]
+        return self.op("MatMulNBits", inputs, out, MICROSOFT, K=site.shape[1], N=site.shape[0], bits=form.bits,
+                       block_size=form.block, **level)  # fmt: skip
+
+    def rows_of_integers(self, fmt: Int, site: Site, x: str, out: str | None) -> str:
+        form, stem, (n, k) = NBits.of(fmt, site.shape[1]), f"{site.stem}.", site.shape
+        flat = self.reshape(f"{stem}weight_codes", (n, form.blocks * form.block * form.bits // 8))
+        inputs = [flat, x, self.block_scales(form, fmt, site), *zeros(fmt, stem)]
+        exact = form.blocks * form.block == k
+        y = self.op("GatherBlockQuantized", inputs, out if exact else None, MICROSOFT, bits=form.bits, block_size=form.block,
+                    gather_axis=0, quantize_axis=1)  # fmt: skip
+        return y if exact else self.first(y, k, -1, out)
+
+    def block_scales(self, form: NBits, fmt: Int, site: Site) -> str:
+        """The scales of all blocks, [N, B], of those of the groups."""
+        scale, (n, groups) = self.number(f"{site.stem}.weight_scale"), (site.shape[0], fmt.groups(site.shape[1]))
+        if form.repeats == 1:
+            return scale
+
+        def repeat() -> str:
+            apart = self.reshape(scale, (n, groups, 1))
+            wide = self.op("Expand", [apart, self.ints(n, groups, form.repeats)])
+            return self.reshape(wide, (n, groups * form.repeats))
+
+        return self.once(f"{scale}.blocks", repeat)
+
+    def correction(self, fmt: LowRank, site: Site, x: str, rows: bool) -> str:
+        """x Aᵀ Bᵀ, or the rows x of B, times A."""
+        stem, (n, k) = f"{site.stem}.", site.shape
+        plain = isinstance(fmt.factors, Dense)
+        A = self.factor(fmt.factors, f"{stem}lora_A.", (fmt.rank, k))
+        B = self.factor(fmt.factors, f"{stem}lora_B.", (fmt.rank, n))  # [N, r] where it is plain
+        if rows:
+            return self.op("MatMul", [self.op("Gather", [B if plain else self.turned(B), x]), A])
+        return self.op("MatMul", [self.op("MatMul", [x, self.turned(A)]), self.turned(B) if plain else B])
+
+    def factor(self, fmt: Int | NF | Lut | Dense, prefix: str, shape: tuple[int, int]) -> str:
+        return self.number(f"{prefix}weight") if isinstance(fmt, Dense) else self.decoded(fmt, shape, prefix)
+
+    # --- numbers of any format ---
+
+    def number(self, name: str, to: int | None = None) -> str:
+        """A stored tensor in the dtype that is computed in, or in `to`."""
+        to = self.compute if to is None else to
+        if code_of(self.slots[name].kind) == to:
+            return name
+        return self.once(f"{name}.{to}", lambda: self.op("Cast", [name], to=to))
+
+    def decoded(self, fmt: Int | NF | Lut, shape: tuple[int, int], prefix: str) -> str:
+        """The dense matrix [N, K] of codes, in fp32 until it is done."""
+        return self.once(f"{prefix}dense", lambda: self._decoded(fmt, shape, prefix))
+
+    def _decoded(self, fmt: Int | NF | Lut, shape: tuple[int, int], prefix: str) -> str:
+        (n, k), groups, width = shape, fmt.groups(shape[1]), fmt.width(shape[1])
+        number = FLOAT if isinstance(fmt, Int) else INT32  # converted first: no other operator takes uint4
+        split = self.reshape(self.op("Cast", [f"{prefix}weight_codes"], to=number), (n, groups, width))
+        if isinstance(fmt, Int):
+            middle = self.floats(f"middle.{fmt.bits}", [1 << (fmt.bits - 1)])
+            zero = middle if fmt.symmetric else self.apart(self.number(f"{prefix}weight_zero_codes", FLOAT), n, groups)
+            level = self.op("Sub", [split, zero])
+        else:
+            level = self.op("Gather", [self.table(fmt, prefix), split])
+        scale = self.double_scales(fmt, prefix, n * groups) if isinstance(fmt, NF) and fmt.double else (
+            self.number(f"{prefix}weight_scale", FLOAT))  # fmt: skip
+        whole = self.reshape(self.op("Mul", [level, self.apart(scale, n, groups)]), (n, groups * width))
+        whole = whole if groups * width == k else self.first(whole, k, 1)
+        return whole if self.compute == FLOAT else self.op("Cast", [whole], to=self.compute)
+
+    def apart(self, x: str, n: int, groups: int) -> str:
+        return self.reshape(x, (n, groups, 1))
+
+    def table(self, fmt: NF | Lut, prefix: str) -> str:
+        if isinstance(fmt, Lut) and not fmt.shared:
+            return self.number(f"{prefix}weight_table", FLOAT)
+        levels = nf_table(fmt.bits) if isinstance(fmt, NF) else lut_table(fmt.bits)
+        return self.floats(f"{type(fmt).__name__.lower()}{fmt.bits}", levels.tolist())
+
+    def double_scales(self, fmt: NF, prefix: str, count: int) -> str:
+        """code * top / (2**bits - 1) + offset, rounded after each step, as the format has it."""
+        assert fmt.double is not None
+        spans, block = self.slots[f"{prefix}weight_scale_top"].shape[0], fmt.double.block
+        codes = self.reshape(self.op("Cast", [f"{prefix}weight_scale_codes"], to=FLOAT), (spans, block))
+        top = self.reshape(self.number(f"{prefix}weight_scale_top", FLOAT), (spans, 1))
+        most = self.floats(f"most.{fmt.double.bits}", [(1 << fmt.double.bits) - 1])
+        share = self.op("Div", [self.op("Mul", [codes, top]), most])
+        flat = self.reshape(self.op("Add", [share, f"{prefix}weight_scale_offset"]), (spans * block,))
+        return flat if spans * block == count else self.first(flat, count, 0)
+
+    # --- operators ---
+
+    def op(self, kind: str, inputs: Sequence[str], out: str | None = None, domain: str = "", **attributes: Any) -> str:
+        """A node; returns the name of its output."""
+        if out is None:
+            out, self._count = f"w{self._count}", self._count + 1
+        self.made.append(helper.make_node(kind, inputs, [out], name=f"{kind}:{out}", domain=domain, **attributes))
+        return out
+
+    def once(self, key: str, make: Callable[[], str]) -> str:
+        """What `make` gives, made only the first time that it is asked for."""
+        if key not in self._known:
+            self._known[key] = make()
+        return self._known[key]
+
+    def reshape(self, x: str, shape: tuple[int, ...]) -> str:
+        return self.op("Reshape", [x, self.ints(*shape)])
+
+    def first(self, x: str, count: int, axis: int, out: str | None = None) -> str:
+        """The first `count` of x along an axis."""
+        return self.op("Slice", [x, self.ints(0), self.ints(count), self.ints(axis)], out)
+
+    def ints(self, *values: int) -> str:
+        return self.constant("ints." + ".".join(map(str, values)), np.array(values, np.int64))
+
+    def floats(self, name: str, values: list[float]) -> str:
+        return self.constant(name, np.array(values, np.float32))
+
+    def constant(self, name: str, values: Any) -> str:
+        name = f"compress.{name}"
+        self.constants.setdefault(name, numpy_helper.from_array(values, name))
+        return name
+
+
+def zeros(fmt: Int, stem: str) -> list[str]:
+    return [] if fmt.symmetric else [f"{stem}weight_zero_codes"]
+
+
+def initializers(slots: Iterable[Slot]) -> list[TensorProto]:
+    """The tensors of the data file as the graph names them."""
+    found = []
+    for slot, start in places(slots):
+        tensor = TensorProto(name=slot.name, data_type=code_of(slot.kind), dims=slot.shape)
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", DATA), ("offset", start), ("length", slot.nbytes)):
+            tensor.external_data.add(key=key, value=str(value))
+        found.append(tensor)
+    return found
+
+
+def serialized(model: Any) -> bytes:
+    """The bytes of a graph, the same ones for the same graph."""
+    return bytes(model.SerializeToString(deterministic=True))
+
+
+def code_of(kind: str) -> int:
+    """ONNX's number for a type."""
+    return int(getattr(TensorProto, kind))
+
+
+def operators() -> list[onnx.OperatorSetIdProto]:
+    """The versions of operators that the nodes are of."""
+    return [helper.make_opsetid("", 23), helper.make_opsetid(MICROSOFT, 1)]
