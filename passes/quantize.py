@@ -10,6 +10,7 @@ third off the divergence at 4 to 2 bits.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
@@ -17,7 +18,7 @@ import torch
 from pydantic import Field, PlainSerializer, PlainValidator, WithJsonSchema
 from torch import Tensor
 
-from compress.errors import RecipeError
+from compress.errors import FormatError, RecipeError
 from compress.formats import Dense, Format, base_of, parse
 from compress.graph import Site
 from compress.grid import Quantized
@@ -65,6 +66,18 @@ class Quantize(Pass):
     def check(self, calibrated: bool, following: Sequence[Pass] = ()) -> None:
         if self.method == "gptq" and not calibrated:
             raise RecipeError("'gptq' needs data.calibration; add it, or use method: rtn", ("method",))
+        solvers = [self, *(p for p in following if isinstance(p, Quantize))]
+        for at, fmt in self.named():
+            if all(p.target(fmt) != fmt for p in solvers):
+                raise RecipeError(f"'{fmt}' has a low-rank correction, which '{self.name}' leaves to a later step; put "
+                                  "'lqlora' behind it, or in its place", at)  # fmt: skip
+
+    def named(self) -> Iterator[tuple[tuple[str, ...], Format]]:
+        """The formats that its options name, and where; misspelt ones are told of where they are matched."""
+        yield ("format",), self.default
+        for pattern, text in self.pins.items():
+            with suppress(FormatError):
+                yield ("pins", pattern), parse(text)
 
     def foresee(self, state: State) -> State:
         if Fact.PLANNED in state.facts:

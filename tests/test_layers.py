@@ -24,8 +24,8 @@ LAYERS = (
     ("graph", "formats", "codebooks", "grid", "bitpack", "errors"),
 )
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
-# The exporters and the runtime, to load what was written in the engine that will serve it.
-TRANSFORMERS = {"model", "stream", "data", "export.compressed_tensors", "export.gptq_engines", "export.onnx",
+# Of exporters those parts that load what was written in the engine that will serve it, and the runtime, which is one.
+TRANSFORMERS = {"model", "stream", "data", "export.compressed_engines", "export.gguf", "export.gptq_engines", "export.onnx",
                 "export.runtime"}  # fmt: skip
 RUNTIME = {"formats", "codebooks", "grid", "bitpack", "checkpoint", "errors"}  # all that an artifact needs of the rest to be run
 FOLDERS = {"compress": ROOT / "compress", "passes": ROOT / "passes", "export": ROOT / "export"}

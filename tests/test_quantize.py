@@ -20,7 +20,7 @@ from compress.model import open_model
 from compress.passes.quantize import Quantize
 from tests import stock
 from tests.conftest import GROUPED, IDS, SMALL, contents, make_model
-from tests.cooking import cook, recipe
+from tests.cooking import bake, cook, recipe
 
 
 def records(outcome: pipeline.Outcome) -> dict[str, dict[str, Any]]:
@@ -112,6 +112,15 @@ def test_every_changed_site_has_one_record_in_the_order_of_the_blocks(
             assert record["error"] == record["rounding"]
     dense = [r for r in listed if made.state.graph[r["site"]].expert is None]
     assert all(r["tokens"] == 6 * 32 for r in dense)
+
+
+def test_a_rank_that_no_step_fits_is_refused(family: Any, text: Path, tmp_path: Path) -> None:
+    ranked = {"pins": {"*.q": "int3:g32+r4"}}
+    with pytest.raises(RecipeError, match=r":\d+:\d+  'int3:g32\+r4' has a low-rank correction, which 'quantize' leaves"):
+        cook(tmp_path, family("llama"), text, format="int4:g32", **ranked)
+    passes = {"quantize": {"format": "int4:g32", **ranked}}, {"lqlora": {"rank": 2}}
+    done = bake(tmp_path, family("llama"), text, "native", *passes)
+    assert done.artifacts["native"][1].greedy == 16
 
 
 def test_rounding_needs_no_text(family: Any, tmp_path: Path) -> None:

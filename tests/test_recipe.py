@@ -83,7 +83,7 @@ EDITS = [
     ('"lm_head": "int8:g32"', '"lm_head": 8', ":10:14  'lm_head' needs text, not '8'"),
     ('"lm_head": "int8:g32"', "0: bf16", ":10:14  a key is text, not '0'; put it in quotes"),
     ("compressed_tensors", "compressed-tensors", ":12:5  no exporter 'compressed-tensors'; did you mean "
-     "'compressed_tensors'?   known: compressed_tensors, native"),
+     "'compressed_tensors'?   known: compressed_tensors, gptq, gguf, native, onnx"),
     ("tensors: {}", "tensors: {shard: 1}", ":12:26  exporter 'compressed_tensors' has no option 'shard'; did you mean "
      "'shard_bytes'?   options: shard_bytes"),
     ("tensors: {}\n", "tensors: {}\n  - compressed_tensors: {}\n", ":13:5  exporter 'compressed_tensors' is given twice; "
@@ -399,7 +399,7 @@ def test_the_schema_accepts_every_shipped_recipe_and_no_typo(project: Project):
         assert accepts(schema, yaml.safe_load(path.read_text()), schema), path
     assert accepts(schema, yaml.safe_load(RECIPE), schema)
     for old, new in [("seed", "sede"), ("quantize", "quantise"), ("format", "fromat"), ("sequences: 8", "sequenses: 8"),
-                     ("compressed_tensors", "gguf"), ("seed: 0", "seed: x"), ("model: ./model", "name: m")]:  # fmt: skip
+                     ("compressed_tensors", "ggml"), ("seed: 0", "seed: x"), ("model: ./model", "name: m")]:  # fmt: skip
         assert not accepts(schema, yaml.safe_load(RECIPE.replace(old, new)), schema), new
 
 

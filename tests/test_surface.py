@@ -42,7 +42,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "quantize": QUANTIZE,
     "lqlora": {**QUANTIZE, "rank": 16, "factors": "bf16", "init": "closed_form", "rounds": 2, "fisher": False},
     "compressed_tensors": {"shard_bytes": 5_000_000_000},
+    "gptq": {"shard_bytes": 5_000_000_000},
+    "gguf": {},
     "native": {"shard_bytes": 5_000_000_000},
+    "onnx": {"kv_cache": True, "dtype": "fp32", "accuracy_level": 4},
 }  # fmt: skip
 
 DATA: dict[type, dict[str, Any]] = {
