@@ -22,7 +22,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import hub
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from compress.checkpoint import OWN
+from compress.checkpoint import OWN, OWN_INDEX
 from compress.errors import ModelError
 from compress.export.runtime import reading
 from compress.export.runtime.experts import ROLES, PackedExperts
@@ -112,9 +112,9 @@ class NativeQuantizer(PackedQuantizer):
         """Called with the config before files are looked for, so this is where their name can be said."""
         self.artifact = reading.open_native(local(config))
         several = len(self.artifact.paths) > 1
-        if several and not (self.artifact.folder / reading.OWN_INDEX).exists():
-            raise ModelError(f"{self.artifact.folder}: has several weight files and no {reading.OWN_INDEX}; export it again")
-        config.transformers_weights = reading.OWN_INDEX if several else self.artifact.paths[0].name
+        if several and not (self.artifact.folder / OWN_INDEX).exists():
+            raise ModelError(f"{self.artifact.folder}: has several weight files and no {OWN_INDEX}; export it again")
+        config.transformers_weights = OWN_INDEX if several else self.artifact.paths[0].name
         return config
 
 
@@ -131,7 +131,7 @@ def local(config: Any) -> Path:
     if Path(name).is_dir():
         return Path(name)
     options = {"revision": commit, "_raise_exceptions_for_missing_entries": False}
-    index = hub.cached_file(name, reading.OWN_INDEX, **options)
+    index = hub.cached_file(name, OWN_INDEX, **options)
     if index:
         hub.get_checkpoint_shard_files(name, index, revision=commit)  # type: ignore[no-untyped-call]
     found = index or hub.cached_file(name, f"{OWN}-00001.safetensors", revision=commit)
