@@ -25,12 +25,11 @@ from compress.export import adapter
 from compress.export.artifact import Exporter, Job, Proof, carry_over
 from compress.export.compressed_engines import RUNTIME, STOCK, VLLM, engine, lacking, stock_obstacles
 from compress.export.engines import EngineError
-from compress.export.proof import logits, prove
+from compress.export.proof import prove, proven
 from compress.export.runtime.reading import declared
 from compress.export.tensors import (
     TOLERANCE,
     Placed,
-    compared,
     formats_of,
     same_tensors,
     tensors,
@@ -116,25 +115,26 @@ class CompressedTensors(Exporter):
     def prove(self, job: Job, folder: Path) -> Proof:
         written = read(folder)
         same_tensors(job.state, written)
-        if job.tokens is None:
-            return Proof("our own reader", 0.0, "every code compared; no text in the recipe to compare logits on")
-        try:
-            return in_engine(job, folder)
-        except EngineError as e:  # vLLM has its own code for the architecture, so the artifact is kept; its card says so
-            write_card(job, folder, None)
-            ours, theirs = (logits(s, job.model.config, [job.tokens], job.device)[0] for s in (job.state, written))
-            return compared(ours, theirs, "our own reader", f"not proven in an engine: {e}")
+        return proven(job, written, lambda: in_engine(job, folder))
 
 
 def in_engine(job: Job, folder: Path) -> Proof:
-    """With an adapter in fp32: engines add a product that we put in the matrix, and in 16 bits the two round differently."""
+    """The proof in an engine, whose name goes into the card. Where there is none the artifact is kept: vLLM has its own code.
+
+    With an adapter in fp32: engines add a product that we put in the matrix, and in 16 bits the two round differently.
+    """
     adapted = bool(adapter.corrected(job.state))
     state = replace(job.state, dtype=torch.float32) if adapted else job.state
-    found = engine(folder, state, job.device)
+    try:
+        found = engine(folder, state, job.device)
+        remark = "; ".join(filter(None, (found.remark, "compared in fp32" if adapted else "")))
+        proof = prove(job, found, FP32_TOLERANCE if adapted else TOLERANCE, remark, state)
+    except EngineError:
+        write_card(job, folder, None)
+        raise
     if found.name == RUNTIME and not lacking(state):
         write_card(job, folder, USE_RUNTIME)
-    remark = "; ".join(filter(None, (found.remark, "compared in fp32" if adapted else "")))
-    return prove(job, found, FP32_TOLERANCE if adapted else TOLERANCE, remark, state)
+    return proof
 
 
 # --- what is written -------------------------------------------------------------------------------------------------

@@ -49,8 +49,8 @@ from compress.export.gguf_metadata import (
 )
 from compress.export.gguf_read import is_artifact, open_artifact, read
 from compress.export.gguf_tokenizer import vocabulary
-from compress.export.proof import logits, prove
-from compress.export.tensors import compared, formats_of, same_site
+from compress.export.proof import prove, proven
+from compress.export.tensors import formats_of, same_site
 from compress.formats import Dense, Format, Int
 from compress.graph import Site
 from compress.model import Model, first_line, model_class, open_model
@@ -112,13 +112,7 @@ class Gguf(Exporter):
         factors = rope_factors(job.model.config)
         if factors is not None and not torch.equal(read_file(folder / FILE).read(FACTORS).view(torch.float32), factors):
             raise ExportError(f"'{FACTORS}' on disk is not what was to be written; please report this")
-        if job.tokens is None:
-            return Proof("our own reader", 0.0, "every weight compared; no text in the recipe to compare logits on")
-        try:
-            return prove(job, engine(folder, job.state, job.device))
-        except EngineError as e:
-            ours, theirs = (logits(s, job.model.config, [job.tokens], job.device)[0] for s in (job.state, written))
-            return compared(ours, theirs, "our own reader", f"not proven in an engine: {e}")
+        return proven(job, written, lambda: prove(job, engine(folder, job.state, job.device)))
 
 
 def source_of(state: State) -> Model | None:

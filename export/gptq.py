@@ -27,12 +27,11 @@ from compress.checkpoint import Checkpoint, Layout, Spec
 from compress.errors import ExportError, FormatError, ModelError
 from compress.export import tensors as common
 from compress.export.artifact import Exporter, Job, Proof, carry_over
-from compress.export.engines import EngineError
 from compress.export.gptq_config import Scheme, config_of
 from compress.export.gptq_engines import GENAI, GPTQMODEL, VLLM, engine, engines
-from compress.export.proof import logits, prove
+from compress.export.proof import prove, proven
 from compress.export.runtime.reading import declared
-from compress.export.tensors import Placed, compared, formats_of, same_tensors, write_config
+from compress.export.tensors import Placed, formats_of, same_tensors, write_config
 from compress.export.view import Seen, View, Viewed
 from compress.formats import Dense, Int
 from compress.graph import Site
@@ -95,13 +94,7 @@ class Gptq(Exporter):
     def prove(self, job: Job, folder: Path) -> Proof:
         written = read(folder)
         same_tensors(job.state, written)
-        if job.tokens is None:
-            return Proof("our own reader", 0.0, "every code compared; no text in the recipe to compare logits on")
-        try:
-            return prove(job, engine(folder, job.state, job.device), TOLERANCE)
-        except EngineError as e:
-            ours, theirs = (logits(s, job.model.config, [job.tokens], job.device)[0] for s in (job.state, written))
-            return compared(ours, theirs, "our own reader", f"not proven in an engine: {e}")
+        return proven(job, written, lambda: prove(job, engine(folder, job.state, job.device), TOLERANCE))
 
 
 def check_site(site: Site, fmt: Int) -> None:

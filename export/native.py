@@ -34,10 +34,10 @@ from compress.checkpoint import OWN, Layout
 from compress.errors import FormatError, ModelError
 from compress.export.artifact import Exporter, Job, Proof, carry_over, sizes
 from compress.export.engines import Engine, EngineError, Transformers
-from compress.export.proof import logits, prove
+from compress.export.proof import prove, proven
 from compress.export.runtime import reading
 from compress.export.runtime.reading import METHOD, VERSION, declared, formats
-from compress.export.tensors import TOLERANCE, Placed, compared, formats_of, same_tensors, tensors, write_config
+from compress.export.tensors import TOLERANCE, Placed, formats_of, same_tensors, tensors, write_config
 from compress.formats import Format, LowRank
 from compress.graph import Graph, Site
 from compress.model import Model, first_line, open_model
@@ -90,14 +90,7 @@ class Native(Exporter):
     def prove(self, job: Job, folder: Path) -> Proof:
         written = read(folder)
         same_tensors(job.state, written)
-        if job.tokens is None:
-            return Proof("our own reader", 0.0, "every tensor compared; no text in the recipe to compare logits on")
-        try:
-            return in_runtime(job, folder)
-        except EngineError as e:
-            ours, theirs = (logits(s, job.model.config, [job.tokens], job.device)[0] for s in (job.state, written))
-            tolerance = 0.0 if job.device == "cpu" else TOLERANCE
-            return compared(ours, theirs, "our own reader", f"not proven in the runtime: {e}", tolerance)
+        return proven(job, written, lambda: in_runtime(job, folder), 0.0 if job.device == "cpu" else TOLERANCE)
 
 
 def for_vllm(state: State) -> bool:

@@ -5,12 +5,16 @@ latter the run's model is not asked to generate, which would stream all its bloc
 continuation in one pass, and at each place the engine's token must be the one that it would have taken itself. Where
 two tokens are closer than the tolerance either will do.
 
+Where no engine at hand can load the artifact, our reader gives its matrices to the same stream as the run's, and the proof says
+why.
+
 On a mismatch, the first matrix whose output is not what the run's weights give is named, if the engine lets us look inside.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,12 +22,35 @@ from torch import Tensor, nn
 
 from compress.errors import ExportError
 from compress.export.artifact import Job, Proof
-from compress.export.engines import Engine, greedy
+from compress.export.engines import Engine, EngineError, greedy
 from compress.export.tensors import TOLERANCE
 from compress.state import State
 from compress.stream import Stream
 
+OURS = "our own reader"
 PROMPT, NEW = 16, 16  # tokens of the greedy check: given, and generated
+
+
+def proven(job: Job, written: State, run: Callable[[], Proof], tolerance: float = TOLERANCE) -> Proof:
+    """The proof that `run` gives in an engine; where it raises EngineError, that of our reader, which has read `written`.
+
+    Without text in the recipe there are no logits, and the tensors, which have been compared, are the proof.
+    """
+    if job.tokens is None:
+        return Proof(OURS, 0.0, "every tensor compared; no text in the recipe to compare logits on")
+    try:
+        return run()
+    except EngineError as e:
+        ours, theirs = (logits(s, job.model.config, [job.tokens], job.device)[0] for s in (job.state, written))
+        difference, allowed = float((ours - theirs).abs().max()), tolerance * float(ours.abs().max())
+        if not math.isfinite(difference) or difference > allowed:
+            raise mismatch(OURS, difference, ours) from e
+        return Proof(OURS, difference, f"not proven in an engine: {e}")
+
+
+def mismatch(engine: str, difference: float, ours: Tensor, where: str = "") -> ExportError:
+    return ExportError(f"{engine} loads the artifact, but its logits differ from the run's by {difference:.3g} (largest logit "
+                       f"{float(ours.abs().max()):.3g}){where}; the artifact is not kept")  # fmt: skip
 
 
 def prove(job: Job, engine: Engine, tolerance: float = TOLERANCE, remark: str = "", state: State | None = None) -> Proof:
@@ -39,10 +66,8 @@ def prove(job: Job, engine: Engine, tolerance: float = TOLERANCE, remark: str = 
     theirs, _ = engine.prefill(job.tokens)
     allowed = tolerance * float(ours.abs().max())
     difference = float((ours - theirs).abs().max())
-    largest = f"(largest logit {float(ours.abs().max()):.3g})"
     if not math.isfinite(difference) or difference > allowed:
-        raise ExportError(f"{engine.name} loads the artifact, but its logits differ from the run's by {difference:.3g} {largest}"
-                          f"{where(engine, state, job.tokens)}; the artifact is not kept")  # fmt: skip
+        raise mismatch(engine.name, difference, ours, where(engine, state, job.tokens))
     steps = path[0, prompt.shape[1] - 1 : -1]
     wrong = (steps.amax(-1) - steps.gather(-1, said.T)[:, 0] > allowed).nonzero()
     if len(wrong):

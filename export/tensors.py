@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch
 
 from compress.checkpoint import Checkpoint, tensor_bytes
 from compress.errors import ExportError, ModelError
-from compress.export.artifact import Proof
 from compress.formats import Dense, Format, LowRank, Packed
 from compress.graph import Site
 from compress.model import Model
@@ -134,12 +132,3 @@ def same_site(name: str, stored: Stored, written: State) -> None:
     found = written.format(written.graph[name])
     if found != stored.format and not isinstance(stored.format, Dense):
         raise ExportError(f"'{name}' is {stored.format}, what is on disk says {found}; please report this")
-
-
-def compared(ours: torch.Tensor, theirs: torch.Tensor, engine: str, remark: str = "", tolerance: float = TOLERANCE) -> Proof:
-    """The proof, or an ExportError where the engine's logits are not the run's."""
-    difference = float((ours - theirs).abs().max())
-    if not math.isfinite(difference) or difference > tolerance * float(ours.abs().max()):
-        raise ExportError(f"{engine} loads the artifact, but its logits differ from the run's by {difference:.3g} "
-                          f"(largest logit {float(ours.abs().max()):.3g}); the artifact is not kept")  # fmt: skip
-    return Proof(engine, difference, remark)

@@ -270,7 +270,7 @@ def test_what_the_runtime_cannot_load_our_reader_proves(
 
     monkeypatch.setattr("compress.export.runtime.load", refuse)
     proof = proved(made, family("llama"), tmp_path / "a", lambda tensors: None, True)
-    assert (proof.engine, proof.difference, proof.remark) == ("our own reader", 0.0, "not proven in the runtime: not today")
+    assert (proof.engine, proof.difference, proof.remark) == ("our own reader", 0.0, "not proven in an engine: not today")
 
 
 def test_a_format_that_reads_the_same_tensors_otherwise_is_caught(

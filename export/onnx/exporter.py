@@ -81,19 +81,23 @@ class Onnx(Exporter):
         import onnx
 
         from compress.export.onnx import reader
-        from compress.export.onnx.session import bytes_in_memory
 
         try:
             onnx.checker.check_model(folder / GRAPH)
         except onnx.checker.ValidationError as e:
             raise ExportError(f"onnx: its checker refuses the graph ({str(e).splitlines()[0]}); please report this") from None
-        same(job.state, reader.read(folder))
-        if job.tokens is None:
-            return Proof("our own reader", 0.0, "every tensor compared; no text in the recipe to compare logits on")
+        written = reader.read(folder)
+        same(job.state, written)
+        return proof.proven(job, written, lambda: self._run(job, folder))
+
+    def _run(self, job: Job, folder: Path) -> Proof:
+        """The proof in onnxruntime, if it fits into memory. What onnxruntime does not run is not kept: nothing else would."""
+        from compress.export.onnx.session import bytes_in_memory
+
         needed = bytes_in_memory(job.state, 4) * 1.5  # packed anew for its kernels, beside what was read
         if needed > psutil.virtual_memory().available:
             why = f"onnxruntime would need {needed / 2**30:.1f} GiB of memory"
-            return Proof("our own reader", 0.0, f"every tensor compared, and the graph checked; not run: {why}")
+            return Proof(proof.OURS, 0.0, f"every tensor compared, and the graph checked; not run: {why}")
         try:
             return self._in_session(job, folder)
         except EngineError as e:
