@@ -61,10 +61,7 @@ print(tokenizer.decode(logits[0].argmax(-1)))
 
 def describe(fmt: Format, sites: list[Site], level: int) -> str:
     """Which nodes a format becomes, in how many bytes a weight, and what is slow about them."""
-    weights = sum(s.numel for s in sites)
-    stored = sum(slot.nbytes for s in sites for slot in slots(fmt, s.shape, torch.bfloat16))
-    cost = f"{stored / weights:.3f} bytes a weight"
-    base = base_of(fmt)
+    cost, base = cost_of(fmt, sites), base_of(fmt)
     more = ", and two products in full precision for the low-rank factors" if isinstance(fmt, LowRank) else ""
     if isinstance(base, Dense):
         return f"{fmt} stays as it is on disk ({cost}) and takes 4 bytes a weight in memory, where onnxruntime converts it"
@@ -74,6 +71,25 @@ def describe(fmt: Format, sites: list[Site], level: int) -> str:
     form = NBits.of(base, sites[0].shape[1])
     held = f" (there is no kernel for {base.bits})" if form.bits != base.bits else ""
     return f"{fmt} becomes MatMulNBits of {form.bits} bits{held}, block {form.block} ({cost}){more}{slow(form, level)}"
+
+
+def describe_table(fmt: Format, site: Site) -> str:
+    """The same of the token embedding, of which rows are looked up and nothing else."""
+    cost, base = cost_of(fmt, [site]), base_of(fmt)
+    if isinstance(base, Dense):
+        return f"the embedding in {fmt} stays as it is on disk and in memory ({cost})"
+    if not isinstance(base, Int):
+        return (f"the embedding in {fmt} is stored as {kind_of(base.bits).lower()} codes ({cost}), which onnxruntime turns into "
+                "a dense table as it loads them: 4 bytes a weight in memory; integers stay packed")  # fmt: skip
+    form = NBits.of(base, site.shape[1])
+    held = f" (there is no kernel for {base.bits})" if form.bits != base.bits else ""
+    return (f"the embedding in {fmt} becomes GatherBlockQuantized of {form.bits} bits{held}, block {form.block} ({cost}): it "
+            "stays packed in memory, and only the rows that are asked for are decoded")  # fmt: skip
+
+
+def cost_of(fmt: Format, sites: list[Site]) -> str:
+    stored = sum(slot.nbytes for s in sites for slot in slots(fmt, s.shape, torch.bfloat16))
+    return f"{stored / sum(s.numel for s in sites):.3f} bytes a weight"
 
 
 def slow(form: NBits, level: int) -> str:
