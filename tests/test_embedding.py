@@ -37,6 +37,7 @@ from tests import stock
 from tests.conftest import FAMILIES, contents, make_model
 from tests.cooking import bake, recipe
 from tests.test_native import same_state
+from tests.test_runtime import with_packed
 
 FORM = "int4:g32"
 READ: dict[str, Callable[[Path], State]] = {"native": native.read, "onnx": reader.read, "gguf": gguf.read}
@@ -245,6 +246,8 @@ def test_other_formats_and_families_in_onnx(family: Any, text: Path, tmp_path: P
     if form != "fp16":
         same_state(done.state, reader.read(folder_of(done, "onnx")))
     assert "onnxruntime" in done.artifacts["onnx"][1].engine
+    least = "1.27" if form.startswith("int2") else "1.24"
+    assert f"onnxruntime >= {least}" in (folder_of(done, "onnx") / "README.md").read_text()
 
 
 def test_a_scaled_embedding_our_own_reader_proves(text: Path, tmp_path: Path) -> None:
@@ -294,6 +297,8 @@ def test_blocks_that_gguf_lacks(family: Any) -> None:
 
 @pytest.mark.parametrize(("form", "says"), [
     ("int3:g32", "int3:g32 becomes GatherBlockQuantized of 4 bits (there is no kernel for 3), block 32 (0.562 bytes a weight)"),
+    ("int2:g32", "int2:g32 becomes GatherBlockQuantized of 2 bits, block 32 (0.312 bytes a weight): it stays packed in memory, "
+     "and only the rows that are asked for are decoded; 2 bits need onnxruntime >= 1.27"),
     ("lut4:g32", "lut4:g32 is stored as uint4 codes (0.564 bytes a weight), which onnxruntime turns into a dense table"),
     ("fp16", "fp16 stays as it is on disk and in memory (2.000 bytes a weight)"),
 ])  # fmt: skip
@@ -307,9 +312,11 @@ def test_remarks(family: Any, form: str, says: str) -> None:
 
 def test_a_packed_matrix_that_two_modules_share_is_read_as_one(family: Any, text: Path, tmp_path: Path) -> None:
     """No run makes such an artifact; what reads it takes the head's matrix from the embedding."""
-    done = bake(tmp_path, family("llama"), text, "native", steps("int8:g32"))
-    state = native.read(folder_of(done, "native"))
-    tied = replace(state.graph["lm_head"], tied="embed")
-    state = replace(state, graph=replace(state.graph, sites={**state.graph.sites, "lm_head": tied}))
-    assert torch.equal(state.weight(tied), state.weight(state.graph["embed"]))
+    folder = folder_of(bake(tmp_path, family("qwen2"), text, "native", {"quantize": {"method": "rtn", "format": FORM}}), "native")
+    packed = with_packed(folder, "model.embed_tokens", "int8:g32", open_model(str(family("qwen2"))).state.checkpoint.read(
+        "model.embed_tokens.weight").float())  # fmt: skip
+    state = native.read(folder)
     assert isinstance(state.format(state.graph["embed"]), Int)
+    assert torch.equal(state.weight(state.graph["lm_head"]), packed.to(state.dtype))
+    text_of = ["--text", str(text), "--length", "32", "--sequences", "2", "--json", "--against", str(family("qwen2"))]
+    assert main(["eval", str(folder), *text_of]) == 0

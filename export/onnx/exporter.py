@@ -18,14 +18,13 @@ from compress.export.engines import EngineError
 from compress.export.onnx import datafile
 from compress.export.onnx.datafile import GRAPH, METHOD, VERSION, DataLayout
 from compress.export.onnx.encode import NBits
-from compress.export.onnx.words import describe, describe_table, use, warnings
+from compress.export.onnx.words import describe, describe_table, engines, use, warnings
 from compress.export.tensors import formats_of, same_site, write_config
 from compress.formats import Format, Int, base_of
 from compress.graph import Site
 from compress.model import Model
 from compress.state import State
 
-ENGINES = "onnxruntime >= 1.24"  # earlier ones lack kernels: 1.23 has none for 2 bits, 1.22 no opset 23
 UNTRACED = {"falcon": "its heads share one key, which torch.onnx does not know in its Attention"}
 EXACT = {"fp32": 1e-3, "fp16": 3e-2}  # of the largest logit, where activations are not rounded
 LOOSE = 0.2  # where they are, to 8 bits in front of every matrix: kernels do that each in their own way
@@ -78,7 +77,8 @@ class Onnx(Exporter):
         datafile.write(folder, datafile.layout(job.state).file, datafile.tensors(job.state))
         write_config(job.model, folder, quantization_config(job.state))
         carry_over(job.model.folder, folder)
-        facts = {"library": "onnxruntime", "tag": "onnx", "loads in": ENGINES, "use": use(cached, job.state)}
+        least = engines(formats_of(job.state))
+        facts = {"library": "onnxruntime", "tag": "onnx", "loads in": least, "use": use(cached, job.state)}
         (folder / "README.md").write_text(job.card(facts))
 
     def prove(self, job: Job, folder: Path) -> Proof:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -11,6 +11,8 @@ from compress.formats import Dense, Format, Int, LowRank, base_of
 from compress.graph import Site
 from compress.state import State
 
+ENGINES = "onnxruntime >= 1.24"  # earlier ones lack kernels: 1.23 has none for 2 bits, 1.22 no opset 23
+NEWER = "onnxruntime >= 1.27"  # 1.26 looks up rows of 4 and 8 bits only
 START = """\
 ```python
 import numpy as np, onnxruntime
@@ -83,8 +85,15 @@ def describe_table(fmt: Format, site: Site) -> str:
                 "a dense table as it loads them: 4 bytes a weight in memory; integers stay packed")  # fmt: skip
     form = NBits.of(base, site.shape[1])
     held = f" (there is no kernel for {base.bits})" if form.bits != base.bits else ""
+    newer = f"; 2 bits need {NEWER}" if form.bits == 2 else ""
     return (f"the embedding in {fmt} becomes GatherBlockQuantized of {form.bits} bits{held}, block {form.block} ({cost}): it "
-            "stays packed in memory, and only the rows that are asked for are decoded")  # fmt: skip
+            f"stays packed in memory, and only the rows that are asked for are decoded{newer}")  # fmt: skip
+
+
+def engines(formats: Mapping[str, Format]) -> str:
+    """What loads the artifact, for its card; `formats` by site."""
+    table = formats.get("embed")
+    return NEWER if isinstance(table, Int) and table.bits == 2 else ENGINES
 
 
 def cost_of(fmt: Format, sites: list[Site]) -> str:
