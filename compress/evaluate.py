@@ -127,5 +127,5 @@ def sizes(state: State, tensor_bytes: int) -> Sizes:
     dense = Dense(state.dtype)
     formats = {s.name: state.format(s) or (state.plan.formats.get(s.name) if state.plan else None) or dense for s in linear}
     stored = sum(formats[s.name].nbytes(s.shape) for s in linear)
-    weights = total(s for s in graph if s.role != "embed") + sum(math.prod(shape) for shape in graph.parameters.values())
+    weights = total(graph) + sum(math.prod(shape) for shape in graph.parameters.values())
     return Sizes(tensor_bytes, 8 * stored / total(linear), 8 * tensor_bytes / weights)

@@ -95,9 +95,9 @@ class Model:
         if self.has_weights:
             return list(self.checkpoint.specs.values())
         graph = self.graph
-        sites = [Spec(s.weight, self.dtype, s.shape[::-1] if s.transposed else s.shape) for s in graph
-                 if s.role != "embed" and not s.tied]  # fmt: skip
-        return [Spec(n, self.dtype, shape) for n, shape in graph.parameters.items()] + sites
+        sites = [Spec(s.weight, self.dtype, s.shape[::-1] if s.transposed else s.shape) for s in graph if not s.tied]
+        others = [Spec(n, self.dtype, shape) for n, shape in graph.parameters.items()]
+        return [*sites[:1], *others, *sites[1:]]  # the embedding comes first
 
     @property
     def state(self) -> State:
@@ -329,8 +329,8 @@ def outer_sites(model: nn.Module, blocks: str, family: str) -> list[Site]:
 
 
 def other_parameters(model: nn.Module, graph: Graph, family: str) -> dict[str, tuple[int, ...]]:
-    """Checkpoint name -> shape of every parameter that is no site's weight; tied ones once; the embedding included."""
-    skip = {s.module + ".weight" for s in graph if s.expert is None and s.role != "embed"}
+    """Checkpoint name -> shape of every parameter that is no site's weight; tied ones once."""
+    skip = {s.module + ".weight" for s in graph if s.expert is None}
     skip |= {f"{s.module}.{p}" for s in graph if s.expert is not None for p in ("gate_up_proj", "down_proj")}
     named = model.named_parameters()  # removes duplicates: a tied parameter appears under its first name
     return {on_disk(n, family): tuple(p.shape) for n, p in named if n not in skip}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from compress.errors import CompressError, FormatError
-from compress.formats import Dense, Format, parse
+from compress.formats import Dense, Format, LowRank, parse
 from compress.graph import Graph, Site
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -148,7 +148,7 @@ class BitPlan:
             source |= {site.name: at for site in sites}
         ordered = {s.name: chosen[s.name] for s in graph if s.name in chosen}
         for name, fmt in ordered.items():
-            check_fits(graph[name], fmt, Dense(dtype), source[name])
+            check_fits(graph, graph[name], fmt, Dense(dtype), source[name])
         return cls({n: f for n, f in ordered.items() if f != Dense(dtype)})
 
     @classmethod
@@ -177,11 +177,15 @@ class BitPlan:
         return site.numel * dense_bytes if fmt is None else fmt.nbytes(site.shape)
 
 
-def check_fits(site: Site, fmt: Format, own: Format, at: tuple[str, ...]) -> None:
+def check_fits(graph: Graph, site: Site, fmt: Format, own: Format, at: tuple[str, ...]) -> None:
     """FormatError where a site cannot have a format, in words that name the site; `own` is the one it has."""
-    if fmt != own and (site.role == "embed" or site.tied):
-        why = f"shares its matrix with '{site.tied}'" if site.tied else "is a token embedding"
-        raise FormatError(f"'{site.name}' {why}, which stays as it is: pin it to {own} or leave it out", at)
+    sharer = site.tied or next((s.name for s in graph if s.tied == site.name), None)
+    if fmt != own and sharer:
+        raise FormatError(f"'{site.name}' shares its matrix with '{sharer}', and packed modules share none, so it stays as it "
+                          f"is: pin it to {own} or leave it out", at)  # fmt: skip
+    if site.role == "embed" and isinstance(fmt, LowRank):
+        raise FormatError(f"'{site.name}' is a token embedding, which has no inputs that a low-rank correction could be fitted "
+                          f"to: pin it to {fmt.base}", at)  # fmt: skip
     try:
         fmt.check(site.shape)
     except FormatError as e:

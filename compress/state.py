@@ -80,6 +80,8 @@ class State:
 
     def weight(self, site: Site) -> torch.Tensor:
         """The site's matrix [out, in] as its engine would see it, in the model's dtype, on CPU."""
+        if site.tied:
+            return self.weight(self.graph[site.tied])
         if site.name in self.changed:
             return self.changed[site.name].load().dequantize(self.dtype)
         return self.original(site).to(self.dtype)

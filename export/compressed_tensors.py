@@ -80,6 +80,9 @@ class CompressedTensors(Exporter):
             if not isinstance(fmt, Int | Dense):
                 raise ExportError(f"compressed_tensors holds integers; '{name}' has {fmt}: export native instead, or use "
                                   "int formats only")  # fmt: skip
+            if state.graph[name].role == "embed" and isinstance(fmt, Int):
+                raise ExportError(f"compressed_tensors: '{name}' has {fmt}, and engines look rows up in dense tables only; leave "
+                                  "it out of 'pins', or export native, onnx or gguf")  # fmt: skip
         for group in state.graph.fused():
             kinds = {str(formats.get(s.name, "as it is")) for s in group}
             if len(kinds) > 1:
@@ -177,7 +180,7 @@ def ignored(graph: Graph, formats: dict[str, Int]) -> list[str]:
     left = [s for s in graph if s.name not in formats and s.role != "embed"]
     names = [p for s in left for p in ((s.stem,) if s.expert is not None else (s.module, *s.aliases))]
     others = [n.removesuffix(".weight") for n, shape in graph.parameters.items() if n.endswith(".weight") and len(shape) == 2]
-    return [n for n in dict.fromkeys([*names, *others]) if n != graph["embed"].stem]
+    return list(dict.fromkeys([*names, *others]))
 
 
 # --- what engines can do with it -------------------------------------------------------------------------------------

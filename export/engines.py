@@ -49,9 +49,10 @@ class Transformers:
 
     def weight_bytes(self) -> int:
         """All parameters and buffers once, but embeddings that are nothing else; of a mixture, all experts."""
-        tables = {t.data_ptr() for m in self.model.modules() if isinstance(m, nn.Embedding) for t in m.parameters()}
+        tables = {t.data_ptr() for m in self.model.modules() if isinstance(m, nn.Embedding)
+                  for t in (*m.parameters(), *m.buffers())}  # fmt: skip
         others = {t.data_ptr() for m in self.model.modules() if not isinstance(m, nn.Embedding)
-                  for t in m.parameters(recurse=False)}  # fmt: skip
+                  for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))}  # fmt: skip
         held = {t.data_ptr(): t.nbytes for t in (*self.model.parameters(), *self.model.buffers())}
         return sum(n for place, n in held.items() if place not in tables - others)
 

@@ -99,6 +99,9 @@ class Gptq(Exporter):
 
 def check_site(site: Site, fmt: Int) -> None:
     """ExportError where a matrix has no form in this layout."""
+    if site.role == "embed":
+        raise ExportError(f"gptq: '{site.name}' has {fmt}, and engines of this layout look rows up in dense tables only; leave "
+                          "it out of 'pins', or export native, onnx or gguf")  # fmt: skip
     if fmt.bits not in BITS:
         raise ExportError(f"gptq: '{site.name}' has {fmt}, and engines of this layout read {', '.join(map(str, BITS))} bits; pin "
                           "it to one of these, or export compressed_tensors")  # fmt: skip

@@ -38,7 +38,7 @@ from compress.export.proof import prove, proven
 from compress.export.runtime import reading
 from compress.export.runtime.reading import METHOD, VERSION, declared, formats
 from compress.export.tensors import TOLERANCE, Placed, formats_of, same_tensors, tensors, write_config
-from compress.formats import Format, LowRank
+from compress.formats import Dense, Format, LowRank
 from compress.graph import Graph, Site
 from compress.model import Model, first_line, open_model
 from compress.state import Fact, State
@@ -94,8 +94,10 @@ class Native(Exporter):
 
 
 def for_vllm(state: State) -> bool:
-    """Whether our plug-in serves it in vLLM: not masked models, and not experts."""
-    return state.graph.causal and all(state.graph[name].expert is None for name in formats_of(state))
+    """Whether our plug-in serves it in vLLM: not masked models, not experts, and not a packed embedding."""
+    formats = formats_of(state)
+    served = isinstance(formats.get("embed"), Dense | None)
+    return state.graph.causal and served and all(state.graph[name].expert is None for name in formats)
 
 
 def in_runtime(job: Job, folder: Path) -> Proof:

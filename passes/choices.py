@@ -138,7 +138,7 @@ def pinned(
         if isinstance(pin, str):
             fmt = parse(pin)
             for site in sites:
-                check_fits(site, fmt, own, at)
+                check_fits(graph, site, fmt, own, at)
             return {s.name: [fmt] for s in sites}
         low, high = (None if text is None else parse(text) for text in (pin.min, pin.max))
     except CompressError as e:

@@ -24,7 +24,7 @@ from compress.graph import Site
 from compress.grid import Quantized
 from compress.manager import Context, Cost, Pass
 from compress.passes import gptq_core as core
-from compress.passes.solver import Answer, Case, Solver, precision, stage_bytes
+from compress.passes.solver import Answer, Case, Solver, matrix_bytes, precision, stage_bytes
 from compress.plan import BitPlan
 from compress.state import Aspect, Fact, State
 from compress.stream import Batch, Stream, Twin
@@ -35,7 +35,8 @@ FormatText = Annotated[
     PlainSerializer(str),
     WithJsonSchema({"type": "string", "examples": ["int4:g128", "int3:g64:asym", "int8:channel"]}),
 ]
-HEAD = "head"
+EMBEDDING, HEAD = "embedding", "head"
+UNSEEN = "no inputs: rounded, and the error is that of the weights"
 FLOPS_PER_WEIGHT_AND_INPUT = 8  # of the matrix products in the solver: feedback, refit, sweep, three losses
 
 
@@ -123,20 +124,23 @@ class Quantize(Pass):
         if not sites:
             return Cost()
         numel = sum(s.numel for s in sites)
-        inputs = {(s.block, s.input_key): s.shape[1] for s in sites}
+        tables, matrices = ([s for s in sites if (s.role == "embed") == looked_up] for looked_up in (True, False))
+        inputs = {(s.block, s.input_key): s.shape[1] for s in matrices}
         stages: dict[tuple[int | None, str], list[Site]] = {}
-        for s in sites:
+        for s in matrices:
             stages.setdefault((s.block, s.stage), []).append(s)
         models = 2 if self.corrects else 1
         products = tokens * sum(1.0 * k * k for k in inputs.values())  # of a Hessian; half of a full product, by symmetry
         forward = models * 2.0 * tokens * sum(s.numel for s in state.graph.linear) + (2 * products if self.corrects else 0)
-        solving = FLOPS_PER_WEIGHT_AND_INPUT * sum(1.0 * s.numel * s.shape[1] for s in sites)
+        solving = FLOPS_PER_WEIGHT_AND_INPUT * sum(1.0 * s.numel * s.shape[1] for s in matrices)
         width = state.graph["embed"].shape[1]
         held = tokens * state.dtype.itemsize * (max(s.shape[1] for s in sites) + 2 * width)
         block = max(sum(s.numel for s in state.graph.of_block(b.index)) for b in state.graph.blocks) * state.dtype.itemsize
         held, block = models * held, models * block
-        peak = block + held + max(stage_bytes(members) for members in stages.values())
-        return Cost(forward, products + solving, numel, max(peak, state.graph["embed"].numel * state.dtype.itemsize + held))
+        peak = block + held + max((stage_bytes(members) for members in stages.values()), default=0)
+        table = max((matrix_bytes(s.numel) for s in tables), default=0)
+        peak = max(peak, table, state.graph["embed"].numel * state.dtype.itemsize + held)
+        return Cost(forward, products + solving, numel, peak)
 
     def run(self, state: State, ctx: Context) -> State:
         state = self.foresee(state)
@@ -146,8 +150,9 @@ class Quantize(Pass):
             return self._calibrated(state, ctx)
 
     def _calibrated(self, state: State, ctx: Context) -> State:
+        before, state = state, self._embedding(state, ctx)
         stream, batches = ctx.stream(state)
-        twin = self._twin(state, ctx)
+        twin = self._twin(before, ctx)
         for block in state.graph.blocks:
             ctx.progress(block.index, len(state.graph.blocks), block.module)
             done = ctx.store.committed(f"block-{block.index:04}")
@@ -161,6 +166,19 @@ class Quantize(Pass):
                 if twin:
                     twin.stream.advance(twin.state, block.index, twin.batches)
         return self._head(state, ctx, stream, batches)
+
+    def _embedding(self, state: State, ctx: Context) -> State:
+        """The token embedding where a pin names it, before anything streams, so that the inputs of all blocks carry its error."""
+        solver = Solver(self, state, ctx)
+        tables = solver.sites([s.name for s in state.graph if s.role == "embed"])
+        if not tables:
+            return state
+        ctx.progress(0, len(state.graph.blocks), tables[0].module)
+        done = ctx.store.committed(EMBEDDING)
+        if done is None:
+            solver.solve_together(tables, None, None, (UNSEEN,))
+            done = ctx.store.commit(EMBEDDING, solver.packed, solver.records)
+        return state.with_sites(done)
 
     def _twin(self, state: State, ctx: Context) -> Twin | None:
         if not self.corrects:
@@ -183,6 +201,7 @@ class Quantize(Pass):
 
     def _without_data(self, state: State, ctx: Context) -> State:
         """Rounding where the recipe has no calibration data: nothing streams, errors are those of the weights."""
+        state = self._embedding(state, ctx)
         parts = {f"block-{b.index:04}": b.sites for b in state.graph.blocks}
         parts[HEAD] = tuple(s.name for s in state.graph if s.role == "head")
         for i, (part, names) in enumerate(parts.items()):

@@ -232,7 +232,12 @@ def stage_bytes(sites: Sequence[Site]) -> int:
     and what the solver holds for the outputs that it has in hand."""
     inputs = {s.input_key: s.shape[1] for s in sites}
     together = max(sum(s.numel for s in sites if s.input_key == key) for key in inputs)
-    return 4 * sum(k * k for k in inputs.values()) + 24 * max(inputs.values()) ** 2 + 7 * together + 40 * min(together, 1 << 22)
+    return 4 * sum(k * k for k in inputs.values()) + 24 * max(inputs.values()) ** 2 + matrix_bytes(together)
+
+
+def matrix_bytes(numel: int) -> int:
+    """Of that, what the weights take and the outputs in hand."""
+    return 7 * numel + 40 * min(numel, 1 << 22)
 
 
 def damping(factor: core.Factor | None) -> float | None:

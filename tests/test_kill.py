@@ -136,6 +136,18 @@ def test_three_kills_and_the_same_bytes(warden: Warden, tiny: Path, clean: tuple
     assert contents(tmp_path / "out" / "compressed_tensors") == whole
 
 
+def test_kills_around_a_quantized_embedding(warden: Warden, tiny: Path, tmp_path: Path):
+    """The walk goes on from the embedding that was finished; compressed_tensors would refuse it."""
+    recipe = tiny.with_name("embedding.yaml")
+    recipe.write_text(tiny.read_text().replace('"lm_head"', '"embed"').replace("compressed_tensors", "native"))
+    status, moments = warden("run", recipe, "--out", tmp_path / "clean")
+    assert status == 0
+    for at in (15, 20, 25, moments // 3):
+        warden.killed("run", recipe, "--out", tmp_path / "out", at=at)
+    assert warden("run", recipe, "--out", tmp_path / "out")[0] == 0
+    assert contents(tmp_path / "out" / "native") == contents(tmp_path / "clean" / "native")
+
+
 def test_a_kill_releases_the_lock(warden: Warden, tiny: Path, clean: tuple[dict[str, bytes], int], tmp_path: Path):
     """Two kills at the last moment before the artifact is there: the second run could start, so the lock was free."""
     for _ in range(2):

@@ -86,10 +86,10 @@ def test_every_matrix_of_every_expert_is_a_site(family: Any, name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_sites_and_parameters_together_are_the_checkpoint(family: Any, name: str) -> None:
-    """Each tensor on disk is one site's weight or one parameter that stays (biases, norms, embeddings, routers)."""
+    """Each tensor on disk is one site's weight or one parameter that stays (biases, norms, positions, routers)."""
     model = open_model(str(family(name)))
     graph = model.graph
-    weights = [s.weight for s in graph if s.role != "embed" and not s.tied]
+    weights = [s.weight for s in graph if not s.tied]
     assert len(set(weights)) == len(weights)
     assert not set(weights) & set(graph.parameters)
     assert set(weights) | set(graph.parameters) == set(model.checkpoint.specs)

@@ -518,7 +518,7 @@ def test_formats_for_what_is_no_matrix(copy: Path, module: str) -> None:
 
 
 def with_packed(folder: Path, name: str, fmt: str, W_nk: Tensor) -> Tensor:
-    """Pack one more matrix of an artifact by hand, one that the compressor would keep dense; what it stands for."""
+    """Pack one more matrix of an artifact by hand, one that is dense in it; what it stands for."""
     base: Any = parse(fmt)
     tensors = base.pack(*plain(W_nk, base))
 
@@ -533,7 +533,6 @@ def with_packed(folder: Path, name: str, fmt: str, W_nk: Tensor) -> Tensor:
 
 
 def test_a_packed_embedding(copy: Path) -> None:
-    """The compressor keeps embeddings dense, but other tools do not."""
     table = load_file(copy / FILE)["model.embed_tokens.weight"]
     dense = runtime.load(copy, dtype=torch.float32)
     dense.model.embed_tokens.weight.data = with_packed(copy, "model.embed_tokens", "int8:g16:asym", table.float())

@@ -18,14 +18,13 @@ from compress.export.engines import EngineError
 from compress.export.onnx import datafile
 from compress.export.onnx.datafile import GRAPH, METHOD, VERSION, DataLayout
 from compress.export.onnx.encode import NBits
-from compress.export.onnx.words import describe, use, warnings
+from compress.export.onnx.words import describe, describe_table, engines, use, warnings
 from compress.export.tensors import formats_of, same_site, write_config
 from compress.formats import Format, Int, base_of
 from compress.graph import Site
 from compress.model import Model
 from compress.state import State
 
-ENGINES = "onnxruntime >= 1.24"  # earlier ones lack kernels: 1.23 has none for 2 bits, 1.22 no opset 23
 UNTRACED = {"falcon": "its heads share one key, which torch.onnx does not know in its Attention"}
 EXACT = {"fp32": 1e-3, "fp16": 3e-2}  # of the largest logit, where activations are not rounded
 LOOSE = 0.2  # where they are, to 8 bits in front of every matrix: kernels do that each in their own way
@@ -53,12 +52,16 @@ class Onnx(Exporter):
 
     def remarks(self, state: State) -> list[str]:
         kinds: dict[Format, list[Site]] = {}
-        for name, fmt in formats_of(state).items():
-            kinds.setdefault(fmt, []).append(state.graph[name])
+        formats = formats_of(state)
+        for name, fmt in formats.items():
+            if state.graph[name].role != "embed":
+                kinds.setdefault(fmt, []).append(state.graph[name])
         graph = GRAPH_BYTES[0] + len(state.graph.blocks) * GRAPH_BYTES[1]
         size = f"the graph adds about {graph // 1000:,} kB to the size above, and takes about 2 seconds a block to make"
         said = [describe(fmt, sites, self.accuracy_level) for fmt, sites in kinds.items()]
-        return [f"onnx: {text}" for text in (*said, *warnings(kinds, self.dtype == "fp16", state.dtype), size)]
+        said += [describe_table(fmt, state.graph[name]) for name, fmt in formats.items() if state.graph[name].role == "embed"]
+        known = dict.fromkeys(formats.values())
+        return [f"onnx: {text}" for text in (*said, *warnings(known, self.dtype == "fp16", state.dtype), size)]
 
     def layout(self, model: Model, state: State) -> DataLayout:
         return datafile.layout(state)
@@ -74,7 +77,8 @@ class Onnx(Exporter):
         datafile.write(folder, datafile.layout(job.state).file, datafile.tensors(job.state))
         write_config(job.model, folder, quantization_config(job.state))
         carry_over(job.model.folder, folder)
-        facts = {"library": "onnxruntime", "tag": "onnx", "loads in": ENGINES, "use": use(cached, job.state)}
+        least = engines(formats_of(job.state))
+        facts = {"library": "onnxruntime", "tag": "onnx", "loads in": least, "use": use(cached, job.state)}
         (folder / "README.md").write_text(job.card(facts))
 
     def prove(self, job: Job, folder: Path) -> Proof:
@@ -138,8 +142,7 @@ def same(wanted: State, written: State) -> None:
     for name, stored in wanted.changed.items():
         same_site(name, stored, written)
     kept = [s.weight for s in wanted.graph if not s.tied and s.name not in formats_of(wanted)]
-    replaced = {s.weight for s in wanted.graph} - set(kept)
-    for name in [*kept, *(n for n in wanted.graph.parameters if n not in replaced)]:
+    for name in [*kept, *wanted.graph.parameters]:
         if name not in written.checkpoint or not same_bytes(wanted.checkpoint.read(name), written.checkpoint.read(name)):
             raise ExportError(f"'{name}' on disk differs from the source's; please report this")
 

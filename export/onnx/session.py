@@ -94,7 +94,7 @@ class Session:
 
 def bytes_in_memory(state: State, width: int) -> int:
     """Codes of integers as they are; their scales and all else in numbers of `width` bytes, made at loading."""
-    total = width * sum(prod(s) for n, s in state.graph.parameters.items() if n != state.graph["embed"].weight)
+    total = width * sum(map(prod, state.graph.parameters.values()))
     for site in state.graph:
         if site.role != "embed":
             held = state.graph[site.tied] if site.tied else site

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -11,6 +11,8 @@ from compress.formats import Dense, Format, Int, LowRank, base_of
 from compress.graph import Site
 from compress.state import State
 
+ENGINES = "onnxruntime >= 1.24"  # earlier ones lack kernels: 1.23 has none for 2 bits, 1.22 no opset 23
+NEWER = "onnxruntime >= 1.27"  # 1.26 looks up rows of 4 and 8 bits only
 START = """\
 ```python
 import numpy as np, onnxruntime
@@ -61,10 +63,7 @@ print(tokenizer.decode(logits[0].argmax(-1)))
 
 def describe(fmt: Format, sites: list[Site], level: int) -> str:
     """Which nodes a format becomes, in how many bytes a weight, and what is slow about them."""
-    weights = sum(s.numel for s in sites)
-    stored = sum(slot.nbytes for s in sites for slot in slots(fmt, s.shape, torch.bfloat16))
-    cost = f"{stored / weights:.3f} bytes a weight"
-    base = base_of(fmt)
+    cost, base = cost_of(fmt, sites), base_of(fmt)
     more = ", and two products in full precision for the low-rank factors" if isinstance(fmt, LowRank) else ""
     if isinstance(base, Dense):
         return f"{fmt} stays as it is on disk ({cost}) and takes 4 bytes a weight in memory, where onnxruntime converts it"
@@ -74,6 +73,32 @@ def describe(fmt: Format, sites: list[Site], level: int) -> str:
     form = NBits.of(base, sites[0].shape[1])
     held = f" (there is no kernel for {base.bits})" if form.bits != base.bits else ""
     return f"{fmt} becomes MatMulNBits of {form.bits} bits{held}, block {form.block} ({cost}){more}{slow(form, level)}"
+
+
+def describe_table(fmt: Format, site: Site) -> str:
+    """The same of the token embedding, of which rows are looked up and nothing else."""
+    cost, base = cost_of(fmt, [site]), base_of(fmt)
+    if isinstance(base, Dense):
+        return f"the embedding in {fmt} stays as it is on disk and in memory ({cost})"
+    if not isinstance(base, Int):
+        return (f"the embedding in {fmt} is stored as {kind_of(base.bits).lower()} codes ({cost}), which onnxruntime turns into "
+                "a dense table as it loads them: 4 bytes a weight in memory; integers stay packed")  # fmt: skip
+    form = NBits.of(base, site.shape[1])
+    held = f" (there is no kernel for {base.bits})" if form.bits != base.bits else ""
+    newer = f"; 2 bits need {NEWER}" if form.bits == 2 else ""
+    return (f"the embedding in {fmt} becomes GatherBlockQuantized of {form.bits} bits{held}, block {form.block} ({cost}): it "
+            f"stays packed in memory, and only the rows that are asked for are decoded{newer}")  # fmt: skip
+
+
+def engines(formats: Mapping[str, Format]) -> str:
+    """What loads the artifact, for its card; `formats` by site."""
+    table = formats.get("embed")
+    return NEWER if isinstance(table, Int) and table.bits == 2 else ENGINES
+
+
+def cost_of(fmt: Format, sites: list[Site]) -> str:
+    stored = sum(slot.nbytes for s in sites for slot in slots(fmt, s.shape, torch.bfloat16))
+    return f"{stored / sum(s.numel for s in sites):.3f} bytes a weight"
 
 
 def slow(form: NBits, level: int) -> str:

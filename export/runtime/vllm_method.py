@@ -61,6 +61,8 @@ class NativeConfig(QuantizationConfig):  # type: ignore[misc]
         if isinstance(layer, RoutedExperts) and any(name.startswith(f"{prefix}.") for name in self.formats):
             raise ModelError(f"'{prefix}' has packed experts, which the vLLM plug-in does not serve; use transformers")
         if isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead):
+            if not isinstance(self.formats.get(prefix), Dense | None):
+                raise ModelError(f"'{prefix}' is a packed embedding, which the vLLM plug-in does not serve; use transformers")
             return None
         if not isinstance(layer, LinearBase | ParallelLMHead):
             return None

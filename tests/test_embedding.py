@@ -1,0 +1,322 @@
+"""A token embedding quantized by a pin: rounded before the first block, held by native, onnx and gguf, refused where engines are.
+
+An export to ONNX takes seconds, so one run makes all three artifacts, and what can be asked of them is asked of the same.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from compress import pipeline
+from compress.cli import main
+from compress.errors import CompressError, FormatError
+from compress.export import gguf, native, runtime
+from compress.export.engines import greedy
+from compress.export.onnx import reader
+from compress.export.onnx.exporter import Onnx
+from compress.export.onnx.session import Session
+from compress.export.table import EXPORTERS
+from compress.formats import Int, parse
+from compress.manager import Cost
+from compress.model import open_model
+from compress.passes.quantize import UNSEEN, Quantize
+from compress.plan import BitPlan
+from compress.run import Parts
+from compress.state import State
+from tests import stock
+from tests.conftest import FAMILIES, contents, make_model
+from tests.cooking import bake, recipe
+from tests.test_native import same_state
+from tests.test_runtime import with_packed
+
+FORM = "int4:g32"
+READ: dict[str, Callable[[Path], State]] = {"native": native.read, "onnx": reader.read, "gguf": gguf.read}
+SHARES = "'embed' shares its matrix with 'lm_head', and packed modules share none, so it stays as it is: pin it to bf16 or"
+
+
+def steps(form: str, **options: Any) -> dict[str, Any]:
+    """The quickest pass that quantizes the embedding beside the matrices of the blocks."""
+    return {"quantize": {"method": "rtn", "clip": "minmax", "format": "int4:g64", "pins": {"embed": form}, **options}}
+
+
+def ids(count: int, length: int) -> Tensor:
+    return torch.randint(0, 256, (count, length), generator=torch.Generator().manual_seed(7))
+
+
+def baked(folder: Path, model: Path, text: Path | None, *exporters: str, **options: Any) -> pipeline.Outcome:
+    """A run of `quantize` with several exporters."""
+    path = recipe(folder, model, text, **options)
+    content = yaml.safe_load(path.read_text()) | {"export": [{name: {}} for name in exporters]}
+    if text:
+        content["data"]["evaluation"] = {"text": str(text), "sequences": 4, "length": 32}
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return pipeline.run(path)
+
+
+@pytest.fixture(scope="module")
+def made(family: Any, text: Path, tmp_path_factory: pytest.TempPathFactory) -> pipeline.Outcome:
+    """A llama by GPTQ, its embedding in 4 bits, in three kinds of artifacts."""
+    pins = {"embed": FORM, "lm_head": "int8:g32"}
+    return baked(tmp_path_factory.mktemp("made"), family("llama"), text, *READ, format="int4:g64", pins=pins)
+
+
+def folder_of(outcome: pipeline.Outcome, name: str) -> Path:
+    return outcome.artifacts[name][0]
+
+
+def dequantized(made: pipeline.Outcome, source: Path) -> Any:
+    """The original in transformers, in fp32, every changed matrix replaced by what ours dequantizes to."""
+    model, state = stock.load(source, dtype=torch.float32), replace(made.state, dtype=torch.float32)
+    stock.substitute(model, state.graph, {name: state.weight(state.graph[name]) for name in state.changed})
+    return model
+
+
+# --- the pass ---------------------------------------------------------------------------------------------------------
+
+
+def records(outcome: pipeline.Outcome) -> list[dict[str, Any]]:
+    (step,) = (outcome.out / "steps").iterdir()
+    listed: list[dict[str, Any]] = json.loads((step / "record.json").read_text())["sites"]
+    return listed
+
+
+def test_it_is_rounded_first_and_told_of(made: pipeline.Outcome, family: Any) -> None:
+    first = records(made)[0]
+    state, before = made.state, open_model(str(family("llama"))).state
+    site = state.graph["embed"]
+    assert (first["site"], first["format"], first["tokens"], first["notes"]) == ("embed", FORM, None, [UNSEEN])
+    assert first["bytes"] == parse(FORM).nbytes(site.shape)
+    W, Q = (s.weight(s.graph["embed"]).float() for s in (before, state))
+    assert first["error"] == pytest.approx(float((W - Q).square().sum() / W.square().sum()), rel=0.02)
+    report = (made.out / "report.md").read_text()
+    assert re.search(rf"\| embed +\| {FORM} ", report)
+    assert UNSEEN in report
+
+
+def test_every_block_is_calibrated_on_what_it_gives(family: Any, text: Path, tmp_path: Path) -> None:
+    """The first matrix of the first block sees other inputs; the twin, which is what it aims at, does not."""
+    done = [baked(tmp_path / str(i), family("llama"), text, format="int3:g32", drift=drift, pins=pins)
+            for i, (drift, pins) in enumerate([(0, {}), (0, {"embed": "int2:g32"}), (0.5, {"embed": "int2:g32"})])]  # fmt: skip
+    codes = [d.state.changed["layers.0.attn.q"].load().tensors["weight_packed"] for d in done]
+    assert not torch.equal(codes[0], codes[1])
+    assert not torch.equal(codes[1], codes[2])
+
+
+def test_eight_bits_cost_little(family: Any, text: Path, tmp_path: Path) -> None:
+    kl = [baked(tmp_path / str(i), family("llama"), text, format="int4:g32", pins=pins).scores["compressed"]["kl"]
+          for i, pins in enumerate([{}, {"embed": "int8:g32"}, {"embed": "int2:g32"}])]  # fmt: skip
+    assert kl[1] < 1.1 * kl[0] < 0.8 * kl[2]
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {name: data for name, data in contents(folder).items() if name.endswith(".safetensors")}
+
+
+@pytest.mark.parametrize("stop", ["embedding", "block-0001"])
+def test_a_run_that_stops_goes_on(
+    family: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: str, made: pipeline.Outcome
+) -> None:
+    """The part that is finished is read, not made again, and the artifact has the same bytes."""
+    commit = Parts.commit
+
+    def stopping(self: Parts, part: str, *rest: Any) -> Any:
+        found = commit(self, part, *rest)
+        if part == stop:
+            raise KeyboardInterrupt
+        return found
+
+    path = tmp_path / "recipe.yaml"
+    same = (made.out.parent / "recipe.yaml").read_text().replace(str(made.out), str(tmp_path / "out"))
+    path.write_text(same.replace("- onnx: {}\n", "").replace("- gguf: {}\n", ""))
+    monkeypatch.setattr(Parts, "commit", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(path)
+    stop, parts = "", []
+    monkeypatch.setattr(Parts, "commit", lambda self, part, *rest: parts.append(part) or commit(self, part, *rest))
+    done = pipeline.run(path)
+    assert "embedding" not in parts
+    assert weights(folder_of(done, "native")) == weights(folder_of(made, "native"))
+
+
+def test_without_text_and_behind_other_passes(family: Any, text: Path, tmp_path: Path) -> None:
+    done = bake(tmp_path / "rtn", family("gpt_neox"), None, "native", steps("lut4:g32"))
+    assert str(done.state.format(done.state.graph["embed"])) == "lut4:g32"
+    same_state(done.state, native.read(folder_of(done, "native")))
+    chosen = {"budget": "60 %", "formats": ["int4:g32", "int8:g32"], "trials": 1, "probe": 32, "pins": {"embed": FORM}}
+    done = bake(tmp_path / "allocate", family("llama"), text, "native", {"allocate": chosen}, {"quantize": {}})
+    assert str(done.state.format(done.state.graph["embed"])) == FORM
+    same_state(done.state, native.read(folder_of(done, "native")))
+    size = sum(p.stat().st_size for p in folder_of(done, "native").glob("*.safetensors"))
+    assert size <= 0.6 * (family("llama") / "model.safetensors").stat().st_size
+    done = bake(tmp_path / "lqlora", family("llama"), text, "native", {"lqlora": {"format": "int3:g32", "rank": 2, "rounds": 0,
+                                                                                   "pins": {"embed": FORM}}})  # fmt: skip
+    assert str(done.state.format(done.state.graph["embed"])) == FORM
+
+
+def test_cost(family: Any) -> None:
+    state = open_model(str(family("llama"))).state
+
+    def cost(**pins: str) -> Cost:
+        quantize = Quantize(format=parse("int4:g32"), pins={name.replace("_", "*"): form for name, form in pins.items()})
+        return quantize.cost(quantize.foresee(state), 1000)
+
+    assert cost(embed=FORM).weights == cost().weights + state.graph["embed"].numel
+    assert (cost(embed=FORM).exact_flops, cost(embed=FORM).model_flops) == (cost().exact_flops, cost().model_flops)
+    assert cost(layers_="bf16", embed=FORM).peak_bytes > 0
+
+
+# --- artifacts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", READ)
+def test_artifacts_hold_it(made: pipeline.Outcome, text: Path, capsys: Any, name: str) -> None:
+    folder, proof = made.artifacts[name]
+    again = READ[name](folder)
+    same_state(made.state, again)
+    assert str(again.format(again.graph["embed"])) == FORM
+    layout = pipeline.plan(made.out.parent / "recipe.yaml").layouts[name]
+    assert {f.name: f.nbytes for f in layout.files} == {f.name: (folder / f.name).stat().st_size for f in layout.files}
+    engine = {"native": "compress runtime", "onnx": "onnxruntime", "gguf": "transformers, dequantized from GGUF"}[name]
+    assert proof.engine.startswith(engine)
+    assert proof.greedy == 16 or name == "onnx"
+    assert proof.difference == 0 or name == "onnx"
+    assert main(["inspect", str(folder), "--json"]) == 0
+    (shown,) = (s for s in json.loads(capsys.readouterr().out)["sites"] if s["site"] == "embed")
+    assert (shown["format"], shown["bytes"]) == (FORM, parse(FORM).nbytes(made.state.graph["embed"].shape))
+    assert main(["eval", str(folder), "--text", str(text), "--length", "32", "--sequences", "2", "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["engine"].startswith(engine)
+    assert 0 < scores["kl"] < 5
+
+
+def test_the_runtime_keeps_it_packed(made: pipeline.Outcome, family: Any) -> None:
+    model, peer = runtime.load(folder_of(made, "native"), dtype=torch.float32), dequantized(made, family("llama"))
+    assert type(model.model.embed_tokens).__name__ == "PackedEmbedding"
+    assert torch.equal(stock.logits(model, [ids(2, 24)])[0], stock.logits(peer, [ids(2, 24)])[0])
+    said, wanted = (m.generate(ids(1, 8), max_new_tokens=12, do_sample=False) for m in (model, peer))
+    assert torch.equal(said, wanted)
+    packed = native.engine(folder_of(made, "native"), made.state, "cpu")
+    held = sum(t.nbytes for m in packed.model.modules() if not isinstance(m, torch.nn.Embedding)  # type: ignore[attr-defined]
+               for t in (*m.parameters(recurse=False), *m.buffers(recurse=False)))  # fmt: skip
+    assert packed.weight_bytes() == held
+
+
+def test_onnxruntime_looks_rows_up(made: pipeline.Outcome, family: Any) -> None:
+    folder, peer = folder_of(made, "onnx"), dequantized(made, family("llama"))
+    graph = reader.parsed(folder / "model.onnx").graph
+    (node,) = (n for n in graph.node if n.op_type.startswith("Gather") and "input_ids" in n.input)
+    said = {a.name: a.i for a in node.attribute}
+    assert (node.op_type, said["bits"], said["block_size"]) == ("GatherBlockQuantized", 4, 32)
+    session = Session(folder, made.state, level=1)
+    wanted = stock.logits(peer, [ids(2, 24)])[0]
+    assert float((session.prefill(ids(2, 24))[0] - wanted).abs().max()) <= 1e-4 * float(wanted.abs().max())
+    generated = peer.generate(ids(1, 8), max_new_tokens=12, do_sample=False, eos_token_id=None)[:, 8:]
+    assert torch.equal(greedy(session, ids(1, 8), 12), generated)
+    exact = float(made.artifacts["onnx"][1].remark.split("the difference is ")[1].split()[0])
+    assert exact < 1e-3
+
+
+@pytest.mark.parametrize("form", ["int8:g32", "int3:channel", "int4:g64:asym"])
+def test_llamacpp_has_it_in_its_blocks(family: Any, text: Path, tmp_path: Path, form: str) -> None:
+    oracle = pytest.importorskip("gguf")
+    done = bake(tmp_path, family("llama"), text, "gguf", steps(form))
+    kinds = {t.name: t for t in oracle.GGUFReader(folder_of(done, "gguf") / gguf.FILE).tensors}
+    held = kinds["token_embd.weight"]
+    assert held.tensor_type.name == {"int8:g32": "Q8_0", "int3:channel": "Q4_0", "int4:g64:asym": "Q5_0"}[form]
+    wanted = done.state.changed["embed"].load().dequantize(torch.float32)
+    assert torch.equal(torch.from_numpy(oracle.dequantize(held.data, held.tensor_type)), wanted)
+    assert done.artifacts["gguf"][1].difference == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "form"), [("llama", "int2:channel:asym"), ("llama", "nf3:g32:dq8x16"), ("llama", "lut3:g48"),
+                                            ("llama", "fp16"), ("gpt_neox", "int8:g32"), ("phi3", "int4:g16")])  # fmt: skip
+def test_other_formats_and_families_in_onnx(family: Any, text: Path, tmp_path: Path, name: str, form: str) -> None:
+    done = bake(tmp_path, family(name), text, "onnx", steps(form))
+    if form != "fp16":
+        same_state(done.state, reader.read(folder_of(done, "onnx")))
+    assert "onnxruntime" in done.artifacts["onnx"][1].engine
+    least = "1.27" if form.startswith("int2") else "1.24"
+    assert f"onnxruntime >= {least}" in (folder_of(done, "onnx") / "README.md").read_text()
+
+
+def test_a_scaled_embedding_our_own_reader_proves(text: Path, tmp_path: Path) -> None:
+    """The runtime does not look up scaled rows; the artifact holds them all the same."""
+    config = FAMILIES["gemma3"]()
+    config.tie_word_embeddings = False
+    done = bake(tmp_path / "run", make_model(tmp_path / "model", config), text, "native", steps("int8:g32"))
+    proof = done.artifacts["native"][1]
+    assert proof.engine == "our own reader"
+    assert "is a Gemma3TextScaledWordEmbedding, which the runtime keeps dense" in proof.remark
+    same_state(done.state, native.read(folder_of(done, "native")))
+
+
+# --- refusals and what is said beforehand -----------------------------------------------------------------------------
+
+
+def planned(source: Path, form: str) -> State:
+    state = open_model(str(source)).state
+    return replace(state, plan=BitPlan.of(state.graph, parse("int4:g32"), {"embed": form}, state.dtype))
+
+
+def test_tied_models_and_ranks_are_refused(family: Any) -> None:
+    for name in ("qwen2", "gpt2"):
+        with pytest.raises(FormatError, match=re.escape(SHARES)):
+            planned(family(name), "int8:g32")
+        assert "embed" not in planned(family(name), "bf16").plan.formats  # type: ignore[union-attr]
+    with pytest.raises(FormatError, match="no inputs that a low-rank correction could be fitted to: pin it to int4:g32"):
+        planned(family("llama"), "int4:g32+r4")
+    with pytest.raises(FormatError, match="groups of 48 do not divide 64"):
+        planned(family("llama"), "int4:g48")
+
+
+@pytest.mark.parametrize("name", ["compressed_tensors", "gptq"])
+def test_engines_that_look_up_dense_rows_only(family: Any, name: str) -> None:
+    says = rf"{name}: 'embed' has int8:g32, and engines .*dense tables only; leave it out of 'pins', or export native, onnx or g"
+    with pytest.raises(CompressError, match=says):
+        EXPORTERS[name]().check(planned(family("llama"), "int8:g32"))
+    EXPORTERS[name]().check(planned(family("llama"), "fp16"))
+
+
+def test_blocks_that_gguf_lacks(family: Any) -> None:
+    with pytest.raises(CompressError, match="'embed' has int4:g16, and GGUF has blocks of 32 inputs"):
+        EXPORTERS["gguf"]().check(planned(family("llama"), "int4:g16"))
+    with pytest.raises(CompressError, match="gguf holds integers; 'embed' has nf4:g64"):
+        EXPORTERS["gguf"]().check(planned(family("llama"), "nf4:g64"))
+
+
+@pytest.mark.parametrize(("form", "says"), [
+    ("int3:g32", "int3:g32 becomes GatherBlockQuantized of 4 bits (there is no kernel for 3), block 32 (0.562 bytes a weight)"),
+    ("int2:g32", "int2:g32 becomes GatherBlockQuantized of 2 bits, block 32 (0.312 bytes a weight): it stays packed in memory, "
+     "and only the rows that are asked for are decoded; 2 bits need onnxruntime >= 1.27"),
+    ("lut4:g32", "lut4:g32 is stored as uint4 codes (0.564 bytes a weight), which onnxruntime turns into a dense table"),
+    ("fp16", "fp16 stays as it is on disk and in memory (2.000 bytes a weight)"),
+])  # fmt: skip
+def test_remarks(family: Any, form: str, says: str) -> None:
+    said = Onnx().remarks(planned(family("llama"), form))
+    assert any(s.startswith(f"onnx: the embedding in {says}") for s in said), said
+    assert any("MatMulNBits of 4 bits, block 32 (0.562" in s for s in said)
+    (vllm,) = native.Native().remarks(planned(family("llama"), form))
+    assert ("vLLM" in vllm) == (form == "fp16")
+
+
+def test_a_packed_matrix_that_two_modules_share_is_read_as_one(family: Any, text: Path, tmp_path: Path) -> None:
+    """No run makes such an artifact; what reads it takes the head's matrix from the embedding."""
+    folder = folder_of(bake(tmp_path, family("qwen2"), text, "native", {"quantize": {"method": "rtn", "format": FORM}}), "native")
+    packed = with_packed(folder, "model.embed_tokens", "int8:g32", open_model(str(family("qwen2"))).state.checkpoint.read(
+        "model.embed_tokens.weight").float())  # fmt: skip
+    state = native.read(folder)
+    assert isinstance(state.format(state.graph["embed"]), Int)
+    assert torch.equal(state.weight(state.graph["lm_head"]), packed.to(state.dtype))
+    text_of = ["--text", str(text), "--length", "32", "--sequences", "2", "--json", "--against", str(family("qwen2"))]
+    assert main(["eval", str(folder), *text_of]) == 0
