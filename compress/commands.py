@@ -164,7 +164,7 @@ def bench_command(options: argparse.Namespace) -> None:
         raise ModelError(f"{options.what}: the model does not predict the next token; there is nothing to decode")
     original = original_of(options)
     if original is None:
-        raise ModelError(f"{options.what}: whose original is not known; name it with --against MODEL")
+        raise ModelError(f"{options.what}: its original is not known; name it with --against MODEL")
     learned = getattr(model.config, "max_position_embeddings", None) or options.prompt + options.new
     if options.prompt + options.new > learned:
         raise ModelError(f"{options.what}: has {learned} positions; lower --prompt {options.prompt} or --new {options.new}")

@@ -107,7 +107,7 @@ def place(exporter: Exporter, job: Job, out: Path) -> tuple[Path, Proof]:
             move_aside(out)
             before.rename(out)
     if held(out) == job.key:
-        return out, Proof(**mark(out)["proof"])
+        return out, Proof(**mark(out)["proof"])  # `held` has looked at it
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -142,9 +142,11 @@ def mark(folder: Path) -> dict[str, Any]:
 def held(folder: Path) -> str | None:
     """The key of the artifact in a folder, or None where there is none, or a file of it is missing or cut short."""
     note = mark(folder)
-    files = sizes(folder) if note else {}
-    whole = all(files.get(name) == size for name, size in note.get("sizes", {}).items())
-    return note.get("key") if whole and "proof" in note else None
+    noted, proof = note.get("sizes"), note.get("proof")
+    if not isinstance(noted, dict) or not isinstance(proof, dict) or proof.keys() != Proof.__dataclass_fields__.keys():
+        return None
+    files = sizes(folder)
+    return note.get("key") if all(files.get(name) == size for name, size in noted.items()) else None
 
 
 def refuse_foreign(out: Path) -> None:

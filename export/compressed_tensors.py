@@ -19,14 +19,14 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
-from compress.checkpoint import Layout
+from compress.checkpoint import Layout, weight_files
 from compress.errors import ExportError, ModelError
 from compress.export import adapter
 from compress.export.artifact import Exporter, Job, Proof, carry_over
 from compress.export.compressed_engines import RUNTIME, STOCK, VLLM, engine, lacking, stock_obstacles
 from compress.export.engines import EngineError
 from compress.export.proof import prove, proven
-from compress.export.runtime.reading import declared
+from compress.export.runtime.reading import check_marks, contained, declared
 from compress.export.tensors import (
     TOLERANCE,
     Placed,
@@ -231,6 +231,7 @@ def is_artifact(folder: Path) -> bool:
 def read(folder: Path) -> State:
     """The state that a pack-quantized folder holds; ModelError where its config and tensors disagree."""
     model = open_artifact(folder)
+    check_marks(folder, (*weight_files(folder), *folder.glob(adapter.WEIGHTS)))
     try:
         groups = list(declared(folder)["config_groups"].values())
         schemes = [(list(group["targets"]), int_of(group["weights"], folder)) for group in groups]
@@ -251,6 +252,7 @@ def stored_at(site: Site, schemes: list[tuple[list[str], Int]], model: Model) ->
 
 
 def open_artifact(folder: Path) -> Model:
+    contained(folder)
     model = open_model(str(folder))
     del model.config.quantization_config
     return model

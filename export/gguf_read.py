@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 
-from compress.checkpoint import HASHED_BYTES, Spec
+from compress.checkpoint import Spec
 from compress.errors import FormatError, ModelError
 from compress.export import gguf_blocks as blocks
-from compress.export.artifact import mark
 from compress.export.gguf_file import BLOCK, FILE, Found, Tensor, read_file
 from compress.export.gguf_metadata import DTYPES, FACTORS, FAMILIES, NOTE, VERSION, order, tensor_name
-from compress.export.runtime.reading import sha256
+from compress.export.runtime.reading import check_marks, contained
 from compress.export.tensors import Placed
 from compress.export.view import Seen, View, Viewed
 from compress.formats import Int, parse
@@ -58,15 +57,6 @@ def note_of(found: Found) -> Note:
     if len(note.formats) < len(formats):
         raise ModelError(f"{found.path}: {NOTE} names formats that are not integers")
     return note
-
-
-def check_file(path: Path) -> None:
-    """ModelError where the file is not the one that was written, as far as its hash is known and quickly compared."""
-    note, size = mark(path.parent), path.stat().st_size
-    hashes = note.get("sha256")
-    known = hashes.get(path.name) if isinstance(hashes, dict) and size <= HASHED_BYTES else None
-    if known is not None and known != sha256(path):
-        raise ModelError(f"{path}: is not the file that was written (see compress.json); it is damaged, copy it again")
 
 
 def view_of(model: Model, found: Found, note: Note) -> View:
@@ -172,8 +162,9 @@ def read(folder: Path) -> State:
 
 
 def opened(folder: Path) -> tuple[Viewed, Note]:
+    contained(folder)
     model, path = open_model(str(folder)), folder / FILE
-    check_file(path)
+    check_marks(folder, (path,))
     found = read_file(path)
     note = note_of(found)
     if model.config.model_type not in FAMILIES:

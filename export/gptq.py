@@ -23,14 +23,14 @@ import torch
 from pydantic import Field
 
 from compress import bitpack
-from compress.checkpoint import Checkpoint, Layout, Spec
+from compress.checkpoint import Checkpoint, Layout, Spec, weight_files
 from compress.errors import ExportError, FormatError, ModelError
 from compress.export import tensors as common
 from compress.export.artifact import Exporter, Job, Proof, carry_over
 from compress.export.gptq_config import Scheme, config_of
 from compress.export.gptq_engines import GENAI, GPTQMODEL, VLLM, engine, engines
 from compress.export.proof import prove, proven
-from compress.export.runtime.reading import declared
+from compress.export.runtime.reading import check_marks, contained, declared
 from compress.export.tensors import Placed, formats_of, same_tensors, write_config
 from compress.export.view import Seen, View, Viewed
 from compress.formats import Dense, Int
@@ -190,6 +190,7 @@ def is_artifact(folder: Path) -> bool:
 
 def open_artifact(folder: Path) -> Model:
     """The model of a GPTQ checkpoint, its tensors seen as ours; ModelError where config and tensors disagree."""
+    contained(folder)
     model = open_model(str(folder))
     checkpoint, scheme = model.checkpoint, Scheme.of(declared(folder), str(folder / "config.json"))
     del model.config.quantization_config
@@ -205,6 +206,7 @@ def open_artifact(folder: Path) -> Model:
 
 def read(folder: Path) -> State:
     """The state that a GPTQ checkpoint holds; ModelError where its config and tensors disagree."""
+    check_marks(folder, weight_files(folder))
     model, scheme = open_artifact(folder), Scheme.of(declared(folder), str(folder / "config.json"))
     stored = {}
     for site in model.graph:

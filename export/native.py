@@ -154,6 +154,7 @@ def is_artifact(folder: Path) -> bool:
 
 def open_artifact(folder: Path) -> Model:
     """The model of a native artifact, without its weights' meaning; ModelError for a version that we do not know."""
+    reading.contained(folder)
     formats(folder)
     reading.shards(folder)
     model = open_model(str(folder))
@@ -164,8 +165,9 @@ def open_artifact(folder: Path) -> Model:
 def read(folder: Path) -> State:
     """The state that a native artifact holds; ModelError where its files do not belong together."""
     model = open_artifact(folder)
-    reading.check_marks(folder, reading.shards(folder))
-    reading.headers(reading.shards(folder))
+    paths = reading.shards(folder)
+    reading.check_marks(folder, paths)
+    reading.check_index(folder, reading.headers(paths)[1])
     by_stem = {s.stem: s for s in model.graph if not s.tied}
     state = State(model.graph, model.checkpoint, model.dtype, facts=Fact.QUANTIZED)
     stored: dict[str, Placed] = {}

@@ -180,7 +180,7 @@ def test_weight_bytes_are_all_but_the_rows_of_a_table(family: Any, name: str) ->
 
 
 @pytest.mark.parametrize(("arguments", "says"), [
-    (["{model}"], "whose original is not known; name it with --against MODEL"),
+    (["{model}"], "its original is not known; name it with --against MODEL"),
     (["{model}", "--against", "{model}", "--prompt", "1000"], "has 256 positions; lower --prompt 1000 or --new 32"),
     (["{model}", "--prompt", "0"], "argument --prompt: needs a whole number from 1 on"),
     (["{model}/none"], "no such folder"),

@@ -27,6 +27,7 @@ from compress.export import gptq
 from compress.export.artifact import Job
 from compress.export.gptq_config import Scheme, config_of
 from compress.export.gptq_engines import GENAI, GPTQMODEL, TRANSFORMERS, VLLM, engines
+from compress.export.runtime.reading import MARK
 from compress.formats import Dense, Int, parse
 from compress.model import open_model
 from compress.plan import BitPlan
@@ -75,8 +76,10 @@ def made(family: Any, text: Path, tmp_path_factory: pytest.TempPathFactory) -> C
 
 @pytest.fixture
 def copy(made: Any, tmp_path: Path) -> Path:
-    """The asymmetric artifact, to damage."""
-    return Path(shutil.copytree(artifact_of(made("asym")), tmp_path / "artifact"))
+    """The asymmetric artifact, to damage; without the hashes, which would notice first."""
+    folder = Path(shutil.copytree(artifact_of(made("asym")), tmp_path / "artifact"))
+    (folder / MARK).unlink()
+    return folder
 
 
 # --- the layout, from its definition ----------------------------------------------------------------------------------

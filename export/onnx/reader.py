@@ -28,7 +28,7 @@ from compress.export.engines import Engine
 from compress.export.onnx.datafile import DATA, GRAPH, METHOD, DataFile, places
 from compress.export.onnx.encode import DTYPES, WIDTHS, Slot, decode, slots
 from compress.export.onnx.nodes import code_of
-from compress.export.runtime.reading import check_marks, declared, formats, one_line
+from compress.export.runtime.reading import check_marks, contained, declared, formats, one_line
 from compress.export.tensors import Placed
 from compress.export.view import Seen, View, Viewed
 from compress.formats import Dense, Format
@@ -45,6 +45,7 @@ def is_artifact(folder: Path) -> bool:
 
 def open_artifact(folder: Path) -> Model:
     """The model of an ONNX artifact; ModelError for a version that we do not know."""
+    contained(folder)
     view = seen(Data.of(folder), formats(folder), shapes(folder))
     model = open_model(str(folder))
     del model.config.quantization_config

@@ -66,6 +66,7 @@ def method(folder: Path) -> str | None:
 
 def open_native(folder: Path) -> Artifact:
     """A native artifact, its hashes compared up to `HASHED_BYTES`."""
+    contained(folder)
     texts, paths = formats(folder), shards(folder)
     check_marks(folder, paths)
     specs, files = headers(paths)
@@ -81,7 +82,9 @@ def open_native(folder: Path) -> Artifact:
 
 def open_packed(folder: Path, module_of: Callable[[str], str] = str) -> Artifact:
     """A compressed-tensors folder of integers; `module_of` gives the path in the module tree for a name on disk."""
+    contained(folder)
     schemes, paths = integer_schemes(declared(folder)), plain_files(folder)
+    check_marks(folder, paths)
     specs, files = headers(paths)
     found: dict[str, Format] = {}
     for name in specs:
@@ -181,6 +184,12 @@ def plain_files(folder: Path) -> tuple[Path, ...]:
     if bad or not names:
         raise ModelError(f"{index}: names '{one_line(bad or '')}', which is no weight file of this folder")
     return tuple(within(folder, folder / n) for n in names)
+
+
+def contained(folder: Path) -> None:
+    """ModelError where something in an artifact is a link that leads out of it: nothing there may have another file read."""
+    for path in folder.rglob("*"):
+        within(folder, path)
 
 
 def within(folder: Path, path: Path) -> Path:
@@ -283,8 +292,9 @@ def check_marks(folder: Path, paths: Iterable[Path]) -> None:
     small = sum(path.stat().st_size for path in paths) <= HASHED_BYTES
     for path in (*paths, folder / "config.json"):
         held = path.stat().st_size
-        size = noted.get(path.name, held) if isinstance(noted, dict) and path in paths else held
-        whole = hashes.get(path.name) if isinstance(hashes, dict) and small else None
+        name = path.relative_to(folder).as_posix()
+        size = noted.get(name, held) if isinstance(noted, dict) and path in paths else held
+        whole = hashes.get(name) if isinstance(hashes, dict) and small else None
         if size != held or (whole is not None and whole != sha256(path)):
             raise ModelError(f"{path}: is not the file that was written (see {MARK}); it is damaged, copy it again")
 

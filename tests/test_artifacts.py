@@ -1,0 +1,100 @@
+"""What holds for every kind of artifact: other bytes than were written, and links out of the folder, are refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from compress import pipeline
+from compress.cli import main
+from compress.export.artifact import held, mark
+from compress.export.runtime.reading import MARK
+from compress.export.table import EXPORTERS, KINDS
+from tests.cooking import recipe
+
+WEIGHTS = {"compressed_tensors": "model.safetensors", "gptq": "model.safetensors", "gguf": "model.gguf",
+           "native": "compress-00001.safetensors", "onnx": "model.onnx.data"}  # fmt: skip
+FILES = [*WEIGHTS.items(), ("onnx", "model.onnx"), *((name, "config.json") for name in WEIGHTS)]
+
+
+@pytest.fixture(scope="module")
+def made(family: Any, text: Path, tmp_path_factory: pytest.TempPathFactory) -> pipeline.Outcome:
+    """One run, every exporter."""
+    folder = tmp_path_factory.mktemp("all")
+    path = recipe(folder, family("llama"), text, format="int4:g32", method="rtn")
+    content = yaml.safe_load(path.read_text()) | {"export": [{name: {}} for name in EXPORTERS]}
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return pipeline.run(path)
+
+
+@pytest.fixture
+def copy(made: pipeline.Outcome, tmp_path: Path) -> Any:
+    """copy(exporter) -> a copy of its artifact, to damage."""
+    return lambda name: Path(shutil.copytree(made.artifacts[name][0], tmp_path / name))
+
+
+def refusal(folder: Path, capsys: Any) -> str:
+    """The one line with which a folder is refused."""
+    capsys.readouterr()
+    assert main(["inspect", str(folder)]) == 2
+    said: str = capsys.readouterr().err
+    assert said.count("\n") == 1
+    return said
+
+
+def test_every_exporter_is_tried_here() -> None:
+    assert WEIGHTS.keys() == EXPORTERS.keys()
+    assert len(KINDS) == len(EXPORTERS)
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_an_intact_artifact_is_read(copy: Any, capsys: Any, name: str) -> None:
+    assert main(["inspect", str(copy(name))]) == 0
+    assert "int4:g32" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "file"), FILES)
+def test_a_flipped_bit_is_noticed(copy: Any, capsys: Any, name: str, file: str) -> None:
+    folder = copy(name)
+    data = bytearray((folder / file).read_bytes())
+    at = data.rindex(b"1") if file == "config.json" else len(data) - 40  # of JSON, a digit: it stays JSON
+    data[at] ^= 3
+    (folder / file).write_bytes(data)
+    said = refusal(folder, capsys)
+    assert f"{folder / file}: " in said or file in ("config.json", "model.onnx")
+
+
+@pytest.mark.parametrize(("name", "file"), FILES)
+def test_a_link_out_of_the_folder_is_refused(copy: Any, tmp_path: Path, capsys: Any, name: str, file: str) -> None:
+    folder = copy(name)
+    (folder / file).rename(tmp_path / "outside")
+    (folder / file).symlink_to(tmp_path / "outside")
+    (folder / MARK).unlink()
+    assert f"{folder / file}: is a link out of the artifact; copy the file itself" in refusal(folder, capsys)
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_folder_of_links_in_a_hub_cache_is_no_such_thing(copy: Any, tmp_path: Path, capsys: Any, name: str) -> None:
+    """The hub's cache keeps files under their hashes, and a snapshot of links to them."""
+    intact, snapshot, blobs = copy(name), tmp_path / "cache" / "snapshots" / "abc", tmp_path / "cache" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for i, file in enumerate(sorted(p for p in intact.iterdir() if p.is_file())):
+        file.rename(blobs / str(i))
+        (snapshot / file.name).symlink_to(blobs / str(i))
+    assert main(["inspect", str(snapshot)]) == 0
+
+
+@pytest.mark.parametrize(
+    "note", ['{"sizes": [], "proof": 1}', '{"sizes": {}, "proof": {}}', '{"sizes": {}, "proof": {"engine": 1}}']
+)
+def test_a_broken_mark_is_that_of_another_run(copy: Any, note: str) -> None:
+    folder = copy("native")
+    assert held(folder) == mark(folder)["key"]
+    (folder / MARK).write_text(json.dumps(note | {"key": "k"}))
+    assert held(folder) is None
