@@ -90,10 +90,8 @@ def test_a_folder_of_links_in_a_hub_cache_is_no_such_thing(copy: Any, tmp_path: 
     assert main(["inspect", str(snapshot)]) == 0
 
 
-@pytest.mark.parametrize(
-    "note", ['{"sizes": [], "proof": 1}', '{"sizes": {}, "proof": {}}', '{"sizes": {}, "proof": {"engine": 1}}']
-)
-def test_a_broken_mark_is_that_of_another_run(copy: Any, note: str) -> None:
+@pytest.mark.parametrize("note", [{"sizes": [], "proof": 1}, {"sizes": {}, "proof": {}}, {"sizes": {}, "proof": {"engine": 1}}])
+def test_a_broken_mark_is_that_of_another_run(copy: Any, note: dict[str, Any]) -> None:
     folder = copy("native")
     assert held(folder) == mark(folder)["key"]
     (folder / MARK).write_text(json.dumps(note | {"key": "k"}))
