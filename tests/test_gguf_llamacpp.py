@@ -48,12 +48,15 @@ def python() -> str:
     return found
 
 
-@pytest.mark.parametrize("form", ["int4:g32", "int3:g64", "int5:g32", "int8:g32", "int4:g64:asym"])
-def test_it_computes_what_the_weights_give(python: str, tmp_path: Path, form: str) -> None:
+@pytest.mark.parametrize(("form", "pins"), [
+    ("int4:g32", {}), ("int3:g64", {}), ("int5:g32", {}), ("int8:g32", {}), ("int4:g64:asym", {}),
+    ("int4:g32", {"embed": "int8:g32"}), ("int5:g32", {"embed": "int4:g64", "lm_head": "int8:g32"}),
+])  # fmt: skip
+def test_it_computes_what_the_weights_give(python: str, tmp_path: Path, form: str, pins: dict[str, str]) -> None:
     import numpy as np
 
     source = ROOT / "recipes" / "quickstart-model"
-    done = bake(tmp_path, source, None, "gguf", {"quantize": {"method": "rtn", "format": form}})
+    done = bake(tmp_path, source, None, "gguf", {"quantize": {"method": "rtn", "format": form, "pins": pins}})
     saved = tmp_path / "logits.npy"
     command = [python, "-c", CHILD, str(done.artifacts["gguf"][0] / FILE), TEXT, str(saved)]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
