@@ -25,10 +25,9 @@ from compress.export import adapter
 from compress.export.artifact import Exporter, Job, Proof, carry_over
 from compress.export.compressed_engines import RUNTIME, STOCK, VLLM, engine, lacking, stock_obstacles
 from compress.export.engines import EngineError
-from compress.export.proof import prove, proven
+from compress.export.proof import FP32_TOLERANCE, TOLERANCE, prove, proven
 from compress.export.runtime.reading import check_marks, contained, declared
 from compress.export.tensors import (
-    TOLERANCE,
     Placed,
     formats_of,
     same_tensors,
@@ -41,7 +40,6 @@ from compress.model import Model, open_model
 from compress.state import Fact, State
 
 __all__ = ["READER", "CompressedTensors", "engine", "is_artifact", "open_artifact", "read"]
-FP32_TOLERANCE = 1e-3  # of the largest logit
 READER = "our reader of compressed-tensors, streamed"
 USE_VLLM = "```bash\nvllm serve THIS_FOLDER\n```"
 USE_TRANSFORMERS = """\

@@ -34,17 +34,16 @@ from compress.checkpoint import OWN, Layout
 from compress.errors import FormatError, ModelError
 from compress.export.artifact import Exporter, Job, Proof, carry_over, sizes
 from compress.export.engines import Engine, EngineError, Transformers
-from compress.export.proof import prove, proven
+from compress.export.proof import FP32_TOLERANCE, TOLERANCE, prove, proven
 from compress.export.runtime import reading
 from compress.export.runtime.reading import METHOD, VERSION, declared, formats
-from compress.export.tensors import TOLERANCE, Placed, formats_of, same_tensors, tensors, write_config
+from compress.export.tensors import Placed, formats_of, same_tensors, tensors, write_config
 from compress.formats import Dense, Format, LowRank
 from compress.graph import Graph, Site
 from compress.model import Model, first_line, open_model
 from compress.state import Fact, State
 
-FP32_TOLERANCE = 1e-3  # of the largest logit
-FACTORS_TOLERANCE = 5e-2  # the same in 16 bits
+FACTORS_TOLERANCE = 5e-2  # of the largest logit, in 16 bits
 READER = "our reader of native artifacts, streamed"
 ENGINE = "compress runtime"
 USE = """\

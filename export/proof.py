@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from compress.errors import ExportError
 from compress.export.artifact import Job, Proof
 from compress.export.engines import Engine, EngineError, greedy
-from compress.export.tensors import TOLERANCE
 from compress.state import State
 from compress.stream import Stream
 
 OURS = "our own reader"
+TOLERANCE = 2e-2  # of the largest logit: kernels of different shape round differently in 16-bit models
+FP32_TOLERANCE = 1e-3  # the same in fp32, where only the order of sums differs
 PROMPT, NEW = 16, 16  # tokens of the greedy check: given, and generated
 
 

@@ -17,9 +17,6 @@ from compress.graph import Site
 from compress.model import Model
 from compress.state import State, Stored
 
-TOLERANCE = 2e-2  # of the largest logit: kernels of different shape round differently in 16-bit models
-
-
 # --- what is written -------------------------------------------------------------------------------------------------
 
 
