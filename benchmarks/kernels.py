@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from compress.export.runtime import cuda
+from compress.export.runtime.cuda import launch as cuda
 from compress.formats import Format, parse
 
 SHAPES = ("4096x4096", "11008x4096", "8192x8192", "8192x28672")

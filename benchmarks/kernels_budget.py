@@ -22,8 +22,9 @@ from pathlib import Path
 
 import torch
 
-from compress.export.runtime import cuda, nvrtc
-from compress.export.runtime.tiles import Base, Layout
+from compress.export.runtime.cuda import launch as cuda
+from compress.export.runtime.cuda import nvrtc
+from compress.export.runtime.cuda.tiles import Base, Layout
 from compress.formats import parse
 
 ROWS = ("int2:g128", "int2:g64:asym", "int3:g128", "int3:g128:asym", "int4:g128", "int4:g128:asym", "int4:g32:asym",

@@ -87,7 +87,7 @@ def rows(assets: Path, model: str, q: float, rank: int, folder: Path) -> Iterato
 
 def factor_bits(assets: Path, model: str, rank: int) -> float:
     """Bits per weight that bf16 factors of `rank` add."""
-    from compress.model import open_model
+    from compress.model.model import open_model
 
     linear = open_model(str(assets / "models" / model)).graph.linear
     fmt = LowRank(parse("int4:channel"), rank)  # type: ignore[arg-type]

@@ -33,7 +33,7 @@ from memory import LAYERS, made_model
 from report import line, machine
 
 from compress import pipeline
-from compress.export.engines import Engine, Transformers
+from compress.export.artifact.engines import Engine, Transformers
 from compress.export.onnx import reader
 from compress.state import State
 

@@ -19,7 +19,7 @@ from report import line, machine
 
 from compress.export.runtime import ops
 from compress.formats import base_of, parse
-from compress.grid import plain
+from compress.formats.grid import plain
 
 FORMATS = ("int2:g64", "int3:g128", "int4:g128", "int6:g128", "int8:g128", "nf4:g64")
 

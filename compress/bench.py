@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from compress.export.engines import Engine
-from compress.plan import size
-from compress.tables import Row
+from compress.export.artifact.engines import Engine
+from compress.report.tables import Row
+from compress.state.plan import size
 
 
 @dataclass

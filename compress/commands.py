@@ -17,19 +17,23 @@ from typing import Any
 import torch
 import yaml
 
-from compress import allocation, bench, data, evaluate, pipeline, tables
-from compress.console import Console
+from compress import bench, evaluate, pipeline
 from compress.errors import CompressError, MatchError, ModelError, RecipeError, RunError, did_you_mean
-from compress.export import adapter, compressed_tensors, native
-from compress.export.engines import Engine, EngineError, dense
+from compress.export.artifact.engines import Engine, EngineError, dense
+from compress.export.compressed_tensors import adapter
+from compress.export.compressed_tensors.exporter import CompressedTensors
+from compress.export.native.exporter import Native
 from compress.export.table import EXPORTERS, KINDS, Kind
 from compress.formats import Dense, Format
-from compress.model import Model, open_model
+from compress.model import data
+from compress.model.model import Model, open_model
 from compress.passes import PASSES
-from compress.plan import BitPlan, size
 from compress.recipe import Recipe, load, schema
+from compress.report import allocation, tables
+from compress.report.console import Console
 from compress.run import is_run, read_part
 from compress.state import State
+from compress.state.plan import BitPlan, size
 
 SHOWN_SITES = 40
 
@@ -124,7 +128,7 @@ def engine_of(kind: Kind | None, model: Model, state: State, device: str) -> tup
         engine = kind.engine(model.folder, state, device)
         engine.prefill(torch.zeros(1, 2, dtype=torch.int64))  # some fail only when they run
     except EngineError as e:
-        return None, f"{kind.READER} ({e})"
+        return None, f"{kind.reader} ({e})"
     remark = getattr(engine, "remark", "")
     return engine, f"{engine.name} ({remark})" if remark else engine.name
 
@@ -217,7 +221,7 @@ def hand_over(options: argparse.Namespace) -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise CompressError("--tasks needs lm-eval:  pip install lm-eval")
     model, _, kind = opened(options.what)
-    if kind and not (compressed_tensors.is_artifact(model.folder) or native.is_artifact(model.folder)):
+    if kind and kind.name not in (CompressedTensors.name, Native.name):
         raise CompressError(f"{model.folder}: --tasks goes through transformers, which does not load this kind of artifact; "
                             "export compressed_tensors or native as well")  # fmt: skip
     corrected = f",peft={model.folder / adapter.FOLDER}" if adapter.present(model.folder) else ""

@@ -83,3 +83,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``"; did you mean 'x'?"``, or an empty string when nothing is near."""
     near = nearest(word, known)
     return f"; did you mean '{near}'?" if near else ""
+
+
+def first_line(e: BaseException) -> str:
+    """The first non-empty line of an exception's text."""
+    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+    if lines and lines[0].endswith(":"):  # a heading, with what matters below it
+        return " ".join(lines[:2])
+    return lines[0] if lines else type(e).__name__

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.data import Tokens
 from compress.formats import Dense
-from compress.graph import total
+from compress.model.data import Tokens
+from compress.model.stream import Stream
 from compress.state import State
-from compress.stream import Stream
+from compress.state.graph import total
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,15 @@ from typing import Any, ClassVar, Protocol
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from compress.data import Tokens
 from compress.errors import ContractError, OrderError
 from compress.formats import Packed
-from compress.graph import Site
-from compress.plan import BitPlan
-from compress.state import Aspect, Fact, State, Stored, changed
-from compress.stream import Batch, Stream
+from compress.model.data import Tokens
+from compress.model.lockstep import Batch
+from compress.model.stream import Stream
+from compress.state import Aspect, Fact, State, Stored
+from compress.state.graph import Site
+from compress.state.plan import BitPlan
+from compress.state.state import changed
 
 Record = dict[str, Any]  # what a pass tells about one site: JSON values
 

@@ -15,19 +15,20 @@ from typing import Any
 
 import torch
 
-from compress import allocation, evaluate, manager, report, tables
-from compress.checkpoint import Layout
-from compress.console import Console
-from compress.errors import RecipeError
-from compress.export.artifact import Files, Job, Proof, place, refuse_foreign
-from compress.export.runtime.reading import json_of
+from compress import evaluate, manager
+from compress.errors import RecipeError, first_line
+from compress.export.artifact.exporter import Files, Job, Proof
+from compress.export.artifact.files import json_of
+from compress.export.artifact.place import place, refuse_foreign
 from compress.manager import Context, Pass
-from compress.model import first_line
-from compress.plan import size
 from compress.prepare import Prepared, prepare
 from compress.recipe import Recipe
+from compress.report import allocation, report, tables
+from compress.report.console import Console
 from compress.run import RunFolder, Step, digest, step_inputs, versions, write_atomic
 from compress.state import State
+from compress.state.checkpoint import Layout
+from compress.state.plan import size
 
 BASELINE_BYTES = 450 * 2**20  # Python, torch and transformers, imported
 PROOF_TOKENS = (2, 64)  # windows and tokens on which an artifact's logits are compared

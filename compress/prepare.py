@@ -8,11 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from compress import data, manager
+from compress import manager
 from compress.errors import CompressError, DataError
-from compress.export.artifact import Exporter
+from compress.export.artifact.exporter import Exporter
 from compress.export.table import EXPORTERS
-from compress.model import Model, open_model
+from compress.model import data
+from compress.model.model import Model, open_model
 from compress.passes import PASSES
 from compress.recipe import Recipe, load
 from compress.run import digest

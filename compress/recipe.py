@@ -15,9 +15,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from compress.data import Data
 from compress.errors import CompressError, RecipeError, did_you_mean
 from compress.manager import Pass
+from compress.model.data import Data
 
 Loc = tuple[str | int, ...]
 Table = Mapping[str, type[BaseModel]]

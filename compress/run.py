@@ -32,12 +32,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from compress.checkpoint import disk_error
 from compress.errors import RunError
 from compress.formats import Packed, parse
 from compress.manager import Context, Pass, Record
-from compress.plan import BitPlan
 from compress.state import State, Stored
+from compress.state.checkpoint import disk_error
+from compress.state.plan import BitPlan
 
 SCHEMA = 1
 LOCK = ".lock"

@@ -29,10 +29,9 @@ import yaml
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor
 
-from compress.codebooks import paper_grid
 from compress.errors import CompressError, MatchError, RecipeError
 from compress.formats import Dense, Format, LowRank
-from compress.graph import Site, total
+from compress.formats.codebooks import paper_grid
 from compress.manager import Context, Cost, Pass
 from compress.passes import allocate_core as core
 from compress.passes import choices
@@ -43,8 +42,9 @@ from compress.passes.lqlora import LqLora
 from compress.passes.probes import FLOOR, HELD, Prober, probe_formats, response, units
 from compress.passes.quantize import FormatText, Quantize
 from compress.passes.trials import Chain, Damage, Solved, split, windows
-from compress.plan import BitPlan
 from compress.state import Aspect, Fact, State
+from compress.state.graph import Site, total
+from compress.state.plan import BitPlan
 
 OTHERS = ("weight", "output")  # metrics that any table has: their optima are tried too, for they err in other places
 

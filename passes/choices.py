@@ -21,13 +21,14 @@ from functools import cache
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from compress.checkpoint import Layout, Spec
 from compress.errors import CompressError, FormatError, MatchError, RecipeError
 from compress.formats import Dense, Format, LowRank, base_of, parse
-from compress.graph import Graph, Site, matches
 from compress.passes.allocate_core import Item, Limit, Problem
-from compress.plan import BitPlan, Budget, check_fits, size
-from compress.state import State, site_entries
+from compress.state import State
+from compress.state.checkpoint import Layout, Spec
+from compress.state.graph import Graph, Site, matches
+from compress.state.plan import BitPlan, Budget, check_fits, size
+from compress.state.state import site_entries
 
 ADAPTED = 40  # bytes by which the name of a factor may grow where factors lie in a file of their own
 MANY = 6  # members of a group from which on all of them have one rank

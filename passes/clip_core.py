@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from compress.grid import Grid, Quantized, fold, join
+from compress.formats.grid import Grid, Quantized, fold, join
 
 CLIPS = ("minmax", "mse", "hessian")
 _TRIALS = 6  # shrunken ranges tried

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from compress.formats import Format, base_of, parse
-from compress.graph import Site
 from compress.manager import Context, Record, Store
 from compress.passes import gptq_core as core
 from compress.passes.solver import Case, Solver, Solves, precision
 from compress.state import State
+from compress.state.graph import Site
 
 Wanted = Mapping[str, Sequence[Format]]  # site -> candidates
 Squares = Callable[[Site], Tensor]  # squared gradients at a site's outputs [N] or at its weights [N, K]

@@ -47,7 +47,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import FormatError
-from compress.grid import Grid, Quantized, fold, join
+from compress.formats.grid import Grid, Quantized, fold, join
 from compress.passes import clip_core
 
 ORDERS = ("activation", "natural")

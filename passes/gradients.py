@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from compress.formats import Dense, Packed
-from compress.graph import Site
 from compress.manager import Context, Store
+from compress.model.lockstep import Batch
+from compress.model.stream import Stream
 from compress.state import State
-from compress.stream import Batch, Stream
+from compress.state.graph import Site
 
 FP32 = Dense(torch.float32)
 

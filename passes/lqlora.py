@@ -19,15 +19,15 @@ from torch import Tensor
 
 from compress.errors import RecipeError
 from compress.formats import Dense, Format, LowRank, Packed
-from compress.grid import Quantized, plain, restore
+from compress.formats.grid import Quantized, plain, restore
 from compress.manager import Context, Cost, Pass
 from compress.passes import gptq_core
 from compress.passes import lqlora_core as core
 from compress.passes.gradients import fisher
 from compress.passes.quantize import FormatText, Quantize
 from compress.passes.solver import Answer, Case
-from compress.plan import BitPlan, check_fits
 from compress.state import Aspect, Fact, State
+from compress.state.plan import BitPlan, check_fits
 
 EIGEN_FLOPS = 10.0  # of a symmetric eigenproblem of side m, in units of m³
 

@@ -50,7 +50,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from compress.grid import Grid, Quantized, restore
+from compress.formats.grid import Grid, Quantized, restore
 from compress.passes import gptq_core
 from compress.passes.gptq_core import Factor, Solved
 

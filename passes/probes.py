@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from compress.formats import Dense, Format, LowRank
-from compress.graph import Site
 from compress.manager import Context, Record, Store
+from compress.model.stream import Stream
 from compress.passes.error_table import Meter, Tries, Wanted
 from compress.passes.solver import precision
 from compress.state import State
-from compress.stream import Stream
+from compress.state.graph import Site
 
 HELD = 1 << 31  # bytes of hidden states of variants that may be in memory at once
 FLOOR = "floor"

@@ -20,14 +20,15 @@ from torch import Tensor
 
 from compress.errors import FormatError, RecipeError
 from compress.formats import Dense, Format, base_of, parse
-from compress.graph import Site
-from compress.grid import Quantized
+from compress.formats.grid import Quantized
 from compress.manager import Context, Cost, Pass
+from compress.model.lockstep import Batch
+from compress.model.stream import Stream, Twin
 from compress.passes import gptq_core as core
 from compress.passes.solver import Answer, Case, Solver, matrix_bytes, precision, stage_bytes
-from compress.plan import BitPlan
 from compress.state import Aspect, Fact, State
-from compress.stream import Batch, Stream, Twin
+from compress.state.graph import Site
+from compress.state.plan import BitPlan
 
 FormatText = Annotated[
     Format,

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from compress.formats import Dense, Format, LowRank, Packed
-from compress.graph import Site
-from compress.grid import Quantized
+from compress.formats.grid import Quantized
 from compress.manager import Context, Record
+from compress.model.lockstep import Inputs
 from compress.passes import gptq_core as core
 from compress.state import State
-from compress.stream import Inputs
+from compress.state.graph import Site
 
 TOKENS_PER_INPUT = 2  # below this, an expert's own Hessian is too poor to stand alone
 

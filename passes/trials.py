@@ -9,10 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from compress.data import Tokens
 from compress.formats import Dense, Format, LowRank
-from compress.graph import Site
 from compress.manager import Context
+from compress.model.data import Tokens
 from compress.passes import allocate_core as core
 from compress.passes import gptq_core
 from compress.passes.choices import Resource, Space
@@ -20,8 +19,9 @@ from compress.passes.lqlora import LqLora
 from compress.passes.probes import divergence
 from compress.passes.quantize import Quantize
 from compress.passes.solver import Case
-from compress.plan import BitPlan, Forecast, Point, Spent, Trial
 from compress.state import Fact, State
+from compress.state.graph import Site
+from compress.state.plan import BitPlan, Forecast, Point, Spent, Trial
 
 Damage = Callable[[Site, Format], float]
 STEPS = 24  # points of the frontier

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.export.runtime import cuda, nvrtc
+from compress.export.runtime.cuda import launch as cuda
+from compress.export.runtime.cuda import nvrtc
 from compress.formats import Format
 from tests.conftest import ROOT
 

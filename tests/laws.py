@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from compress.codebooks import Codebook
 from compress.errors import FormatError
 from compress.formats import Dense, Format, Int, LowRank, Packed, parse
-from compress.grid import Grid, Quantized, plain
+from compress.formats.codebooks import Codebook
+from compress.formats.grid import Grid, Quantized, plain
 
 SCALE_DTYPES = (torch.bfloat16, torch.float16)
 

@@ -12,11 +12,12 @@ import torch
 import yaml
 from pydantic import ValidationError
 
-from compress.data import Tokens
 from compress.manager import Context, Pass, foresee, settle
-from compress.model import Model, open_model
+from compress.model.data import Tokens
+from compress.model.model import Model, open_model
 from compress.run import Parts, Step, step_inputs
-from compress.state import Aspect, Fact, State, changed
+from compress.state import Aspect, Fact, State
+from compress.state.state import changed
 from tests.conftest import contents
 
 TOKENS = Tokens(torch.randint(0, 256, (6, 32), generator=torch.Generator().manual_seed(5)), "random bytes")

@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from compress.graph import Graph
+from compress.state.graph import Graph
 
 EAGER = {"experts_implementation": "eager"}  # the loop over experts; the default groups them, and rounds differently in 16 bits
 

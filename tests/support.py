@@ -1,7 +1,7 @@
 """What each exporter holds, and which engine then computes the same: made by trying, printed by `python -m tests.support`.
 
 A cell is the proof of a run: the artifact was written, loaded by the engine named, gave the run's logits within the tolerance of
-`export/proof.py` and the run's greedy text. A dash is a refusal by `check`, before anything is computed.
+`export/artifact/proof.py` and the run's greedy text. A dash is a refusal by `check`, before anything is computed.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import torch
 import transformers
 
 from compress.errors import CompressError
-from compress.export.artifact import Proof
+from compress.export.artifact.exporter import Proof
 from compress.export.table import EXPORTERS
 from compress.formats import parse
-from compress.model import open_model
-from compress.plan import BitPlan
+from compress.model.model import open_model
+from compress.report.tables import pipes
 from compress.state import State
-from compress.tables import pipes
+from compress.state.plan import BitPlan
 from tests.conftest import FAMILIES, make_model, write_text
 from tests.cooking import bake
 
@@ -77,8 +77,8 @@ HEAD = """\
 # What loads where
 
 Printed by `python -m tests.support`, which runs a recipe for every cell on a tiny model: the engine named has loaded the artifact
-and given the run's logits and greedy text (`export/proof.py`). A dash is a refusal, in `plan` already, that says what to do
-instead. "our own reader" is ours, block by block: no engine at hand could load that one, and the run says why. What was tried
+and given the run's logits and greedy text (`export/artifact/proof.py`). A dash is a refusal, in `plan` already, that says what to
+do instead. "our own reader" is ours, block by block: no engine at hand could load that one, and the run says why. What was tried
 besides, in vLLM, GPTQModel and others, is told in the page of each exporter: [Export](export.md)."""
 
 

@@ -13,12 +13,13 @@ import yaml
 from safetensors import safe_open
 from scipy.stats import spearmanr
 
-from compress import data, pipeline
-from compress.data import Tokens
-from compress.export import compressed_tensors
+from compress import pipeline
+from compress.export.compressed_tensors import reader
 from compress.formats import Dense, Int, parse
 from compress.manager import Context
-from compress.model import open_model
+from compress.model import data
+from compress.model.data import Tokens
+from compress.model.model import open_model
 from compress.passes import gradients, probes, trials
 from compress.passes.allocate import Allocate
 from compress.passes.error_table import Meter, measure
@@ -55,11 +56,11 @@ def weight_bytes(folder: Path) -> int:
 
 def formats_in(artifact: Path) -> dict[str, str]:
     """Site -> the format that the files hold, read back from config and tensors."""
-    return {n: str(s.format) for n, s in compressed_tensors.read(artifact).changed.items()}
+    return {n: str(s.format) for n, s in reader.read(artifact).changed.items()}
 
 
 def bits_of(folder: Path) -> float:
-    state = compressed_tensors.read(folder)
+    state = reader.read(folder)
     stored = sum((state.format(s) or Dense(state.dtype)).nbytes(s.shape) for s in state.graph.linear)
     return 8 * stored / sum(s.numel for s in state.graph.linear)
 
@@ -84,7 +85,7 @@ def test_a_budget_of_the_whole_file_is_kept_by_the_file_header_included(allocate
 def test_several_budgets_and_limits_hold_at_once(allocated: Project) -> None:
     limits = '{"layers.0.*": 3.0 bits, "*.down": 2.6 bits}'
     assert allocated.run('allocate.budget=["4.5 bits", "140 KiB"]', f"allocate.limits={limits}").code == 0
-    state = compressed_tensors.read(allocated.artifact)
+    state = reader.read(allocated.artifact)
     for pattern, most in (("layers.0.*", 3.0), ("*.down", 2.6)):
         sites = state.graph.match(pattern)
         assert 8 * sum(state.format(s).nbytes(s.shape) for s in sites) <= most * sum(s.numel for s in sites)  # type: ignore[union-attr]
@@ -168,7 +169,7 @@ def test_pins_are_read_back_from_the_files(allocated: Project) -> None:
 
 def test_what_an_engine_fuses_gets_one_format_and_otherwise_need_not(allocated: Project) -> None:
     allocated.run()
-    graph = compressed_tensors.read(allocated.artifact).graph
+    graph = reader.read(allocated.artifact).graph
     found = formats_in(allocated.artifact)
     assert all(len({found[s.name] for s in group}) == 1 for group in graph.fused())
 

@@ -12,8 +12,8 @@ import yaml
 
 from compress import pipeline
 from compress.cli import main
-from compress.export.artifact import held, mark
-from compress.export.runtime.reading import MARK
+from compress.export.artifact.files import MARK
+from compress.export.artifact.place import held, mark
 from compress.export.table import EXPORTERS, KINDS
 from tests.cooking import recipe
 

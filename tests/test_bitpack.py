@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress import bitpack
 from compress.errors import FormatError
+from compress.formats import bitpack
 
 WIDTHS = st.integers(1, 8)
 LEADS = st.lists(st.integers(0, 3), max_size=2)

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from compress.checkpoint import CODES, INDEX, SINGLE, Checkpoint, Layout, Spec, read_header, tensor_bytes, write_all
 from compress.errors import ModelError, RunError
+from compress.state.checkpoint import CODES, INDEX, SINGLE, Checkpoint, Layout, Spec, read_header, tensor_bytes, write_all
 
 letters = st.characters(codec="utf-8", exclude_categories=("Cs",))
 names = st.text(letters, min_size=1, max_size=20).filter(lambda n: n != "__metadata__")

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from compress.cli import main
-from compress.console import Console
 from compress.export.table import EXPORTERS
 from compress.passes import PASSES
+from compress.report.console import Console
 from tests.conftest import ROOT, Project, Result
 
 

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compress.codebooks import NF, DoubleQuant, Lut, lut_table, nf_table, paper_grid
 from compress.errors import FormatError
 from compress.formats import Packed, parse
-from compress.grid import Quantized
+from compress.formats.codebooks import NF, DoubleQuant, Lut, lut_table, nf_table, paper_grid
+from compress.formats.grid import Quantized
 from compress.passes import clip_core
 from tests.laws import check_format, decode, encode
 

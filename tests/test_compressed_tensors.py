@@ -20,16 +20,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compress import pipeline
-from compress.checkpoint import INDEX
 from compress.errors import CompressError, ExportError, FormatError, ModelError
-from compress.export import compressed_tensors as ct
-from compress.export.artifact import Job
-from compress.export.native import Native
-from compress.export.runtime.reading import MARK
+from compress.export.artifact.exporter import Job
+from compress.export.artifact.files import MARK
+from compress.export.compressed_tensors import exporter as ct
+from compress.export.compressed_tensors import reader as compressed_tensors_reader
+from compress.export.native.exporter import Native
 from compress.formats import Int
-from compress.graph import Graph
-from compress.model import open_model
+from compress.model.model import open_model
 from compress.state import State
+from compress.state.checkpoint import INDEX
+from compress.state.graph import Graph
 from tests import stock
 from tests.conftest import FAMILIES, GROUPED, IDS, SMALL, make_model
 from tests.cooking import bake, cook, recipe
@@ -127,7 +128,8 @@ def test_an_untied_head_can_be_quantized(family: Any, text: Path, tmp_path: Path
     stem = made.state.graph["lm_head"].stem
     assert (
         f"{stem}.weight_packed"
-        in open_model(str(family(name))).checkpoint.specs | ct.open_artifact(artifact_of(made)).checkpoint.specs
+        in open_model(str(family(name))).checkpoint.specs
+        | compressed_tensors_reader.open_artifact(artifact_of(made)).checkpoint.specs
     )
 
 
@@ -243,7 +245,7 @@ def test_asymmetric_formats_run_in_our_runtime_and_the_plan_warns_of_stock(famil
 
 def read_back(artifact: Path, state: State) -> None:
     """Our reader gives every matrix and every other tensor of the run back, from the artifact alone."""
-    again = ct.read(artifact)
+    again = compressed_tensors_reader.read(artifact)
     assert set(again.changed) == set(state.changed)
     for site in state.graph:
         assert torch.equal(again.weight(again.graph[site.name]), state.weight(site)), site.name
@@ -569,7 +571,7 @@ def test_a_config_that_contradicts_the_tensors_is_caught(cooked: Any, tmp_path: 
     (folder / "config.json").write_text(json.dumps(config))
     (folder / MARK).unlink()  # which would notice first
     with pytest.raises(ModelError, match=f"'{Q}' is packed, but no target of config.json names it"):
-        ct.read(folder)
+        compressed_tensors_reader.read(folder)
 
 
 def test_an_artifact_that_fails_its_proof_is_not_kept(

@@ -14,8 +14,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compress.data import Tokens, Windows, open_tokenizer, read, shares
 from compress.errors import DataError
+from compress.model.data import Tokens, Windows, open_tokenizer, read, shares
 
 END, BEGIN = 257, 256  # of the tests' tokenizer, which gives every byte a token
 

@@ -20,19 +20,23 @@ from torch import Tensor
 from compress import pipeline
 from compress.cli import main
 from compress.errors import CompressError, FormatError
-from compress.export import gguf, native, runtime
-from compress.export.engines import greedy
+from compress.export import runtime
+from compress.export.artifact.engines import greedy
+from compress.export.gguf import exporter as gguf
+from compress.export.native import engine as native_engine
+from compress.export.native import exporter as native
+from compress.export.native import reader as native_reader
 from compress.export.onnx import reader
 from compress.export.onnx.exporter import Onnx
 from compress.export.onnx.session import Session
 from compress.export.table import EXPORTERS
 from compress.formats import Int, parse
 from compress.manager import Cost
-from compress.model import open_model
+from compress.model.model import open_model
 from compress.passes.quantize import UNSEEN, Quantize
-from compress.plan import BitPlan
 from compress.run import Parts
 from compress.state import State
+from compress.state.plan import BitPlan
 from tests import stock
 from tests.conftest import FAMILIES, contents, make_model
 from tests.cooking import bake, recipe
@@ -40,7 +44,7 @@ from tests.test_native import same_state
 from tests.test_runtime import with_packed
 
 FORM = "int4:g32"
-READ: dict[str, Callable[[Path], State]] = {"native": native.read, "onnx": reader.read, "gguf": gguf.read}
+READ: dict[str, Callable[[Path], State]] = {"native": native_reader.read, "onnx": reader.read, "gguf": gguf.read}
 SHARES = "'embed' shares its matrix with 'lm_head', and packed modules share none, so it stays as it is: pin it to bf16 or"
 
 
@@ -151,11 +155,11 @@ def test_a_run_that_stops_goes_on(
 def test_without_text_and_behind_other_passes(family: Any, text: Path, tmp_path: Path) -> None:
     done = bake(tmp_path / "rtn", family("gpt_neox"), None, "native", steps("lut4:g32"))
     assert str(done.state.format(done.state.graph["embed"])) == "lut4:g32"
-    same_state(done.state, native.read(folder_of(done, "native")))
+    same_state(done.state, native_reader.read(folder_of(done, "native")))
     chosen = {"budget": "60 %", "formats": ["int4:g32", "int8:g32"], "trials": 1, "probe": 32, "pins": {"embed": FORM}}
     done = bake(tmp_path / "allocate", family("llama"), text, "native", {"allocate": chosen}, {"quantize": {}})
     assert str(done.state.format(done.state.graph["embed"])) == FORM
-    same_state(done.state, native.read(folder_of(done, "native")))
+    same_state(done.state, native_reader.read(folder_of(done, "native")))
     size = sum(p.stat().st_size for p in folder_of(done, "native").glob("*.safetensors"))
     assert size <= 0.6 * (family("llama") / "model.safetensors").stat().st_size
     done = bake(tmp_path / "lqlora", family("llama"), text, "native", {"lqlora": {"format": "int3:g32", "rank": 2, "rounds": 0,
@@ -205,7 +209,7 @@ def test_the_runtime_keeps_it_packed(made: pipeline.Outcome, family: Any) -> Non
     assert torch.equal(stock.logits(model, [ids(2, 24)])[0], stock.logits(peer, [ids(2, 24)])[0])
     said, wanted = (m.generate(ids(1, 8), max_new_tokens=12, do_sample=False) for m in (model, peer))
     assert torch.equal(said, wanted)
-    packed = native.engine(folder_of(made, "native"), made.state, "cpu")
+    packed = native_engine.engine(folder_of(made, "native"), made.state, "cpu")
     held = sum(t.nbytes for m in packed.model.modules() if not isinstance(m, torch.nn.Embedding)  # type: ignore[attr-defined]
                for t in (*m.parameters(recurse=False), *m.buffers(recurse=False)))  # fmt: skip
     assert packed.weight_bytes() == held
@@ -258,7 +262,7 @@ def test_a_scaled_embedding_our_own_reader_proves(text: Path, tmp_path: Path) ->
     proof = done.artifacts["native"][1]
     assert proof.engine == "our own reader"
     assert "is a Gemma3TextScaledWordEmbedding, which the runtime keeps dense" in proof.remark
-    same_state(done.state, native.read(folder_of(done, "native")))
+    same_state(done.state, native_reader.read(folder_of(done, "native")))
 
 
 # --- refusals and what is said beforehand -----------------------------------------------------------------------------
@@ -315,7 +319,7 @@ def test_a_packed_matrix_that_two_modules_share_is_read_as_one(family: Any, text
     folder = folder_of(bake(tmp_path, family("qwen2"), text, "native", {"quantize": {"method": "rtn", "format": FORM}}), "native")
     packed = with_packed(folder, "model.embed_tokens", "int8:g32", open_model(str(family("qwen2"))).state.checkpoint.read(
         "model.embed_tokens.weight").float())  # fmt: skip
-    state = native.read(folder)
+    state = native_reader.read(folder)
     assert isinstance(state.format(state.graph["embed"]), Int)
     assert torch.equal(state.weight(state.graph["lm_head"]), packed.to(state.dtype))
     text_of = ["--text", str(text), "--length", "32", "--sequences", "2", "--json", "--against", str(family("qwen2"))]

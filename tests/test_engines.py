@@ -14,11 +14,11 @@ from compress import pipeline
 from compress.bench import measure
 from compress.cli import main
 from compress.errors import ExportError
-from compress.export import compressed_tensors
-from compress.export.artifact import Job
-from compress.export.engines import EngineError, Transformers, dense, greedy
-from compress.export.proof import logits, prove
-from compress.model import open_model
+from compress.export.artifact.engines import EngineError, Transformers, dense, greedy
+from compress.export.artifact.exporter import Job
+from compress.export.artifact.proof import logits, prove
+from compress.export.compressed_tensors import exporter as compressed_tensors
+from compress.model.model import open_model
 from tests import stock
 from tests.conftest import FAMILIES
 from tests.cooking import cook

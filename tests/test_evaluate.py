@@ -13,8 +13,8 @@ import torch
 import transformers
 
 from compress import evaluate
-from compress.data import Tokens
-from compress.model import open_model
+from compress.model.data import Tokens
+from compress.model.model import open_model
 from tests.conftest import Project, make_model
 
 

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.codebooks import NF, DoubleQuant
 from compress.errors import FormatError
 from compress.formats import Dense, Int, LowRank, Packed, parse
+from compress.formats.codebooks import NF, DoubleQuant
 from tests.laws import check_format, check_refuses, decode, encode, packed_tensors
 
 TABLE = [

@@ -24,17 +24,18 @@ from torch import Tensor
 from compress import pipeline
 from compress.cli import main
 from compress.errors import ExportError
-from compress.export import gguf, gguf_blocks
-from compress.export.artifact import Job
-from compress.export.gguf_file import FILE, read_file
-from compress.export.gguf_metadata import NOTE, rope_factors
-from compress.export.proof import logits
-from compress.export.runtime.reading import MARK
+from compress.export.artifact.exporter import Job
+from compress.export.artifact.files import MARK
+from compress.export.artifact.proof import logits
+from compress.export.gguf import blocks as gguf_blocks
+from compress.export.gguf import exporter as gguf
+from compress.export.gguf.file import FILE, read_file
+from compress.export.gguf.metadata import NOTE, rope_factors
 from compress.formats import Int, Packed, parse
-from compress.grid import plain
-from compress.model import open_model
-from compress.plan import BitPlan
+from compress.formats.grid import plain
+from compress.model.model import open_model
 from compress.state import State
+from compress.state.plan import BitPlan
 from tests import stock
 from tests.conftest import FAMILIES, make_model
 from tests.cooking import bake

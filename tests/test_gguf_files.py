@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 
 from compress.cli import main
 from compress.errors import CompressError, ExportError, ModelError
-from compress.export import gguf
-from compress.export.artifact import Job
-from compress.export.gguf_file import ALIGNMENT, FILE, KINDS, File, Found, Tensor, read_file
-from compress.export.gguf_metadata import NOTE
-from compress.export.runtime.reading import MARK, sha256
-from compress.model import open_model
+from compress.export.artifact.exporter import Job
+from compress.export.artifact.files import MARK, sha256
+from compress.export.gguf import exporter as gguf
+from compress.export.gguf import reader as gguf_reader
+from compress.export.gguf.file import ALIGNMENT, FILE, KINDS, File, Found, Tensor, read_file
+from compress.export.gguf.metadata import NOTE
+from compress.model.model import open_model
 from tests.cooking import bake
 
 PASS = {"quantize": {"method": "rtn", "clip": "minmax", "format": "int4:g32:asym", "pins": {"layers.0.*": "int8:g64"}}}
@@ -234,9 +235,9 @@ def test_a_file_that_is_not_the_one_that_was_written(made: Any, copy: Path) -> N
 
 
 def test_weights_beside_it_are_what_the_folder_is(copy: Path, family: Any) -> None:
-    assert gguf.is_artifact(copy)
+    assert gguf_reader.is_artifact(copy)
     shutil.copy(family("llama") / "model.safetensors", copy)
-    assert not gguf.is_artifact(copy)
+    assert not gguf_reader.is_artifact(copy)
 
 
 # --- an artifact proves itself ----------------------------------------------------------------------------------------

@@ -18,9 +18,9 @@ import pytest
 import torch
 import transformers
 
-from compress.export.gguf_file import FILE
-from compress.export.proof import logits
-from compress.model import open_model
+from compress.export.artifact.proof import logits
+from compress.export.gguf.file import FILE
+from compress.model.model import open_model
 from tests.conftest import ROOT
 from tests.cooking import bake
 

@@ -14,10 +14,10 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from compress.errors import ExportError
-from compress.export.gguf_file import FILE, KINDS, File
-from compress.export.gguf_file import Tensor as Entry
-from compress.export.gguf_metadata import rope_factors
-from compress.export.gguf_tokenizer import SPACE, WORDS, vocabulary
+from compress.export.gguf.file import FILE, KINDS, File
+from compress.export.gguf.file import Tensor as Entry
+from compress.export.gguf.metadata import rope_factors
+from compress.export.gguf.tokenizer import SPACE, WORDS, vocabulary
 from tests.conftest import FAMILIES
 
 WORDS_SEEN = ["the cat sat on a mat", "seven red birds fly over the hills", "It's 1234 o'clock; they'll say: 'hello'!",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compress.errors import FormatError
 from compress.formats import Int, parse
-from compress.grid import Quantized
+from compress.formats.grid import Quantized
 from compress.passes import clip_core, gptq_core
 from tests.laws import decode
 

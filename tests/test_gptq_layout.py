@@ -23,15 +23,17 @@ from torch import Tensor
 from compress import pipeline
 from compress.cli import main
 from compress.errors import CompressError, ExportError, ModelError
-from compress.export import gptq
-from compress.export.artifact import Job
-from compress.export.gptq_config import Scheme, config_of
-from compress.export.gptq_engines import GENAI, GPTQMODEL, TRANSFORMERS, VLLM, engines
-from compress.export.runtime.reading import MARK
+from compress.export.artifact.exporter import Job
+from compress.export.artifact.files import MARK
+from compress.export.gptq import exporter as gptq
+from compress.export.gptq import layout as gptq_layout
+from compress.export.gptq import reader as gptq_reader
+from compress.export.gptq.config import Scheme, config_of
+from compress.export.gptq.engines import GENAI, GPTQMODEL, TRANSFORMERS, VLLM, engines
 from compress.formats import Dense, Int, parse
-from compress.model import open_model
-from compress.plan import BitPlan
+from compress.model.model import open_model
 from compress.state import State
+from compress.state.plan import BitPlan
 from tests.conftest import ROOT, make_model
 from tests.cooking import bake
 from tests.test_native import same_state
@@ -119,7 +121,7 @@ def test_what_is_written_is_read_back(family: Any, text: Path, tmp_path: Path, n
     done = bake(tmp_path, family(name), text, "gptq", rounded("int3:g32:asym", pins))
     artifact, proof = done.artifacts["gptq"]
     assert (proof.engine, proof.difference) == ("our own reader", 0.0)
-    again = gptq.read(artifact)
+    again = gptq_reader.read(artifact)
     same_state(done.state, again)
     for name, stored in done.state.changed.items():
         theirs = again.changed[name].load().tensors
@@ -132,7 +134,7 @@ def test_what_is_written_is_read_back(family: Any, text: Path, tmp_path: Path, n
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_other_source_precisions(family: Any, text: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     done = bake(tmp_path, family("llama", dtype), text, "gptq", rounded("int4:g32"))
-    same_state(done.state, gptq.read(artifact_of(done)))
+    same_state(done.state, gptq_reader.read(artifact_of(done)))
 
 
 def test_small_files(text: Path, tmp_path: Path) -> None:
@@ -141,7 +143,7 @@ def test_small_files(text: Path, tmp_path: Path) -> None:
         eos_token_id=2))  # fmt: skip
     done = bake(tmp_path / "run", source, text, "gptq", rounded("int4:g32"), shard_bytes=1_000_000)
     assert len(list(artifact_of(done).glob("*.safetensors"))) == 3
-    same_state(done.state, gptq.read(artifact_of(done)))
+    same_state(done.state, gptq_reader.read(artifact_of(done)))
 
 
 # --- the config -------------------------------------------------------------------------------------------------------
@@ -294,7 +296,7 @@ def flip(name: str) -> Callable[[dict[str, Tensor]], None]:
 
 @pytest.mark.parametrize("kind", ["sym", "asym"])
 @pytest.mark.parametrize(
-    "name", [f"{Q}.{s}" for s in gptq.SUFFIXES] + ["model.norm.weight", "model.layers.1.mlp.down_proj.weight"]
+    "name", [f"{Q}.{s}" for s in gptq_layout.SUFFIXES] + ["model.norm.weight", "model.layers.1.mlp.down_proj.weight"]
 )
 def test_a_flipped_bit_is_caught(made: Any, family: Any, tmp_path: Path, kind: str, name: str) -> None:
     exporter, job = gptq.Gptq(), Job(open_model(str(family("llama"))), made(kind).state, None, "key", lambda facts: "")
@@ -332,7 +334,7 @@ def test_the_card_names_ways_that_work(made: Any, family: Any, text: Path, tmp_p
 
 
 def unpacked(folder: Path) -> None:
-    for stored in gptq.read(folder).changed.values():
+    for stored in gptq_reader.read(folder).changed.values():
         stored.load()
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from compress.errors import MatchError
-from compress.graph import Graph, total
-from compress.model import open_model
+from compress.model.model import open_model
+from compress.state.graph import Graph, total
 
 
 @pytest.fixture(scope="module")

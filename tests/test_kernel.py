@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.codebooks import Lut
-from compress.export.runtime import cuda, tiles
+from compress.export.runtime.cuda import launch as cuda
+from compress.export.runtime.cuda import tiles
 from compress.formats import Format, LowRank, base_of, parse
-from compress.grid import Grid, plain, restore
+from compress.formats.codebooks import Lut
+from compress.formats.grid import Grid, plain, restore
 from tests import emulator
 from tests.emulator import Emulator
 

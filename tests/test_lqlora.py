@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import compress
 from compress.formats import LowRank, parse
-from compress.grid import restore
-from compress.model import open_model
+from compress.formats.grid import restore
+from compress.model.model import open_model
 from compress.passes import gptq_core, lqlora_core
 from compress.passes.lqlora import LqLora
 from compress.passes.quantize import Quantize

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compress.errors import FormatError
 from compress.formats import LowRank, parse
-from compress.grid import Quantized, plain, restore
+from compress.formats.grid import Quantized, plain, restore
 from compress.passes import gptq_core, lqlora_core
 
 F64 = torch.float64

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from compress import pipeline
-from compress.checkpoint import Layout, Spec
+from compress.state.checkpoint import Layout, Spec
 from tests.conftest import GROUPED, IDS, ROOT, SMALL, make_tokenizer
 from tests.cooking import recipe
 

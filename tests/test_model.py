@@ -14,8 +14,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from compress.errors import ModelError
-from compress.graph import Graph
-from compress.model import open_model
+from compress.model.model import open_model
+from compress.state.graph import Graph
 from tests.conftest import FAMILIES, SMALL, make_model
 from tests.conftest import GROUPED as HEADS_2
 from tests.sharing import SharingConfig

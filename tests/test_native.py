@@ -17,17 +17,20 @@ from torch import Tensor
 from transformers.quantizers import auto
 
 from compress import pipeline
-from compress.checkpoint import OWN
 from compress.cli import main
 from compress.errors import ExportError, ModelError
-from compress.export import native
-from compress.export.artifact import Job
-from compress.export.proof import logits
+from compress.export.artifact import config as artifact_config
+from compress.export.artifact.exporter import Job
+from compress.export.artifact.files import MARK, sha256
+from compress.export.artifact.proof import logits
+from compress.export.native import engine as native_engine
+from compress.export.native import exporter as native
+from compress.export.native import reader as native_reader
 from compress.export.runtime.linear import PackedLinear
-from compress.export.runtime.reading import MARK, OWN_INDEX, sha256
 from compress.formats import LowRank, parse
-from compress.model import open_model
+from compress.model.model import open_model
 from compress.state import State
+from compress.state.checkpoint import OWN, OWN_INDEX
 from tests import stock
 from tests.conftest import FAMILIES, contents, make_model
 from tests.cooking import bake
@@ -85,10 +88,10 @@ def same_state(ours: State, theirs: State) -> None:
 def test_what_is_written_is_read_back(family: Any, text: Path, tmp_path: Path, name: str, form: str) -> None:
     done = bake(tmp_path, family(name), text, "native", steps(form, pins=PINS))
     artifact, proof = done.artifacts["native"]
-    assert proof.engine == native.ENGINE
+    assert proof.engine == native_engine.ENGINE
     assert proof.difference < 0.1
     assert (proof.remark == "compared in fp32") == ("+r" in form)
-    again = native.read(artifact)
+    again = native_reader.read(artifact)
     same_state(done.state, again)
     found = {str(again.format(s) or "as it is") for s in again.graph.linear}
     assert found == {form, "int8:channel", "fp16", "as it is"}
@@ -103,10 +106,10 @@ def test_what_is_written_is_read_back(family: Any, text: Path, tmp_path: Path, n
 def test_transformers_computes_what_the_matrices_give(family: Any, text: Path, tmp_path: Path, name: str) -> None:
     """The original in transformers with the matrices read from the artifact put in: our streaming has no part in that."""
     done = bake(tmp_path, family(name), text, "native", steps("nf3:g32+r4:int8:channel", pins=PINS))
-    state, model = native.read(artifact_of(done)), stock.load(family(name))
+    state, model = native_reader.read(artifact_of(done)), stock.load(family(name))
     stock.substitute(model, state.graph, {n: state.weight(state.graph[n]) for n in state.changed})
     tokens = torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(7))
-    (ours,) = logits(state, native.open_artifact(artifact_of(done)).config, [tokens], "cpu")
+    (ours,) = logits(state, native_reader.open_artifact(artifact_of(done)).config, [tokens], "cpu")
     theirs = stock.logits(model, [tokens])[0].float()
     assert float((ours - theirs).abs().max()) <= 1e-2 * float(theirs.abs().max())
 
@@ -124,9 +127,9 @@ def test_small_files(text: Path, tmp_path: Path) -> None:
     done = bake(tmp_path / "run", source, text, "native", steps("nf4:g64"), shard_bytes=1_000_000)
     artifact = artifact_of(done)
     assert sorted(p.name for p in artifact.glob("*.safetensors")) == [f"compress-{i:05}.safetensors" for i in (1, 2, 3)]
-    same_state(done.state, native.read(artifact))
+    same_state(done.state, native_reader.read(artifact))
     table = json.loads((artifact / OWN_INDEX).read_text())["weight_map"]
-    assert {n: p.name for n, p in native.open_artifact(artifact).checkpoint.files.items()} == table
+    assert {n: p.name for n, p in native_reader.open_artifact(artifact).checkpoint.files.items()} == table
     (artifact / "compress-00002.safetensors").unlink()
     refused(artifact, r"a weight file is missing")
 
@@ -138,8 +141,8 @@ def test_tensors_that_the_model_does_not_use_are_kept(family: Any, text: Path, t
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     done = bake(tmp_path / "run", source, text, "native", steps("nf4:g64"))
-    assert "model.layers.0.self_attn.rotary_emb.inv_freq" in native.declared(artifact_of(done))["others"]
-    same_state(done.state, native.read(artifact_of(done)))
+    assert "model.layers.0.self_attn.rotary_emb.inv_freq" in artifact_config.declared(artifact_of(done))["others"]
+    same_state(done.state, native_reader.read(artifact_of(done)))
 
 
 def test_beside_compressed_tensors(family: Any, text: Path, tmp_path: Path, capsys: Any) -> None:
@@ -149,7 +152,7 @@ def test_beside_compressed_tensors(family: Any, text: Path, tmp_path: Path, caps
     recipe.write_text(recipe.read_text() + "- native: {}\n")
     done = pipeline.run(recipe)
     assert list(done.artifacts) == ["compressed_tensors", "native"]
-    same_state(done.state, native.read(artifact_of(done)))
+    same_state(done.state, native_reader.read(artifact_of(done)))
 
 
 # --- other tools ------------------------------------------------------------------------------------------------------
@@ -203,7 +206,7 @@ def test_eval_and_inspect_read_it(made: pipeline.Outcome, text: Path, capsys: An
         assert sum(s["bytes"] for s in shown["sites"]) < shown["tensor_bytes"]
         assert main(["eval", str(where), "--text", str(text), "--length", "32", "--sequences", "2", "--json"]) == 0
         scores = json.loads(capsys.readouterr().out)
-        assert scores["engine"] == native.ENGINE
+        assert scores["engine"] == native_engine.ENGINE
         assert scores["kl"] > 0
         assert scores["tensor_bytes"] == shown["tensor_bytes"]
     assert main(["inspect", str(artifact_of(made)), "layers.0.attn.q"]) == 0
@@ -258,7 +261,7 @@ def test_a_flipped_bit_is_caught(made: Any, family: Any, tmp_path: Path, name: s
 
 def test_an_intact_artifact_proves_itself(made: Any, family: Any, tmp_path: Path) -> None:
     proof = proved(made, family("llama"), tmp_path / "a", lambda tensors: None, True)
-    assert (proof.engine, proof.remark, proof.greedy) == (native.ENGINE, "compared in fp32", 16)
+    assert (proof.engine, proof.remark, proof.greedy) == (native_engine.ENGINE, "compared in fp32", 16)
     assert proof.difference < 1e-4
 
 
@@ -288,7 +291,7 @@ def test_a_format_that_reads_the_same_tensors_otherwise_is_caught(
 
 def refused(folder: Path, says: str) -> None:
     with pytest.raises(ModelError, match=says) as caught:
-        native.read(folder)
+        native_reader.read(folder)
     assert "\n" not in str(caught.value)
     assert main(["inspect", str(folder)]) == 2
 
@@ -302,7 +305,7 @@ def told(folder: Path, **changes: Any) -> None:
 
 
 def formats_of(folder: Path) -> dict[str, str]:
-    found: dict[str, str] = native.declared(folder)["formats"]
+    found: dict[str, str] = artifact_config.declared(folder)["formats"]
     return found
 
 
@@ -364,7 +367,7 @@ def test_tensors_that_are_missing_or_too_many_or_of_another_shape(copy: Path, ch
 
 def test_a_shape_that_lies(copy: Path) -> None:
     rewrite(copy, lambda t: t.update({f"{Q}.weight_shape": torch.tensor([64, 1 << 40])}))
-    state = native.read(copy)
+    state = native_reader.read(copy)
     with pytest.raises(ModelError, match=r"weight_shape' says \[64, 1099511627776\], the config \[64, 64\]"):
         state.weight(state.graph["layers.1.attn.q"])
 
@@ -388,4 +391,4 @@ def test_other_bytes_of_the_same_size(copy: Path) -> None:
 @pytest.mark.parametrize("note", ["", "{", "[]", '{"sha256": 3, "sizes": []}', '{"sha256": {"../x": "y"}, "sizes": {"/etc": 1}}'])
 def test_a_mark_that_is_lost_or_damaged_does_not_matter(copy: Path, made: pipeline.Outcome, note: str) -> None:
     (copy / MARK).write_text(note)
-    same_state(made.state, native.read(copy))
+    same_state(made.state, native_reader.read(copy))

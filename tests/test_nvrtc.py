@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from compress.errors import CompressError, KernelError
-from compress.export.runtime import cuda, nvrtc
+from compress.export.runtime.cuda import launch as cuda
+from compress.export.runtime.cuda import nvrtc
 from compress.formats import LowRank, parse
 from tests import emulator
 from tests.conftest import ROOT

@@ -25,18 +25,19 @@ from torch import Tensor
 from compress import pipeline
 from compress.cli import main
 from compress.errors import ExportError, ModelError
-from compress.export.artifact import Job
-from compress.export.engines import EngineError, greedy
+from compress.export.artifact.config import declared
+from compress.export.artifact.engines import EngineError, greedy
+from compress.export.artifact.exporter import Job
+from compress.export.artifact.files import MARK
 from compress.export.onnx import datafile, graph, reader
 from compress.export.onnx.datafile import DATA, GRAPH
 from compress.export.onnx.exporter import Onnx
 from compress.export.onnx.nodes import serialized
 from compress.export.onnx.session import Session
-from compress.export.runtime.reading import MARK, declared
 from compress.formats import LowRank, parse
-from compress.model import Model, open_model
-from compress.plan import BitPlan
+from compress.model.model import Model, open_model
 from compress.state import State
+from compress.state.plan import BitPlan
 from tests import stock
 from tests.conftest import FAMILIES, contents, make_model
 from tests.cooking import bake

@@ -19,7 +19,7 @@ from compress.errors import FormatError
 from compress.export.onnx.encode import NBits, Slot, decode, encode, slots
 from compress.export.onnx.nodes import Nodes, code_of, operators
 from compress.formats import Dense, Format, Int, LowRank, parse
-from compress.graph import Site
+from compress.state.graph import Site
 from tests.laws import packed_tensors
 
 INTEGERS = [f"int{b}:{g}{z}" for b in range(2, 9) for g in ("g16", "g32", "g48", "g96", "g256", "channel") for z in ("", ":asym")]

@@ -13,10 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compress.errors import FormatError
-from compress.export.runtime import cuda, ops
+from compress.export.runtime import ops
+from compress.export.runtime.cuda import launch as cuda
 from compress.export.runtime.decode import blocks, named, part_names
 from compress.formats import LowRank, base_of, parse
-from compress.grid import plain
+from compress.formats.grid import plain
 
 INTEGERS = [f"int{b}:{group}{asym}" for b in range(2, 9) for group in ("g16", "channel") for asym in ("", ":asym")]
 TABLES = [f"nf{b}:g40{double}" for b in (2, 3, 4, 8) for double in ("", ":dq8x16", ":dq3x24:fp32")]

@@ -11,13 +11,13 @@ import pytest
 from compress import manager
 from compress.errors import ContractError, OrderError
 from compress.formats import parse
-from compress.graph import Graph
-from compress.model import open_model
+from compress.model.model import open_model
 from compress.passes import PASSES
 from compress.passes.allocate import Allocate
 from compress.passes.lqlora import LqLora
 from compress.passes.quantize import Quantize
 from compress.state import Aspect, Fact, State
+from compress.state.graph import Graph
 from tests.pass_laws import attempt, check_pass, step_of
 
 SOME = ["int2:g32", "int3:g32", "int4:g64"]

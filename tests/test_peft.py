@@ -22,11 +22,11 @@ from torch import Tensor
 from compress import pipeline
 from compress.cli import main
 from compress.errors import ExportError, ModelError
-from compress.export import adapter
-from compress.export import compressed_tensors as ct
-from compress.export.artifact import Job
+from compress.export.artifact.exporter import Job
+from compress.export.compressed_tensors import adapter, reader
+from compress.export.compressed_tensors import exporter as ct
 from compress.formats import LowRank
-from compress.model import open_model
+from compress.model.model import open_model
 from compress.state import State
 from tests import stock
 from tests.conftest import contents
@@ -221,7 +221,7 @@ def same_state(ours: State, theirs: State) -> None:
 
 
 def test_our_reader_gives_everything_back(made: pipeline.Outcome) -> None:
-    same_state(made.state, ct.read(artifact_of(made)))
+    same_state(made.state, reader.read(artifact_of(made)))
 
 
 def test_conv1d_runs_in_our_runtime(family: Any, text: Path, tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_conv1d_runs_in_our_runtime(family: Any, text: Path, tmp_path: Path) -> 
     assert (proof.engine, proof.greedy) == ("compress runtime", 16)
     assert proof.difference < 1e-3
     assert json.loads((artifact / "adapter" / "adapter_config.json").read_text())["fan_in_fan_out"] is True
-    same_state(done.state, ct.read(artifact))
+    same_state(done.state, reader.read(artifact))
     assert "PeftModel" not in (artifact / "README.md").read_text()
 
 
@@ -299,7 +299,7 @@ def config_of(folder: Path, **changes: Any) -> None:
 def test_an_adapter_that_is_not_ours(copy: Path, changes: dict[str, Any], says: str) -> None:
     config_of(copy, **changes)
     with pytest.raises(ModelError, match=says) as caught:
-        ct.read(copy)
+        reader.read(copy)
     assert "\n" not in str(caught.value)
 
 
@@ -307,4 +307,4 @@ def test_an_adapter_that_is_not_ours(copy: Path, changes: dict[str, Any], says: 
 def test_half_an_adapter(copy: Path, lost: str) -> None:
     (copy / lost).unlink()
     with pytest.raises(ModelError, match=r"no such file|is broken"):
-        ct.read(copy)
+        reader.read(copy)

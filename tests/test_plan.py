@@ -15,8 +15,8 @@ import torch
 import transformers
 
 from compress import pipeline
-from compress.checkpoint import Checkpoint, Layout
 from compress.run import Step
+from compress.state.checkpoint import Checkpoint, Layout
 from tests.conftest import RECIPE, ROOT, Project
 
 GOLDEN = Path(__file__).with_name("golden")

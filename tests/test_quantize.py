@@ -16,7 +16,7 @@ from compress import pipeline
 from compress.errors import FormatError, MatchError, RecipeError
 from compress.formats import parse
 from compress.manager import Cost
-from compress.model import open_model
+from compress.model.model import open_model
 from compress.passes.quantize import Quantize
 from tests import stock
 from tests.conftest import GROUPED, IDS, SMALL, contents, make_model

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from compress import pipeline
 from compress.errors import RunError
-from compress.export.compressed_tensors import CompressedTensors
+from compress.export.compressed_tensors.exporter import CompressedTensors
 from compress.passes import PASSES
 from compress.passes.quantize import Quantize
 from compress.run import RunFolder, Step, digest, first_difference, read_part, shorten, write_atomic

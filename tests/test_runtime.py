@@ -25,16 +25,19 @@ from transformers.quantizers import auto
 import compress.export.runtime as runtime
 from compress import pipeline
 from compress.errors import CompressError, ModelError
-from compress.export import compressed_tensors as ct
-from compress.export import native
-from compress.export.proof import logits
-from compress.export.runtime import cuda, loading, reading
+from compress.export.artifact import config as artifact_config
+from compress.export.artifact import files as artifact_files
+from compress.export.artifact.proof import logits
+from compress.export.native import reader
+from compress.export.runtime import loading, reading
+from compress.export.runtime.cuda import launch as cuda
 from compress.export.runtime.experts import PackedExperts
 from compress.export.runtime.linear import Packed, PackedLinear
 from compress.formats import Dense, parse
-from compress.grid import plain
-from compress.model import open_model
+from compress.formats.grid import plain
+from compress.model.model import open_model
 from compress.state import State
+from compress.state.checkpoint import OWN_INDEX
 from tests.conftest import FAMILIES, ROOT, make_model
 from tests.cooking import bake
 from tests.test_native import steps, told
@@ -103,20 +106,20 @@ def off(folder: Path, state: State, dtype: torch.dtype, model: Any = None) -> fl
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family(baked: Any, name: str) -> None:
     folder = baked(name)
-    state = replace(native.read(folder), dtype=torch.float32)
+    state = replace(reader.read(folder), dtype=torch.float32)
     model = runtime.load(folder, dtype=torch.float32)
     assert off(folder, state, torch.float32, model) < TIGHT
     formats = [state.format(s) for s in state.graph if s.name in state.changed]
     assert sorted(m.format for m in packed(model).values()) == sorted(str(f) for f in formats if not isinstance(f, Dense))
     if state.graph.causal:
         text = model.generate(ids()[:1], max_new_tokens=8, do_sample=False, pad_token_id=258)
-        (path,) = logits(state, native.open_artifact(folder).config, [text], "cpu")
+        (path,) = logits(state, reader.open_artifact(folder).config, [text], "cpu")
         assert torch.equal(path[0, 19:-1].argmax(-1), text[0, 20:])
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3_moe"])
 def test_in_16_bits(baked: Any, name: str) -> None:
-    assert off(baked(name), native.read(baked(name)), torch.bfloat16) < LOOSE
+    assert off(baked(name), reader.read(baked(name)), torch.bfloat16) < LOOSE
 
 
 @pytest.mark.parametrize("form", [
@@ -125,13 +128,13 @@ def test_in_16_bits(baked: Any, name: str) -> None:
 ])  # fmt: skip
 def test_every_kind_of_format(baked: Any, form: str) -> None:
     folder = baked("llama", form, {"lm_head": form})
-    assert off(folder, native.read(folder), torch.float32) < TIGHT
+    assert off(folder, reader.read(folder), torch.float32) < TIGHT
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", pytest.param("mixtral", marks=pytest.mark.slow)])
 def test_low_rank(baked: Any, name: str) -> None:
     folder = baked(name, "int4:g32+r4", RANKED)
-    assert off(folder, native.read(folder), torch.float32) < TIGHT
+    assert off(folder, reader.read(folder), torch.float32) < TIGHT
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -151,8 +154,8 @@ def test_several_files(text: Path, tmp_path: Path) -> None:
     source = make_model(tmp_path / "model", config)
     folder = artifact_of(bake(tmp_path / "run", source, text, "native", steps("nf4:g64"), shard_bytes=1_000_000))
     assert len(list(folder.glob("*.safetensors"))) == 3
-    assert off(folder, native.read(folder), torch.float32) < TIGHT
-    index = folder / reading.OWN_INDEX
+    assert off(folder, reader.read(folder), torch.float32) < TIGHT
+    index = folder / OWN_INDEX
     said = index.read_text()
     for other in ("compress-00001", "../../x/compress-00002"):
         index.write_text(said.replace("compress-00002", other))
@@ -172,7 +175,7 @@ def test_experts_that_stay_dense_beside_packed_ones(baked: Any) -> None:
         blocks = [m for m in model.modules() if isinstance(m, PackedExperts)]
         assert [type(m).__name__ for m in blocks[0].down] == ["PackedLinear", "Linear", "PackedLinear", "PackedLinear"]  # type: ignore
         assert len(blocks) == 1  # the other block's experts are all dense, in transformers' own module
-        assert off(folder, native.read(folder), torch.float32) < TIGHT
+        assert off(folder, reader.read(folder), torch.float32) < TIGHT
 
 
 def test_tensors_that_belong_to_no_module(family: Any, text: Path, tmp_path: Path) -> None:
@@ -183,7 +186,7 @@ def test_tensors_that_belong_to_no_module(family: Any, text: Path, tmp_path: Pat
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     folder = artifact_of(bake(tmp_path / "run", source, text, "native", steps("nf4:g64")))
-    assert off(folder, native.read(folder), torch.float32) < TIGHT
+    assert off(folder, reader.read(folder), torch.float32) < TIGHT
 
 
 # --- in transformers --------------------------------------------------------------------------------------------------
@@ -214,7 +217,7 @@ def test_disk_is_no_place_for_packed_matrices(baked: Any, tmp_path: Path) -> Non
 def test_nothing_is_made_dense(baked: Any) -> None:
     """What the matrices hold is what their formats count, and a byte more only for a shape."""
     folder = baked("llama", "int3:g64", {})
-    model, state = runtime.load(folder), native.read(folder)
+    model, state = runtime.load(folder), reader.read(folder)
     held = sum(b.nbytes for m in packed(model).values() for b in m.buffers())
     assert held == sum(s.load().nbytes for s in state.changed.values())
     assert not any("proj" in name for name, _ in model.named_parameters())
@@ -258,7 +261,7 @@ def test_saving_is_refused_and_an_adapter_is_saved(baked: Any, tmp_path: Path) -
     model.config.save_pretrained(tmp_path / "config")
     saved = json.loads((tmp_path / "config" / "config.json").read_text())
     assert "transformers_weights" not in saved
-    assert saved["quantization_config"] == reading.declared(baked("llama"))
+    assert saved["quantization_config"] == artifact_config.declared(baked("llama"))
     with pytest.raises(ModelError, match="copy the folder that it was loaded from"):
         model.save_pretrained(tmp_path / "model")
     assert not list(tmp_path.rglob("*.safetensors"))
@@ -339,7 +342,7 @@ def test_it_needs_nothing_of_the_compressor(baked: Any, tmp_path: Path) -> None:
 ])  # fmt: skip
 def test_integers_of_compressed_tensors_stay_packed(baked: Any, name: str, form: str, pins: dict[str, str]) -> None:
     folder = baked(name, form, pins, "compressed_tensors")
-    state = ct.read(folder)
+    state = reader.read(folder)
     model = runtime.load(folder, dtype=torch.float32)
     assert off(folder, state, torch.float32, model) < TIGHT
     assert {m.format for m in packed(model).values()} == {str(state.format(s)) for s in state.graph if s.name in state.changed}
@@ -397,7 +400,7 @@ def test_targets_of_other_tools(baked: Any, tmp_path: Path, targets: list[Any], 
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["config_groups"]["group_0"]["targets"] = targets
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / reading.MARK).unlink()  # other tools write none
+    (folder / artifact_files.MARK).unlink()  # other tools write none
     if says:
         with pytest.raises(ModelError, match=says):
             runtime.load(folder)
@@ -458,7 +461,7 @@ def test_what_the_kernel_does_not_take_is_said(baked: Any) -> None:
 
 def refused(folder: Path, says: str) -> None:
     """By the reader of headers, by the state's reader, and by transformers, in one line."""
-    for read in (reading.open_native, native.read, runtime.load, transformers.AutoModelForCausalLM.from_pretrained):
+    for read in (reading.open_native, reader.read, runtime.load, transformers.AutoModelForCausalLM.from_pretrained):
         with pytest.raises(ModelError, match=says) as caught:
             read(folder)  # type: ignore[operator]
         assert "\n" not in str(caught.value)
@@ -468,7 +471,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
     tensors = load_file(folder / FILE)
     change(tensors)
     save_file(tensors, folder / FILE, {"format": "pt"})
-    (folder / reading.MARK).unlink()  # as an attacker would
+    (folder / artifact_files.MARK).unlink()  # as an attacker would
 
 
 @pytest.mark.parametrize("version", [2, 0, True, "1", None])
@@ -508,7 +511,7 @@ def test_tensors_that_are_missing_or_too_many_or_of_another_shape(copy: Path, ch
 
 @pytest.mark.parametrize("module", ["../../etc/passwd", "model.norm", "model.layers.7.self_attn.q_proj", "", "x\ny"])
 def test_formats_for_what_is_no_matrix(copy: Path, module: str) -> None:
-    told(copy, formats=native.declared(copy)["formats"] | {module: "int4:g64"})
+    told(copy, formats=artifact_config.declared(copy)["formats"] | {module: "int4:g64"})
     with pytest.raises(ModelError, match="is missing") as caught:
         runtime.load(copy)
     assert "\n" not in str(caught.value)
@@ -524,7 +527,7 @@ def with_packed(folder: Path, name: str, fmt: str, W_nk: Tensor) -> Tensor:
         held.update({f"{name}.{suffix}": t for suffix, t in tensors.items()})
 
     rewrite(folder, moved)
-    told(folder, formats=native.declared(folder)["formats"] | {name: fmt})
+    told(folder, formats=artifact_config.declared(folder)["formats"] | {name: fmt})
     matrix: Tensor = base.dequantize(tensors, torch.float32)
     return matrix
 
@@ -586,24 +589,24 @@ def damaged(data: bytes, at: int, how: int) -> bytes:
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(name=st.sampled_from([FILE, FILE, "config.json", reading.MARK]), at=st.integers(0, 1 << 20),
+@given(name=st.sampled_from([FILE, FILE, "config.json", artifact_files.MARK]), at=st.integers(0, 1 << 20),
        how=st.just(0) | st.integers(1, 255), marked=st.booleans())  # fmt: skip
 def test_any_damage_is_an_error_or_does_not_matter(copy: Path, name: str, at: int, how: int, marked: bool) -> None:
     """It ends in one line of ours, or the model is the same. Without compress.json the header alone can be checked."""
-    kept = {n: (copy / n).read_bytes() for n in (FILE, "config.json", reading.MARK)}
+    kept = {n: (copy / n).read_bytes() for n in (FILE, "config.json", artifact_files.MARK)}
     marked |= name != FILE
     if not marked:
         at %= 8 + int.from_bytes(kept[FILE][:8], "little")
-        (copy / reading.MARK).unlink()
+        (copy / artifact_files.MARK).unlink()
     (copy / name).write_bytes(damaged(kept[name], at, how))
     try:
-        for read in (reading.open_native, native.read, runtime.load):
+        for read in (reading.open_native, reader.read, runtime.load):
             try:
                 found = read(copy)  # type: ignore[operator]
             except CompressError as e:
                 assert "\n" not in str(e)  # noqa: PT017
             else:
-                assert name == reading.MARK or not marked
+                assert name == artifact_files.MARK or not marked
                 if read is runtime.load:
                     same_buffers(found, runtime.load(copy.with_name("intact")))
     finally:

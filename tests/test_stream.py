@@ -11,9 +11,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from compress.model import Model, open_model
+from compress.model.lockstep import Inputs
+from compress.model.model import Model, open_model
+from compress.model.stream import Batch, Stream, Twin
 from compress.state import State
-from compress.stream import Batch, Inputs, Stream, Twin
 from tests import stock
 from tests.conftest import FAMILIES, GROUPED, IDS, SMALL, make_model
 from tests.sharing import SharingConfig

@@ -18,8 +18,8 @@ import pytest
 
 import compress
 from compress.cli import parser
-from compress.data import Data, Text, Windows
 from compress.export.table import EXPORTERS
+from compress.model.data import Data, Text, Windows
 from compress.passes import PASSES
 from compress.recipe import Document
 from tests.conftest import ROOT
@@ -58,7 +58,7 @@ DATA: dict[type, dict[str, Any]] = {
 }  # fmt: skip
 
 PARTS = ("passes", "export", "recipes", "benchmarks")
-SOURCES = sorted([*(ROOT / "compress").glob("*.py"), *(p for name in PARTS for p in (ROOT / name).rglob("*.py"))])
+SOURCES = sorted({p.resolve() for name in ("compress", *PARTS) for p in (ROOT / name).rglob("*.py")})
 LONGEST_FUNCTION, LONGEST_FILE, MEDIAN = 60, 400, 15
 
 

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.export.runtime import tiles
+from compress.export.runtime.cuda import tiles
 from compress.formats import Int, parse
-from compress.grid import Grid, plain
+from compress.formats.grid import Grid, plain
 
 FORMATS = [
     *(f"int{b}:{g}{z}" for b in (2, 3, 4, 8) for g in ("g32", "g64", "g128", "g256", "channel") for z in ("", ":asym")),

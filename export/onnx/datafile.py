@@ -16,11 +16,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from compress.checkpoint import tensor_bytes, write_all
+from compress.export.artifact.tensors import formats_of
 from compress.export.onnx.encode import KINDS, Slot, encode, slots
-from compress.export.tensors import formats_of
-from compress.graph import Site
 from compress.state import State
+from compress.state.checkpoint import tensor_bytes, write_all
+from compress.state.graph import Site
 
 GRAPH, DATA = "model.onnx", "model.onnx.data"
 METHOD, VERSION = "compress-onnx", 1  # what config.json calls the folder

@@ -38,11 +38,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from compress import bitpack
-from compress.codebooks import NF, Lut
 from compress.errors import FormatError
-from compress.formats import Dense, Format, Int, LowRank
-from compress.grid import Grid
+from compress.formats import Dense, Format, Int, LowRank, bitpack
+from compress.formats.codebooks import NF, Lut
+from compress.formats.grid import Grid
 
 KINDS = {torch.bfloat16: "BFLOAT16", torch.float16: "FLOAT16", torch.float32: "FLOAT"}
 DTYPES = {kind: dtype for dtype, kind in KINDS.items()}

@@ -10,20 +10,21 @@ import psutil
 import torch
 from pydantic import Field
 
-from compress.checkpoint import tensor_bytes
 from compress.errors import ExportError, FormatError
-from compress.export import proof
-from compress.export.artifact import Exporter, Job, Proof, carry_over
-from compress.export.engines import EngineError
+from compress.export.artifact import proof
+from compress.export.artifact.engines import EngineError
+from compress.export.artifact.exporter import Exporter, Job, Proof
+from compress.export.artifact.place import carry_over
+from compress.export.artifact.tensors import formats_of, same_site, write_config
 from compress.export.onnx import datafile
 from compress.export.onnx.datafile import GRAPH, METHOD, VERSION, DataLayout
 from compress.export.onnx.encode import NBits
 from compress.export.onnx.words import describe, describe_table, engines, use, warnings
-from compress.export.tensors import formats_of, same_site, write_config
 from compress.formats import Format, Int, base_of
-from compress.graph import Site
-from compress.model import Model
+from compress.model.model import Model
 from compress.state import State
+from compress.state.checkpoint import tensor_bytes
+from compress.state.graph import Site
 
 UNTRACED = {"falcon": "its heads share one key, which torch.onnx does not know in its Attention"}
 EXACT = {"fp32": 1e-3, "fp16": 3e-2}  # of the largest logit, where activations are not rounded

@@ -29,14 +29,15 @@ import transformers
 from onnx import ModelProto
 from torch import Tensor, nn
 
-from compress.binding import Binding, kept_in_fp32
-from compress.errors import ExportError, ModelError
+from compress.errors import ExportError, ModelError, first_line
+from compress.export.artifact.tensors import formats_of
 from compress.export.onnx.datafile import layout
 from compress.export.onnx.nodes import Nodes, initializers, operators
-from compress.export.tensors import formats_of
-from compress.graph import Graph
-from compress.model import candidates, first_line, skeleton
+from compress.model.binding import Binding, kept_in_fp32
+from compress.model.names import candidates
+from compress.model.skeleton import skeleton
 from compress.state import State
+from compress.state.graph import Graph
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 HOLES = "compress"  # the domain of the nodes that stand for matrices while torch has the graph

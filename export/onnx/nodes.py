@@ -14,11 +14,11 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from compress.codebooks import NF, Lut, lut_table, nf_table
 from compress.export.onnx.datafile import DATA, places
 from compress.export.onnx.encode import NBits, Slot
 from compress.formats import Dense, Format, Int, LowRank
-from compress.graph import Site
+from compress.formats.codebooks import NF, Lut, lut_table, nf_table
+from compress.state.graph import Site
 
 MICROSOFT = "com.microsoft"
 FLOAT, INT32 = TensorProto.FLOAT, TensorProto.INT32

@@ -21,19 +21,20 @@ import torch
 from google.protobuf.message import DecodeError, Message
 from onnx import ModelProto, TensorProto
 
-from compress.checkpoint import Spec
 from compress.errors import FormatError, ModelError
-from compress.export import native
-from compress.export.engines import Engine
+from compress.export.artifact.config import declared, formats
+from compress.export.artifact.engines import Engine
+from compress.export.artifact.files import check_marks, contained, one_line
+from compress.export.artifact.tensors import Placed
+from compress.export.artifact.view import Seen, View, Viewed
+from compress.export.native import reader as native_reader
 from compress.export.onnx.datafile import DATA, GRAPH, METHOD, DataFile, places
 from compress.export.onnx.encode import DTYPES, WIDTHS, Slot, decode, slots
 from compress.export.onnx.nodes import code_of
-from compress.export.runtime.reading import check_marks, contained, declared, formats, one_line
-from compress.export.tensors import Placed
-from compress.export.view import Seen, View, Viewed
 from compress.formats import Dense, Format
-from compress.model import Model, open_model
+from compress.model.model import Model, open_model
 from compress.state import Fact, State
+from compress.state.checkpoint import Spec
 
 READER = "our reader of ONNX artifacts, streamed"
 
@@ -63,8 +64,8 @@ def read(folder: Path) -> State:
         if module not in by_stem:
             what = one_line(module)
             raise ModelError(f"{folder / 'config.json'}: gives a format to '{what}', which is no matrix of this model")
-        stored[by_stem[module].name] = native.placed(by_stem[module], fmt, state, folder)
-    native.check_names(folder, state, stored)
+        stored[by_stem[module].name] = native_reader.placed(by_stem[module], fmt, state, folder)
+    native_reader.check_names(folder, state, stored)
     return state.with_sites(stored)
 
 

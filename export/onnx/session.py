@@ -12,12 +12,12 @@ import onnx
 import torch
 from torch import Tensor
 
-from compress.export.engines import EngineError
+from compress.errors import first_line
+from compress.export.artifact.engines import EngineError
 from compress.export.onnx.datafile import GRAPH
 from compress.export.onnx.encode import NBits
 from compress.export.onnx.nodes import serialized
 from compress.formats import Format, Int, LowRank, base_of
-from compress.model import first_line
 from compress.state import State
 
 onnxruntime: Any = import_module("onnxruntime")  # it says nothing of its types

@@ -8,8 +8,8 @@ import torch
 
 from compress.export.onnx.encode import NBits, kind_of, slots
 from compress.formats import Dense, Format, Int, LowRank, base_of
-from compress.graph import Site
 from compress.state import State
+from compress.state.graph import Site
 
 ENGINES = "onnxruntime >= 1.24"  # earlier ones lack kernels: 1.23 has none for 2 bits, 1.22 no opset 23
 NEWER = "onnxruntime >= 1.27"  # 1.26 looks up rows of 4 and 8 bits only

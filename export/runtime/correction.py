@@ -14,13 +14,13 @@ from typing import Any
 from safetensors import safe_open
 from torch import nn
 
-from compress.checkpoint import Spec
 from compress.errors import CompressError, ModelError
-from compress.export.runtime import reading
+from compress.export.artifact import files
+from compress.export.artifact.files import one_line
 from compress.export.runtime.decode import format_of
 from compress.export.runtime.linear import PackedLinear
-from compress.export.runtime.reading import one_line
 from compress.formats import Dense, LowRank
+from compress.state.checkpoint import Spec
 
 FOLDER, CONFIG, WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
 SUFFIXES = ("lora_A.weight", "lora_B.weight")
@@ -33,9 +33,9 @@ def correct(model: nn.Module, folder: Path) -> None:
     """Add the factors of the folder's adapter, if it has one; ModelError where they do not belong to the model."""
     if not (folder / FOLDER).exists():
         return
-    config = reading.document(reading.within(folder, folder / FOLDER / CONFIG))
-    path = reading.within(folder, folder / FOLDER / WEIGHTS)
-    specs, _ = reading.headers([path])
+    config = files.document(files.within(folder, folder / FOLDER / CONFIG))
+    path = files.within(folder, folder / FOLDER / WEIGHTS)
+    specs, _ = files.headers([path])
     try:
         ranks = ranks_of(config)
     except (LookupError, TypeError, ValueError, AttributeError, re.error) as e:

@@ -14,10 +14,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from compress import bitpack
-from compress.codebooks import NF, Lut, lut_table, nf_table
 from compress.errors import FormatError
-from compress.formats import Format, Int, LowRank, base_of, parse
+from compress.formats import Format, Int, LowRank, base_of, bitpack, parse
+from compress.formats.codebooks import NF, Lut, lut_table, nf_table
 
 Shape = tuple[int, int]
 _BLOCK = 1 << 20  # bytes of a block on a CPU: 64 rows of 4096 in fp32

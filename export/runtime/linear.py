@@ -85,7 +85,7 @@ class Packed(nn.Module):
 
     def repack(self) -> None:
         """Repack for the kernel and drop the format's tensors; what the kernel does not take stays, with a warning."""
-        from compress.export.runtime import cuda
+        from compress.export.runtime.cuda import launch as cuda
 
         fmt = format_of(self.format)
         why = cuda.obstacle(fmt, self.shape, self.dtype)
@@ -132,7 +132,7 @@ def prepare(model: nn.Module) -> None:
     """Compile what the packed modules on CUDA need, all at once, and repack them; before a graph is captured, for one."""
     held = [m for m in model.modules() if isinstance(m, Packed) and m.parts[0].device.type == "cuda"]
     if held:
-        from compress.export.runtime import cuda
+        from compress.export.runtime.cuda import launch as cuda
 
         for device in {m.parts[0].device for m in held}:
             needs = {(format_of(m.format), m.shape, m.dtype) for m in held if m.parts[0].device == device}

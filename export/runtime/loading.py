@@ -13,18 +13,19 @@ from transformers.quantizers import auto
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compress.errors import CompressError, ModelError
-from compress.export.runtime import reading
+from compress.export.artifact import config as artifact_config
+from compress.export.artifact import files
+from compress.export.artifact.files import one_line
 from compress.export.runtime.correction import correct
 from compress.export.runtime.linear import prepare
 from compress.export.runtime.quantizer import DeclaredConfig, IntegerQuantizer, NativeQuantizer
-from compress.export.runtime.reading import one_line
 
 CONFIGS, QUANTIZERS = auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING
 INTEGERS = "compressed-tensors"
 STOCK: tuple[Any, Any] = CONFIGS[INTEGERS], QUANTIZERS[INTEGERS]
 
-CONFIGS.setdefault(reading.METHOD, DeclaredConfig)
-QUANTIZERS.setdefault(reading.METHOD, NativeQuantizer)
+CONFIGS.setdefault(artifact_config.METHOD, DeclaredConfig)
+QUANTIZERS.setdefault(artifact_config.METHOD, NativeQuantizer)
 
 
 class ChosenConfig:
@@ -33,7 +34,7 @@ class ChosenConfig:
     @staticmethod
     def from_dict(declared: Mapping[str, Any], **options: Any) -> QuantizationConfigMixin:
         try:
-            reading.integer_schemes(declared)
+            artifact_config.integer_schemes(declared)
         except ModelError:
             found: QuantizationConfigMixin = STOCK[0].from_dict(declared, **options)
             return found
@@ -69,16 +70,16 @@ def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dt
     so; it is one line.
     """
     folder = Path(folder)
-    config = reading.document(folder / "config.json")
-    method = reading.method(folder)
-    if method not in (reading.METHOD, INTEGERS):
+    config = files.document(folder / "config.json")
+    method = artifact_config.method(folder)
+    if method not in (artifact_config.METHOD, INTEGERS):
         raise ModelError(f"{folder}: holds no packed matrices; load it with transformers alone")
     named = config.get("architectures")
     masked = isinstance(named, list) and any("MaskedLM" in str(name) for name in named)
     kind = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
     with keep_packed():
         if method == INTEGERS:
-            reading.integer_schemes(reading.declared(folder))
+            artifact_config.integer_schemes(artifact_config.declared(folder))
         try:
             model: Any = kind.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
         except CompressError:

@@ -34,7 +34,7 @@ def linear(x: Tensor, parts: list[Tensor], bias: Tensor | None, format: str, n: 
     """x [..., k] times the transpose of the matrix, plus the bias [n]: [..., n] in the dtype of x."""
     fmt, flat = checked(format, layout), x.reshape(-1, k)
     if layout == "tiles":
-        from compress.export.runtime import cuda
+        from compress.export.runtime.cuda import launch as cuda
 
         out = cuda.linear(flat.contiguous(), parts, bias, fmt, (n, k))
     else:
@@ -71,7 +71,7 @@ def dequantize(parts: list[Tensor], format: str, n: int, k: int, layout: str, dt
     """The matrix [n, k] in `dtype`, whole."""
     fmt = checked(format, layout)
     if layout == "tiles":
-        from compress.export.runtime import cuda
+        from compress.export.runtime.cuda import launch as cuda
 
         return cuda.dequantize(parts, fmt, (n, k), dtype)
     return fmt.dequantize(with_shapes(fmt, (n, k), named(format, (n, k), parts)), dtype)

@@ -22,12 +22,14 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import hub
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from compress.checkpoint import OWN, OWN_INDEX
 from compress.errors import ModelError
+from compress.export.artifact import files as artifact_files
+from compress.export.artifact.files import one_line
 from compress.export.runtime import reading
 from compress.export.runtime.experts import ROLES, PackedExperts
 from compress.export.runtime.linear import PackedEmbedding, PackedLinear, prepare
-from compress.export.runtime.reading import Artifact, Matrix, one_line
+from compress.export.runtime.reading import Artifact, Matrix
+from compress.state.checkpoint import OWN, OWN_INDEX
 
 
 class DeclaredConfig(QuantizationConfigMixin):
@@ -135,7 +137,7 @@ def local(config: Any) -> Path:
     if index:
         hub.get_checkpoint_shard_files(name, index, revision=commit)  # type: ignore[no-untyped-call]
     found = index or hub.cached_file(name, f"{OWN}-00001.safetensors", revision=commit)
-    hub.cached_file(name, reading.MARK, **options)
+    hub.cached_file(name, artifact_files.MARK, **options)
     return Path(str(found)).parent
 
 

@@ -19,6 +19,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from compress.errors import ModelError
+from compress.export.artifact import config as artifact_config
 from compress.export.runtime import reading
 from compress.export.runtime.linear import PackedLinear
 from compress.formats import Dense, Format
@@ -26,7 +27,7 @@ from compress.formats import Dense, Format
 SHARDS = {"q": 0, "k": 1, "v": 2, None: 0}
 
 
-@register_quantization_config(reading.METHOD)
+@register_quantization_config(artifact_config.METHOD)
 class NativeConfig(QuantizationConfig):  # type: ignore[misc]
     """A native artifact's formats, by module."""
 
@@ -35,7 +36,7 @@ class NativeConfig(QuantizationConfig):  # type: ignore[misc]
         self.formats = formats
 
     def get_name(self) -> str:
-        return reading.METHOD
+        return artifact_config.METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16, torch.float32]
@@ -50,7 +51,7 @@ class NativeConfig(QuantizationConfig):  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> NativeConfig:
-        return cls(reading.formats_in(config))
+        return cls(artifact_config.formats_in(config))
 
     def maybe_update_config(self, model_name: str, *_: Any, **options: Any) -> None:
         """Called with the model's folder before anything is loaded: read it as every reader does."""

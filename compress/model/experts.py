@@ -1,0 +1,49 @@
+"""The forward of a module of experts with a pause in front of each matrix, in place of transformers' own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import greenlet
+import torch
+from torch import Tensor, nn
+
+from compress.model.skeleton import is_experts
+
+
+def run_experts_one_by_one(block: nn.Module) -> None:
+    """Replace the forward of every experts module by one that visits experts in order and pauses at its taps."""
+    for module in block.modules():
+        if is_experts(module):
+            module.forward = Experts(module)
+
+
+class Experts:
+    """The forward of a module of experts: real routing, one expert after the other.
+
+    The result is sum over experts of weight * down(act(gate(x)) * up(x)), accumulated in the order of the experts, as in
+    transformers' own loop. How gate and up meet is the module's own method: some architectures clamp there.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        m: Any = self.module
+        count = m.gate_up_proj.shape[0]
+        routed = [torch.where(top_k_index == e) for e in range(count)]
+        inputs = {e: hidden[token] for e, (token, _) in enumerate(routed)}
+        self._pause("experts.in", inputs)
+        middle = {}
+        for e, x in inputs.items():
+            middle[e] = m._apply_gate(nn.functional.linear(x, m.gate_up_proj[e]))
+        self._pause("experts.mid", middle)
+        out = torch.zeros_like(hidden)
+        for e, (token, slot) in enumerate(routed):
+            y = nn.functional.linear(middle[e], m.down_proj[e]) * top_k_weights[token, slot, None]
+            out.index_add_(0, token, y.to(out.dtype))
+        return out
+
+    def _pause(self, stage: str, inputs: dict[int | None, Tensor] | dict[int, Tensor]) -> None:
+        if stage in getattr(self.module, "taps", ()):
+            greenlet.getcurrent().parent.switch((stage, inputs))

@@ -1,0 +1,58 @@
+"""Batches that pass through one block as coroutines: all wait at one stage, or all are done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import greenlet
+from torch import Tensor, nn
+
+from compress.errors import ModelError
+
+Inputs = dict[int | None, Tensor]  # by expert; None for a matrix that is no expert's
+
+
+@dataclass
+class Batch:
+    """One batch on its way: token ids [b, t], hidden states [b, t, d], and the call of every block."""
+
+    tokens: Tensor
+    hidden: Tensor
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(repr=False)
+
+
+class Lockstep:
+    """One block's batches as coroutines: all of them wait at one stage, or all are done and hold their new hidden states."""
+
+    def __init__(self, call: Callable[..., Tensor], block: nn.Module, batches: Sequence[Batch], index: int):
+        self.batches = batches
+        self.runs = [greenlet.greenlet(call) for _ in batches]
+        self.out: list[Any] = [run.switch(block, batch, index) for run, batch in zip(self.runs, batches, strict=True)]
+        self._settle()
+
+    @property
+    def waiting(self) -> bool:
+        return not all(run.dead for run in self.runs)
+
+    @property
+    def stage(self) -> str:
+        stages = {w[0] for run, w in zip(self.runs, self.out, strict=True) if not run.dead}
+        if len(stages) != 1 or any(run.dead for run in self.runs):
+            raise ModelError(f"batches visit the stages of a block in different order ({sorted(stages)}); cannot calibrate")
+        stage: str = stages.pop()
+        return stage
+
+    @property
+    def inputs(self) -> list[Inputs]:
+        return [w[1] for w in self.out]
+
+    def go_on(self) -> None:
+        self.out = [run.switch() for run in self.runs]
+        self._settle()
+
+    def _settle(self) -> None:
+        if not self.waiting:
+            for batch, hidden in zip(self.batches, self.out, strict=True):
+                batch.hidden = hidden

@@ -1,0 +1,127 @@
+"""The adapter to transformers: open a model, and read its structure off a skeleton without weights.
+
+A skeleton is the architecture built from its config with every parameter on the meta device and every buffer real (rotary
+frequencies and the like are computed, not stored). The graph is found by walking it: the one list of equal modules that
+holds the matrices is the list of blocks, and a table of path endings says what each matrix is. The alternative, a hand-written
+description per architecture, ages with every new model; the table ages only when somebody invents a new name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from compress.errors import ModelError, first_line
+from compress.model.discover import discover
+from compress.model.names import anchor, check_tensors
+from compress.model.skeleton import skeleton
+from compress.state import State
+from compress.state.checkpoint import Checkpoint, Spec
+from compress.state.graph import Graph
+
+
+@dataclass(frozen=True)
+class Model:
+    """An opened model: its folder and config; weights stay on disk."""
+
+    folder: Path
+    config: Any
+    name: str
+    revision: str | None = None
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        return Checkpoint(self.folder)
+
+    @property
+    def has_weights(self) -> bool:
+        return any(self.folder.glob("*.safetensors"))
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The dtype the model computes in: the config's, or that of the first matrix on disk."""
+        declared = getattr(self.config, "dtype", None)
+        if isinstance(declared, torch.dtype):
+            return declared
+        if self.has_weights:
+            floating = (s.dtype for s in self.checkpoint.specs.values() if s.dtype.is_floating_point)
+            return next(floating, torch.float32)
+        return torch.bfloat16
+
+    @cached_property
+    def graph(self) -> Graph:
+        graph = discover(self.skeleton(), self.config)
+        if self.has_weights:
+            graph = anchor(graph, self.checkpoint)
+            check_tensors(graph, self.checkpoint)
+        return graph
+
+    def skeleton(self) -> nn.Module:
+        return skeleton(self.config)
+
+    @cached_property
+    def specs(self) -> list[Spec]:
+        """Every tensor of the checkpoint in its own order; without weights, what transformers would write for the config."""
+        if self.has_weights:
+            return list(self.checkpoint.specs.values())
+        graph = self.graph
+        sites = [Spec(s.weight, self.dtype, s.shape[::-1] if s.transposed else s.shape) for s in graph if not s.tied]
+        others = [Spec(n, self.dtype, shape) for n, shape in graph.parameters.items()]
+        return [*sites[:1], *others, *sites[1:]]  # the embedding comes first
+
+    @property
+    def state(self) -> State:
+        """The state before any pass; ModelError where the model is quantized already."""
+        quantized = getattr(self.config, "quantization_config", None)
+        if quantized:
+            method = dict(quantized).get("quant_method", "?") if isinstance(quantized, dict) else quantized.quant_method
+            raise ModelError(f"{self.folder}: is quantized already ({method}); name the original model")
+        return State(self.graph, self.checkpoint, self.dtype, tuple(self.specs))
+
+    def identity(self) -> dict[str, str]:
+        """What makes two models the same, wherever they lie: config and weights by hash."""
+        config = {k: v for k, v in self.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+        return {"config": json.dumps(config, sort_keys=True, default=str), "weights": self.checkpoint.fingerprint}
+
+
+def open_model(name: str, base: Path = Path()) -> Model:
+    """A local folder (or its config.json), or a hub id, optionally ``id@revision``.
+
+    A relative path is looked up from `base`. Raises ModelError when nothing is there or the config cannot be read.
+    """
+    folder = (base / name).expanduser()
+    folder = folder.parent if folder.name == "config.json" else folder
+    revision = None
+    if not folder.is_dir():
+        folder, revision = download(name, folder)
+    path = folder / "config.json"
+    if not path.exists():
+        raise ModelError(f"{folder}: no config.json; is this the folder of a transformers model?")
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as e:  # transformers raises whatever the config's author's code raises
+        raise ModelError(f"{path}: transformers cannot read it ({first_line(e)})") from e
+    return Model(folder, config, name, revision)
+
+
+def download(name: str, folder: Path) -> tuple[Path, str]:
+    """Fetch a hub id into the hub's cache; the commit it resolved to is the revision."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name) or name.startswith("."):
+        raise ModelError(f"model '{name}': no folder {folder}, and no hub id either (owner/name or owner/name@revision)")
+    from huggingface_hub import snapshot_download
+
+    repo, _, revision = name.partition("@")
+    try:
+        path = Path(snapshot_download(repo, revision=revision or None,
+                                      allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]))  # fmt: skip
+    except Exception as e:  # network, authorisation, absent: the hub's own words are the best we have
+        raise ModelError(f"model '{name}': no folder {folder}, and the hub says: {first_line(e)}") from e
+    return path, path.name

@@ -1,0 +1,312 @@
+"""Run a model block by block, with one block's weights in memory.
+
+The skeleton's own forward is used for everything between the blocks, so masks, rotary tables and residual scalings are the
+architecture's and not ours: its blocks are replaced by probes that let activations pass and note what else each block
+is given (the calls). A block in hand is loaded, run on every batch, and dropped.
+
+Calibration needs more: the inputs of o must carry the error of q, k, v as already quantized, and so on down the block.
+Three ways were considered. Running the block once per stage and stopping early repeats the work, 2.4 forward passes for a
+Llama block. One call with all sequences at once needs every intermediate of every sequence together. Here each batch runs
+as a coroutine (greenlet) that pauses at a tap, in front of the first matrix of a stage; when all batches wait there, the
+stage is solved, its new weights are put in place, and all go on. One forward pass, and what is held for each batch is just
+what its paused frame holds: the residual and the stage's input. The limit: a block's forward must visit its stages in the
+same order for every batch, which holds for every family that we know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from itertools import repeat
+from typing import Any
+
+import greenlet
+import torch
+from torch import Tensor, nn
+
+from compress.model.binding import Binding, get_matrix, put_matrix, within
+from compress.model.experts import run_experts_one_by_one
+from compress.model.lockstep import Batch, Inputs, Lockstep
+from compress.model.skeleton import skeleton
+from compress.state import State
+from compress.state.graph import Site
+
+Observe = Callable[[str, Inputs, Inputs | None], None]
+
+
+class _Stop(Exception):  # noqa: N818  a signal, not an error
+    """Ends a forward pass at a probe once it has noted what it wants."""
+
+
+class Probe(nn.Module):
+    """Stands where a block stood: notes the call, then passes the hidden states on (or what it is told to)."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self.output: Tensor | None = None
+        self.stop = False
+        self.tuple_out = False
+        for name in ("attention_type", "layer_type", "is_sliding", "layer_idx"):  # what a model's forward may ask a layer
+            if hasattr(layer, name):
+                setattr(self, name, getattr(layer, name))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
+        self.call = (args[1:], rest)
+        self.hidden = hidden
+        if self.stop:
+            raise _Stop
+        out = hidden if self.output is None else self.output
+        return (out,) if self.tuple_out else out
+
+
+@dataclass
+class Twin:
+    """The model as it was, beside the one in hand: its own stream and state, and the same batches at the same block."""
+
+    stream: Stream
+    state: State
+    batches: list[Batch]
+
+
+class Stream:
+    """A state's model, streamed. `device` holds the block in hand and the activations."""
+
+    def __init__(self, state: State, config: Any, device: str = "cpu"):
+        self.device = torch.device(device)
+        self.dtype = state.dtype
+        self.graph = state.graph
+        self.model = skeleton(config)
+        self.blocks: list[nn.Module] = [self.model.get_submodule(b.module) for b in self.graph.blocks]
+        self.probes = [Probe(block) for block in self.blocks]
+        self._names = Binding(state, self.model)
+        self._names.load_buffers(state, self.model)
+        self._put(self.probes)
+        _move_buffers(self.model, self.device)
+        for block in self.blocks:
+            _move_buffers(block, self.device)
+            run_experts_one_by_one(block)
+
+    def _put(self, modules: Sequence[nn.Module]) -> None:
+        for block, module in zip(self.graph.blocks, modules, strict=True):
+            parent, _, name = block.module.rpartition(".")
+            self.model.get_submodule(parent)._modules[name] = module
+
+    # --- outside the blocks ---
+
+    @contextmanager
+    def outer(self, state: State) -> Iterator[None]:
+        """Inside, every module outside the blocks loads its own parameters when it is first called; then they go."""
+        inside = {id(m) for block in self.probes for m in block.modules()}
+        modules = [(p, m) for p, m in self.model.named_modules() if m._parameters and id(m) not in inside]
+        hooks = [m.register_forward_pre_hook(self._loader(state, p), prepend=True) for p, m in modules]
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for path, module in modules:
+                self._names.drop(path, module)
+
+    def _loader(self, state: State, path: str) -> Callable[..., None]:
+        def load(module: nn.Module, _: Any) -> None:
+            if any(p is not None and p.is_meta for p in module._parameters.values()):
+                self._names.load(state, path, module, self.device)
+
+        return load
+
+    def start(self, state: State, tokens: Sequence[Tensor]) -> list[Batch]:
+        """Embed each batch of token ids [b, t]; the calls that the blocks will get are noted."""
+        self._learn_output_kind(state, tokens[0][:1, :8])
+        batches = []
+        with self.outer(state):
+            for ids in tokens:
+                self._until(len(self.probes) - 1, ids)
+                batches.append(Batch(ids, self.probes[0].hidden, [p.call for p in self.probes]))
+        return batches
+
+    def _until(self, last: int, ids: Tensor) -> None:
+        for i, probe in enumerate(self.probes):
+            probe.stop = i == last
+        with suppress(_Stop):
+            self.model(input_ids=ids.to(self.device), use_cache=False)
+        for probe in self.probes:
+            probe.stop = False
+
+    def _learn_output_kind(self, state: State, ids: Tensor) -> None:
+        """Whether blocks return a tensor or a tuple: asked of the first one, since the model's forward relies on it."""
+        with self.outer(state):
+            self._until(0, ids)
+        args, kwargs = self.probes[0].call
+        with self.block(state, 0) as block:
+            kind = block(self.probes[0].hidden, *args, **kwargs)
+        for probe in self.probes:
+            probe.tuple_out = isinstance(kind, tuple)
+
+    def logits(self, state: State, batches: Sequence[Batch]) -> Iterator[Tensor]:
+        """The logits [b, t, vocabulary] of each batch, whose hidden states have passed all blocks."""
+        with self.outer(state):
+            for batch in batches:
+                yield self.head(batch)
+
+    def watch_head(self, state: State, batches: Sequence[Batch], head: Site, observe: Observe) -> None:
+        """Show `observe` what the output head is given, for every batch."""
+
+        def note(_: nn.Module, args: tuple[Any, ...]) -> None:
+            observe(head.input_key, {None: args[0].reshape(-1, args[0].shape[-1])}, None)
+            raise _Stop
+
+        hook = self.model.get_submodule(head.module).register_forward_pre_hook(note, prepend=True)
+        try:
+            with self.outer(state):
+                for batch in batches:
+                    with suppress(_Stop):
+                        self.head(batch)
+        finally:
+            hook.remove()
+
+    def head(self, batch: Batch) -> Tensor:
+        """The logits of a batch that has passed all blocks; inside `outer`."""
+        self.probes[-1].output = batch.hidden
+        try:
+            out: Tensor = self.model(input_ids=batch.tokens.to(self.device), use_cache=False).logits
+        finally:
+            self.probes[-1].output = None
+        return out
+
+    # --- the block in hand ---
+
+    @contextmanager
+    def block(self, state: State, index: int) -> Iterator[nn.Module]:
+        """The block with this state's weights, on the device; back on meta afterwards."""
+        block, path = self.blocks[index], self.graph.blocks[index].module
+        modules = [(f"{path}.{p}" if p else path, m) for p, m in block.named_modules() if m._parameters]
+        with torch.no_grad():
+            for name, module in modules:
+                self._names.load(state, name, module, self.device)
+            try:
+                yield block
+            finally:
+                for name, module in modules:
+                    self._names.drop(name, module)
+
+    def advance(self, state: State, index: int, batches: Sequence[Batch]) -> None:
+        """Pass every batch through one block as the state has it."""
+        with self.block(state, index) as block:
+            for batch in batches:
+                batch.hidden = self.call(block, batch, index)
+
+    def call(self, block: nn.Module, batch: Batch, index: int) -> Tensor:
+        """The hidden states behind a block in hand."""
+        args, kwargs = batch.calls[index]
+        out = block(batch.hidden, *args, **kwargs)
+        hidden: Tensor = out[0] if isinstance(out, tuple) else out
+        return hidden
+
+    def calibrate(
+        self,
+        state: State,
+        index: int,
+        batches: Sequence[Batch],
+        sites: Sequence[Site],
+        observe: Observe,
+        solve: Callable[[str], dict[str, Tensor]],
+        twin: Twin | None = None,
+    ) -> None:
+        """Pass every batch through one block, stage by stage.
+
+        At each tap (a stage of `sites`), `observe(stage, {expert or None: X [tokens, in]}, clean)` is called for every
+        batch; once all have been seen, `solve(stage)` returns new matrices [out, in] by site name, and the forward pass
+        goes on with them. With a `twin`, its batches go through its own weights in step, and `clean` is what it sees at the
+        same place; else None.
+        """
+        with ExitStack() as stack:
+            mine = self._lockstep(stack, state, index, batches, sites)
+            theirs = twin.stream._lockstep(stack, twin.state, index, twin.batches, sites) if twin else None
+            while mine.waiting:
+                stage = mine.stage
+                for inputs, clean in zip(mine.inputs, theirs.inputs if theirs else repeat(None), strict=False):
+                    observe(stage, inputs, clean)
+                for name, matrix in solve(stage).items():
+                    self._install(self.graph[name], matrix)
+                mine.go_on()
+                if theirs:
+                    theirs.go_on()
+
+    def _lockstep(self, stack: ExitStack, state: State, index: int, batches: Sequence[Batch], sites: Sequence[Site]) -> Lockstep:
+        block = stack.enter_context(self.block(state, index))
+        stack.enter_context(self._taps(block, index, sites))
+        return Lockstep(self.call, block, batches, index)
+
+    @contextmanager
+    def _taps(self, block: nn.Module, index: int, sites: Sequence[Site]) -> Iterator[None]:
+        """Pause in front of the first matrix of each stage that holds one of `sites`."""
+        path = self.graph.blocks[index].module
+        stages: dict[str, list[Site]] = {}
+        for site in sites:
+            stages.setdefault(site.stage, []).append(site)
+        hooks = []
+        for stage, members in stages.items():
+            module: Any = self.model_module(path, block, members[0].module)
+            if members[0].expert is not None:
+                module.taps = (*getattr(module, "taps", ()), stage)
+            else:
+                paths = [p for s in members for p in within(s, path)]
+                hooks += self._pausing_hooks(path, block, stage, paths)
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for module in block.modules():
+                if hasattr(module, "taps"):
+                    del module.taps
+
+    def _pausing_hooks(self, path: str, block: nn.Module, stage: str, modules: list[str]) -> list[Any]:
+        seen: set[int] = set()  # coroutines that have passed this stage: its other matrices need no pause
+
+        def pause(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs["input"]
+            me = greenlet.getcurrent()
+            if id(me) not in seen:
+                seen.add(id(me))
+                me.parent.switch((stage, {None: x.reshape(-1, x.shape[-1])}))
+
+        return [self.model_module(path, block, m).register_forward_pre_hook(pause, with_kwargs=True) for m in modules]
+
+    def model_module(self, path: str, block: nn.Module, module: str) -> nn.Module:
+        return block.get_submodule(module.removeprefix(path).lstrip("."))
+
+    @contextmanager
+    def swapped(self, matrices: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside, sites of the block in hand have other matrices [out, in]."""
+        before = {name: get_matrix(next(self._holders(self.graph[name])), self.graph[name]) for name in matrices}
+        try:
+            for name, matrix in matrices.items():
+                self._install(self.graph[name], matrix)
+            yield
+        finally:
+            for name, matrix in before.items():
+                self._install(self.graph[name], matrix)
+
+    def _install(self, site: Site, matrix: Tensor) -> None:
+        for module in self._holders(site):
+            put_matrix(module, site, matrix.to(self.device, self.dtype))
+
+    def _holders(self, site: Site) -> Iterator[nn.Module]:
+        """The modules of the block in hand that hold the site's matrix."""
+        block = self.graph.blocks[site.block or 0]
+        for path in within(site, block.module):
+            yield self.model_module(block.module, self.blocks[block.index], path)
+
+
+def _move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Buffers to the device; their dtype is the architecture's business and stays."""
+    for m in module.modules():
+        for name, buffer in m._buffers.items():
+            if buffer is not None:
+                m._buffers[name] = buffer.to(device)

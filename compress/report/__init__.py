@@ -1,0 +1,1 @@
+"""What a person reads: tables, the console, the allocation, the report of a run."""

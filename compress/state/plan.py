@@ -1,0 +1,192 @@
+"""What may be spent and on what: `Budget`, and `BitPlan`, which format each site is to have, with a forecast of the damage."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from compress.errors import CompressError, FormatError
+from compress.formats import Dense, Format, LowRank, parse
+from compress.state.graph import Graph, Site
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*(bits?|%|[KMG]?i?B)")
+
+
+def size(n: float) -> str:
+    """Bytes for people: 1.27 GiB."""
+    for unit in ("GiB", "MiB", "KiB"):
+        if n >= UNITS[unit]:
+            return f"{n / UNITS[unit]:.2f} {unit}"
+    return f"{n:.0f} B"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be spent: `bits` per weight on average, `bytes` in all, or a `share` of the original's bytes."""
+
+    amount: float
+    unit: str
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """``3.0 bits``, ``1.2 GiB``, ``45 %``; FormatError where it is none of them."""
+        match = _BUDGET.fullmatch(str(text).strip())
+        if match is None or (match[2] not in UNITS and match[2] not in ("%", "bit", "bits")):
+            raise FormatError(f"'{text}' is no budget; write bits per weight (3.0 bits), bytes of the file (1.2 GiB; units: "
+                              f"{', '.join(UNITS)}) or a share of the original (45 %)")  # fmt: skip
+        return cls(float(match[1]), "bits" if match[2].startswith("bit") else match[2])
+
+    def __str__(self) -> str:
+        return f"{self.amount:g} {self.unit}"
+
+    @property
+    def average(self) -> bool:
+        """Whether it is an average over weights, not a number of bytes."""
+        return self.unit == "bits"
+
+    def bytes(self, numel: int, original: int) -> int:
+        """The bytes that it allows for `numel` weights that took `original` bytes."""
+        if self.average:
+            return int(self.amount * numel / 8 + 1e-6)
+        return int(self.amount / 100 * original) if self.unit == "%" else int(self.amount * UNITS[self.unit])
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of the frontier: at `bits` per weight (`bytes` in all, of what the budget counts) expect `damage`."""
+
+    bits: float
+    bytes: int
+    damage: float
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One allocation that was tried for real: predicted and measured damage, how many sites differ from the first."""
+
+    predicted: float
+    measured: float
+    differs: int
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What an allocation uses of one limit, in bytes, of what it allows; price: the damage that one byte more would save."""
+
+    name: str
+    used: int
+    allowed: int
+    price: float
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What an allocation is expected to do. spent: of each limit, the main budget first. damage: by site, in the metric's units
+    (nats for ``kl``); `total` is their sum, and `bound` what no allocation within the limits is predicted to go below, `gap` what
+    the predicted optimum may lack to it. floor: of measuring, in the same units. measured: whether the damages were; else they
+    are a guess. table: the name of the error table in the run folder.
+    """
+
+    metric: str
+    spent: tuple[Spent, ...]
+    damage: Mapping[str, float]
+    total: float
+    bound: float
+    gap: float
+    method: str
+    frontier: tuple[Point, ...] = ()
+    trials: tuple[Trial, ...] = ()
+    floor: float = 0.0
+    measured: bool = True
+    notes: tuple[str, ...] = ()
+    table: str = ""
+
+    @property
+    def used(self) -> int:
+        """Bytes of the main budget."""
+        return self.spent[0].used
+
+    @classmethod
+    def of_json(cls, d: Mapping[str, Any]) -> Forecast:
+        lists = {"frontier": tuple(Point(**p) for p in d["frontier"]), "trials": tuple(Trial(**t) for t in d["trials"]),
+                 "spent": tuple(Spent(**s) for s in d["spent"]), "notes": tuple(d["notes"])}  # fmt: skip
+        return cls(**{**d, **lists})
+
+
+@dataclass(frozen=True)
+class BitPlan:
+    """Site name -> format, in the graph's order; a site that is not named stays as it is. forecast: of an allocation."""
+
+    formats: Mapping[str, Format]
+    forecast: Forecast | None = None
+
+    @classmethod
+    def of(cls, graph: Graph, default: Format, pins: Mapping[str, str], dtype: torch.dtype) -> BitPlan:
+        """`default` for every matrix in a block, then each pin in order, the later one winning.
+
+        A dense pin of the model's own `dtype` leaves its site as it is.
+
+        Raises MatchError for a pattern that matches nothing and FormatError for a format
+        that does not fit its matrix.
+        """
+        chosen: dict[str, Format] = {site.name: default for site in graph.linear}
+        source: dict[str, tuple[str, ...]] = {name: ("format",) for name in chosen}
+        for pattern, text in pins.items():
+            at = ("pins", pattern)
+            try:
+                pinned = parse(text)
+                sites = graph.match(pattern)
+            except CompressError as e:
+                raise type(e)(str(e), at) from None
+            chosen |= {site.name: pinned for site in sites}
+            source |= {site.name: at for site in sites}
+        ordered = {s.name: chosen[s.name] for s in graph if s.name in chosen}
+        for name, fmt in ordered.items():
+            check_fits(graph, graph[name], fmt, Dense(dtype), source[name])
+        return cls({n: f for n, f in ordered.items() if f != Dense(dtype)})
+
+    @classmethod
+    def of_json(cls, d: Mapping[str, Any]) -> BitPlan:
+        forecast = d.get("forecast")
+        return cls({n: parse(f) for n, f in d["formats"].items()}, Forecast.of_json(forecast) if forecast else None)
+
+    def json(self) -> dict[str, Any]:
+        """As JSON values, from which `of_json` makes the same plan."""
+        formats = {n: str(f) for n, f in self.formats.items()}
+        return {"formats": formats, "forecast": asdict(self.forecast) if self.forecast else None}
+
+    def quantized(self, graph: Graph) -> list[Site]:
+        """The sites that get a grid."""
+        return [graph[name] for name, fmt in self.formats.items() if not isinstance(fmt, Dense)]
+
+    def bits(self, sites: Iterable[Site], dense_bytes: int = 2) -> float:
+        """Average stored bits per weight over `sites`, scales and zero points counted."""
+        sites = list(sites)
+        stored = sum(self.nbytes(s, dense_bytes) for s in sites)
+        return 8 * stored / sum(s.numel for s in sites)
+
+    def nbytes(self, site: Site, dense_bytes: int) -> int:
+        """Bytes of one site's tensors; `dense_bytes` per weight where it stays as it is."""
+        fmt = self.formats.get(site.name)
+        return site.numel * dense_bytes if fmt is None else fmt.nbytes(site.shape)
+
+
+def check_fits(graph: Graph, site: Site, fmt: Format, own: Format, at: tuple[str, ...]) -> None:
+    """FormatError where a site cannot have a format, in words that name the site; `own` is the one it has."""
+    sharer = site.tied or next((s.name for s in graph if s.tied == site.name), None)
+    if fmt != own and sharer:
+        raise FormatError(f"'{site.name}' shares its matrix with '{sharer}', and packed modules share none, so it stays as it "
+                          f"is: pin it to {own} or leave it out", at)  # fmt: skip
+    if site.role == "embed" and isinstance(fmt, LowRank):
+        raise FormatError(f"'{site.name}' is a token embedding, which has no inputs that a low-rank correction could be fitted "
+                          f"to: pin it to {fmt.base}", at)  # fmt: skip
+    try:
+        fmt.check(site.shape)
+    except FormatError as e:
+        raise FormatError(f"'{site.name}': {e}  (or pin this site to another format)", at) from None

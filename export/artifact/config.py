@@ -1,0 +1,89 @@
+"""What the config.json of an artifact says of its formats: the kind, and the format of every matrix."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from compress.errors import FormatError, ModelError
+from compress.export.artifact.files import json_of, one_line
+from compress.formats import Format, Int, parse
+
+METHOD, VERSION = "compress", 1
+
+
+def method(folder: Path) -> str | None:
+    """What config.json calls the folder's quantization; None where there is none."""
+    found = declared(folder).get("quant_method")
+    return found if isinstance(found, str) else None
+
+
+def formats(folder: Path) -> dict[str, Format]:
+    """Module on disk -> format, as a native artifact's config.json says; ModelError for a version that is not known."""
+    return formats_in(declared(folder), folder / "config.json")
+
+
+def formats_in(config: Mapping[str, Any], path: Path = Path("config.json")) -> dict[str, Format]:
+    """The same from a `quantization_config`; `path` is for messages."""
+    version, texts = config.get("format_version"), config.get("formats")
+    if type(version) is not int or not 1 <= version <= VERSION:
+        raise ModelError(f"{path}: format_version is {version!r}, and {VERSION} is the newest that is read here; "
+                         "upgrade compress-pipeline")  # fmt: skip
+    if not isinstance(texts, dict) or not all(isinstance(t, str) for t in texts.values()):
+        raise ModelError(f"{path}: its quantization_config is broken: 'formats' is to map modules to formats")
+    found = {}
+    for module, text in texts.items():
+        try:
+            found[module] = parse(text)
+        except FormatError as e:
+            raise ModelError(f"{path}: '{one_line(module)}': {one_line(str(e))}") from None
+        except ValueError:
+            raise ModelError(f"{path}: '{one_line(module)}': '{one_line(text)[:40]}…' is no format") from None
+    return found
+
+
+def integer_schemes(config: Mapping[str, Any]) -> list[tuple[list[str], Int]]:
+    """Targets and format of every group of a compressed-tensors config; ModelError for what is not packed integers."""
+    try:
+        if config.get("transform_config") or config.get("kv_cache_scheme"):
+            raise ModelError("config.json: has a transform or a quantized cache, which the runtime does not know")
+        return [(list(group["targets"]), integer_of(group, config)) for group in config["config_groups"].values()]
+    except (LookupError, TypeError, AttributeError, FormatError) as e:
+        why = f"{type(e).__name__}: {one_line(str(e))}"
+        raise ModelError(f"config.json: its quantization_config is broken ({why})") from None
+
+
+def integer_of(group: Mapping[str, Any], config: Mapping[str, Any]) -> Int:
+    weights = group["weights"]
+    kind, layout = weights.get("type"), group.get("format") or config.get("format")
+    if kind != "int" or layout != "pack-quantized" or group.get("input_activations"):
+        what = one_line(f"weights of type '{kind}' as '{layout}'")
+        raise ModelError(f"config.json: has {what}; only pack-quantized integers are kept packed")
+    channel = weights.get("strategy") == "channel"
+    return Int(weights["num_bits"], None if channel else weights["group_size"], weights["symmetric"])
+
+
+def scheme_of(names: tuple[str, str], schemes: list[tuple[list[str], Int]], folder: Path) -> Int:
+    """The format of a module, by its path and its name on disk: a target that is a name goes before a pattern ("re:..."), and
+    that before the class "Linear"."""
+    tests: tuple[Callable[[str], bool], ...] = (
+        lambda target: target in names,
+        lambda target: target.startswith("re:") and any(re.match(target[3:], n) for n in names),
+        lambda target: target == "Linear",
+    )
+    try:
+        for test in tests:
+            for targets, fmt in schemes:
+                if any(test(target) for target in targets):
+                    return fmt
+    except (re.error, TypeError, AttributeError) as e:
+        raise ModelError(f"{folder / 'config.json'}: a target is no pattern ({one_line(str(e))})") from None
+    raise ModelError(f"{folder}: '{one_line(names[1])}' is packed, but no target of config.json names it")
+
+
+def declared(folder: Path) -> dict[str, Any]:
+    """The `quantization_config` of a folder's config.json; empty where there is none, or the file is no JSON mapping."""
+    found = json_of(folder / "config.json").get("quantization_config")
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,82 @@
+"""What every exporter is asked: the contract, and what it works on.
+
+An exporter is a frozen pydantic model like a pass. It says beforehand what it cannot hold (`check`), what the user should
+know (`remarks`) and the exact files (`layout`); it writes into a folder beside its final name and proves the artifact (place.py).
+How tensors get into the files and back out is in tensors.py.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from compress.model.model import Model
+from compress.state import State
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How an artifact was checked: the engine that loaded it, the largest difference of a logit from the run's own, and how many
+    tokens of a greedy continuation are the run's; 0 where none was generated."""
+
+    engine: str
+    difference: float
+    remark: str = ""
+    greedy: int = 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What an exporter works on: the source, the state to write, tokens to prove it with, and the text of the model card."""
+
+    model: Model
+    state: State
+    tokens: torch.Tensor | None
+    key: str
+    card: Callable[[Mapping[str, Any]], str]
+    device: str = "cpu"
+
+
+class Files(Protocol):
+    """What an exporter will write: every weight file by name and bytes. `tensor_bytes` leaves headers out."""
+
+    @property
+    def files(self) -> Sequence[Any]: ...
+    @property
+    def tensor_bytes(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+class Exporter(BaseModel, ABC):
+    """One kind of artifact. Subclasses are listed in table.py."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def check(self, state: State) -> None:
+        """ExportError where the foreseen state cannot be held by this kind of artifact."""
+
+    @abstractmethod
+    def remarks(self, state: State) -> list[str]:
+        """What the user should know about engines before the run."""
+
+    @abstractmethod
+    def layout(self, model: Model, state: State) -> Files:
+        """The weight files to be, to the byte."""
+
+    @abstractmethod
+    def write(self, job: Job, folder: Path) -> None:
+        """Write everything into an empty folder."""
+
+    @abstractmethod
+    def prove(self, job: Job, folder: Path) -> Proof:
+        """Load what was written and compare; ExportError on a mismatch."""

@@ -1,0 +1,211 @@
+"""Export to `compressed-tensors` checkpoints, format ``pack-quantized``: what vLLM serves and transformers loads.
+
+The layout of tensors is that of formats.py (compressed-tensors >= 0.18, the dense bit stream). The config names every target
+by its exact module path, because engines disagree on which of two overlapping patterns wins. The known limits, as of
+compressed-tensors 0.20 and transformers 5.23, are told by `remarks`: asymmetric and Conv1D sites load in vLLM or through
+our own reader, not in stock transformers; stock transformers reads all experts of a model with one scheme.
+
+The factors of low-rank sites lie beside, as a PEFT adapter (adapter.py): the engines above load the quantized matrices alone.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+
+from compress.errors import ExportError
+from compress.export.artifact.engines import EngineError
+from compress.export.artifact.exporter import Exporter, Job, Proof
+from compress.export.artifact.place import carry_over
+from compress.export.artifact.proof import FP32_TOLERANCE, TOLERANCE, prove, proven
+from compress.export.artifact.tensors import formats_of, same_tensors, tensors, write_config
+from compress.export.compressed_tensors import adapter
+from compress.export.compressed_tensors.engines import RUNTIME, STOCK, VLLM, engine, lacking, stock_obstacles
+from compress.export.compressed_tensors.reader import read
+from compress.formats import Dense, Format, Int
+from compress.model.model import Model
+from compress.state import State
+from compress.state.checkpoint import Layout
+from compress.state.graph import Graph, Site
+
+USE_VLLM = "```bash\nvllm serve THIS_FOLDER\n```"
+USE_TRANSFORMERS = """\
+```python
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")
+```"""
+USE_RUNTIME = """\
+```python
+from compress.export import runtime  # pip install compress-pipeline
+model = runtime.load("THIS_FOLDER")
+```"""
+USE_ADAPTER = "The low-rank corrections are a PEFT adapter in `adapter/`; without it the folder is the model uncorrected."
+USE_PEFT = """\
+```python
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")
+model(torch.tensor([[0]]))  # the first pass unpacks the matrices, which PEFT needs to see
+model = PeftModel.from_pretrained(model, "THIS_FOLDER/adapter")
+```"""
+
+
+class CompressedTensors(Exporter):
+    """A quantized safetensors checkpoint that vLLM serves and transformers loads."""
+
+    name: ClassVar[str] = "compressed_tensors"
+
+    shard_bytes: int = Field(5_000_000_000, ge=1_000_000, description="largest size of one safetensors file")
+
+    def check(self, state: State) -> None:
+        adapter.check(state)
+        formats = formats_of(adapter.base_of(state))
+        for name, fmt in formats.items():
+            if not isinstance(fmt, Int | Dense):
+                raise ExportError(f"compressed_tensors holds integers; '{name}' has {fmt}: export native instead, or use "
+                                  "int formats only")  # fmt: skip
+            if state.graph[name].role == "embed" and isinstance(fmt, Int):
+                raise ExportError(f"compressed_tensors: '{name}' has {fmt}, and engines look rows up in dense tables only; leave "
+                                  "it out of 'pins', or export native, onnx or gguf")  # fmt: skip
+        for group in state.graph.fused():
+            kinds = {str(formats.get(s.name, "as it is")) for s in group}
+            if len(kinds) > 1:
+                raise ExportError(split_group(group, formats))
+        for site in state.graph:
+            if site.aliases and isinstance(formats.get(site.name), Int):
+                modules = ", ".join((site.module, *site.aliases))
+                raise ExportError(f"compressed_tensors: '{site.name}' is one matrix for {1 + len(site.aliases)} modules "
+                                  f"({modules}), which engines load one by one; pin it to bf16")  # fmt: skip
+
+    def remarks(self, state: State) -> list[str]:
+        reasons = stock_obstacles(state)
+        said = [f"compressed_tensors loads in stock transformers (compressed-tensors >= 0.18) and {VLLM}"]
+        if reasons:
+            said = [f"compressed_tensors: stock transformers cannot load it today: {'; '.join(reasons)}; it is written for "
+                    f"{VLLM} and our runtime"]  # fmt: skip
+        return said + beside(state)
+
+    def layout(self, model: Model, state: State) -> Layout:
+        layout = Layout.of([spec for spec, _, _ in adapter.base_of(state).entries()], self.shard_bytes)
+        return Layout((*layout.files, adapter.weights_file(state))) if adapter.corrected(state) else layout
+
+    def write(self, job: Job, folder: Path) -> None:
+        self.check(job.state)
+        base = adapter.base_of(job.state)
+        self.layout(job.model, job.state).write(folder, chain(tensors(base), adapter.tensors(job.state)))
+        write_config(job.model, folder, quantization_config(base))
+        if adapter.corrected(job.state):
+            adapter.write_config(job.state, folder)
+        carry_over(job.model.folder, folder)
+        write_card(job, folder, USE_RUNTIME if stock_obstacles(job.state) else stock_use(job.state))
+
+    def prove(self, job: Job, folder: Path) -> Proof:
+        written = read(folder)
+        same_tensors(job.state, written)
+        return proven(job, written, lambda: in_engine(job, folder))
+
+
+def in_engine(job: Job, folder: Path) -> Proof:
+    """The proof in an engine, whose name goes into the card. Where there is none the artifact is kept: vLLM has its own code.
+
+    With an adapter in fp32: engines add a product that we put in the matrix, and in 16 bits the two round differently.
+    """
+    adapted = bool(adapter.corrected(job.state))
+    state = replace(job.state, dtype=torch.float32) if adapted else job.state
+    try:
+        found = engine(folder, state, job.device)
+        remark = "; ".join(filter(None, (found.remark, "compared in fp32" if adapted else "")))
+        proof = prove(job, found, FP32_TOLERANCE if adapted else TOLERANCE, remark, state)
+    except EngineError:
+        write_card(job, folder, None)
+        raise
+    if found.name == RUNTIME and not lacking(state):
+        write_card(job, folder, USE_RUNTIME)
+    return proof
+
+
+# --- what is written -------------------------------------------------------------------------------------------------
+
+
+def scheme(fmt: Int) -> dict[str, Any]:
+    """A format as compressed-tensors' QuantizationArgs spell it."""
+    return {"num_bits": fmt.bits, "type": "int", "symmetric": fmt.symmetric, "dynamic": False,
+            "strategy": "channel" if fmt.group is None else "group", "group_size": fmt.group}  # fmt: skip
+
+
+def quantization_config(state: State) -> dict[str, Any]:
+    """The `quantization_config` of config.json: one group per format, disjoint targets, everything else ignored."""
+    formats = {n: f for n, f in formats_of(state).items() if isinstance(f, Int)}
+    groups: dict[str, Any] = {}
+    for i, fmt in enumerate(dict.fromkeys(formats.values())):
+        mine = [state.graph[n] for n, f in formats.items() if f == fmt]
+        groups[f"group_{i}"] = {"targets": targets(mine), "weights": scheme(fmt), "format": "pack-quantized",
+                                "input_activations": None, "output_activations": None}  # fmt: skip
+    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
+            "config_groups": groups, "ignore": ignored(state.graph, formats)}  # fmt: skip
+
+
+def targets(sites: list[Site]) -> list[str]:
+    """Exact module paths; the experts of all blocks as one anchored pattern over their names in the tree and on disk, since
+    some engines go by the one and some by the other."""
+    exact = [s.module for s in sites if s.expert is None]
+    experts = [s for s in sites if s.expert is not None]
+    if not experts:
+        return exact
+    paths = {p for s in experts for p in (s.module, s.stem.rsplit(".", 2)[0])}
+    split = [re.split(r"\.(\d+)\.", path, maxsplit=1) for path in sorted(paths)]
+    head, tails = re.escape(split[0][0]), "|".join(dict.fromkeys(re.escape(tail) for _, _, tail in split))
+    numbers = "|".join(dict.fromkeys(str(s.block) for s in experts))
+    return [*exact, rf"re:^{head}\.({numbers})\.({tails})\..+$"]
+
+
+def ignored(graph: Graph, formats: dict[str, Int]) -> list[str]:
+    """Modules that keep their weights: sites without a format, routers, and other matrices that are no site."""
+    left = [s for s in graph if s.name not in formats and s.role != "embed"]
+    names = [p for s in left for p in ((s.stem,) if s.expert is not None else (s.module, *s.aliases))]
+    others = [n.removesuffix(".weight") for n, shape in graph.parameters.items() if n.endswith(".weight") and len(shape) == 2]
+    return list(dict.fromkeys([*names, *others]))
+
+
+# --- what engines can do with it -------------------------------------------------------------------------------------
+
+
+def split_group(group: tuple[Site, ...], formats: dict[str, Format]) -> str:
+    texts = [str(formats.get(s.name, "as it is")) for s in group]
+    some = range(len(group)) if len(group) <= 3 else sorted(map(texts.index, set(texts)))  # of many experts, one for each format
+    shown = ", ".join(f"{group[i].name} {texts[i]}" for i in some)
+    kind = "experts of one block" if group[0].expert is not None else ",".join(s.role for s in group)
+    return (f"compressed_tensors: vLLM joins {kind} into one matrix and needs one format for them, here {shown}; "
+            "pin them together")  # fmt: skip
+
+
+def beside(state: State) -> list[str]:
+    """What to know of the adapter, where there is one."""
+    found = adapter.corrected(state)
+    if not found:
+        return []
+    most = max(f.rank for f in found.values())
+    return [f"compressed_tensors: the low-rank factors of {len(found)} matrices lie in {adapter.FOLDER}/ as a PEFT adapter; the "
+            "folder without it is the quantized model uncorrected. PEFT applies it in transformers, after a first forward pass; "
+            f"vLLM takes such adapters with --enable-lora and a --max-lora-rank of {most} or more (not tried)"]  # fmt: skip
+
+
+def stock_use(state: State) -> str:
+    """How to load the artifact in stock transformers."""
+    return USE_PEFT if adapter.corrected(state) else USE_TRANSFORMERS
+
+
+def write_card(job: Job, folder: Path, use: str | None) -> None:
+    """The model card, with vLLM and one way to load the artifact in transformers that is known to work, if there is one."""
+    first = USE_ADAPTER if adapter.corrected(job.state) else USE_VLLM
+    loads = {USE_RUNTIME: f"{VLLM}, {RUNTIME}", None: VLLM}.get(use, f"{STOCK}, {VLLM}")
+    facts = {"library": "transformers", "tag": "compressed-tensors", "loads in": loads,
+             "use": "\n\n".join(filter(None, (first, use)))}  # fmt: skip
+    (folder / "README.md").write_text(job.card(facts))

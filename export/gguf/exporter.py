@@ -1,0 +1,219 @@
+"""Export to a GGUF file for llama.cpp: integer formats in its plain blocks, without loss, and all that it asks to know.
+
+file.py has the container, blocks.py the blocks, metadata.py and tokenizer.py the keys. Beside the file lie
+the source's config.json and tokenizer, for our reader and for transformers. The key ``compress.formats`` notes what a reader
+cannot tell from blocks, as JSON:
+
+    version   1
+    dtype     what the model computes in
+    formats   site -> format
+    dtypes    parameter -> dtype where it is another than `dtype`: llama.cpp wants vectors in fp32, and has them so
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from compress.errors import ExportError
+from compress.export.artifact.exporter import Exporter, Job, Proof
+from compress.export.artifact.place import carry_over
+from compress.export.artifact.proof import prove, proven
+from compress.export.artifact.tensors import formats_of, same_site
+from compress.export.gguf import blocks
+from compress.export.gguf.engine import engine
+from compress.export.gguf.file import FILE, KINDS, File, Kind, Tensor, read_file
+from compress.export.gguf.metadata import (
+    DTYPES,
+    FACTORS,
+    NOTE,
+    VERSION,
+    Family,
+    context,
+    family_of,
+    model_keys,
+    order,
+    rope_factors,
+    tensor_name,
+    window,
+)
+from compress.export.gguf.reader import read
+from compress.export.gguf.tokenizer import vocabulary
+from compress.formats import Dense, Format, Int
+from compress.model.model import Model, open_model
+from compress.state import State
+from compress.state.checkpoint import Spec
+from compress.state.graph import Site
+
+USE = "```bash\nllama-cli -m model.gguf\n```"
+
+
+class Gguf(Exporter):
+    """One GGUF file for llama.cpp, holding exactly the run's weights."""
+
+    name: ClassVar[str] = "gguf"
+
+    def check(self, state: State) -> None:
+        family = family_of(state.graph.family)
+        for name, fmt in formats_of(state).items():
+            check_site(state.graph[name], fmt)
+        for site in state.graph:
+            if tensor_name(site.weight, family) is None:
+                raise ExportError(f"gguf: '{site.name}' ({site.weight}) has no place in llama.cpp's '{family.architecture}'")
+        for name in state.graph.parameters:
+            if tensor_name(name, family) is None:
+                raise ExportError(f"gguf: '{name}' has no place in llama.cpp's '{family.architecture}'; export another kind")
+        if model := source_of(state):
+            file_of(model, state)
+
+    def remarks(self, state: State) -> list[str]:
+        formats = [fmt for fmt in dict.fromkeys(formats_of(state).values()) if isinstance(fmt, Int)]
+        held = {fmt: kind for fmt in formats if (kind := blocks.container(fmt))}
+        how = "; ".join(f"{fmt} as {kind.name}, {blocks.bits(kind):g} bits per weight" for fmt, kind in held.items())
+        said = [f"gguf is for llama.cpp, whose blocks hold {how}"] if how else []
+        model = source_of(state)
+        if model and (width := window(model.config)):
+            said.append(f"gguf: llama.cpp has no sliding window of {width} tokens for '{state.graph.family}', so the file gives "
+                        f"the model a context of {context(model.config)}")  # fmt: skip
+        return said
+
+    def layout(self, model: Model, state: State) -> File:
+        return file_of(model, state)
+
+    def write(self, job: Job, folder: Path) -> None:
+        self.check(job.state)
+        file_of(job.model, job.state).write(folder, contents(job.model, job.state))
+        shutil.copyfile(job.model.folder / "config.json", folder / "config.json")
+        carry_over(job.model.folder, folder)
+        facts = {"library": "gguf", "tag": "gguf", "loads in": "llama.cpp, transformers (with gguf, dequantized)", "use": USE}
+        (folder / "README.md").write_text(job.card(facts))
+
+    def prove(self, job: Job, folder: Path) -> Proof:
+        header = file_of(job.model, job.state).header
+        with (folder / FILE).open("rb") as file:
+            held = file.read(len(header))
+        if held != header:
+            raise ExportError(f"{FILE}: its keys or its table of tensors are not what was to be written; please report this")
+        written = read(folder)
+        same_weights(job.state, written)
+        factors = rope_factors(job.model.config)
+        if factors is not None and not torch.equal(read_file(folder / FILE).read(FACTORS).view(torch.float32), factors):
+            raise ExportError(f"'{FACTORS}' on disk is not what was to be written; please report this")
+        return proven(job, written, lambda: prove(job, engine(folder, job.state, job.device)))
+
+
+def source_of(state: State) -> Model | None:
+    """The model that a state was opened from; None where it has only a config."""
+    return open_model(str(state.checkpoint.folder)) if state.checkpoint else None
+
+
+def check_site(site: Site, fmt: Format) -> None:
+    """ExportError where the blocks of GGUF cannot hold a matrix in a format."""
+    if isinstance(fmt, Dense):
+        return
+    if not isinstance(fmt, Int):
+        raise ExportError(f"gguf holds integers; '{site.name}' has {fmt}: export native instead, or use int formats only")
+    if blocks.container(fmt) is None:
+        raise ExportError(f"gguf: '{site.name}' has {fmt}, whose differences take 9 bits; pin it to {Int(8, fmt.group)}")
+    if fmt.width(site.shape[1]) % 32:
+        raise ExportError(f"gguf: '{site.name}' has {fmt}, and GGUF has blocks of 32 inputs; pin it to groups of 32, 64 or 128, "
+                          "or to bf16")  # fmt: skip
+
+
+def same_weights(wanted: State, written: State) -> None:
+    """ExportError naming the first matrix or vector that is not in the file as it should be."""
+    family = family_of(wanted.graph.family)
+    for name, stored in wanted.changed.items():
+        if isinstance(stored.format, Int) and not stored.format.symmetric:
+            ours, theirs = (state.changed[name].load().dequantize(torch.float32) for state in (wanted, written))
+            if not torch.equal(ours, theirs):
+                raise ExportError(f"'{name}': weights on disk differ from the run's; please report this")
+        else:
+            same_site(name, stored, written)
+    there = {tensor_name(name, family): name for name in written.checkpoint.specs}
+    for entry in entries(wanted, family):
+        if entry.site is None and entry.spec:
+            ours, theirs = wanted.checkpoint.read(entry.spec.name), written.checkpoint.read(there[entry.tensor.name])
+            if ours.dtype != theirs.dtype or not torch.equal(ours, theirs):
+                raise ExportError(f"'{entry.spec.name}' on disk differs from the source's; please report this")
+
+
+# --- what is written -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of the file, and what it is made of: a site, or one of the source's own tensors, or neither."""
+
+    tensor: Tensor
+    site: Site | None = None
+    spec: Spec | None = None
+
+
+def entries(state: State, family: Family) -> Iterator[Entry]:
+    """The tensors made of the source's, in its order; what the model does not use is left out."""
+    formats = formats_of(state)
+    used = state.graph.parameters.keys() | {site.weight for site in state.graph if not site.tied}
+    done: set[str] = set()
+    for spec, site, _ in state.entries():
+        if site is None and spec.name in used:
+            yield Entry(Tensor(str(tensor_name(spec.name, family)), kind_of(spec.dtype, spec.shape), spec.shape), spec=spec)
+        elif site is not None and site.name not in done:
+            done.add(site.name)
+            fmt = formats[site.name]
+            kind = blocks.container(fmt) if isinstance(fmt, Int) else KINDS[DTYPES[fmt.dtype]] if isinstance(fmt, Dense) else None
+            assert kind, f"check() has let {fmt} pass"
+            yield Entry(Tensor(str(tensor_name(site.weight, family)), kind, site.shape), site)
+
+
+def kind_of(dtype: torch.dtype, shape: tuple[int, ...]) -> Kind:
+    """Matrices stay as they are; llama.cpp adds and multiplies by vectors in fp32 only."""
+    return KINDS[DTYPES[dtype] if len(shape) > 1 else "F32"]
+
+
+def table(model: Model, state: State) -> list[Entry]:
+    found = list(entries(state, family_of(state.graph.family)))
+    factors = rope_factors(model.config)
+    return found if factors is None else [Entry(Tensor(FACTORS, KINDS["F32"], tuple(factors.shape))), *found]
+
+
+def file_of(model: Model, state: State) -> File:
+    """The file to be; ExportError for a config or a tokenizer that llama.cpp has no keys for."""
+    found = table(model, state)
+    rows = state.graph["embed"].shape[0]
+    keys = model_keys(model.config, model.folder.name, Counter(e.tensor.kind for e in found if len(e.tensor.shape) > 1))
+    note = {NOTE: json.dumps(noted(state, found))}
+    return File({**keys, **vocabulary(model.folder, rows), **note}, tuple(entry.tensor for entry in found))
+
+
+def noted(state: State, found: list[Entry]) -> dict[str, Any]:
+    """What `compress.formats` says."""
+    formats = {name: str(fmt) for name, fmt in formats_of(state).items() if isinstance(fmt, Int)}
+    others = {e.tensor.name: str(e.spec.dtype)[6:] for e in found if e.spec and e.spec.dtype != state.dtype}
+    return {"version": VERSION, "dtype": str(state.dtype)[6:], "formats": formats, "dtypes": others}
+
+
+def contents(model: Model, state: State) -> Iterator[torch.Tensor]:
+    """The bytes of every tensor of the file, in order, one at a time."""
+    family = family_of(state.graph.family)
+    for entry in table(model, state):
+        kind = entry.tensor.kind
+        if entry.site is not None:
+            packed = state.changed[entry.site.name].load()
+            data = packed.tensors["weight"] if isinstance(packed.format, Dense) else blocks.pack(packed, kind, entry.site.name)
+        elif entry.spec is not None:
+            data = state.checkpoint.read(entry.spec.name)
+            data = data if len(data.shape) > 1 else data.float()
+        else:
+            factors = rope_factors(model.config)
+            assert factors is not None, "the one tensor that is not the source's"
+            data = factors
+        rows = order(entry.tensor.name, family, model.config, len(data))
+        yield data if rows is None else data[rows]

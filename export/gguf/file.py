@@ -1,0 +1,259 @@
+"""The GGUF container, version 3: keys with values, a table of tensors, their data.
+
+    "GGUF"  u32 3  u64 number of tensors  u64 number of keys
+    each key       string key, u32 type, value; an array is u32 type of items, u64 count, items
+    each tensor    string name, u32 number of dimensions, u64 dimensions (innermost first), u32 type, u64 offset
+    zeros up to a multiple of 32; then each tensor at its offset from here, and zeros up to a multiple of 32
+
+A string is u64 bytes and UTF-8. All numbers are little-endian. Quantized tensors are blocks of 32 weights along a row:
+
+    Q4_0   18 bytes   fp16 d, 16 bytes of codes: w = (code - 8) * d
+    Q5_0   22 bytes   fp16 d, 4 bytes of fifth bits, 16 bytes of codes: w = (code - 16) * d
+    Q8_0   34 bytes   fp16 d, 32 int8: w = code * d
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.errors import ModelError
+from compress.state.checkpoint import tensor_bytes, write_all
+
+FILE = "model.gguf"
+BLOCK = 32  # weights that share a scale
+ALIGNMENT = 32
+_MOST_KEYS, _MOST_ITEMS, _MOST_TENSORS = 1 << 12, 1 << 23, 1 << 17  # what no model comes near
+_STRING, _ARRAY, _U32, _I32, _F32, _BOOL = 8, 9, 4, 5, 6, 7
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", _U32: "I", _I32: "i", _F32: "f", _BOOL: "?", 10: "Q", 11: "q", 12: "d"}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A type of tensors: its number, and its bytes for each `block` weights."""
+
+    name: str
+    number: int
+    block: int
+    nbytes: int
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (Kind("F32", 0, 1, 4), Kind("F16", 1, 1, 2), Kind("BF16", 30, 1, 2),
+                 Kind("Q4_0", 2, BLOCK, 18), Kind("Q5_0", 6, BLOCK, 22), Kind("Q8_0", 8, BLOCK, 34))
+}  # fmt: skip
+_BY_NUMBER = {kind.number: kind for kind in KINDS.values()}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor in the file: its shape as torch has it, the innermost dimension last."""
+
+    name: str
+    kind: Kind
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        count = 1
+        for n in self.shape:
+            count *= n
+        return count // self.kind.block * self.kind.nbytes
+
+    @property
+    def padded(self) -> int:
+        return -(-self.nbytes // ALIGNMENT) * ALIGNMENT
+
+
+# --- written ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class File:
+    """A file as it will be, to the byte. metadata: str, bool, int (u32; in a list i32), float (f32), or lists of one of them."""
+
+    metadata: Mapping[str, Any]
+    tensors: tuple[Tensor, ...]
+    name: str = FILE
+
+    @cached_property
+    def header(self) -> bytes:
+        parts = [b"GGUF", struct.pack("<IQQ", 3, len(self.tensors), len(self.metadata))]
+        parts += [string(key) + typed(value) for key, value in self.metadata.items()]
+        starts = accumulate((tensor.padded for tensor in self.tensors), initial=0)
+        for tensor, start in zip(self.tensors, starts, strict=False):
+            parts += [string(tensor.name), struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *tensor.shape[::-1]),
+                      struct.pack("<IQ", tensor.kind.number, start)]  # fmt: skip
+        text = b"".join(parts)
+        return text + bytes(-len(text) % ALIGNMENT)
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.header) + sum(tensor.padded for tensor in self.tensors)
+
+    @property
+    def tensor_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def files(self) -> Sequence[File]:
+        return (self,)
+
+    def write(self, folder: Path, data: Iterable[torch.Tensor]) -> None:
+        """Write the file from the bytes of its tensors, in order, one in memory at a time."""
+        with (folder / self.name).open("wb") as out:
+            write_all(out.fileno(), self.header, folder)
+            for tensor, found in zip(self.tensors, data, strict=True):
+                assert found.nbytes == tensor.nbytes, f"{tensor} has {found.nbytes} bytes"
+                write_all(out.fileno(), tensor_bytes(found), folder)
+                write_all(out.fileno(), bytes(tensor.padded - tensor.nbytes), folder)
+            os.fsync(out.fileno())
+
+
+def string(text: str) -> bytes:
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def typed(value: Any) -> bytes:
+    """The type and the bytes of a value."""
+    if isinstance(value, list):
+        kind = _I32 if isinstance(value[0], int) else kind_of(value[0])  # llama.cpp takes token types in no other
+        return struct.pack("<IIQ", _ARRAY, kind, len(value)) + b"".join(plain(item, kind) for item in value)
+    kind = kind_of(value)
+    return struct.pack("<I", kind) + plain(value, kind)
+
+
+def kind_of(value: Any) -> int:
+    kinds: dict[type, int] = {str: _STRING, bool: _BOOL, int: _U32, float: _F32}
+    return kinds[type(value)]
+
+
+def plain(value: Any, kind: int) -> bytes:
+    return string(value) if kind == _STRING else struct.pack("<" + _SCALARS[kind], value)
+
+
+# --- read ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a file holds: its single values by key (of arrays only their length), and where each tensor begins."""
+
+    path: Path
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, tuple[Tensor, int]]
+    header: int
+
+    def read(self, name: str) -> torch.Tensor:
+        """The bytes of a tensor, uint8; ModelError where the file has become shorter."""
+        tensor, start = self.tensors[name]
+        try:
+            with self.path.open("rb") as file:
+                file.seek(start)
+                data = bytearray(file.read(tensor.nbytes))
+        except OSError as e:
+            raise ModelError(f"{self.path}: {e.strerror}") from None
+        if len(data) != tensor.nbytes:
+            raise ModelError(f"{self.path}: '{name}' cannot be read; the file is damaged")
+        return torch.frombuffer(data, dtype=torch.uint8)
+
+
+def read_file(path: Path) -> Found:
+    """The header of a file; ModelError where it is missing, cut short or damaged, or tensors do not lie one behind the other."""
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return Cursor(data, path).file()
+    except FileNotFoundError:
+        raise ModelError(f"{path}: no such file") from None
+    except OSError as e:
+        raise ModelError(f"{path}: {e.strerror}") from None
+    except (ValueError, struct.error) as e:  # mmap refuses an empty file; the cursor says what it met
+        raise e if isinstance(e, ModelError) else ModelError(f"{path}: broken GGUF file ({e}); copy it again") from None
+
+
+class Cursor:
+    """Reads a header from front to back; ValueError where it cannot go on."""
+
+    def __init__(self, data: mmap.mmap, path: Path):
+        self.data, self.path, self.at, self.items = data, path, 0, 0
+
+    def file(self) -> Found:
+        magic, version, tensors, keys = self.take("<4sIQQ")
+        if magic != b"GGUF" or version != 3:
+            raise ValueError("it does not begin as GGUF version 3 does")
+        if tensors > _MOST_TENSORS or keys > _MOST_KEYS:
+            raise ValueError(f"it says {tensors} tensors and {keys} keys")
+        metadata: dict[str, Any] = {}
+        for _ in range(keys):
+            key = self.text()
+            if key in metadata:
+                raise ValueError(f"'{key[:40]}' is there twice")
+            metadata[key] = self.value(*self.take("<I"))
+        table = [self.tensor() for _ in range(tensors)]
+        begin = -(-self.at // ALIGNMENT) * ALIGNMENT
+        end = begin
+        for tensor, start in table:
+            if begin + start != end:
+                raise ValueError(f"'{tensor.name[:40]}' does not begin where the tensor before it ends")
+            end += tensor.padded
+        if end != len(self.data):
+            raise ValueError(f"it holds {len(self.data):,} bytes, its header says {end:,}")
+        placed = {tensor.name: (tensor, begin + start) for tensor, start in table}
+        if len(placed) != len(table):
+            raise ValueError("two tensors have one name")
+        return Found(self.path, metadata, placed, begin)
+
+    def take(self, form: str) -> tuple[Any, ...]:
+        found = struct.unpack_from(form, self.data, self.at)
+        self.at += struct.calcsize(form)
+        return found
+
+    def text(self) -> str:
+        (length,) = self.take("<Q")
+        if length > len(self.data) - self.at:
+            raise ValueError(f"a string of {length} bytes goes beyond its end")
+        self.at += length
+        return self.data[self.at - length : self.at].decode()
+
+    def value(self, kind: int) -> Any:
+        """A value; of an array its length."""
+        if kind == _STRING:
+            return self.text()
+        if kind != _ARRAY:
+            return self.take("<" + self.scalar(kind))[0]
+        kind, count = self.take("<IQ")
+        self.items += count
+        if self.items > _MOST_ITEMS:
+            raise ValueError(f"it has an array of {count} items")
+        if kind == _STRING:
+            for _ in range(count):
+                self.text()
+        else:
+            self.at += count * struct.calcsize("<" + self.scalar(kind))
+        return count
+
+    def scalar(self, kind: int) -> str:
+        if kind not in _SCALARS:
+            raise ValueError(f"it has a value of type {kind}")
+        return _SCALARS[kind]
+
+    def tensor(self) -> tuple[Tensor, int]:
+        name, (count,) = self.text(), self.take("<I")
+        if not 1 <= count <= 4:
+            raise ValueError(f"'{name[:40]}' has {count} dimensions")
+        shape = self.take(f"<{count}Q")[::-1]
+        number, start = self.take("<IQ")
+        if number not in _BY_NUMBER or min(shape) < 1 or shape[-1] % _BY_NUMBER[number].block:
+            raise ValueError(f"'{name[:40]}' is of type {number} and shape {list(shape)}, which is not read")
+        return Tensor(name, _BY_NUMBER[number], shape), start

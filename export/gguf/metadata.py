@@ -1,0 +1,151 @@
+"""The keys of a GGUF file that llama.cpp reads: what the model is. Its vocabulary is in tokenizer.py."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from compress.errors import ExportError
+from compress.export.gguf.file import Kind
+
+NOTE, VERSION = "compress.formats", 1
+FACTORS = "rope_freqs.weight"
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "Q5_0": 8, "BF16": 32}  # llama.cpp's name for the commonest kind
+
+
+@dataclass(frozen=True)
+class Family:
+    """A `model_type` as llama.cpp knows it. permuted: whether rows of q and k change places, since its rotary embedding turns
+    neighbours, not halves. biases: the modules that may have one."""
+
+    architecture: str
+    permuted: bool
+    biases: tuple[str, ...]
+
+
+_ALL = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+FAMILIES = {
+    "llama": Family("llama", True, _ALL),
+    "mistral": Family("llama", True, ()),
+    "qwen2": Family("qwen2", False, _ALL[:3]),
+    "qwen3": Family("qwen3", False, ()),
+}
+BLOCK_NAMES = {
+    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+OUTER_NAMES = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
+
+
+def family_of(model_type: str) -> Family:
+    if model_type not in FAMILIES:
+        raise ExportError(f"gguf: models of '{model_type}' are not written, only {', '.join(FAMILIES)}; export native or "
+                          "compressed_tensors")  # fmt: skip
+    return FAMILIES[model_type]
+
+
+def tensor_name(name: str, family: Family) -> str | None:
+    """llama.cpp's name of a parameter, by ours; None for what it has no place for."""
+    module, _, ending = name.rpartition(".")
+    parts = module.split(".")
+    if "layers" in parts[:-2]:
+        at = parts.index("layers")
+        found = BLOCK_NAMES.get(".".join(parts[at + 2 :]))
+        if found is None or (ending == "bias" and found not in family.biases) or ending not in ("weight", "bias"):
+            return None
+        return f"blk.{parts[at + 1]}.{found}.{ending}"
+    found = OUTER_NAMES.get(parts[-1])
+    return f"{found}.weight" if found and ending == "weight" else None
+
+
+def order(name: str, family: Family, config: Any, rows: int) -> torch.Tensor | None:
+    """Which of our rows stands in each row of the file, for q and k in a family whose rows change places."""
+    if not family.permuted or name.split(".")[-2] not in ("attn_q", "attn_k"):
+        return None
+    half = head_size(config) // 2
+    return torch.arange(rows).view(-1, 2, half).transpose(1, 2).reshape(-1)
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+def model_keys(config: Any, name: str, kinds: Counter[Kind]) -> dict[str, Any]:
+    """The keys of a model; ExportError for what llama.cpp would compute otherwise."""
+    family = family_of(config.model_type)
+    if getattr(config, "hidden_act", "silu") != "silu":
+        raise ExportError(f"gguf: llama.cpp computes '{config.model_type}' with silu, and this model has {config.hidden_act}")
+    head = head_size(config)
+    keys = {
+        "context_length": context(config),
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": head,
+        "attention.value_length": head,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "rope.dimension_count": head,
+        "vocab_size": config.vocab_size,
+        **rope_keys(config),
+    }
+    general = {"architecture": family.architecture, "type": "model", "name": name, "quantization_version": 2,
+               "file_type": FILE_TYPES[kinds.most_common(1)[0][0].name]}  # fmt: skip
+    return {**{f"general.{k}": v for k, v in general.items()}, **{f"{family.architecture}.{k}": v for k, v in keys.items()}}
+
+
+def head_size(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def window(config: Any) -> int | None:
+    """The tokens that a layer looks back on, if any layer is limited."""
+    limited = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
+    return int(limited) if limited else None
+
+
+def context(config: Any) -> int:
+    """The longest context that llama.cpp computes as the model was trained: it gives these families no sliding window."""
+    longest = int(config.max_position_embeddings)
+    return min(longest, window(config) or longest)
+
+
+def rope_keys(config: Any) -> dict[str, Any]:
+    rope = rope_of(config)
+    kind, keys = rope.get("rope_type", "default"), {"rope.freq_base": float(rope["rope_theta"])}
+    if kind == "linear":
+        return keys | {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
+    if kind not in ("default", "llama3"):
+        raise ExportError(f"gguf: rotary embeddings of the type '{kind}' are not written; export another kind")
+    return keys
+
+
+def rope_of(config: Any) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
+    if "rope_theta" not in found:
+        raise ExportError(
+            "gguf: the config gives its layers different rotary embeddings, which are not written; export another kind"
+        )
+    return found
+
+
+def rope_factors(config: Any) -> torch.Tensor | None:
+    """What llama.cpp divides each rotary frequency by, fp32 [head / 2], in a model of Llama 3.1's kind; None in others.
+
+    As in transformers: long waves are stretched by `factor`, short ones stay, and between the two it is blended.
+    """
+    rope = rope_of(config)
+    if rope.get("rope_type") != "llama3":
+        return None
+    size, factor, low, high, old = head_size(config), *(float(rope[k]) for k in ("factor", "low_freq_factor", "high_freq_factor",
+                                                         "original_max_position_embeddings"))  # fmt: skip
+    waves = 2 * math.pi * float(rope["rope_theta"]) ** (torch.arange(0, size, 2, dtype=torch.float64) / size)
+    smooth = ((old / waves - low) / (high - low)).clamp(0, 1)
+    return (1 / ((1 - smooth) / factor + smooth)).float()

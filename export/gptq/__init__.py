@@ -1,0 +1,1 @@
+"""The layout of GPTQ checkpoints, for gptqmodel, vLLM and onnxruntime-genai."""

@@ -1,0 +1,1 @@
+"""Our own form: every format, as safetensors that our runtime loads."""

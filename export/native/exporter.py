@@ -1,0 +1,114 @@
+"""Export in our own form: every format that there is, as plain safetensors, which our runtime loads in transformers and vLLM.
+
+A matrix in a module M has the tensors `M.<suffix>` that its format lists (docs/formats.md); everything else is the source's.
+The files are compress-00001.safetensors and on, not model.safetensors: without the runtime, transformers only warns of a
+`quant_method` that it does not know, and would go on with random weights; without a file of the name that it looks for, it stops.
+Where there are several, compress.safetensors.index.json says for the runtime which tensor is in which.
+
+config.json is the source's, with a `quantization_config`:
+
+    quant_method     "compress"
+    format_version   1; a reader refuses a newer one
+    formats          module -> text of its format, for every matrix that is not as the source has it
+    others           tensors that belong to no matrix and no parameter, such as buffers; absent where there are none
+
+The reader asks for every tensor by name and shape, and for no tensor more; the runtime and it share their checks of a folder
+(artifact/files.py). No path comes from a file: the weights are what lies in the folder under the names above. Hashes (see
+artifact/place.py) are compared up to `HASHED_BYTES`, which takes seconds; of larger artifacts the sizes are, and `sha256sum` does
+the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+
+from compress.export.artifact.config import METHOD, VERSION
+from compress.export.artifact.exporter import Exporter, Job, Proof
+from compress.export.artifact.place import carry_over
+from compress.export.artifact.proof import FP32_TOLERANCE, TOLERANCE, prove, proven
+from compress.export.artifact.tensors import formats_of, same_tensors, tensors, write_config
+from compress.export.native.engine import engine
+from compress.export.native.reader import belonging, read
+from compress.formats import Dense, LowRank
+from compress.model.model import Model
+from compress.state import State
+from compress.state.checkpoint import OWN, Layout
+
+FACTORS_TOLERANCE = 5e-2  # of the largest logit, in 16 bits
+USE = """\
+```python
+import compress.export.runtime  # pip install compress-pipeline
+from transformers import {auto}
+model = {auto}.from_pretrained("THIS_FOLDER")
+```"""
+USE_VLLM = """\
+```bash
+vllm serve THIS_FOLDER  # where compress-pipeline is installed beside vLLM
+```"""
+
+
+class Native(Exporter):
+    """Every format, as safetensors files that our runtime loads in transformers and vLLM."""
+
+    name: ClassVar[str] = "native"
+
+    shard_bytes: int = Field(5_000_000_000, ge=1_000_000, description="largest size of one safetensors file")
+
+    def check(self, state: State) -> None:
+        """Everything can be held."""
+
+    def remarks(self, state: State) -> list[str]:
+        """What loads it."""
+        where = ", and in vLLM where compress-pipeline is installed" if for_vllm(state) else ""
+        return [f"native loads in transformers after 'import compress.export.runtime'{where}; other engines refuse it"]
+
+    def layout(self, model: Model, state: State) -> Layout:
+        return Layout.of([spec for spec, _, _ in state.entries()], self.shard_bytes, OWN)
+
+    def write(self, job: Job, folder: Path) -> None:
+        self.layout(job.model, job.state).write(folder, tensors(job.state))
+        write_config(job.model, folder, quantization_config(job.state))
+        carry_over(job.model.folder, folder)
+        use = USE.format(auto="AutoModelForCausalLM" if job.state.graph.causal else "AutoModelForMaskedLM")
+        facts = {"library": "transformers", "tag": METHOD, "loads in": "transformers with compress-pipeline", "use": use}
+        if for_vllm(job.state):
+            facts |= {"loads in": "transformers and vLLM with compress-pipeline", "use": f"{use}\n\n{USE_VLLM}"}
+        (folder / "README.md").write_text(job.card(facts))
+
+    def prove(self, job: Job, folder: Path) -> Proof:
+        written = read(folder)
+        same_tensors(job.state, written)
+        return proven(job, written, lambda: in_runtime(job, folder), 0.0 if job.device == "cpu" else TOLERANCE)
+
+
+def for_vllm(state: State) -> bool:
+    """Whether our plug-in serves it in vLLM: not masked models, not experts, and not a packed embedding."""
+    formats = formats_of(state)
+    served = isinstance(formats.get("embed"), Dense | None)
+    return state.graph.causal and served and all(state.graph[name].expert is None for name in formats)
+
+
+def in_runtime(job: Job, folder: Path) -> Proof:
+    """The proof by the runtime. Where there are factors it adds a product that we put in the matrix, and in 16 bits the two round
+    differently: a CPU compares in fp32, for which the kernels of a GPU have no code."""
+    state = job.state
+    if not any(isinstance(f, LowRank) for f in formats_of(state).values()):
+        return prove(job, engine(folder, state, job.device))
+    if job.device != "cpu":
+        return prove(job, engine(folder, state, job.device), FACTORS_TOLERANCE)
+    state = replace(state, dtype=torch.float32)
+    return prove(job, engine(folder, state, job.device), FP32_TOLERANCE, "compared in fp32", state)
+
+
+def quantization_config(state: State) -> dict[str, Any]:
+    """The `quantization_config` of config.json."""
+    formats = {state.graph[name].stem: str(fmt) for name, fmt in formats_of(state).items()}
+    config: dict[str, Any] = {"quant_method": METHOD, "format_version": VERSION, "formats": formats}
+    known = belonging(state.graph)
+    others = [spec.name for spec, site, _ in state.entries() if site is None and spec.name not in known]
+    return config | ({"others": others} if others else {})

@@ -1,0 +1,78 @@
+"""A native artifact read back as the state that it was made from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from compress.errors import FormatError, ModelError
+from compress.export.artifact import files
+from compress.export.artifact.config import METHOD, declared, formats
+from compress.export.artifact.tensors import Placed
+from compress.formats import Format
+from compress.model.model import Model, open_model
+from compress.state import Fact, State
+from compress.state.graph import Graph, Site
+
+READER = "our reader of native artifacts, streamed"
+
+
+def belonging(graph: Graph) -> set[str]:
+    """The names of all tensors of a checkpoint in which nothing is quantized."""
+    joined = {s.joined for s in graph if s.expert is not None}
+    return joined | {s.weight for s in graph if not s.tied} | graph.parameters.keys()
+
+
+def is_artifact(folder: Path) -> bool:
+    """Whether a folder's config says that it is a native artifact."""
+    return declared(folder).get("quant_method") == METHOD
+
+
+def open_artifact(folder: Path) -> Model:
+    """The model of a native artifact, without its weights' meaning; ModelError for a version that we do not know."""
+    files.contained(folder)
+    formats(folder)
+    files.shards(folder)
+    model = open_model(str(folder))
+    del model.config.quantization_config
+    return model
+
+
+def read(folder: Path) -> State:
+    """The state that a native artifact holds; ModelError where its files do not belong together."""
+    model = open_artifact(folder)
+    paths = files.shards(folder)
+    files.check_marks(folder, paths)
+    files.check_index(folder, files.headers(paths)[1])
+    by_stem = {s.stem: s for s in model.graph if not s.tied}
+    state = State(model.graph, model.checkpoint, model.dtype, facts=Fact.QUANTIZED)
+    stored: dict[str, Placed] = {}
+    for module, fmt in formats(folder).items():
+        if module not in by_stem:
+            raise ModelError(f"{folder / 'config.json'}: gives a format to '{module}', which is no matrix of this model")
+        stored[by_stem[module].name] = placed(by_stem[module], fmt, state, folder)
+    check_names(folder, state, stored)
+    return state.with_sites(stored)
+
+
+def placed(site: Site, fmt: Format, state: State, folder: Path) -> Placed:
+    """Where a site's tensors lie; ModelError unless they are there as the format says."""
+    try:
+        names = {suffix: f"{site.stem}.{suffix}" for suffix in fmt.tensors(site.shape)}
+    except FormatError as e:
+        raise ModelError(f"{folder / 'config.json'}: '{site.stem}': {e}") from None
+    return Placed.of(site, fmt, state.checkpoint, names, state.scale_dtype)
+
+
+def check_names(folder: Path, state: State, stored: dict[str, Placed]) -> None:
+    """ModelError for a tensor that neither the model nor config.json knows, or a matrix that is there twice or not at all."""
+    known = belonging(state.graph) - {state.graph[n].weight for n in stored}
+    known |= {name for site in stored.values() for name in site.names.values()}
+    others = declared(folder).get("others", [])
+    extra = sorted(state.checkpoint.specs.keys() - known - set(others if isinstance(others, list) else []))
+    if extra:
+        raise ModelError(f"{state.checkpoint.files[extra[0]]}: holds '{extra[0]}', which config.json does not account for; "
+                         "config and weights do not belong together")  # fmt: skip
+    for site in state.graph:
+        held = site.name in stored or site.tied or site.weight in state.checkpoint or site.joined in state.checkpoint
+        if not held:
+            raise ModelError(f"{folder}: '{site.weight}' is packed, but config.json names no format for it")

@@ -1,0 +1,1 @@
+"""The CUDA kernels: compiled when first used, launched on tiles."""
