@@ -18,7 +18,7 @@ from compress.export.runtime.cuda import nvrtc
 from compress.formats import Format
 from tests.conftest import ROOT
 
-SHIM, KERNELS = ROOT / "tests/kernel_shim", ROOT / "export/runtime/kernels"
+SHIM, KERNELS = ROOT / "tests/kernel_shim", ROOT / "export/runtime/cuda/kernels"
 WRITTEN = {"packed_linear": (4, 8), "dequantize": (3,), "low_rank": (2,)}  # arguments: results, poisoned before a run
 MACROS = {"packed_linear": "LINEAR", "dequantize": "DEQUANTIZE", "low_rank": "LOW_RANK"}
 Variant = tuple[str, nvrtc.Defines]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress import pipeline
+from compress import commands, pipeline
 from compress.bench import measure
 from compress.cli import main
 from compress.errors import ExportError
 from compress.export.artifact.engines import EngineError, Transformers, dense, greedy
 from compress.export.artifact.exporter import Job
 from compress.export.artifact.proof import logits, prove
-from compress.export.compressed_tensors import exporter as compressed_tensors
+from compress.export.compressed_tensors import engines as compressed_tensors
+from compress.export.table import KINDS
 from compress.model.model import open_model
 from tests import stock
 from tests.conftest import FAMILIES
@@ -141,7 +143,8 @@ def test_eval_measures_through_the_engine_and_says_so(made: pipeline.Outcome, te
     def refuse(*_: Any) -> Any:
         raise EngineError("no room")
 
-    monkeypatch.setattr(compressed_tensors, "engine", refuse)
+    broken = tuple(replace(kind, engine=refuse) if kind.name == "compressed_tensors" else kind for kind in KINDS)
+    monkeypatch.setattr(commands, "KINDS", broken)
     streamed = evaluated(capsys, str(made.out), "--text", str(text))
     assert streamed["engine"] == "our reader of compressed-tensors, streamed (no room)"
     assert streamed["perplexity"] == pytest.approx(through["perplexity"], rel=1e-5)

@@ -28,6 +28,7 @@ from compress.errors import CompressError, ModelError
 from compress.export.artifact import config as artifact_config
 from compress.export.artifact import files as artifact_files
 from compress.export.artifact.proof import logits
+from compress.export.compressed_tensors import reader as compressed_reader
 from compress.export.native import reader
 from compress.export.runtime import loading, reading
 from compress.export.runtime.cuda import launch as cuda
@@ -319,8 +320,8 @@ def test_the_page_runs() -> None:
 
 def test_it_needs_nothing_of_the_compressor(baked: Any, tmp_path: Path) -> None:
     """In a process in which the compressor's dependencies and its other modules cannot be imported."""
-    blocked = ("pydantic scipy compressed_tensors psutil greenlet onnx onnxruntime peft compress.model compress.state "
-               "compress.plan compress.passes compress.graph compress.export.native compress.export.artifact")  # fmt: skip
+    blocked = ("pydantic scipy compressed_tensors psutil greenlet onnx onnxruntime peft compress.model compress.manager "
+               "compress.run compress.passes compress.export.native compress.export.artifact.tensors")  # fmt: skip
     program = (f"import sys\nsys.modules |= dict.fromkeys({blocked.split()})\n"
                "import compress.export.runtime as runtime, torch\n"
                "for folder in sys.argv[1:]:\n"
@@ -342,7 +343,7 @@ def test_it_needs_nothing_of_the_compressor(baked: Any, tmp_path: Path) -> None:
 ])  # fmt: skip
 def test_integers_of_compressed_tensors_stay_packed(baked: Any, name: str, form: str, pins: dict[str, str]) -> None:
     folder = baked(name, form, pins, "compressed_tensors")
-    state = reader.read(folder)
+    state = compressed_reader.read(folder)
     model = runtime.load(folder, dtype=torch.float32)
     assert off(folder, state, torch.float32, model) < TIGHT
     assert {m.format for m in packed(model).values()} == {str(state.format(s)) for s in state.graph if s.name in state.changed}
