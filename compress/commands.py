@@ -27,11 +27,12 @@ from compress.export.table import EXPORTERS, KINDS, Kind
 from compress.formats import Dense, Format
 from compress.model import data
 from compress.model.model import Model, open_model
+from compress.parts import read_part
 from compress.passes import PASSES
 from compress.recipe import Recipe, load, schema
 from compress.report import allocation, tables
 from compress.report.console import Console
-from compress.run import is_run, read_part
+from compress.run import is_run
 from compress.state import State
 from compress.state.plan import BitPlan, size
 
@@ -53,7 +54,7 @@ def plan_command(options: argparse.Namespace) -> None:
     print()
     print(tables.columns(format_rows(ready.foreseen), ["format", "sites", "weights", "bytes"], right=(1, 2, 3)))
     linear = evaluate.sizes(ready.foreseen, 0).linear_bits
-    changed = len(bits.formats) if bits else 0
+    changed = len(ready.foreseen.codes)
     print(f"\n{len(graph.sites)} sites, {changed} change; {linear:.3f} bits per weight in linear layers; "
           f"original {size(planned.original.nbytes)}")  # fmt: skip
     for name, layout in planned.layouts.items():
@@ -80,7 +81,7 @@ def allocated(bits: BitPlan, state: State) -> str:
 
 
 def format_rows(state: State) -> list[list[str]]:
-    formats = state.plan.formats if state.plan else {}
+    formats = state.formats
     groups: dict[str, list[Any]] = {}
     for site in state.graph:
         if site.tied is None:
@@ -146,8 +147,8 @@ def eval_command(options: argparse.Namespace) -> None:
         raise ModelError(f"{original.folder}: has another vocabulary than {options.what}; KL needs the model it was made from")
     engine, said = engine_of(kind, model, state, options.device)
     ask = (lambda ids: engine.prefill(ids)[0]) if engine else None
-    _, scores = evaluate.compare(original.state if original else None, state, model.config, tokens, options.device, ask)
-    figures = evaluate.sizes(state, state.checkpoint.nbytes)
+    _, scores = evaluate.compare(original.state if original else None, state, tokens, options.device, ask)
+    figures = evaluate.sizes(state, model.checkpoint.nbytes)
     if options.json:
         print(json.dumps({**scores.json(), **figures.json(), "text": tokens.place, "engine": said}, indent=1))
         return
@@ -265,7 +266,7 @@ def inspect_command(options: argparse.Namespace) -> None:
     if options.errors:
         error_table(options)
         return
-    _, state, _ = opened(options.what)
+    model, state, _ = opened(options.what)
     sites = list(state.graph) if options.site is None else state.graph.match(options.site)
     rows: list[dict[str, Any]] = []
     for s in sites:
@@ -274,7 +275,7 @@ def inspect_command(options: argparse.Namespace) -> None:
         rows.append({"site": s.name, "role": s.role, "shape": list(s.shape), "format": str(fmt or "as it is"),
                      "bytes": stored, "bits": round(8 * stored / s.numel, 4), "tensor": s.weight})  # fmt: skip
     if options.json:
-        print(json.dumps({"sites": rows, "tensor_bytes": state.checkpoint.nbytes}, indent=1))
+        print(json.dumps({"sites": rows, "tensor_bytes": model.checkpoint.nbytes}, indent=1))
         return
     shown = rows if options.site else rows[:SHOWN_SITES]
     table = [[r["site"], f"{r['shape'][0]}x{r['shape'][1]}", r["format"], f"{r['bits']:.3f}", f"{r['bytes']:,}"] for r in shown]
@@ -282,7 +283,7 @@ def inspect_command(options: argparse.Namespace) -> None:
     if len(shown) < len(rows):
         print(f"… {len(rows) - len(shown)} more; name a site or a pattern to see it")
     counts = f"{len(state.graph.blocks)} blocks, {len(state.graph.sites)} sites"
-    print(f"\n{state.graph.family}, {counts}, {size(state.checkpoint.nbytes)} of tensors")
+    print(f"\n{state.graph.family}, {counts}, {size(model.checkpoint.nbytes)} of tensors")
     if len(sites) == 1:
         print(histogram(state, sites[0]))
 

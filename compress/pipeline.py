@@ -237,7 +237,7 @@ def check_device(device: str) -> None:
 
 def context_of(ready: Prepared, step: Step, device: str, console: Console) -> Context:
     """What the pass of one step may use."""
-    return Context(ready.seed, ready.calibration, ready.model.config, device, step, console.say, console.progress,
+    return Context(ready.seed, ready.calibration, device, step, console.say, console.progress,
                    ready.recipe.passes[step.number :])  # fmt: skip
 
 
@@ -286,7 +286,7 @@ def scored(ready: Prepared, state: State, key: str, out: Path, device: str, cons
     if known.get("key") == mark:
         return known
     console.note("evaluating the original and the result")
-    before, after = evaluate.compare(ready.start, state, ready.model.config, ready.evaluation, device)
+    before, after = evaluate.compare(ready.start, state, ready.evaluation, device)
     assert before is not None, "there is an original to compare with"
     scores = {"key": mark, "text": ready.evaluation.place, "original": before.json(), "compressed": after.json()}
     write_atomic(file, json.dumps(scores, indent=1).encode())

@@ -75,11 +75,10 @@ def prepare(path: Path, overrides: Sequence[str] = ()) -> Prepared:
     recipe = load(path, PASSES, EXPORTERS, overrides)
     try:
         model = open_model(recipe.document.model, recipe.base)
-        graph = model.graph
+        _ = model.graph
     except CompressError as e:
         raise type(e)(f"{recipe.place(('model',))}  {e}") from None
-    # A config without weights has no checkpoint; nothing that `plan` does reads one.
-    start = model.state if model.has_weights else State(graph, None, model.dtype, tuple(model.specs))  # type: ignore[arg-type]
+    start = model.state
     try:
         manager.check_order(recipe.passes, start.facts)
     except CompressError as e:
@@ -88,12 +87,12 @@ def prepare(path: Path, overrides: Sequence[str] = ()) -> Prepared:
     for i, p in enumerate(recipe.passes):
         try:
             p.check(recipe.document.data.calibration is not None, recipe.passes[i + 1 :])
-            outcomes = p.outcomes(foreseen) if p.decides else ()
+            outcomes = [manager.settle(p, foreseen, o) for o in p.outcomes(foreseen)] if p.decides else []
             foreseen = manager.foresee([p], foreseen)
         except CompressError as e:
             raise recipe.located(e, "passes", i) from None
         for outcome in outcomes:
-            check_exports(recipe, outcome)
+            check_exports(recipe, manager.foresee(recipe.passes[i + 1 :], outcome))
     check_exports(recipe, foreseen)
     return Prepared(recipe, model, start, foreseen)
 

@@ -26,20 +26,21 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from compress.errors import RunError
-from compress.formats import Packed, parse
+from compress.formats import Packed
 from compress.manager import Context, Pass, Record
-from compress.state import State, Stored
+from compress.parts import SUFFIX, part_bytes, read_part
+from compress.state import State
 from compress.state.checkpoint import disk_error
 from compress.state.plan import BitPlan
+from compress.state.state import Part
 
-SCHEMA = 1
+SCHEMA = 2
 LOCK = ".lock"
 
 
@@ -125,30 +126,38 @@ class Parts:
     root: Path
     name: str
     key: str
-    records: list[Record] = field(default_factory=list)
+    noted: dict[str, list[Record]] = field(default_factory=dict)  # by part
+
+    @property
+    def records(self) -> list[Record]:
+        """What was noted of the parts that were committed or found, in that order."""
+        return [record for records in self.noted.values() for record in records]
 
     @property
     def partial(self) -> Path:
         """Where parts are written."""
         return self.root / f"{self.name}-{self.key[:12]}"
 
-    def committed(self, part: str) -> Mapping[str, Stored] | None:
-        path = self.partial / f"{part}.safetensors"
+    def committed(self, part: str) -> Part | None:
+        path = self.partial / f"{part}{SUFFIX}"
         if not path.exists():
             return None
-        sites, records = read_part(path)
-        self.records += records
-        return sites
+        found, self.noted[part] = read_part(path)
+        return found
 
-    def commit(self, part: str, sites: Mapping[str, Packed], records: Sequence[Record]) -> Mapping[str, Stored]:
-        path = self.partial / f"{part}.safetensors"
-        tensors = {f"{site}/{suffix}": t.contiguous() for site, p in sites.items() for suffix, t in p.tensors.items()}
-        table = {site: {"format": str(p.format), "shape": list(p.shape)} for site, p in sites.items()}
-        notes = {"sites": json.dumps(table), "records": json.dumps(list(records))}
+    def commit(
+        self,
+        part: str,
+        codes: Mapping[str, Packed] = MappingProxyType({}),
+        dense: Mapping[str, torch.Tensor] = MappingProxyType({}),
+        records: Sequence[Record] = (),
+        serving: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Part:
         with writing(self.root):
             self.partial.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, save(tensors, metadata=notes))
-        self.records += records
+        path = self.partial / f"{part}{SUFFIX}"
+        write_atomic(path, part_bytes(codes, dense, records, serving))
+        self.noted[part] = list(records)
         return read_part(path)[0]
 
     def analysis(self, name: str, of: object) -> Parts:
@@ -170,7 +179,7 @@ class Step(Parts):
 
     @classmethod
     def of(cls, root: Path, number: int, made_of: Mapping[str, Any], context_of: Callable[[Step], Context]) -> Step:
-        return cls(root, made_of["name"], digest(SCHEMA, made_of), [], number, made_of, context_of)
+        return cls(root, made_of["name"], digest(SCHEMA, made_of), {}, number, made_of, context_of)
 
     @property
     def folder(self) -> Path:
@@ -201,19 +210,18 @@ class Step(Parts):
         if not self.finished:
             return None
         record = read_record(self.folder)
-        sites: dict[str, Stored] = {}
-        for part in sorted(self.folder.glob("*.safetensors")):
-            sites |= read_part(part)[0]
-        if record is None or {r["site"] for r in record["sites"]} - set(sites):
+        if record is None or any(not (self.folder / f"{name}{SUFFIX}").exists() for name in record["parts"]):
             raise RunError(f"{self.folder}: its files are damaged or missing; delete this folder and run again")
-        self.records = record["sites"]
+        state, self.noted = foreseen, {"": record["sites"]}
+        for name in record["parts"]:
+            state = state.with_part(read_part(self.folder / f"{name}{SUFFIX}")[0])
         plan = None if record["plan"] is None else BitPlan.of_json(record["plan"])
-        return replace(foreseen.with_sites(sites), plan=plan)
+        return replace(state, plan=plan)
 
     def finish(self, seconds: float, peak_bytes: int, plan: BitPlan | None) -> None:
         """Write the record and rename the folder into place; from then on the step is a cache hit."""
         record = {"key": self.key, "made_of": self.made_of, "seconds": seconds, "peak_bytes": peak_bytes,
-                  "plan": None if plan is None else plan.json(), "sites": self.records}  # fmt: skip
+                  "plan": None if plan is None else plan.json(), "parts": list(self.noted), "sites": self.records}  # fmt: skip
         with writing(self.root):
             self.partial.mkdir(parents=True, exist_ok=True)
             write_atomic(self.partial / "record.json", json.dumps(record, indent=1).encode())
@@ -263,23 +271,12 @@ def shorten(value: Any) -> str:
     return text if len(text) <= 24 else text[:12] + "…"
 
 
-def read_part(path: Path) -> tuple[dict[str, Stored], list[Record]]:
-    """The sites and records of one committed block; RunError if the file was damaged after it was written."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            notes = file.metadata()
-        table = json.loads(notes["sites"])
-        sites = {n: Stored(path, f"{n}/", parse(t["format"]), (t["shape"][0], t["shape"][1])) for n, t in table.items()}
-        return sites, json.loads(notes["records"])
-    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-        raise RunError(f"{path}: cannot be read ({e}); delete this file and run again") from None
-
-
 def read_record(folder: Path) -> dict[str, Any] | None:
     """What `finish` noted about a step; None where it is damaged."""
     try:
         record: dict[str, Any] = json.loads((folder / "record.json").read_text())
         whole = isinstance(record["made_of"], dict) and all(isinstance(r["site"], str) for r in record["sites"])
+        whole = whole and all(isinstance(p, str) and Path(p).name == p for p in record["parts"])
         return record if whole and "plan" in record else None
     except (OSError, ValueError, LookupError, TypeError):
         return None

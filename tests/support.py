@@ -36,7 +36,7 @@ REFUSED = "-"
 def state_of(source: Path, form: str) -> State:
     """A model with every matrix inside its blocks planned to be in one format."""
     state = open_model(str(source)).state
-    return State(state.graph, state.checkpoint, state.dtype, state.specs,
+    return State(state.graph, state.dense, state.dtype, state.specs,
                  plan=BitPlan({s.name: parse(form) for s in state.graph.linear}))  # fmt: skip
 
 

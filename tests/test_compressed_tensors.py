@@ -53,7 +53,7 @@ def ids() -> list[Tensor]:
 def dequantized(source: Path, state: State, **options: Any) -> Any:
     """The original in transformers, every changed matrix replaced by what ours dequantizes to."""
     model = stock.load(source, **options)
-    stock.substitute(model, state.graph, {name: state.weight(state.graph[name]) for name in state.changed})
+    stock.substitute(model, state.graph, {name: state.weight(state.graph[name]) for name in state.codes})
     return model
 
 
@@ -149,7 +149,7 @@ def test_a_matrix_may_be_pinned_to_another_precision(family: Any, text: Path, tm
 
 def test_parts_of_a_model_may_stay_as_they_are(family: Any, text: Path, tmp_path: Path) -> None:
     made = cook(tmp_path, family("llama"), text, format="int4:g32", pins={"layers.0.*": "bf16"})
-    assert all(n.startswith("layers.1.") for n in made.state.changed)
+    assert all(n.startswith("layers.1.") for n in made.state.codes)
     exact(artifact_of(made), family("llama"), made.state)
 
 
@@ -246,11 +246,11 @@ def test_asymmetric_formats_run_in_our_runtime_and_the_plan_warns_of_stock(famil
 def read_back(artifact: Path, state: State) -> None:
     """Our reader gives every matrix and every other tensor of the run back, from the artifact alone."""
     again = compressed_tensors_reader.read(artifact)
-    assert set(again.changed) == set(state.changed)
+    assert set(again.codes) == set(state.codes)
     for site in state.graph:
         assert torch.equal(again.weight(again.graph[site.name]), state.weight(site)), site.name
     for name in state.graph.parameters:
-        assert torch.equal(again.checkpoint.read(name), state.checkpoint.read(name)), name
+        assert torch.equal(again.dense.read(name), state.dense.read(name)), name
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -469,7 +469,7 @@ def same_bytes(planned: pipeline.Planned, made: pipeline.Outcome) -> None:
     assert ((INDEX, index.read_bytes()) if index.exists() else None) == layout.index
     assert layout.nbytes == sum(p.stat().st_size for p in artifact.iterdir() if "safetensors" in p.name)
     state = made.state
-    formats = {n: state.format(state.graph[n]) for n in state.changed}
+    formats = {n: state.format(state.graph[n]) for n in state.codes}
     untouched = [s for s in planned.original.files[0].specs if s.name not in {state.graph[n].weight for n in formats}]
     changed = sum(f.nbytes(state.graph[n].shape) for n, f in formats.items() if f)
     assert layout.tensor_bytes == changed + sum(s.nbytes for s in untouched)

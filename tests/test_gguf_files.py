@@ -47,7 +47,7 @@ def unpacked(folder: Path) -> None:
     for site in state.graph:
         state.weight(site)
     for name in state.graph.parameters:
-        state.checkpoint.read(name)
+        state.dense.read(name)
 
 
 def refused(folder: Path, says: str = ".") -> None:

@@ -78,7 +78,7 @@ def same_state(ours: State, theirs: State) -> None:
         assert theirs.format(twin) == ours.format(site), site.name
         assert torch.equal(theirs.weight(twin), ours.weight(site)), site.name
     for name in ours.graph.parameters:
-        assert torch.equal(theirs.checkpoint.read(name), ours.checkpoint.read(name)), name
+        assert torch.equal(theirs.dense.read(name), ours.dense.read(name)), name
 
 
 @pytest.mark.parametrize(("name", "form"), [
@@ -107,9 +107,9 @@ def test_transformers_computes_what_the_matrices_give(family: Any, text: Path, t
     """The original in transformers with the matrices read from the artifact put in: our streaming has no part in that."""
     done = bake(tmp_path, family(name), text, "native", steps("nf3:g32+r4:int8:channel", pins=PINS))
     state, model = native_reader.read(artifact_of(done)), stock.load(family(name))
-    stock.substitute(model, state.graph, {n: state.weight(state.graph[n]) for n in state.changed})
+    stock.substitute(model, state.graph, {n: state.weight(state.graph[n]) for n in state.codes})
     tokens = torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(7))
-    (ours,) = logits(state, native_reader.open_artifact(artifact_of(done)).config, [tokens], "cpu")
+    (ours,) = logits(state, [tokens], "cpu")
     theirs = stock.logits(model, [tokens])[0].float()
     assert float((ours - theirs).abs().max()) <= 1e-2 * float(theirs.abs().max())
 
@@ -177,7 +177,7 @@ def test_the_folder_says_what_it_is(made: pipeline.Outcome, family: Any) -> None
     assert config == was
     assert (said["quant_method"], said["format_version"]) == ("compress", 1)
     assert {m: parse(t) for m, t in said["formats"].items()} == {
-        made.state.graph[n].stem: made.state.format(made.state.graph[n]) for n in made.state.changed
+        made.state.graph[n].stem: made.state.format(made.state.graph[n]) for n in made.state.codes
     }
     card = (artifact / "README.md").read_text()
     assert "vllm serve THIS_FOLDER" in card
@@ -201,7 +201,7 @@ def test_eval_and_inspect_read_it(made: pipeline.Outcome, text: Path, capsys: An
         assert main(["inspect", str(where), "--json"]) == 0
         shown = json.loads(capsys.readouterr().out)
         assert {s["site"]: s["format"] for s in shown["sites"] if s["format"] != "as it is"} == {
-            n: str(made.state.format(made.state.graph[n])) for n in made.state.changed
+            n: str(made.state.format(made.state.graph[n])) for n in made.state.codes
         }
         assert sum(s["bytes"] for s in shown["sites"]) < shown["tensor_bytes"]
         assert main(["eval", str(where), "--text", str(text), "--length", "32", "--sequences", "2", "--json"]) == 0

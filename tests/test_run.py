@@ -383,7 +383,7 @@ def test_a_damaged_block_is_named_and_can_be_mended(finished: Project, clean: di
     for damage in (b"", whole[:100], whole[:-1], b"\xff" * len(whole), whole[:60] + b"\xff" * 8 + whole[68:]):
         block.write_bytes(damage)
         line = finished.run().line
-        assert re.fullmatch(rf"{re.escape(str(block))}: cannot be read \(.*\); delete this file and run again", line)
+        assert re.fullmatch(rf"{re.escape(str(block))}: is damaged \(.*\); delete this file and run again", line)
     block.unlink()
     step = the_step(finished)
     assert finished.run().line == f"{step}: its files are damaged or missing; delete this folder and run again"

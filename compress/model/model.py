@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,25 +22,32 @@ from torch import nn
 
 from compress.errors import ModelError, first_line
 from compress.model.discover import discover
-from compress.model.names import anchor, check_tensors
+from compress.model.names import anchor, check_tensors, held
 from compress.model.skeleton import skeleton
 from compress.state import State
-from compress.state.checkpoint import Checkpoint, Spec
+from compress.state.checkpoint import INDEX, SINGLE, Bare, Checkpoint, Overlay, Spec
 from compress.state.graph import Graph
 
 
 @dataclass(frozen=True)
 class Model:
-    """An opened model: its folder and config; weights stay on disk."""
+    """An opened model: its folder and config; weights stay on disk. declared: the config's values as config.json has them, where
+    `config` has others because the weights say so."""
 
     folder: Path
     config: Any
     name: str
     revision: str | None = None
+    declared: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
         return Checkpoint(self.folder)
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """What scales are stored in: fp16 in an fp16 model, else bf16."""
+        return torch.float16 if self.dtype == torch.float16 else torch.bfloat16
 
     @property
     def has_weights(self) -> bool:
@@ -84,7 +92,8 @@ class Model:
         if quantized:
             method = dict(quantized).get("quant_method", "?") if isinstance(quantized, dict) else quantized.quant_method
             raise ModelError(f"{self.folder}: is quantized already ({method}); name the original model")
-        return State(self.graph, self.checkpoint, self.dtype, tuple(self.specs))
+        base = self.checkpoint if self.has_weights else Bare(self.folder, self.specs)
+        return State(self.graph, self.config, self.dtype, tuple(self.specs), Overlay(base))
 
     def identity(self) -> dict[str, str]:
         """What makes two models the same, wherever they lie: config and weights by hash."""
@@ -109,7 +118,32 @@ def open_model(name: str, base: Path = Path()) -> Model:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as e:  # transformers raises whatever the config's author's code raises
         raise ModelError(f"{path}: transformers cannot read it ({first_line(e)})") from e
-    return Model(folder, config, name, revision)
+    return Model(folder, as_stored(config, folder), name, revision, config.to_dict())
+
+
+def as_stored(config: Any, folder: Path) -> Any:
+    """The config, untied where it says that embedding and head are one matrix and the weights hold another head.
+
+    transformers goes by the weights then, other engines by the config, so from here on the config says it.
+    """
+    text = config.get_text_config()
+    if not getattr(text, "tie_word_embeddings", False) or not any((folder / name).exists() for name in (INDEX, SINGLE)):
+        return config
+    graph, checkpoint = discover(skeleton(config), config), Checkpoint(folder)
+    if "lm_head" not in graph.sites or not graph["lm_head"].tied:
+        return config
+    embed, head = (held(graph[name], graph.family, checkpoint) for name in ("embed", "lm_head"))
+    if embed is None or head is None or embed == head or same_bytes(checkpoint, embed, head):
+        return config
+    config = deepcopy(config)
+    config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+    return config
+
+
+def same_bytes(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    """Whether two tensors of a checkpoint hold the same."""
+    a, b = checkpoint.read(one), checkpoint.read(other)
+    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 def download(name: str, folder: Path) -> tuple[Path, str]:

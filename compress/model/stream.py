@@ -75,11 +75,11 @@ class Twin:
 class Stream:
     """A state's model, streamed. `device` holds the block in hand and the activations."""
 
-    def __init__(self, state: State, config: Any, device: str = "cpu"):
+    def __init__(self, state: State, device: str = "cpu"):
         self.device = torch.device(device)
         self.dtype = state.dtype
         self.graph = state.graph
-        self.model = skeleton(config)
+        self.model = skeleton(state.config)
         self.blocks: list[nn.Module] = [self.model.get_submodule(b.module) for b in self.graph.blocks]
         self.probes = [Probe(block) for block in self.blocks]
         self._names = Binding(state, self.model)

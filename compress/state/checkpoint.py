@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -108,18 +108,18 @@ class Checkpoint:
             if name not in self.specs:
                 raise ModelError(f"{index}: says that '{name}' is in {file}, which does not hold it; download it again")
 
+    @cached_property
+    def _hashed(self) -> dict[Path, tuple[tuple[int, ...], str]]:
+        """What a file was when it was hashed, and its hash; filled in by `fingerprint`."""
+        return {}
+
     def __contains__(self, name: str) -> bool:
         return name in self.specs
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, on CPU; ModelError naming the file when it cannot be read."""
-        path = self.files[name]
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensor: torch.Tensor = file.get_tensor(name)
-                return tensor
-        except (SafetensorError, OSError) as e:
-            raise ModelError(f"{path}: tensor '{name}' cannot be read ({e})") from None
+        self._unchanged(self.files[name])
+        return read_tensor(self.files[name], name)
 
     def read_finite(self, name: str) -> torch.Tensor:
         """As `read`; ModelError where the tensor holds a NaN or an infinity."""
@@ -132,9 +132,8 @@ class Checkpoint:
 
     def read_rows(self, name: str, index: int) -> torch.Tensor:
         """One slice along the first dimension (an expert of a 3-D tensor)."""
-        with safe_open(self.files[name], framework="pt") as file:
-            tensor: torch.Tensor = file.get_slice(name)[index]
-            return self._finite(name, tensor)
+        self._unchanged(self.files[name])
+        return self._finite(name, read_tensor(self.files[name], name, index))
 
     @cached_property
     def nbytes(self) -> int:
@@ -142,19 +141,120 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the weights: of every byte up to `HASHED_BYTES`, of headers and evenly spread pages of larger models."""
-        digest = hashlib.sha256()
-        paths = sorted(set(self.files.values()))
-        whole = sum(p.stat().st_size for p in paths) <= HASHED_BYTES
-        for path in paths:
-            size = path.stat().st_size
-            digest.update(f"{path.name}:{size}:{path.stat().st_mtime_ns if not whole else 0}".encode())
-            with path.open("rb") as file:
-                step = 1 << 20 if whole else max(4096, size // 256)
-                for start in range(0, size, step):
-                    file.seek(start)
-                    digest.update(file.read(step if whole else 4096))
+        """A hash of the weights: of every byte up to `HASHED_BYTES`, of headers and evenly spread pages of larger models.
+
+        From then on a tensor is only read from the bytes that were hashed: a file that was touched since is hashed again.
+        """
+        for path in sorted(set(self.files.values())):
+            self._hashed[path] = stamp(path), self._hash(path)
+        return hashlib.sha256("".join(known for _, known in self._hashed.values()).encode()).hexdigest()
+
+    def _hash(self, path: Path) -> str:
+        whole = sum(p.stat().st_size for p in set(self.files.values())) <= HASHED_BYTES
+        size, digest = path.stat().st_size, hashlib.sha256()
+        digest.update(f"{path.name}:{size}:{path.stat().st_mtime_ns if not whole else 0}".encode())
+        with path.open("rb") as file:
+            step = 1 << 20 if whole else max(4096, size // 256)
+            for start in range(0, size, step):
+                file.seek(start)
+                digest.update(file.read(step if whole else 4096))
         return digest.hexdigest()
+
+    def _unchanged(self, path: Path) -> None:
+        """ModelError where a file is no longer the one whose hash is known, such as one that was replaced while a run goes on."""
+        if path not in self._hashed or self._hashed[path][0] == stamp(path):
+            return
+        now, known = stamp(path), self._hashed[path][1]
+        if self._hash(path) != known:
+            raise ModelError(f"{path}: was changed while it was being read; finished blocks are kept, run again")
+        self._hashed[path] = now, known
+
+
+def stamp(path: Path) -> tuple[int, ...]:
+    """What changes when a file is replaced or written to; of the four only the last cannot be set back."""
+    try:
+        held = path.stat()
+    except OSError as e:
+        raise ModelError(f"{path}: {e.strerror}") from None
+    return held.st_ino, held.st_size, held.st_mtime_ns, held.st_ctime_ns
+
+
+def read_tensor(path: Path, name: str, index: int | None = None) -> torch.Tensor:
+    """A tensor of a safetensors file, or one slice of it along the first dimension; ModelError naming the file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name) if index is None else file.get_slice(name)[index]
+            return tensor
+    except (SafetensorError, OSError) as e:
+        raise ModelError(f"{path}: tensor '{name}' cannot be read ({e})") from None
+
+
+class Bare(Checkpoint):
+    """What a checkpoint of a config alone would hold: names, dtypes and shapes. Nothing can be read from it."""
+
+    def __init__(self, folder: Path, specs: Iterable[Spec]):
+        self.folder, self.files, self.specs = folder, {}, {spec.name: spec for spec in specs}
+
+    def read(self, name: str) -> torch.Tensor:
+        raise ModelError(f"{self.folder}: holds no weights to read '{name}' from")
+
+
+@dataclass(frozen=True)
+class Written:
+    """A dense tensor that a step has made: its spec, under the name that it has in the checkpoint, and where it lies."""
+
+    spec: Spec
+    path: Path
+    key: str
+
+    def load(self) -> torch.Tensor:
+        return read_tensor(self.path, self.key)
+
+
+class Overlay(Checkpoint):
+    """The source's checkpoint, overlaid by what steps have done: tensors that they wrote, renamed, or took away.
+
+    names: every tensor that is still the source's, and its name there. Two overlays are equal where all their tensors lie at the
+    same places.
+    """
+
+    def __init__(self, base: Checkpoint, names: Mapping[str, str] | None = None, written: Mapping[str, Written] | None = None):
+        self.base, self.folder, self.written = base, base.folder, dict(written or {})
+        self.names = {n: n for n in base.specs} if names is None else {n: s for n, s in names.items() if n not in self.written}
+        kept = {n: Spec(n, base.specs[s].dtype, base.specs[s].shape) for n, s in self.names.items()}
+        self.specs = kept | {n: w.spec for n, w in self.written.items()}
+        self.files = {n: base.files[s] for n, s in self.names.items() if s in base.files}
+        self.files |= {n: w.path for n, w in self.written.items()}
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Overlay):
+            return NotImplemented
+        return self.base is other.base and (self.names, self.written) == (other.names, other.written)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def read(self, name: str) -> torch.Tensor:
+        if name in self.written:
+            return self.written[name].load()
+        return self.base.read(self.names[name])
+
+    def read_rows(self, name: str, index: int) -> torch.Tensor:
+        if name in self.written:
+            return self._finite(name, read_tensor(self.written[name].path, self.written[name].key, index))
+        return self.base.read_rows(self.names[name], index)
+
+    @property
+    def fingerprint(self) -> str:
+        return self.base.fingerprint
+
+    def with_written(self, written: Mapping[str, Written]) -> Overlay:
+        """With tensors that a step has made in place of those of the same names, or beside them."""
+        return Overlay(self.base, self.names, {**self.written, **written})
+
+    def moved(self, places: Mapping[str, str]) -> Overlay:
+        """Exactly the tensors that `places` names, each lying where the one of its second name lies now; no byte is touched."""
+        written = {n: replace(w, spec=replace(w.spec, name=n)) for n, s in places.items() if (w := self.written.get(s))}
+        return Overlay(self.base, {n: self.names[s] for n, s in places.items() if s in self.names}, written)
 
 
 def weight_files(folder: Path) -> list[Path]:

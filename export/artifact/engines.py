@@ -73,7 +73,7 @@ def dense(model: Model, device: str) -> Engine:
     try:
         with redirect_stderr(io.StringIO()):  # progress bars
             kind = model_class(model.config)
-            found = kind.from_pretrained(model.folder, local_files_only=True, dtype=model.dtype).to(device)
+            found = kind.from_pretrained(model.folder, config=model.config, local_files_only=True, dtype=model.dtype).to(device)
     except Exception as e:
         raise EngineError(f"transformers' {model_class(model.config).__name__} fails on it ({first_line(e)})") from e
     return Transformers(found, "transformers")

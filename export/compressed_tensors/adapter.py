@@ -23,12 +23,12 @@ from torch import nn
 from compress.errors import CompressError, ExportError, ModelError, first_line
 from compress.export.artifact.engines import EngineError
 from compress.export.artifact.files import json_of
-from compress.export.artifact.tensors import Placed, formats_of
+from compress.export.artifact.tensors import Placed
 from compress.formats import Dense, LowRank, formats
 from compress.state import State, Stored
 from compress.state.checkpoint import Checkpoint, File, Spec
 from compress.state.graph import Site
-from compress.state.plan import BitPlan
+from compress.state.state import Part
 
 FOLDER = "adapter"
 WEIGHTS = f"{FOLDER}/adapter_model.safetensors"
@@ -41,13 +41,12 @@ NEUTRAL = {"use_dora": False, "use_rslora": False, "use_qalora": False, "lora_bi
 
 def corrected(state: State) -> dict[str, LowRank]:
     """The sites that have factors, with their formats."""
-    return {name: fmt for name, fmt in formats_of(state).items() if isinstance(fmt, LowRank)}
+    return {name: fmt for name, fmt in state.formats.items() if isinstance(fmt, LowRank)}
 
 
 def base_of(state: State) -> State:
     """The state as it is without factors: every matrix in the format of its quantized part."""
-    uncorrected = {n: formats.base_of(f) for n, f in formats_of(state).items()}
-    return replace(state, plan=BitPlan(uncorrected)) if uncorrected else state
+    return replace(state, codes={n: replace(c, format=formats.base_of(c.format)) for n, c in state.codes.items()})
 
 
 def check(state: State) -> None:
@@ -85,7 +84,7 @@ def weights_file(state: State) -> File:
 def tensors(state: State) -> Iterator[tuple[str, torch.Tensor]]:
     """The factors, one matrix at a time."""
     for name in corrected(state):
-        held = state.changed[name].load().tensors
+        held = state.codes[name].load().tensors
         yield from ((tensor_name(state.graph[name], s), held[s]) for s in SUFFIXES)
 
 
@@ -122,7 +121,7 @@ def read(folder: Path, state: State) -> State:
     stored: dict[str, Stored] = {}
     for module, rank in ranks.items():
         site = sites.get(module)
-        base = state.changed.get(site.name) if site else None
+        base = state.codes.get(site.name) if site else None
         if site is None or not isinstance(base, Placed):
             raise ModelError(f"{folder / CONFIG}: '{module}' is no quantized matrix of this model; it is another's adapter")
         stored[site.name] = placed(site, base, rank, checkpoint)
@@ -130,7 +129,7 @@ def read(folder: Path, state: State) -> State:
     extra = next((n for n, path in checkpoint.files.items() if path == folder / WEIGHTS and n not in held), None)
     if extra:
         raise ModelError(f"{folder / WEIGHTS}: holds '{extra}', which adapter_config.json does not name")
-    return replace(state, checkpoint=checkpoint).with_sites(stored)
+    return state.with_part(Part(stored))
 
 
 def checked(config: Mapping[str, Any], folder: Path) -> dict[str, int]:

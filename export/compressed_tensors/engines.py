@@ -17,7 +17,6 @@ import transformers
 
 from compress.errors import CompressError, first_line
 from compress.export.artifact.engines import EngineError, Transformers
-from compress.export.artifact.tensors import formats_of
 from compress.export.compressed_tensors import adapter
 from compress.formats import Int
 from compress.model.skeleton import model_class
@@ -30,7 +29,7 @@ RUNTIME = "compress runtime"
 
 def stock_obstacles(state: State) -> list[str]:
     """Why stock transformers cannot load the artifact; empty when it can."""
-    formats = {n: f for n, f in formats_of(adapter.base_of(state)).items() if isinstance(f, Int)}
+    formats = {n: f for n, f in adapter.base_of(state).formats.items() if isinstance(f, Int)}
     found = []
     if any(not f.symmetric for f in formats.values()):
         found.append("asymmetric formats (compressed-tensors 0.18 to 0.20 does not load their zero points)")
@@ -51,7 +50,7 @@ def lacking(state: State) -> list[str]:
         return [f"the dense model needs {needed / 2**30:.1f} GiB of memory"]
     if adapted and not adapter.installed():
         return ["the adapter needs PEFT, which is not installed (pip install peft)"]
-    if adapted and any(state.graph[n].expert is not None for n in formats_of(state)):
+    if adapted and any(state.graph[n].expert is not None for n in state.formats):
         return ["adapters are compared in fp32, and it unpacks experts in 16 bits"]
     return []
 

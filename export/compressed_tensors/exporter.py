@@ -24,12 +24,12 @@ from compress.export.artifact.engines import EngineError
 from compress.export.artifact.exporter import Exporter, Job, Proof
 from compress.export.artifact.place import carry_over
 from compress.export.artifact.proof import FP32_TOLERANCE, TOLERANCE, prove, proven
-from compress.export.artifact.tensors import formats_of, same_tensors, tensors, write_config
+from compress.export.artifact.tensors import same_tensors, tensors, write_config
 from compress.export.compressed_tensors import adapter
 from compress.export.compressed_tensors.engines import RUNTIME, STOCK, VLLM, engine, lacking, stock_obstacles
 from compress.export.compressed_tensors.reader import read
 from compress.formats import Dense, Format, Int
-from compress.model.model import Model
+from compress.model.model import Model, open_model
 from compress.state import State
 from compress.state.checkpoint import Layout
 from compress.state.graph import Graph, Site
@@ -58,7 +58,7 @@ model = PeftModel.from_pretrained(model, "THIS_FOLDER/adapter")
 
 
 class CompressedTensors(Exporter):
-    """A quantized safetensors checkpoint that vLLM serves and transformers loads."""
+    """A safetensors checkpoint that vLLM serves and transformers loads; a plain one where nothing is quantized."""
 
     name: ClassVar[str] = "compressed_tensors"
 
@@ -66,7 +66,7 @@ class CompressedTensors(Exporter):
 
     def check(self, state: State) -> None:
         adapter.check(state)
-        formats = formats_of(adapter.base_of(state))
+        formats = adapter.base_of(state).formats
         for name, fmt in formats.items():
             if not isinstance(fmt, Int | Dense):
                 raise ExportError(f"compressed_tensors holds integers; '{name}' has {fmt}: export native instead, or use "
@@ -100,14 +100,14 @@ class CompressedTensors(Exporter):
         self.check(job.state)
         base = adapter.base_of(job.state)
         self.layout(job.model, job.state).write(folder, chain(tensors(base), adapter.tensors(job.state)))
-        write_config(job.model, folder, quantization_config(base))
+        write_config(job, folder, quantization_config(base) if base.codes else None)
         if adapter.corrected(job.state):
             adapter.write_config(job.state, folder)
         carry_over(job.model.folder, folder)
         write_card(job, folder, USE_RUNTIME if stock_obstacles(job.state) else stock_use(job.state))
 
     def prove(self, job: Job, folder: Path) -> Proof:
-        written = read(folder)
+        written = read(folder) if job.state.codes else open_model(str(folder)).state
         same_tensors(job.state, written)
         return proven(job, written, lambda: in_engine(job, folder))
 
@@ -142,7 +142,7 @@ def scheme(fmt: Int) -> dict[str, Any]:
 
 def quantization_config(state: State) -> dict[str, Any]:
     """The `quantization_config` of config.json: one group per format, disjoint targets, everything else ignored."""
-    formats = {n: f for n, f in formats_of(state).items() if isinstance(f, Int)}
+    formats = {n: f for n, f in state.formats.items() if isinstance(f, Int)}
     groups: dict[str, Any] = {}
     for i, fmt in enumerate(dict.fromkeys(formats.values())):
         mine = [state.graph[n] for n, f in formats.items() if f == fmt]

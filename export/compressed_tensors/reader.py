@@ -9,11 +9,11 @@ from typing import Any
 from compress.errors import ModelError
 from compress.export.artifact.config import declared
 from compress.export.artifact.files import check_marks, contained
-from compress.export.artifact.tensors import Placed
+from compress.export.artifact.tensors import Placed, state_of
 from compress.export.compressed_tensors import adapter
 from compress.formats import Int
 from compress.model.model import Model, open_model
-from compress.state import Fact, State
+from compress.state import State
 from compress.state.checkpoint import weight_files
 from compress.state.graph import Site
 
@@ -36,7 +36,7 @@ def read(folder: Path) -> State:
                   if f"{site.stem}.weight_packed" in model.checkpoint}  # fmt: skip
     except (LookupError, TypeError, AttributeError, re.error) as e:
         raise ModelError(f"{folder / 'config.json'}: its quantization_config is broken ({type(e).__name__}: {e})") from None
-    state = State(model.graph, model.checkpoint, model.dtype, facts=Fact.QUANTIZED).with_sites(stored)
+    state = state_of(model, stored)
     return adapter.read(folder, state) if adapter.present(folder) else state
 
 

@@ -12,13 +12,13 @@ from compress.errors import FormatError, ModelError
 from compress.export.artifact import tensors as common
 from compress.export.artifact.config import declared
 from compress.export.artifact.files import check_marks, contained
-from compress.export.artifact.tensors import Placed
+from compress.export.artifact.tensors import Placed, state_of
 from compress.export.artifact.view import Seen, View, Viewed
 from compress.export.gptq.config import Scheme
 from compress.export.gptq.layout import SUFFIXES, group_index, middle, shapes
 from compress.formats import Int, bitpack
 from compress.model.model import Model, open_model
-from compress.state import Fact, State
+from compress.state import State
 from compress.state.checkpoint import Checkpoint, Spec, weight_files
 from compress.state.graph import Site
 
@@ -56,7 +56,7 @@ def read(folder: Path) -> State:
         if fmt and f"{site.stem}.weight_packed" in model.checkpoint:
             names = {suffix: f"{site.stem}.{suffix}" for suffix in fmt.tensors(site.shape)}
             stored[site.name] = Placed.of(site, fmt, model.checkpoint, names)
-    return State(model.graph, model.checkpoint, model.dtype, facts=Fact.QUANTIZED).with_sites(stored)
+    return state_of(model, stored)
 
 
 def seen_of(module: str, scheme: Scheme, checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[Seen]:

@@ -25,7 +25,7 @@ from compress.errors import FormatError, ModelError
 from compress.export.artifact.config import declared, formats
 from compress.export.artifact.engines import Engine
 from compress.export.artifact.files import check_marks, contained, one_line
-from compress.export.artifact.tensors import Placed
+from compress.export.artifact.tensors import Placed, state_of
 from compress.export.artifact.view import Seen, View, Viewed
 from compress.export.native import reader as native_reader
 from compress.export.onnx.datafile import DATA, GRAPH, METHOD, DataFile, places
@@ -33,7 +33,7 @@ from compress.export.onnx.encode import DTYPES, WIDTHS, Slot, decode, slots
 from compress.export.onnx.nodes import code_of
 from compress.formats import Dense, Format
 from compress.model.model import Model, open_model
-from compress.state import Fact, State
+from compress.state import State
 from compress.state.checkpoint import Spec
 
 READER = "our reader of ONNX artifacts, streamed"
@@ -58,15 +58,14 @@ def read(folder: Path) -> State:
     model = open_artifact(folder)
     check_marks(folder, (folder / GRAPH, folder / DATA))
     by_stem = {s.stem: s for s in model.graph if not s.tied}
-    state = State(model.graph, model.checkpoint, model.dtype, facts=Fact.QUANTIZED)
     stored: dict[str, Placed] = {}
     for module, fmt in formats(folder).items():
         if module not in by_stem:
             what = one_line(module)
             raise ModelError(f"{folder / 'config.json'}: gives a format to '{what}', which is no matrix of this model")
-        stored[by_stem[module].name] = native_reader.placed(by_stem[module], fmt, state, folder)
-    native_reader.check_names(folder, state, stored)
-    return state.with_sites(stored)
+        stored[by_stem[module].name] = native_reader.placed(by_stem[module], fmt, model, folder)
+    native_reader.check_names(folder, model, stored)
+    return state_of(model, stored)
 
 
 def engine(folder: Path, state: State, device: str) -> Engine:
