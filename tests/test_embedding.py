@@ -270,7 +270,7 @@ def test_a_scaled_embedding_our_own_reader_proves(text: Path, tmp_path: Path) ->
 
 def planned(source: Path, form: str) -> State:
     state = open_model(str(source)).state
-    return replace(state, plan=BitPlan.of(state.graph, parse("int4:g32"), {"embed": form}, state.dtype))
+    return state.promising(BitPlan.of(state.graph, parse("int4:g32"), {"embed": form}, state.dtype).formats)
 
 
 def test_tied_models_and_ranks_are_refused(family: Any) -> None:

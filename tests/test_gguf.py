@@ -171,7 +171,7 @@ def test_mistral_is_a_llama_without_a_window(text: Path, tmp_path: Path) -> None
     done = bake(tmp_path / "run", make_model(tmp_path / "model", config), text, "gguf", rounded("int4:g32"))
     model = transformers.AutoModelForCausalLM.from_pretrained(artifact_of(done), gguf_file=FILE, dtype=torch.float32).eval()
     assert type(model).__name__ == "LlamaForCausalLM"
-    ours = logits(replace(done.state, dtype=torch.float32), config, [IDS], "cpu")[0]
+    ours = logits(replace(done.state, dtype=torch.float32), [IDS], "cpu")[0]
     assert float((stock.logits(model, [IDS])[0] - ours).abs().max()) <= 1e-5 * float(ours.abs().max())
     assert "does not know 'mistral'" in done.artifacts["gguf"][1].remark
 
@@ -305,7 +305,7 @@ def test_the_container_of_every_format() -> None:
 def foreseen(folder: Path, form: str, pins: dict[str, str]) -> State:
     """The state that a plan of `form` and `pins` foresees."""
     state = open_model(str(folder)).state
-    return replace(state, plan=BitPlan.of(state.graph, parse(form), pins, state.dtype))
+    return state.promising(BitPlan.of(state.graph, parse(form), pins, state.dtype).formats)
 
 
 @pytest.mark.parametrize(("name", "form", "says"), [

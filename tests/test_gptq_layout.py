@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,7 @@ def artifact_of(outcome: pipeline.Outcome) -> Path:
 def foreseen(folder: Path, form: str, pins: dict[str, str]) -> State:
     """The state that a plan of `form` and `pins` foresees."""
     state = open_model(str(folder)).state
-    return replace(state, plan=BitPlan.of(state.graph, parse(form), pins, state.dtype))
+    return state.promising(BitPlan.of(state.graph, parse(form), pins, state.dtype).formats)
 
 
 @pytest.fixture(scope="module")

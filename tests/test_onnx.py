@@ -37,7 +37,6 @@ from compress.export.onnx.session import Session
 from compress.formats import LowRank, parse
 from compress.model.model import Model, open_model
 from compress.state import State
-from compress.state.plan import BitPlan
 from tests import stock
 from tests.conftest import FAMILIES, contents, make_model
 from tests.cooking import bake
@@ -510,7 +509,7 @@ def test_a_node_that_computes_otherwise_is_caught(mixed: pipeline.Outcome, famil
 
 def planned(source: Model, form: str, **pins: str) -> State:
     formats = {s.name: parse(pins.get(s.role, form)) for s in source.graph.linear}
-    return replace(source.state, plan=BitPlan(formats))
+    return source.state.promising(formats)
 
 
 def test_remarks(family: Any) -> None:

@@ -153,6 +153,25 @@ class State:
                 weight = weight.chunk(2)[site.role == "up"]
         return weight.T.contiguous() if site.transposed else weight
 
+    def stored(self, matrices: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors of a checkpoint that hold matrices [out, in] by site, in the dtype that they have there: for `commit`.
+
+        Experts that a checkpoint keeps in one tensor come as the whole of it, the others in it as they are.
+        """
+        found: dict[str, torch.Tensor] = {}
+        for name, matrix in matrices.items():
+            site = self.graph[name]
+            if site.weight in self.dense:
+                dtype = self.dense.specs[site.weight].dtype
+                found[site.weight] = (matrix.T if site.transposed else matrix).to(dtype).contiguous()
+                continue
+            whole = found[site.joined] if site.joined in found else self.dense.read(site.joined).clone()
+            part = whole[site.expert or 0]
+            part = part if site.role == "down" else part.chunk(2)[site.role == "up"]
+            part.copy_(matrix)
+            found[site.joined] = whole
+        return found
+
     @property
     def scale_dtype(self) -> torch.dtype:
         """What scales are stored in: fp16 in an fp16 model, else bf16."""
