@@ -87,12 +87,12 @@ def renumbered(names: Sequence[str], block: str, kept: list[int]) -> dict[str, s
     stack = re.escape(block.split(".")[-2])
     found = {}
     for name in names:
-        match = re.match(rf"(?:(.*?)\.)?{stack}\.(\d+)\.", name)
+        match = re.search(rf"(?:^|\.){stack}\.(\d+)\.", name)
         if match is None:
             found[name] = name
-        elif int(match[2]) in kept:
-            start, end = match.span(2)
-            found[name] = f"{name[:start]}{kept.index(int(match[2]))}{name[end:]}"
+        elif int(match[1]) in kept:
+            start, end = match.span(1)
+            found[name] = f"{name[:start]}{kept.index(int(match[1]))}{name[end:]}"
     return found
 
 

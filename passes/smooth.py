@@ -255,4 +255,4 @@ def same(stream: Stream, state: State, index: int, batch: Batch, wanted: Tensor)
     off = float((found.float() - wanted.float()).abs().max() / wanted.float().abs().max().clamp(min=1e-9))
     if not off <= SAME[state.dtype]:
         raise ModelError(f"{state.graph.blocks[index].module}: factors folded into norms and rows change what it computes, by "
-                         f"{off:.0%}; 'smooth' does not know '{state.graph.family}': use pairs: norms, or no 'smooth'")  # fmt: skip
+                         f"{off:.0%}; 'smooth' does not know '{state.graph.family}': use pairs: norms or no smooth")  # fmt: skip

@@ -208,7 +208,7 @@ def contents(model: Model, state: State) -> Iterator[torch.Tensor]:
             packed = state.codes[entry.site.name].load()
             data = packed.tensors["weight"] if isinstance(packed.format, Dense) else blocks.pack(packed, kind, entry.site.name)
         elif entry.spec is not None:
-            data = state.dense.read(entry.spec.name)
+            data = state.dense.read_finite(entry.spec.name)
             data = data if len(data.shape) > 1 else data.float()
         else:
             factors = rope_factors(state.config)
