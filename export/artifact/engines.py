@@ -17,6 +17,9 @@ from compress.errors import first_line
 from compress.model.model import Model
 from compress.model.skeleton import model_class
 
+# What transformers may take from a folder: no code, and nothing that is unpickled.
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+
 
 class EngineError(Exception):
     """An engine cannot take an artifact, or its own code failed on it; the message says why."""
@@ -73,7 +76,7 @@ def dense(model: Model, device: str) -> Engine:
     try:
         with redirect_stderr(io.StringIO()):  # progress bars
             kind = model_class(model.config)
-            found = kind.from_pretrained(model.folder, local_files_only=True, dtype=model.dtype).to(device)
+            found = kind.from_pretrained(model.folder, dtype=model.dtype, **LOCAL).to(device)
     except Exception as e:
         raise EngineError(f"transformers' {model_class(model.config).__name__} fails on it ({first_line(e)})") from e
     return Transformers(found, "transformers")

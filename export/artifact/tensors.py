@@ -43,6 +43,7 @@ def write_config(model: Model, folder: Path, quantization: dict[str, Any]) -> No
     config = json.loads((model.folder / "config.json").read_text())
     if not {"dtype", "torch_dtype"} & config.keys():
         config["dtype"] = str(model.dtype)[6:]
+    config.pop("auto_map", None)  # a request for code, which does not go along
     config["quantization_config"] = quantization
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 

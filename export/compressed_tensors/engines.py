@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from compress.errors import CompressError, first_line
-from compress.export.artifact.engines import EngineError, Transformers
+from compress.export.artifact.engines import LOCAL, EngineError, Transformers
 from compress.export.artifact.tensors import formats_of
 from compress.export.compressed_tensors import adapter
 from compress.formats import Int
@@ -75,14 +75,14 @@ def engine(folder: Path, state: State, device: str) -> Transformers:
 
 def stock_engine(folder: Path, state: State, device: str) -> Transformers:
     """Stock transformers in the state's dtype, after a first pass, in which it unpacks the matrices."""
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     sites = len(adapter.corrected(state))
     # Experts run in the plain loop: the grouped product that transformers prefers rounds differently, which may send a token
     # elsewhere.
     options: dict[str, Any] = {"experts_implementation": "eager"} if any(s.expert is not None for s in state.graph) else {}
     try:
         with redirect_stderr(io.StringIO()):  # progress bars
-            model = model_class(config).from_pretrained(folder, local_files_only=True, dtype=state.dtype, **options)
+            model = model_class(config).from_pretrained(folder, dtype=state.dtype, **LOCAL, **options)
             model = adapter.apply(model.to(device), folder, sites) if sites else model.to(device)
     except EngineError:
         raise

@@ -14,7 +14,6 @@ from compress.export.compressed_tensors import adapter
 from compress.formats import Int
 from compress.model.model import Model, open_model
 from compress.state import Fact, State
-from compress.state.checkpoint import weight_files
 from compress.state.graph import Site
 
 READER = "our reader of compressed-tensors, streamed"
@@ -28,7 +27,7 @@ def is_artifact(folder: Path) -> bool:
 def read(folder: Path) -> State:
     """The state that a pack-quantized folder holds; ModelError where its config and tensors disagree."""
     model = open_artifact(folder)
-    check_marks(folder, (*weight_files(folder), *folder.glob(adapter.WEIGHTS)))
+    check_marks(folder)
     try:
         groups = list(declared(folder)["config_groups"].values())
         schemes = [(list(group["targets"]), int_of(group["weights"], folder)) for group in groups]

@@ -13,7 +13,6 @@ cannot tell from blocks, as JSON:
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ import torch
 
 from compress.errors import ExportError
 from compress.export.artifact.exporter import Exporter, Job, Proof
-from compress.export.artifact.place import carry_over
+from compress.export.artifact.place import carry_over, copy_file
 from compress.export.artifact.proof import prove, proven
 from compress.export.artifact.tensors import formats_of, same_site
 from compress.export.gguf import blocks
@@ -90,7 +89,7 @@ class Gguf(Exporter):
     def write(self, job: Job, folder: Path) -> None:
         self.check(job.state)
         file_of(job.model, job.state).write(folder, contents(job.model, job.state))
-        shutil.copyfile(job.model.folder / "config.json", folder / "config.json")
+        copy_file(job.model.folder / "config.json", folder / "config.json")
         carry_over(job.model.folder, folder)
         facts = {"library": "gguf", "tag": "gguf", "loads in": "llama.cpp, transformers (with gguf, dequantized)", "use": USE}
         (folder / "README.md").write_text(job.card(facts))

@@ -19,7 +19,7 @@ from compress.export.gptq.layout import SUFFIXES, group_index, middle, shapes
 from compress.formats import Int, bitpack
 from compress.model.model import Model, open_model
 from compress.state import Fact, State
-from compress.state.checkpoint import Checkpoint, Spec, weight_files
+from compress.state.checkpoint import Checkpoint, Spec
 from compress.state.graph import Site
 
 READER = "our reader of GPTQ checkpoints, streamed"
@@ -48,7 +48,7 @@ def open_artifact(folder: Path) -> Model:
 
 def read(folder: Path) -> State:
     """The state that a GPTQ checkpoint holds; ModelError where its config and tensors disagree."""
-    check_marks(folder, weight_files(folder))
+    check_marks(folder)
     model, scheme = open_artifact(folder), Scheme.of(declared(folder), str(folder / "config.json"))
     stored = {}
     for site in model.graph:

@@ -81,11 +81,16 @@ def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dt
         if method == INTEGERS:
             artifact_config.integer_schemes(artifact_config.declared(folder))
         try:
-            model: Any = kind.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
+            model: Any = kind.from_pretrained(
+                folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False, use_safetensors=True
+            )
         except CompressError:
             raise
         except Exception as e:  # a config that its architecture's code cannot take
-            raise ModelError(f"{folder}: transformers cannot load it ({one_line(str(e) or type(e).__name__)})") from e
+            why = one_line(str(e) or type(e).__name__)
+            if config.get("auto_map"):
+                why = "its config.json asks for custom code (auto_map), which is not supported"
+            raise ModelError(f"{folder}: transformers cannot load it ({why})") from e
     if method == INTEGERS:
         correct(model, folder)
     return model.to(device)

@@ -54,7 +54,7 @@ def open_native(folder: Path) -> Artifact:
     """A native artifact, its hashes compared up to `HASHED_BYTES`."""
     contained(folder)
     texts, paths = formats(folder), shards(folder)
-    check_marks(folder, paths)
+    check_marks(folder)
     specs, files = headers(paths)
     check_index(folder, files)
     packed = {stem: fmt for stem, fmt in texts.items() if not isinstance(fmt, Dense)}
@@ -70,7 +70,7 @@ def open_packed(folder: Path, module_of: Callable[[str], str] = str) -> Artifact
     """A compressed-tensors folder of integers; `module_of` gives the path in the module tree for a name on disk."""
     contained(folder)
     schemes, paths = integer_schemes(declared(folder)), plain_files(folder)
-    check_marks(folder, paths)
+    check_marks(folder)
     specs, files = headers(paths)
     found: dict[str, Format] = {}
     for name in specs:
