@@ -36,12 +36,13 @@ from compress.errors import RunError
 from compress.formats import Packed, parse
 from compress.manager import Context, Pass, Record
 from compress.state import State, Stored
-from compress.state.checkpoint import disk_error
+from compress.state.checkpoint import disk_error, write_all
 from compress.state.plan import BitPlan
 
 SCHEMA = 1
 LOCK, RECORD = ".lock", "run.json"
 MARK = "made by compress"  # in the head of both: by that a folder is a run's, and by nothing else
+_LOCKED = f"{MARK}: held while a run uses this folder\n".encode()
 
 
 def digest(*parts: object) -> str:
@@ -99,8 +100,8 @@ def head(file: Path) -> bytes:
 
 
 def begun(path: Path) -> bool:
-    """Whether a file is the lock of a run that was killed before it could write into it."""
-    return path.name == LOCK and path.is_file() and path.stat().st_size == 0
+    """Whether a file is the lock of a run that was stopped while it wrote into it."""
+    return path.name == LOCK and path.is_file() and _LOCKED.startswith(head(path))
 
 
 class RunFolder:
@@ -115,7 +116,7 @@ class RunFolder:
         with writing(self.path):
             self.refuse_foreign()
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / LOCK).open("a+")
+            lock = (self.path / LOCK).open("ab", buffering=0)
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -124,9 +125,9 @@ class RunFolder:
             except OSError as e:  # such as a network disk that knows no locks
                 raise RunError(f"{self.path}: cannot be locked ({e.strerror}); choose a local folder with --out") from None
             with writing(self.path):
-                if not head(self.path / LOCK):
-                    lock.write(f"{MARK}: held while a run uses this folder\n")
-                    lock.flush()
+                if head(self.path / LOCK) != _LOCKED:
+                    lock.truncate(0)
+                    write_all(lock.fileno(), _LOCKED, self.path)
                 (self.path / "steps").mkdir(exist_ok=True)
             yield self
 

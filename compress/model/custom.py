@@ -35,7 +35,7 @@ def code_passed_over(folder: Path) -> list[str]:
     config = mapping(folder / "config.json")
     if not config.get("auto_map"):
         return []
-    return [f"the config of {folder} names code of its own (auto_map), which is not run, and does not go along: the model is what "
+    return [f"the config of {folder} names code of its own (auto_map), which is not run and does not go along: the model is what "
             "transformers itself makes of it"]  # fmt: skip
 
 

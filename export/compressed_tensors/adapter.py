@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from compress.errors import CompressError, ExportError, ModelError, first_line
+from compress.export.artifact.config import matched
 from compress.export.artifact.engines import EngineError
 from compress.export.artifact.files import document
 from compress.export.artifact.tensors import Placed, formats_of
@@ -116,7 +117,7 @@ def read(folder: Path, state: State) -> State:
     checkpoint = Checkpoint(folder, [folder / WEIGHTS])
     try:
         ranks = checked(config, folder)
-    except (LookupError, TypeError, ValueError, AttributeError, re.error) as e:
+    except (LookupError, TypeError, ValueError, AttributeError) as e:
         raise ModelError(f"{folder / CONFIG}: is broken ({type(e).__name__}: {first_line(e)})") from None
     sites = {s.module: s for s in state.graph if s.expert is None}
     stored: dict[str, Stored] = {}
@@ -146,11 +147,6 @@ def checked(config: Mapping[str, Any], folder: Path) -> dict[str, int]:
             raise ModelError(f"{folder / CONFIG}: scales '{module}' by another number than 1; this is no adapter of ours")
         ranks[module] = int(rank)
     return ranks
-
-
-def matched(patterns: Mapping[str, int], module: str, default: int) -> int:
-    """The value that PEFT takes for a module."""
-    return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", module)), default)
 
 
 def placed(site: Site, base: Placed, rank: int, checkpoint: Checkpoint) -> Placed:

@@ -33,6 +33,7 @@ class ChosenConfig:
 
     @staticmethod
     def from_dict(declared: Mapping[str, Any], **options: Any) -> QuantizationConfigMixin:
+        artifact_config.check_patterns(declared)
         try:
             artifact_config.integer_schemes(declared)
         except ModelError:
@@ -79,7 +80,7 @@ def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dt
     kind = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
     with keep_packed():
         if method == INTEGERS:
-            artifact_config.integer_schemes(artifact_config.declared(folder))
+            artifact_config.integer_schemes(artifact_config.declared(folder), folder / "config.json")
         try:
             model: Any = kind.from_pretrained(
                 folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False, use_safetensors=True

@@ -69,7 +69,7 @@ def open_native(folder: Path) -> Artifact:
 def open_packed(folder: Path, module_of: Callable[[str], str] = str) -> Artifact:
     """A compressed-tensors folder of integers; `module_of` gives the path in the module tree for a name on disk."""
     contained(folder)
-    schemes, paths = integer_schemes(declared(folder)), plain_files(folder)
+    schemes, paths = integer_schemes(declared(folder), folder / "config.json"), plain_files(folder)
     check_marks(folder)
     specs, files = headers(paths)
     found: dict[str, Format] = {}
