@@ -13,8 +13,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from compress.errors import ExportError
-from compress.export.artifact.files import MARK, one_line
+from compress.errors import ExportError, one_line
+from compress.export.artifact.files import MARK
 from compress.state.checkpoint import within
 
 CARRIED = {".json", ".jinja", ".model", ".txt", ".tiktoken"}

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from compress.errors import FormatError, ModelError
-from compress.export.artifact.files import json_of, one_line
+from compress.errors import FormatError, ModelError, one_line
+from compress.export.artifact.files import json_of
 from compress.export.artifact.patterns import matches, parsed
 from compress.formats import Format, Int, parse
 
@@ -98,13 +98,13 @@ def check_patterns(config: Mapping[str, Any], path: Path = Path("config.json")) 
     held = [group.get("targets") for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
     for names in (*held, config.get("ignore") or []):
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ModelError(f"{path}: its quantization_config is broken: targets and ignore are to be lists of names")
+            raise ModelError(f"{path}: a target is no pattern and no name: targets and ignore are to be lists of texts")
         for name in names:
             if name.startswith(PATTERN):
                 try:
                     parsed(name.removeprefix(PATTERN))
                 except ModelError as e:
-                    raise ModelError(f"{path}: {e}") from None
+                    raise ModelError(f"{path}: a target, {e}") from None
 
 
 def matched(patterns: Mapping[str, int], module: str, default: int) -> int:

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from compress.errors import ModelError
+from compress.errors import ModelError, one_line
 from compress.state import checkpoint
 from compress.state.checkpoint import HASHED_BYTES, INDEX, OWN, OWN_INDEX, SINGLE, Spec, read_header
 
 MARK = "compress.json"  # in every artifact: which run and settings it comes from
-CARD = "README.md"
 WEIGHTS = {".safetensors", ".onnx", ".data", ".gguf"}
 _MOST_JSON = 100_000_000  # bytes
 _NOTED = {"schema": (int,), "exporter": (str,), "key": (str,), "proof": (dict,), "sizes": (dict,), "sha256": (dict,)}
@@ -90,19 +88,22 @@ def check_index(folder: Path, files: Mapping[str, Path]) -> None:
 
 
 def check_marks(folder: Path) -> None:
-    """ModelError for a file that is not the one that was written, by its size and its hash: of weights, where that takes seconds.
-
-    A folder without a note, such as other tools write, is not compared; and its card is its owner's.
+    """ModelError where weights, config or tokenizer are not those that were written, by size and by hash: of weights, where that
+    takes seconds. Other files are their owner's to change. A folder without a note, such as other tools write, is not compared.
     """
     note = note_of(folder)
     if note is None:
         return
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     small = sum(path.stat().st_size for path in paths.values()) <= HASHED_BYTES
-    for name in sorted(paths.keys() & note["sizes"].keys() - {CARD}):
+    for name in sorted(name for name in paths.keys() & note["sizes"].keys() if is_compared(name)):
         hashed = small or paths[name].suffix not in WEIGHTS
         if paths[name].stat().st_size != note["sizes"][name] or (hashed and sha256(paths[name]) != note["sha256"][name]):
             raise ModelError(f"{paths[name]}: is not the file that was written (see {MARK}); it is damaged, copy it again")
+
+
+def is_compared(name: str) -> bool:
+    return name == "config.json" or name.startswith("tokenizer") or Path(name).suffix in WEIGHTS
 
 
 def note_of(folder: Path) -> dict[str, Any] | None:
@@ -158,8 +159,3 @@ def document(path: Path) -> dict[str, Any]:
 def sha256(file: Path) -> str:
     with file.open("rb") as held:
         return hashlib.file_digest(held, "sha256").hexdigest()
-
-
-def one_line(text: str) -> str:
-    """Text of a foreign file for a message: without control characters, at most 200 characters."""
-    return re.sub(r"[^\S ]|[\x00-\x1f\x7f]", " ", text)[:200]

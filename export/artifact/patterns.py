@@ -92,9 +92,9 @@ def matches(pattern: str, name: str) -> bool:
 @lru_cache(maxsize=1000)
 def parsed(pattern: str) -> tuple[Part, ...]:
     """The parts of a pattern; ModelError for one that is refused."""
-    said = f"the pattern '{re.sub(r'[^ -~]', '?', pattern)[:60]}'"
+    said = f"'{re.sub(r'[^ -~]', '?', pattern)[:60]}' is no pattern that is read"
     if len(pattern) > MOST_TEXT:
-        raise ModelError(f"{said} of {len(pattern):,} characters is not read; {MOST_TEXT:,} are the most")
+        raise ModelError(f"{said}: it has {len(pattern):,} characters, and {MOST_TEXT:,} are the most")
     reader = Reader(pattern)
     try:
         parts = tuple(reader.sequence(whole=True))
@@ -103,7 +103,7 @@ def parsed(pattern: str) -> tuple[Part, ...]:
         if weight(parts) > MOST_WEIGHT:
             raise ValueError("it leaves too much open")
     except (ValueError, IndexError, RecursionError) as e:
-        raise ModelError(f"{said} is not read ({e or type(e).__name__}); name the modules one by one") from None
+        raise ModelError(f"{said} ({e or type(e).__name__}); name the modules one by one") from None
     return parts
 
 

@@ -23,7 +23,7 @@ from torch import nn
 from compress.errors import CompressError, ExportError, ModelError, first_line
 from compress.export.artifact.config import matched
 from compress.export.artifact.engines import EngineError
-from compress.export.artifact.files import document
+from compress.export.artifact.files import optional
 from compress.export.artifact.tensors import Placed, formats_of
 from compress.formats import Dense, LowRank, formats
 from compress.state import State, Stored
@@ -113,7 +113,7 @@ def present(folder: Path) -> bool:
 
 def read(folder: Path, state: State) -> State:
     """The state of the quantized matrices with their factors; ModelError for an adapter that does not belong to them."""
-    config = document(folder / CONFIG)
+    config = optional(folder / CONFIG)
     checkpoint = Checkpoint(folder, [folder / WEIGHTS])
     try:
         ranks = checked(config, folder)

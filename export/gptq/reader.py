@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from compress.errors import FormatError, ModelError
-from compress.export.artifact import tensors as common
+from compress.export.artifact import checks
 from compress.export.artifact.config import declared
 from compress.export.artifact.files import check_marks, contained
 from compress.export.artifact.tensors import Placed
@@ -73,12 +73,8 @@ def seen_of(module: str, scheme: Scheme, checkpoint: Checkpoint, dtype: torch.dt
         kinds, ours = shapes(site, fmt), fmt.tensors(site.shape, torch.float16 if dtype == torch.float16 else torch.bfloat16)
     except FormatError as e:
         raise ModelError(f"{path}: '{module}': {e}") from None
-    for suffix, kind in kinds.items():
-        spec = checkpoint.specs.get(f"{module}.{suffix}")
-        if spec is None or (spec.dtype, spec.shape) != kind:
-            found = "missing" if spec is None else common.text_of(spec.dtype, spec.shape)
-            raise ModelError(f"{path}: '{module}.{suffix}' is {found}, {fmt} needs {common.text_of(*kind)}; config and weights "
-                             "do not belong together")  # fmt: skip
+    wanted = {f"{module}.{suffix}": kind for suffix, kind in kinds.items()}
+    checks.require(path, fmt, wanted, checks.in_specs(checkpoint.specs))
     for suffix, (kept, shape) in ours.items():
         make = partial(back, site, fmt, scheme.v1, checkpoint, suffix, kept)
         yield Seen(Spec(f"{module}.{suffix}", kept, shape), path, make)

@@ -13,10 +13,9 @@ from typing import Any
 from safetensors import safe_open
 from torch import nn
 
-from compress.errors import CompressError, ModelError
+from compress.errors import CompressError, ModelError, one_line
 from compress.export.artifact import files
 from compress.export.artifact.config import matched
-from compress.export.artifact.files import one_line
 from compress.export.runtime.decode import format_of
 from compress.export.runtime.linear import PackedLinear
 from compress.formats import Dense, LowRank

@@ -12,10 +12,9 @@ import transformers
 from transformers.quantizers import auto
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from compress.errors import CompressError, ModelError
+from compress.errors import CompressError, ModelError, one_line
 from compress.export.artifact import config as artifact_config
 from compress.export.artifact import files
-from compress.export.artifact.files import one_line
 from compress.export.runtime.correction import correct
 from compress.export.runtime.linear import prepare
 from compress.export.runtime.quantizer import DeclaredConfig, IntegerQuantizer, NativeQuantizer
