@@ -25,7 +25,7 @@ from compress.state import State
 
 VLLM = "vLLM >= 0.31 (2 to 8 bits; 0.25 to 0.30: symmetric)"
 STOCK = "transformers (with compressed-tensors >= 0.18)"
-RUNTIME = "compress runtime"
+RUNTIME, STOCK_NAME = "compress runtime", "transformers"
 
 
 def stock_obstacles(state: State) -> list[str]:
@@ -88,9 +88,19 @@ def stock_engine(folder: Path, state: State, device: str) -> Transformers:
         raise
     except Exception as e:  # some architectures read a module's `weight`, which a packed module lacks
         raise EngineError(f"transformers' {model_class(config).__name__} fails on it ({first_line(e)})") from e
-    found = Transformers(model, "transformers with PEFT" if sites else "transformers")
+    found = Transformers(model, "transformers with PEFT" if sites else STOCK_NAME)
     found.prefill(torch.zeros(1, 1, dtype=torch.int64))
     return found
+
+
+def lost_without_head(folder: Path, state: State) -> list[str]:
+    """The matrices that `AutoModel`, which embedders are loaded by, finds nowhere in the folder, and would fill at random."""
+    options: dict[str, Any] = {"experts_implementation": "eager"} if any(s.expert is not None for s in state.graph) else {}
+    with redirect_stderr(io.StringIO()):
+        _, said = transformers.AutoModel.from_pretrained(folder, dtype=state.dtype, output_loading_info=True, **LOCAL, **options)
+    quantized = {state.graph[name].module for name in formats_of(state) if state.graph[name].block is not None}
+    held = quantized | {module.partition(".")[2] for module in quantized}
+    return sorted(name for name in said["missing_keys"] if name.rpartition(".")[0] in held)
 
 
 def packed_engine(folder: Path, state: State, device: str, remark: str) -> Transformers:

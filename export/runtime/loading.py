@@ -63,8 +63,16 @@ def keep_packed(on: bool = True) -> ExitStack:
     return undo
 
 
+def auto_class(named: Any) -> Any:
+    """What of transformers loads the class that a config names: a language model, unless it has another head, or none."""
+    name = str(named[0]) if isinstance(named, list) and named else ""
+    if name.endswith("Model") and not name.endswith("HeadModel"):
+        return transformers.AutoModel
+    return getattr(transformers, f"AutoModelFor{name.rpartition('For')[2]}", transformers.AutoModelForCausalLM)
+
+
 def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Any:
-    """The language model of a native artifact or a compressed-tensors folder, packed, on a device; in `dtype`, or its own.
+    """The model of a native artifact or a compressed-tensors folder, packed, on a device; in `dtype`, or its own.
 
     Low-rank factors that lie beside it in `adapter/` are applied. ModelError where the folder is damaged or cannot be loaded
     so; it is one line.
@@ -74,9 +82,7 @@ def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dt
     method = artifact_config.method(folder)
     if method not in (artifact_config.METHOD, INTEGERS):
         raise ModelError(f"{folder}: holds no packed matrices; load it with transformers alone")
-    named = config.get("architectures")
-    masked = isinstance(named, list) and any("MaskedLM" in str(name) for name in named)
-    kind = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
+    kind = auto_class(config.get("architectures"))
     with keep_packed():
         if method == INTEGERS:
             artifact_config.integer_schemes(artifact_config.declared(folder), folder / "config.json")
