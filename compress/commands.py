@@ -20,6 +20,7 @@ import yaml
 from compress import bench, evaluate, pipeline
 from compress.errors import CompressError, MatchError, ModelError, RecipeError, RunError, did_you_mean
 from compress.export.artifact.engines import Engine, EngineError, dense
+from compress.export.artifact.files import check_marks
 from compress.export.compressed_tensors import adapter
 from compress.export.compressed_tensors.exporter import CompressedTensors
 from compress.export.native.exporter import Native
@@ -117,6 +118,7 @@ def opened(path: Path) -> tuple[Model, State, Kind | None]:
     kind = next((k for k in KINDS if k.is_artifact(path)), None)
     if kind:
         return kind.open_artifact(path), kind.read(path), kind
+    check_marks(path)  # what is no kind of artifact may have been one
     model = open_model(str(path))
     return model, model.state, None
 

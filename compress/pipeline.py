@@ -21,11 +21,12 @@ from compress.export.artifact.exporter import Files, Job, Proof
 from compress.export.artifact.files import json_of
 from compress.export.artifact.place import place, refuse_foreign
 from compress.manager import Context, Pass
+from compress.model.custom import code_passed_over
 from compress.prepare import Prepared, prepare
 from compress.recipe import Recipe
 from compress.report import allocation, report, tables
 from compress.report.console import Console
-from compress.run import RunFolder, Step, digest, step_inputs, versions, write_atomic
+from compress.run import MARK, RunFolder, Step, digest, step_inputs, versions, write_atomic
 from compress.state import State
 from compress.state.checkpoint import Layout
 from compress.state.plan import size
@@ -73,7 +74,8 @@ def plan(
     windows = document.data.calibration
     tokens = windows.sequences * windows.length if windows else 0
     costs = [p.cost(ready.foreseen, tokens) for p in ready.recipe.passes]
-    remarks = [r for e in ready.exports for r in e.remarks(ready.foreseen)]
+    remarks = code_passed_over(ready.model.folder)
+    remarks += [r for e in ready.exports for r in e.remarks(ready.foreseen)]
     if not ready.model.has_weights:
         remarks.append(f"{ready.model.folder} holds no weights: sizes are those of the config in {str(ready.start.dtype)[6:]}")
     layouts = {e.name: e.layout(ready.model, ready.foreseen) for e in ready.exports}
@@ -205,6 +207,8 @@ def run(
     for exporter in ready.exports:
         refuse_foreign(out / exporter.name)
     with RunFolder(out).held():
+        for remark in code_passed_over(ready.model.folder):
+            console.note(f"note: {remark}")
         write_atomic(out / "recipe.resolved.yaml", ready.recipe.resolved(ready.recipe.base, out).encode())
         write_atomic(out / "run.json", json.dumps(run_record(ready), indent=1).encode())
         return execute(ready, out, last, device, console)
@@ -212,8 +216,8 @@ def run(
 
 def run_record(ready: Prepared) -> dict[str, Any]:
     hashes = {n: t.hash for n, t in (("calibration", ready.calibration), ("evaluation", ready.evaluation)) if t}
-    return {"versions": versions(), "seed": ready.seed, "model": ready.model.name, "revision": ready.model.revision,
-            "weights": ready.model.checkpoint.fingerprint, "data": hashes}  # fmt: skip
+    return {"folder": MARK, "versions": versions(), "seed": ready.seed, "model": ready.model.name,
+            "revision": ready.model.revision, "weights": ready.model.checkpoint.fingerprint, "data": hashes}  # fmt: skip
 
 
 def last_step(recipe: Recipe, until: str | None) -> int:
@@ -312,5 +316,5 @@ def exported(
         card = report.card_writer(ready.recipe, ready.model, state, records, scores, size)
         options = exporter.model_dump(mode="json")
         job = Job(ready.model, state, sample, digest(key, exporter.name, options, scores.get("key")), card, device)
-        made[exporter.name] = place(exporter, job, out / exporter.name)
+        made[exporter.name] = place(exporter, job, out / exporter.name, console.note)
     return made

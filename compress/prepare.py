@@ -10,6 +10,7 @@ from typing import Any
 
 from compress import manager
 from compress.errors import CompressError, DataError
+from compress.export.artifact.carried import carried
 from compress.export.artifact.exporter import Exporter
 from compress.export.table import EXPORTERS
 from compress.model import data
@@ -79,6 +80,8 @@ def prepare(path: Path, overrides: Sequence[str] = ()) -> Prepared:
     except CompressError as e:
         raise type(e)(f"{recipe.place(('model',))}  {e}") from None
     start = model.state
+    if recipe.exports and model.has_weights:
+        carried(model.folder)  # what goes along into artifacts can, before anything is computed
     try:
         manager.check_order(recipe.passes, start.facts)
     except CompressError as e:

@@ -36,12 +36,14 @@ from compress.formats import Packed
 from compress.manager import Context, Pass, Record
 from compress.parts import SUFFIX, part_bytes, read_part
 from compress.state import State
-from compress.state.checkpoint import disk_error
+from compress.state.checkpoint import disk_error, write_all
 from compress.state.plan import BitPlan
 from compress.state.state import Part
 
 SCHEMA = 2
-LOCK = ".lock"
+LOCK, RECORD = ".lock", "run.json"
+MARK = "made by compress"  # in the head of both: by that a folder is a run's, and by nothing else
+_LOCKED = f"{MARK}: held while a run uses this folder\n".encode()
 
 
 def digest(*parts: object) -> str:
@@ -84,8 +86,23 @@ def sync_folder(folder: Path) -> None:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder is a run's: the lock is the first file in it, and may be lost in a copy."""
-    return (path / LOCK).exists() or ((path / "steps").is_dir() and (path / "recipe.resolved.yaml").exists())
+    """Whether a folder is a run's: the lock, which is the first file in it, says so; so does the record, lest that is lost in a
+    copy."""
+    return any(MARK.encode() in head(path / name) for name in (LOCK, RECORD))
+
+
+def head(file: Path) -> bytes:
+    """The first bytes of a file; none where it cannot be read."""
+    try:
+        with file.open("rb") as held:
+            return held.read(200)
+    except OSError:
+        return b""
+
+
+def begun(path: Path) -> bool:
+    """Whether a file is the lock of a run that was stopped while it wrote into it."""
+    return path.name == LOCK and path.is_file() and _LOCKED.startswith(head(path))
 
 
 class RunFolder:
@@ -100,8 +117,7 @@ class RunFolder:
         with writing(self.path):
             self.refuse_foreign()
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / LOCK).open("a+")
-            (self.path / "steps").mkdir(exist_ok=True)
+            lock = (self.path / LOCK).open("ab", buffering=0)
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -109,13 +125,18 @@ class RunFolder:
                 raise RunError(f"{self.path}: another run is using it; wait, or choose another folder with --out") from None
             except OSError as e:  # such as a network disk that knows no locks
                 raise RunError(f"{self.path}: cannot be locked ({e.strerror}); choose a local folder with --out") from None
+            with writing(self.path):
+                if head(self.path / LOCK) != _LOCKED:
+                    lock.truncate(0)
+                    write_all(lock.fileno(), _LOCKED, self.path)
+                (self.path / "steps").mkdir(exist_ok=True)
             yield self
 
     def refuse_foreign(self) -> None:
         """Refuse a folder that holds something else than a run."""
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path}: is a file, not a folder; choose another with --out")
-        if self.path.is_dir() and not is_run(self.path) and any(self.path.iterdir()):
+        if self.path.is_dir() and not is_run(self.path) and any(not begun(path) for path in self.path.iterdir()):
             raise RunError(f"{self.path}: holds files that no run made; choose another folder with --out")
 
 

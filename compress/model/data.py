@@ -18,6 +18,7 @@ import transformers
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from compress.errors import DataError, first_line
+from compress.model.custom import refuse_tokenizer_code
 
 
 class Text(BaseModel):
@@ -188,7 +189,8 @@ def hub_documents(source: Text) -> Iterator[str]:
 
 
 def open_tokenizer(model: Path) -> Any:
+    refuse_tokenizer_code(model)
     try:
-        return transformers.AutoTokenizer.from_pretrained(model, local_files_only=True)
+        return transformers.AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
     except Exception as e:  # whatever the tokenizer's files make it raise
         raise DataError(f"{model}: no tokenizer that transformers can read ({first_line(e)})") from e

@@ -21,11 +21,12 @@ import transformers
 from torch import nn
 
 from compress.errors import ModelError, first_line
+from compress.model.custom import refuse_code
 from compress.model.discover import discover
 from compress.model.names import anchor, check_tensors, held
 from compress.model.skeleton import skeleton
 from compress.state import State
-from compress.state.checkpoint import INDEX, SINGLE, Bare, Checkpoint, Overlay, Spec
+from compress.state.checkpoint import INDEX, SINGLE, Bare, Checkpoint, Overlay, Spec, within
 from compress.state.graph import Graph
 
 
@@ -114,8 +115,10 @@ def open_model(name: str, base: Path = Path()) -> Model:
     path = folder / "config.json"
     if not path.exists():
         raise ModelError(f"{folder}: no config.json; is this the folder of a transformers model?")
+    within(folder, path)
+    refuse_code(path)
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as e:  # transformers raises whatever the config's author's code raises
         raise ModelError(f"{path}: transformers cannot read it ({first_line(e)})") from e
     return Model(folder, as_stored(config, folder), name, revision, config.to_dict())
@@ -155,7 +158,8 @@ def download(name: str, folder: Path) -> tuple[Path, str]:
     repo, _, revision = name.partition("@")
     try:
         path = Path(snapshot_download(repo, revision=revision or None,
-                                      allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]))  # fmt: skip
+                                      allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken",
+                                                      "LICENSE*", "NOTICE*", "USE_POLICY*"]))  # fmt: skip
     except Exception as e:  # network, authorisation, absent: the hub's own words are the best we have
         raise ModelError(f"model '{name}': no folder {folder}, and the hub says: {first_line(e)}") from e
     return path, path.name

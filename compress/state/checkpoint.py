@@ -95,7 +95,7 @@ class Checkpoint:
         self.folder = folder
         self.files: dict[str, Path] = {}
         self.specs: dict[str, Spec] = {}
-        for path in (*weight_files(folder), *beside):
+        for path in (*(within(folder, file) for file in weight_files(folder)), *beside):
             for name, spec in read_header(path).items():
                 self.files[name], self.specs[name] = path, spec
         self._check_index()
@@ -255,6 +255,16 @@ class Overlay(Checkpoint):
         """Exactly the tensors that `places` names, each lying where the one of its second name lies now; no byte is touched."""
         written = {n: replace(w, spec=replace(w.spec, name=n)) for n, s in places.items() if (w := self.written.get(s))}
         return Overlay(self.base, {n: self.names[s] for n, s in places.items() if s in self.names}, written)
+
+
+def within(folder: Path, path: Path, what: str = "model's folder") -> Path:
+    """The path; ModelError where it is a link that leads out of the folder, and not into the store of a hub cache that the folder
+    is a snapshot of: what lies behind would be published as a part of `what`."""
+    home, target = folder.resolve(), path.resolve()
+    store = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
+    if home not in target.parents and target.parent != store:
+        raise ModelError(f"{path}: is a link out of the {what}; copy the file itself")
+    return path
 
 
 def weight_files(folder: Path) -> list[Path]:

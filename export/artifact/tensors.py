@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from compress.errors import ExportError, ModelError
+from compress.errors import ExportError
+from compress.export.artifact import checks
 from compress.export.artifact.exporter import Job
-from compress.formats import Dense, Format, LowRank, Packed
+from compress.formats import Dense, Format, Packed
 from compress.model.model import Model
 from compress.state import Fact, State, Stored
 from compress.state.checkpoint import Checkpoint, Overlay, tensor_bytes
@@ -45,6 +46,7 @@ def write_config(job: Job, folder: Path, quantization: dict[str, Any] | None = N
     config = {key: value for key, value in config.items() if key in after or key not in before}
     if not {"dtype", "torch_dtype"} & config.keys():
         config["dtype"] = str(job.state.dtype)[6:]
+    config.pop("auto_map", None)  # a request for code, which does not go along
     if quantization is not None:
         config["quantization_config"] = quantization
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -74,38 +76,23 @@ class Placed(Stored):
     def of(
         cls, site: Site, fmt: Format, checkpoint: Checkpoint, names: Mapping[str, str], scale_dtype: torch.dtype | None = None
     ) -> Placed:
-        """The tensors `names`, by suffix. ModelError where one is missing or has another shape than the format says, or, where
-        a `scale_dtype` is given, another dtype."""
+        """The tensors `names`, by suffix. ModelError where one is missing or not what the format says. Where no `scale_dtype` is
+        given, scales may be of any."""
         flipped = site.transposed and isinstance(fmt, Dense)
-        for suffix, (dtype, shape) in fmt.tensors(site.shape, scale_dtype or torch.bfloat16).items():
-            spec, shape = checkpoint.specs.get(names[suffix]), shape[::-1] if flipped else shape
-            if spec is None or spec.shape != shape or (scale_dtype is not None and spec.dtype != dtype):
-                found = "missing" if spec is None else text_of(spec.dtype, spec.shape)
-                raise ModelError(f"{checkpoint.folder}: '{names[suffix]}' is {found}, {fmt} needs {text_of(dtype, shape)}; "
-                                 "config and weights do not belong together")  # fmt: skip
+        scale = scale_dtype or checks.scale_dtype(checkpoint.specs, names.get("weight_scale", ""))
+        wanted = {names[suffix]: (dtype, shape[::-1] if flipped else shape)
+                  for suffix, (dtype, shape) in fmt.tensors(site.shape, scale).items()}  # fmt: skip
+        checks.require(checkpoint.folder, fmt, wanted, checks.in_specs(checkpoint.specs))
         path = checkpoint.files[next(iter(names.values()))]
         return cls(fmt, site.shape, path, f"{site.stem}.", checkpoint, names, flipped)
 
     def load(self) -> Packed:
         found = {suffix: self.checkpoint.read(name) for suffix, name in self.names.items()}
-        for suffix, shape in self._sides().items():
-            if suffix in found and tuple(found[suffix].tolist()) != shape:
-                raise ModelError(f"{self.path}: '{self.names[suffix]}' says {found[suffix].tolist()}, the config {list(shape)}; "
-                                 "the file is damaged")  # fmt: skip
+        for suffix, side in checks.sides(self.format, self.shape).items():
+            checks.require_sides(self.path, self.names[suffix], found[suffix].tolist(), side)
         if self.flipped:
             found["weight"] = found["weight"].T.contiguous()
         return Packed(self.format, self.shape, found)
-
-    def _sides(self) -> dict[str, tuple[int, int]]:
-        sides = {"weight_shape": self.shape}
-        if isinstance(self.format, LowRank):
-            rank, (n, k) = self.format.rank, self.shape
-            sides |= {"lora_A.weight_shape": (rank, k), "lora_B.weight_shape": (rank, n)}
-        return sides
-
-
-def text_of(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
-    return f"{str(dtype)[6:]} {list(shape)}"
 
 
 # --- proving it ------------------------------------------------------------------------------------------------------

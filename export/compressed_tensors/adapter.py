@@ -21,8 +21,9 @@ import torch
 from torch import nn
 
 from compress.errors import CompressError, ExportError, ModelError, first_line
+from compress.export.artifact.config import matched
 from compress.export.artifact.engines import EngineError
-from compress.export.artifact.files import json_of
+from compress.export.artifact.files import optional
 from compress.export.artifact.tensors import Placed
 from compress.formats import Dense, LowRank, formats
 from compress.state import State, Stored
@@ -111,11 +112,11 @@ def present(folder: Path) -> bool:
 
 def read(folder: Path, state: State) -> State:
     """The state of the quantized matrices with their factors; ModelError for an adapter that does not belong to them."""
-    config = json_of(folder / CONFIG)
+    config = optional(folder / CONFIG)
     checkpoint = Checkpoint(folder, [folder / WEIGHTS])
     try:
         ranks = checked(config, folder)
-    except (LookupError, TypeError, ValueError, AttributeError, re.error) as e:
+    except (LookupError, TypeError, ValueError, AttributeError) as e:
         raise ModelError(f"{folder / CONFIG}: is broken ({type(e).__name__}: {first_line(e)})") from None
     sites = {s.module: s for s in state.graph if s.expert is None}
     stored: dict[str, Stored] = {}
@@ -145,11 +146,6 @@ def checked(config: Mapping[str, Any], folder: Path) -> dict[str, int]:
             raise ModelError(f"{folder / CONFIG}: scales '{module}' by another number than 1; this is no adapter of ours")
         ranks[module] = int(rank)
     return ranks
-
-
-def matched(patterns: Mapping[str, int], module: str, default: int) -> int:
-    """The value that PEFT takes for a module."""
-    return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", module)), default)
 
 
 def placed(site: Site, base: Placed, rank: int, checkpoint: Checkpoint) -> Placed:

@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from compress.errors import CompressError, first_line
-from compress.export.artifact.engines import EngineError, Transformers
+from compress.export.artifact.engines import LOCAL, EngineError, Transformers
 from compress.export.compressed_tensors import adapter
 from compress.formats import Int
 from compress.model.skeleton import model_class
@@ -24,7 +24,7 @@ from compress.state import State
 
 VLLM = "vLLM >= 0.31 (2 to 8 bits; 0.25 to 0.30: symmetric)"
 STOCK = "transformers (with compressed-tensors >= 0.18)"
-RUNTIME = "compress runtime"
+RUNTIME, STOCK_NAME = "compress runtime", "transformers"
 
 
 def stock_obstacles(state: State) -> list[str]:
@@ -74,22 +74,32 @@ def engine(folder: Path, state: State, device: str) -> Transformers:
 
 def stock_engine(folder: Path, state: State, device: str) -> Transformers:
     """Stock transformers in the state's dtype, after a first pass, in which it unpacks the matrices."""
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     sites = len(adapter.corrected(state))
     # Experts run in the plain loop: the grouped product that transformers prefers rounds differently, which may send a token
     # elsewhere.
     options: dict[str, Any] = {"experts_implementation": "eager"} if any(s.expert is not None for s in state.graph) else {}
     try:
         with redirect_stderr(io.StringIO()):  # progress bars
-            model = model_class(config).from_pretrained(folder, local_files_only=True, dtype=state.dtype, **options)
+            model = model_class(config).from_pretrained(folder, dtype=state.dtype, **LOCAL, **options)
             model = adapter.apply(model.to(device), folder, sites) if sites else model.to(device)
     except EngineError:
         raise
     except Exception as e:  # some architectures read a module's `weight`, which a packed module lacks
         raise EngineError(f"transformers' {model_class(config).__name__} fails on it ({first_line(e)})") from e
-    found = Transformers(model, "transformers with PEFT" if sites else "transformers")
+    found = Transformers(model, "transformers with PEFT" if sites else STOCK_NAME)
     found.prefill(torch.zeros(1, 1, dtype=torch.int64))
     return found
+
+
+def lost_without_head(folder: Path, state: State) -> list[str]:
+    """The matrices that `AutoModel`, which embedders are loaded by, finds nowhere in the folder, and would fill at random."""
+    options: dict[str, Any] = {"experts_implementation": "eager"} if any(s.expert is not None for s in state.graph) else {}
+    with redirect_stderr(io.StringIO()):
+        _, said = transformers.AutoModel.from_pretrained(folder, dtype=state.dtype, output_loading_info=True, **LOCAL, **options)
+    quantized = {state.graph[name].module for name in state.formats if state.graph[name].block is not None}
+    held = quantized | {module.partition(".")[2] for module in quantized}
+    return sorted(name for name in said["missing_keys"] if name.rpartition(".")[0] in held)
 
 
 def packed_engine(folder: Path, state: State, device: str, remark: str) -> Transformers:

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 
 from compress.errors import ExportError
-from compress.export.artifact.exporter import Exporter, Job, Proof
+from compress.export.artifact.exporter import Exporter, Job, Proof, headless
 from compress.export.artifact.place import carry_over
 from compress.export.artifact.proof import prove, proven
 from compress.export.artifact.tensors import same_site, write_config
@@ -61,6 +61,9 @@ class Gguf(Exporter):
 
     def check(self, state: State) -> None:
         family = family_of(state.graph.family)
+        if headless(state.graph):
+            raise ExportError("gguf: the model predicts no tokens, and how llama.cpp is to use it otherwise is not written; "
+                              "export compressed_tensors or native instead")  # fmt: skip
         for name, fmt in state.formats.items():
             check_site(state.graph[name], fmt)
         for site in state.graph:

@@ -173,7 +173,7 @@ def read(folder: Path) -> State:
 def opened(folder: Path) -> tuple[Viewed, Note]:
     contained(folder)
     model, path = open_model(str(folder)), folder / FILE
-    check_marks(folder, (path,))
+    check_marks(folder)
     found = read_file(path)
     note = note_of(found)
     if model.config.model_type not in FAMILIES:

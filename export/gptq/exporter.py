@@ -23,7 +23,7 @@ from pydantic import Field
 
 from compress.errors import ExportError
 from compress.export.artifact import tensors as common
-from compress.export.artifact.exporter import Exporter, Job, Proof
+from compress.export.artifact.exporter import Exporter, Job, Proof, headless
 from compress.export.artifact.place import carry_over
 from compress.export.artifact.proof import prove, proven
 from compress.export.artifact.tensors import same_tensors, write_config
@@ -55,6 +55,9 @@ class Gptq(Exporter):
 
     def check(self, state: State) -> None:
         formats = state.formats
+        if headless(state.graph):
+            raise ExportError("gptq: the model predicts no tokens, and engines of this layout load such models with a head only; "
+                              "export compressed_tensors or native instead")  # fmt: skip
         if any(site.expert is not None for site in state.graph):
             raise ExportError(f"gptq: '{state.graph.family}' has experts, which engines of this layout read each in its own way; "
                               "export compressed_tensors or native instead")  # fmt: skip

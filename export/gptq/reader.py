@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from compress.errors import FormatError, ModelError
-from compress.export.artifact import tensors as common
+from compress.export.artifact import checks
 from compress.export.artifact.config import declared
 from compress.export.artifact.files import check_marks, contained
 from compress.export.artifact.tensors import Placed, state_of
@@ -19,7 +19,7 @@ from compress.export.gptq.layout import SUFFIXES, group_index, middle, shapes
 from compress.formats import Int, bitpack
 from compress.model.model import Model, open_model
 from compress.state import State
-from compress.state.checkpoint import Checkpoint, Spec, weight_files
+from compress.state.checkpoint import Checkpoint, Spec
 from compress.state.graph import Site
 
 READER = "our reader of GPTQ checkpoints, streamed"
@@ -48,7 +48,7 @@ def open_artifact(folder: Path) -> Model:
 
 def read(folder: Path) -> State:
     """The state that a GPTQ checkpoint holds; ModelError where its config and tensors disagree."""
-    check_marks(folder, weight_files(folder))
+    check_marks(folder)
     model, scheme = open_artifact(folder), Scheme.of(declared(folder), str(folder / "config.json"))
     stored = {}
     for site in model.graph:
@@ -73,12 +73,8 @@ def seen_of(module: str, scheme: Scheme, checkpoint: Checkpoint, dtype: torch.dt
         kinds, ours = shapes(site, fmt), fmt.tensors(site.shape, torch.float16 if dtype == torch.float16 else torch.bfloat16)
     except FormatError as e:
         raise ModelError(f"{path}: '{module}': {e}") from None
-    for suffix, kind in kinds.items():
-        spec = checkpoint.specs.get(f"{module}.{suffix}")
-        if spec is None or (spec.dtype, spec.shape) != kind:
-            found = "missing" if spec is None else common.text_of(spec.dtype, spec.shape)
-            raise ModelError(f"{path}: '{module}.{suffix}' is {found}, {fmt} needs {common.text_of(*kind)}; config and weights "
-                             "do not belong together")  # fmt: skip
+    wanted = {f"{module}.{suffix}": kind for suffix, kind in kinds.items()}
+    checks.require(path, fmt, wanted, checks.in_specs(checkpoint.specs))
     for suffix, (kept, shape) in ours.items():
         make = partial(back, site, fmt, scheme.v1, checkpoint, suffix, kept)
         yield Seen(Spec(f"{module}.{suffix}", kept, shape), path, make)

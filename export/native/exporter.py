@@ -36,6 +36,7 @@ from compress.export.native.engine import engine
 from compress.export.native.reader import belonging, read
 from compress.formats import Dense, LowRank
 from compress.model.model import Model
+from compress.model.skeleton import auto_class
 from compress.state import State
 from compress.state.checkpoint import OWN, Layout
 
@@ -74,7 +75,7 @@ class Native(Exporter):
         self.layout(job.model, job.state).write(folder, tensors(job.state))
         write_config(job, folder, quantization_config(job.state))
         carry_over(job.model.folder, folder)
-        use = USE.format(auto="AutoModelForCausalLM" if job.state.graph.causal else "AutoModelForMaskedLM")
+        use = USE.format(auto=auto_class(job.state.config))
         facts = {"library": "transformers", "tag": METHOD, "loads in": "transformers with compress-pipeline", "use": use}
         if for_vllm(job.state):
             facts |= {"loads in": "transformers and vLLM with compress-pipeline", "use": f"{use}\n\n{USE_VLLM}"}

@@ -41,7 +41,7 @@ def read(folder: Path) -> State:
     """The state that a native artifact holds; ModelError where its files do not belong together."""
     model = open_artifact(folder)
     paths = files.shards(folder)
-    files.check_marks(folder, paths)
+    files.check_marks(folder)
     files.check_index(folder, files.headers(paths)[1])
     by_stem = {s.stem: s for s in model.graph if not s.tied}
     stored: dict[str, Placed] = {}

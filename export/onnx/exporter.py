@@ -13,7 +13,7 @@ from pydantic import Field
 from compress.errors import ExportError, FormatError
 from compress.export.artifact import proof
 from compress.export.artifact.engines import EngineError
-from compress.export.artifact.exporter import Exporter, Job, Proof
+from compress.export.artifact.exporter import Exporter, Job, Proof, headless
 from compress.export.artifact.place import carry_over
 from compress.export.artifact.tensors import same_site, write_config
 from compress.export.onnx import datafile
@@ -125,6 +125,8 @@ class Onnx(Exporter):
 def refuse(state: State) -> None:
     """ExportError for an architecture that cannot be traced."""
     family, reason = state.graph.family, UNTRACED.get(state.graph.family)
+    if headless(state.graph):
+        reason = "it predicts no tokens, and graphs of other outputs are not written"
     if any(site.expert is not None for site in state.graph):
         reason = "its experts are chosen by data, token by token, which torch.onnx cannot trace"
     if reason:

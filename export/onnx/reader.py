@@ -21,10 +21,11 @@ import torch
 from google.protobuf.message import DecodeError, Message
 from onnx import ModelProto, TensorProto
 
-from compress.errors import FormatError, ModelError
+from compress.errors import FormatError, ModelError, one_line
+from compress.export.artifact.checks import Kind, require
 from compress.export.artifact.config import declared, formats
 from compress.export.artifact.engines import Engine
-from compress.export.artifact.files import check_marks, contained, one_line
+from compress.export.artifact.files import check_marks, contained
 from compress.export.artifact.tensors import Placed, state_of
 from compress.export.artifact.view import Seen, View, Viewed
 from compress.export.native import reader as native_reader
@@ -55,8 +56,8 @@ def open_artifact(folder: Path) -> Model:
 
 def read(folder: Path) -> State:
     """The state that an ONNX artifact holds; ModelError where its files do not belong together."""
+    check_marks(folder)
     model = open_artifact(folder)
-    check_marks(folder, (folder / GRAPH, folder / DATA))
     by_stem = {s.stem: s for s in model.graph if not s.tied}
     stored: dict[str, Placed] = {}
     for module, fmt in formats(folder).items():
@@ -148,6 +149,13 @@ class Data:
             )
         return cls(folder, {slot.name: (slot, start) for slot, start in found})
 
+    def kind_of(self, name: str) -> Kind | None:
+        """ONNX's word for the type of a tensor, and its shape; None where there is no such tensor."""
+        if name not in self.places:
+            return None
+        slot, _ = self.places[name]
+        return slot.kind, slot.shape
+
     def read(self, name: str) -> torch.Tensor:
         """A tensor as it lies in the file; numbers of 4 bits as bytes."""
         slot, start = self.places[name]
@@ -206,12 +214,8 @@ class Matrix:
             self.slots = slots(fmt, shape, self.scale_dtype, f"{module}.")
         except FormatError as e:
             raise ModelError(f"{data.folder / 'config.json'}: '{one_line(module)}': {e}") from None
-        for slot in self.slots:
-            found = data.places.get(slot.name, (None, 0))[0]
-            if found != slot:
-                said = "missing" if found is None else f"{found.kind} {list(found.shape)}"
-                raise ModelError(f"{data.folder / GRAPH}: '{one_line(slot.name)}' is {said}, {fmt} needs {slot.kind} "
-                                 f"{list(slot.shape)}; config and weights do not belong together")  # fmt: skip
+        wanted: dict[str, Kind] = {slot.name: (slot.kind, slot.shape) for slot in self.slots}
+        require(data.folder / GRAPH, fmt, wanted, data.kind_of)
 
     def tensor(self, suffix: str) -> torch.Tensor:
         """One tensor of the format. All are made at once, and kept until another matrix is read."""
