@@ -36,12 +36,12 @@ def bake(
 
 
 def stories(
-    assets: Path, folder: Path, passes: list[dict[str, Any]], calibration: int = 64, evaluation: int = 80
+    assets: Path, folder: Path, passes: list[dict[str, Any]], calibration: int = 64, evaluation: int = 80, length: int = 256
 ) -> pipeline.Outcome:
-    """A run of any passes on a small trained Llama; windows of 256 tokens of its own texts."""
+    """A run of any passes on a small trained Llama; windows of `length` tokens of its own texts."""
     texts = assets / "texts" / "stories-split"
-    data = {"calibration": {"text": str(texts / "calibration.txt"), "sequences": calibration, "length": 256},
-            "evaluation": {"text": str(texts / "evaluation.txt"), "sequences": evaluation, "length": 256}}  # fmt: skip
+    data = {"calibration": {"text": str(texts / "calibration.txt"), "sequences": calibration, "length": length},
+            "evaluation": {"text": str(texts / "evaluation.txt"), "sequences": evaluation, "length": length}}  # fmt: skip
     content = {"model": str(assets / "models" / "stories260K-mlp192"), "out": str(folder / "run"), "data": data, "passes": passes}
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
