@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -157,15 +158,16 @@ def steps_of(ready: Prepared, out: Path, context_of: Any) -> list[Step]:
 
 
 def estimate(ready: Prepared, costs: Sequence[manager.Cost]) -> float:
-    """Seconds, from this machine's matrix speed measured now (a tenth of a second each) and the passes' own counts."""
+    """Seconds, from this machine's matrix speed (a tenth of a second to measure each) and the passes' own counts."""
     if not costs:
         return 0.0
     fast, exact = matrix_speed(ready.start.dtype), matrix_speed(torch.float32)
     return sum(c.model_flops / fast + c.exact_flops / exact + c.weights * report.SECONDS_PER_WEIGHT for c in costs)
 
 
+@cache
 def matrix_speed(dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a 768-wide product in `dtype`."""
+    """Floating-point operations a second of a 768-wide product in `dtype`, measured once in a process."""
     a = torch.ones(768, 768, dtype=dtype)
     a @ a
     start, n = time.perf_counter(), 0

@@ -18,8 +18,7 @@ import transformers
 
 from compress.export.artifact.proof import logits
 from tests.conftest import ROOT, make_model
-from tests.cooking import bake
-from tests.test_native import steps
+from tests.cooking import bake, steps
 from tests.test_vllm import CHILD, IDS, VOCABULARY, vllm_python
 
 assert vllm_python  # the fixture

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers.initialization import guard_torch_init_functions
 from transformers.pytorch_utils import Conv1D
 
 from compress.errors import ModelError, first_line
@@ -23,11 +24,14 @@ _PATCH = threading.Lock()
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Modules built inside keep real buffers and put every parameter on the meta device."""
+    """Modules built inside keep real buffers and put every parameter on the meta device, where transformers draws no weights."""
     register = nn.Module.register_parameter
 
     def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        register(module, name, None if param is None else nn.Parameter(param.to("meta"), requires_grad=False))
+        held = None if param is None else nn.Parameter(param.to("meta"), requires_grad=False)
+        if held is not None:
+            held._is_hf_initialized = True  # type: ignore[attr-defined]
+        register(module, name, held)
 
     with _PATCH:
         nn.Module.register_parameter = on_meta  # type: ignore[assignment,method-assign]
@@ -100,7 +104,7 @@ def skeleton(config: Any) -> nn.Module:
     """The architecture in eval mode, parameters on meta; ModelError if transformers cannot build it."""
     cls = model_class(config)
     try:
-        with parameters_on_meta():
+        with parameters_on_meta(), guard_torch_init_functions():
             model: nn.Module = cls._from_config(deepcopy(config), dtype=torch.float32)
         model.tie_weights()  # type: ignore[operator]
     except Exception as e:
