@@ -29,7 +29,7 @@ def file_name(text: str) -> Path:
         text.encode("utf-8")
         os.fsencode(text)
     except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError(f"{ascii(text)} is no name in UTF-8; rename the file") from None
+        raise argparse.ArgumentTypeError(f"{text!a} is no name in UTF-8; rename the file") from None
     return Path(text)
 
 

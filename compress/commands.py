@@ -6,6 +6,7 @@ import argparse
 import fnmatch
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import types
@@ -140,6 +141,7 @@ def eval_command(options: argparse.Namespace) -> None:
     pipeline.check_device(options.device)
     model, state, kind = opened(options.what)
     windows, base = windows_of(options)
+    data.check_length(windows.length, model.config)
     tokens = data.read(windows, model.folder, base, state.graph["embed"].shape[0])
     original = original_of(options)
     if original and original.graph["embed"].shape[0] != state.graph["embed"].shape[0]:
@@ -193,7 +195,7 @@ def bench_command(options: argparse.Namespace) -> None:
 
 def windows_of(options: argparse.Namespace) -> tuple[data.Windows, Path]:
     if options.text:
-        return data.Windows(text=str(options.text.resolve()), sequences=options.sequences, length=options.length), Path()
+        return data.Windows(text=os.path.abspath(options.text), sequences=options.sequences, length=options.length), Path()
     recipe = recipe_of(options.what)
     if recipe is None or recipe.document.data.evaluation is None:
         raise RecipeError(f"{options.what}: names no evaluation text; give one with --text FILE")

@@ -23,7 +23,6 @@ HINTS = {
     "another document": "; a recipe is one document",
 }
 VALUES = ("str", "int", "float", "bool", "null", "timestamp")
-COLLECTIONS = {yaml.SequenceNode: "seq", yaml.MappingNode: "map"}
 TAG = "tag:yaml.org,2002:"
 
 
@@ -37,12 +36,12 @@ class Loader(yaml.SafeLoader):
         self.open: list[int] = [0]  # of the nodes being composed: how many lie below so far
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-        alias = self.check_event(yaml.AliasEvent)  # type: ignore[no-untyped-call]
+        mark = self.peek_event().start_mark
+        alias = self.check_event(yaml.AliasEvent)
         if len(self.open) > MOST_DEPTH:
             raise yaml.MarkedYAMLError(problem=f"is nested deeper than {MOST_DEPTH} levels", problem_mark=mark)
         self.open.append(1)
-        node: yaml.Node | None = super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+        node: yaml.Node | None = super().compose_node(parent, index)
         below = self.open.pop()
         if alias:
             if id(node) not in self.sizes:
@@ -70,7 +69,7 @@ def load_yaml(path: Path, error: type[CompressError] = RecipeError, places: dict
 def parse_yaml(text: str, path: Path, error: type[CompressError], places: dict[Loc, str]) -> Any:
     """As `load_yaml`, of a text; None where it holds nothing."""
     try:
-        node = Loader(text).get_single_node()  # type: ignore[no-untyped-call]
+        node = Loader(text).get_single_node()
         return plain(node, (), places, path) if node else None
     except yaml.MarkedYAMLError as e:
         raise error(f"{spot(path, e.problem_mark or e.context_mark)}  {problem(e)}") from None
@@ -102,7 +101,7 @@ def plain(node: yaml.Node, loc: Loc, places: dict[Loc, str], path: Path) -> Any:
     places[loc] = spot(path, node.start_mark)
     if isinstance(node, yaml.ScalarNode):
         return scalar(node)
-    if node.tag != TAG + COLLECTIONS[type(node)]:
+    if node.tag != TAG + ("seq" if isinstance(node, yaml.SequenceNode) else "map"):
         raise wrong(node, f"'{one_line(node.tag.removeprefix(TAG), 40)}' is no tag for a list or mapping here; leave it out")
     if isinstance(node, yaml.SequenceNode):
         return [plain(child, (*loc, i), places, path) for i, child in enumerate(node.value)]
@@ -128,7 +127,7 @@ def scalar(node: yaml.ScalarNode) -> Any:
     if kind == "str":
         return whole(node)
     try:
-        return yaml.SafeLoader("").construct_object(node, deep=True)  # type: ignore[no-untyped-call]
+        return yaml.SafeLoader("").construct_object(node, deep=True)
     except ValueError as e:  # such as the 40th of May
         raise wrong(node, f"'{one_line(node.value, 80)}': {one_line(str(e))}; put it in quotes") from None
     except Exception:  # the library looks before it leaps only where it chose the tag itself: !!bool foo, !!int ""

@@ -74,7 +74,7 @@ def lenient() -> Iterator[Lenient]:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     out, error = (Lenient(stream if stream is not None else io.StringIO()) for stream in before)
-    sys.stdout, sys.stderr = out, error  # type: ignore[assignment]
+    sys.stdout, sys.stderr = out, error
     try:
         yield out
     finally:
