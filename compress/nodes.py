@@ -36,7 +36,7 @@ class Loader(yaml.SafeLoader):
         self.open: list[int] = [0]  # of the nodes being composed: how many lie below so far
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        mark = self.peek_event().start_mark
+        mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
         alias = self.check_event(yaml.AliasEvent)
         if len(self.open) > MOST_DEPTH:
             raise yaml.MarkedYAMLError(problem=f"is nested deeper than {MOST_DEPTH} levels", problem_mark=mark)

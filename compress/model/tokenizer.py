@@ -53,6 +53,7 @@ def tokenizer_of(model: Path) -> Iterator[Tokenizer]:
     strange = next((p for p in sorted(model.iterdir()) if p.exists() and not p.is_file() and not p.is_dir()), None)
     if strange:  # opening a pipe would wait for somebody who writes to it
         raise DataError(f"{strange}: is no regular file")
+    _ = transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast  # imported here, once, and not in every child
     with Apart(Server(model)) as apart:
         try:
             begin, end, has_template = apart.ask(OPENING, "open")
