@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import glob
 import importlib.util
 import json
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+from pydantic import BaseModel, ConfigDict
 
 from compress import bench, evaluate, pipeline
 from compress.errors import CompressError, MatchError, ModelError, RecipeError, RunError, did_you_mean
@@ -28,6 +29,7 @@ from compress.export.table import EXPORTERS, KINDS, Kind
 from compress.formats import Dense, Format
 from compress.model import data
 from compress.model.model import Model, open_model
+from compress.nodes import load_yaml
 from compress.passes import PASSES
 from compress.recipe import Recipe, load, schema
 from compress.report import allocation, tables
@@ -37,6 +39,19 @@ from compress.state import State
 from compress.state.plan import BitPlan, size
 
 SHOWN_SITES = 40
+
+
+class Measured(BaseModel):
+    """A row of an error table: what one candidate for a site would cost and do."""
+
+    model_config = ConfigDict(extra="allow")
+
+    site: str
+    format: str
+    bytes: int
+    output: float
+    weight: float
+    damage: float
 
 
 def plan_command(options: argparse.Namespace) -> None:
@@ -204,10 +219,13 @@ def windows_of(options: argparse.Namespace) -> tuple[data.Windows, Path]:
 
 def recipe_of(path: Path) -> Recipe | None:
     """The resolved recipe of a run folder, or of the run folder that an artifact lies in."""
-    for folder in (path, path.resolve().parent):
+    for folder in (path, Path(os.path.realpath(path)).parent):
         file = folder / "recipe.resolved.yaml"
         if is_run(folder) and file.exists():
-            return load(file, PASSES, EXPORTERS)
+            try:
+                return load(file, PASSES, EXPORTERS)
+            except RecipeError as e:
+                raise RunError(f"{e}; the run folder is damaged, run its recipe again, which writes this file anew") from None
     return None
 
 
@@ -235,22 +253,24 @@ def hand_over(options: argparse.Namespace) -> None:
         raise CompressError(f"lm-eval ended with exit code {code}")
 
 
-def yaml_of(file: Path) -> dict[str, Any]:
-    """A YAML mapping; empty where the file is absent, damaged, or holds something else."""
+def table_rows(run: Path) -> list[dict[str, Any]]:
+    """The rows of the error table that a run's plan.yaml names; RunError where there is none, or it is damaged."""
+    plan = run / "plan.yaml"
+    known = load_yaml(plan, RunError) if plan.exists() else {}
+    noted = known.get("table") if isinstance(known, dict) else None
+    found = list(run.glob(f"analyses/tables-*/{glob.escape(noted)}.safetensors")) if isinstance(noted, str) and noted else []
+    if not found:
+        raise RunError(f"{run}: holds no error table; it is measured by 'plan' or 'run' of a recipe with 'allocate'")
+    rows = read_part(found[-1])[1]
     try:
-        known = yaml.safe_load(file.read_text())
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return known if isinstance(known, dict) else {}
+        return [Measured.model_validate(row).model_dump() for row in rows]
+    except ValueError:
+        raise RunError(f"{found[-1]}: is no error table; delete this file and run again") from None
 
 
 def error_table(options: argparse.Namespace) -> None:
     """The table that the allocation in the run's plan.yaml was made from: what each candidate would cost and do."""
-    noted = yaml_of(options.what / "plan.yaml").get("table")
-    found = list(options.what.glob(f"analyses/tables-*/{noted}.safetensors")) if noted else []
-    if not found:
-        raise RunError(f"{options.what}: holds no error table; it is measured by 'plan' or 'run' of a recipe with 'allocate'")
-    rows = read_part(found[-1])[1]
+    rows = table_rows(options.what)
     wanted = [r for r in rows if options.site is None or fnmatch.fnmatchcase(r["site"], options.site)]
     if not wanted:
         known = sorted({r["site"] for r in rows})

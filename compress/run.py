@@ -29,9 +29,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from compress.documents import json_mapping, one_line, parse_json
 from compress.errors import RunError
 from compress.formats import Packed, parse
 from compress.manager import Context, Pass, Record
@@ -263,25 +265,49 @@ def shorten(value: Any) -> str:
     return text if len(text) <= 24 else text[:12] + "…"
 
 
+class Noted(BaseModel):
+    """What the record of a step must say of a site, so that a report can be made of it."""
+
+    site: str
+    format: str
+    bytes: int
+    error: float | None = None
+    rounding: float | None = None
+    notes: list[str] = []
+
+
+class Finished(BaseModel):
+    """What the record of a finished step must say."""
+
+    made_of: dict[str, Any]
+    seconds: float
+    peak_bytes: float
+    sites: list[Noted]
+
+
 def read_part(path: Path) -> tuple[dict[str, Stored], list[Record]]:
     """The sites and records of one committed block; RunError if the file was damaged after it was written."""
     try:
         with safe_open(path, framework="pt") as file:
             notes = file.metadata()
-        table = json.loads(notes["sites"])
-        sites = {n: Stored(path, f"{n}/", parse(t["format"]), (t["shape"][0], t["shape"][1])) for n, t in table.items()}
-        return sites, json.loads(notes["records"])
+        table, records = parse_json(notes["sites"]), parse_json(notes["records"])
+        sites = {n: Stored(path, f"{n}/", parse(t["format"]), (int(t["shape"][0]), int(t["shape"][1]))) for n, t in table.items()}
+        if not all(isinstance(r["site"], str) for r in records):
+            raise ValueError("a record names no site")
+        return sites, records
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-        raise RunError(f"{path}: cannot be read ({e}); delete this file and run again") from None
+        raise RunError(f"{path}: cannot be read ({one_line(str(e))}); delete this file and run again") from None
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """What `finish` noted about a step; None where it is damaged."""
     try:
-        record: dict[str, Any] = json.loads((folder / "record.json").read_text())
-        whole = isinstance(record["made_of"], dict) and all(isinstance(r["site"], str) for r in record["sites"])
-        return record if whole and "plan" in record else None
-    except (OSError, ValueError, LookupError, TypeError):
+        record = json_mapping(folder / "record.json", RunError)
+        Finished.model_validate(record)
+        if record["plan"] is not None:
+            BitPlan.of_json(record["plan"])
+        return record
+    except (ValueError, LookupError, TypeError, AttributeError):
         return None
 
 

@@ -44,7 +44,7 @@ class Text(BaseModel):
     dataset: str | None = Field(None, description="a hub data set, `name` or `name:config`; needs the extra `datasets`")
     field: str = Field("text", description="the field that holds the text or messages, for jsonl and dataset")
     split: str = Field("train", description="the split, for dataset")
-    weight: float = Field(1.0, gt=0, le=1e100, description="share of the windows that this source gives, among several")
+    weight: float = Field(1.0, gt=0, le=1e9, description="share of the windows that this source gives, among several")
 
     @field_validator("text", "jsonl")
     @classmethod

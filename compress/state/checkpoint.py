@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from compress.documents import MOST_JSON, one_line, parse_json, read_bytes
 from compress.errors import ModelError, RunError
 
 INDEX = "model.safetensors.index.json"
@@ -54,12 +55,14 @@ class Spec:
 
 def read_header(path: Path) -> dict[str, Spec]:
     """The tensors of one safetensors file; ModelError if it is missing, truncated or no such file."""
+    if path.exists() and not path.is_file() and not path.is_dir():  # a pipe that nobody writes to would be waited for
+        raise ModelError(f"{path}: is no regular file")
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if length > min(path.stat().st_size - 8, 100_000_000):
                 raise ModelError(f"{path}: truncated or not a safetensors file; download it again")
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
         header.pop("__metadata__", None)
         specs = {n: Spec(n, DTYPES[t["dtype"]], tuple(t["shape"])) for n, t in header.items()}
         end = checked_end(specs, {n: t["data_offsets"] for n, t in header.items()})
@@ -101,12 +104,11 @@ class Checkpoint:
         self._check_index()
 
     def _check_index(self) -> None:
-        index = self.folder / INDEX
-        if not index.exists():
-            return
-        for name, file in json.loads(index.read_text())["weight_map"].items():
+        for name, file in (index_of(self.folder) or {}).items():
             if name not in self.specs:
-                raise ModelError(f"{index}: says that '{name}' is in {file}, which does not hold it; download it again")
+                raise ModelError(
+                    f"{self.folder / INDEX}: says that '{name}' is in {file}, which does not hold it; download it again"
+                )
 
     def __contains__(self, name: str) -> bool:
         return name in self.specs
@@ -132,9 +134,12 @@ class Checkpoint:
 
     def read_rows(self, name: str, index: int) -> torch.Tensor:
         """One slice along the first dimension (an expert of a 3-D tensor)."""
-        with safe_open(self.files[name], framework="pt") as file:
-            tensor: torch.Tensor = file.get_slice(name)[index]
-            return self._finite(name, tensor)
+        try:
+            with safe_open(self.files[name], framework="pt") as file:
+                tensor: torch.Tensor = file.get_slice(name)[index]
+        except (SafetensorError, OSError) as e:
+            raise ModelError(f"{self.files[name]}: tensor '{name}' cannot be read ({e})") from None
+        return self._finite(name, tensor)
 
     @cached_property
     def nbytes(self) -> int:
@@ -157,13 +162,25 @@ class Checkpoint:
         return digest.hexdigest()
 
 
+def index_of(folder: Path) -> dict[str, str] | None:
+    """Tensor -> file, as the index of a folder says; None where there is none, ModelError where it is none."""
+    path = folder / INDEX
+    if not path.exists():
+        return None
+    try:
+        table = parse_json(read_bytes(path, MOST_JSON, ModelError))["weight_map"]
+        return {str(name): str(file) for name, file in table.items()}
+    except ModelError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError) as e:
+        raise ModelError(f"{path}: broken index ({one_line(str(e))}); download it again") from None
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that hold a model; ModelError says what was found instead."""
-    if (folder / INDEX).exists():
-        try:
-            names = sorted({str(name) for name in json.loads((folder / INDEX).read_text())["weight_map"].values()})
-        except (ValueError, LookupError, TypeError, AttributeError) as e:
-            raise ModelError(f"{folder / INDEX}: broken index ({e}); download it again") from None
+    table = index_of(folder)
+    if table is not None:
+        names = sorted(set(table.values()))
         if foreign := next((name for name in names if Path(name).name != name), None):
             raise ModelError(f"{folder / INDEX}: names '{foreign[:80]}', which is no file of this folder; download it again")
         return [folder / name for name in names]
