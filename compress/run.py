@@ -101,7 +101,7 @@ class RunFolder:
         with writing(self.path):
             self.refuse_foreign()
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / LOCK).open("a+")
+            lock = (self.path / LOCK).open("ab")
             (self.path / "steps").mkdir(exist_ok=True)
         with lock:
             try:

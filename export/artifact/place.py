@@ -47,7 +47,7 @@ def place(exporter: Exporter, job: Job, out: Path) -> tuple[Path, Proof]:
         hashes = {name: sha256(partial / name) for name in hashed}
         note = {"schema": 1, "exporter": exporter.name, "key": job.key, "proof": asdict(proof), "sizes": sizes(partial),
                 "sha256": hashes}  # fmt: skip
-        (partial / MARK).write_text(json.dumps(note, indent=1) + "\n")
+        (partial / MARK).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
         move_aside(out)
         partial.rename(out)
     except BaseException as e:

@@ -40,11 +40,11 @@ def tensors(state: State) -> Iterator[tuple[str, torch.Tensor]]:
 
 def write_config(model: Model, folder: Path, quantization: dict[str, Any]) -> None:
     """The source's config.json with a `quantization_config`; and the dtype, lest it be guessed from what are now scales."""
-    config = json.loads((model.folder / "config.json").read_text())
+    config = json.loads((model.folder / "config.json").read_text(encoding="utf-8"))
     if not {"dtype", "torch_dtype"} & config.keys():
         config["dtype"] = str(model.dtype)[6:]
     config["quantization_config"] = quantization
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 # --- reading it back -------------------------------------------------------------------------------------------------

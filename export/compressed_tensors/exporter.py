@@ -208,4 +208,4 @@ def write_card(job: Job, folder: Path, use: str | None) -> None:
     loads = {USE_RUNTIME: f"{VLLM}, {RUNTIME}", None: VLLM}.get(use, f"{STOCK}, {VLLM}")
     facts = {"library": "transformers", "tag": "compressed-tensors", "loads in": loads,
              "use": "\n\n".join(filter(None, (first, use)))}  # fmt: skip
-    (folder / "README.md").write_text(job.card(facts))
+    (folder / "README.md").write_text(job.card(facts), encoding="utf-8")
