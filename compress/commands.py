@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import glob
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import types
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+from pydantic import BaseModel, ConfigDict
 
 from compress import bench, evaluate, pipeline
 from compress.errors import CompressError, MatchError, ModelError, RecipeError, RunError, did_you_mean
@@ -28,6 +30,7 @@ from compress.export.table import EXPORTERS, KINDS, Kind
 from compress.formats import Dense, Format
 from compress.model import data
 from compress.model.model import Model, open_model
+from compress.nodes import load_yaml
 from compress.parts import read_part
 from compress.passes import PASSES
 from compress.recipe import Recipe, load, schema
@@ -38,6 +41,19 @@ from compress.state import State
 from compress.state.plan import BitPlan, size
 
 SHOWN_SITES = 40
+
+
+class Measured(BaseModel):
+    """A row of an error table: what one candidate for a site would cost and do."""
+
+    model_config = ConfigDict(extra="allow")
+
+    site: str
+    format: str
+    bytes: int
+    output: float
+    weight: float
+    damage: float
 
 
 def plan_command(options: argparse.Namespace) -> None:
@@ -143,6 +159,7 @@ def eval_command(options: argparse.Namespace) -> None:
     pipeline.check_device(options.device)
     model, state, kind = opened(options.what)
     windows, base = windows_of(options)
+    data.check_length(windows.length, model.config)
     tokens = data.read(windows, model.folder, base, state.graph["embed"].shape[0])
     original = original_of(options)
     if original and original.graph["embed"].shape[0] != state.graph["embed"].shape[0]:
@@ -196,7 +213,7 @@ def bench_command(options: argparse.Namespace) -> None:
 
 def windows_of(options: argparse.Namespace) -> tuple[data.Windows, Path]:
     if options.text:
-        return data.Windows(text=str(options.text.resolve()), sequences=options.sequences, length=options.length), Path()
+        return data.Windows(text=os.path.abspath(options.text), sequences=options.sequences, length=options.length), Path()
     recipe = recipe_of(options.what)
     if recipe is None or recipe.document.data.evaluation is None:
         raise RecipeError(f"{options.what}: names no evaluation text; give one with --text FILE")
@@ -205,10 +222,13 @@ def windows_of(options: argparse.Namespace) -> tuple[data.Windows, Path]:
 
 def recipe_of(path: Path) -> Recipe | None:
     """The resolved recipe of a run folder, or of the run folder that an artifact lies in."""
-    for folder in (path, path.resolve().parent):
+    for folder in (path, Path(os.path.realpath(path)).parent):
         file = folder / "recipe.resolved.yaml"
         if is_run(folder) and file.exists():
-            return load(file, PASSES, EXPORTERS)
+            try:
+                return load(file, PASSES, EXPORTERS)
+            except RecipeError as e:
+                raise RunError(f"{e}; the run folder is damaged, run its recipe again, which writes this file anew") from None
     return None
 
 
@@ -236,22 +256,24 @@ def hand_over(options: argparse.Namespace) -> None:
         raise CompressError(f"lm-eval ended with exit code {code}")
 
 
-def yaml_of(file: Path) -> dict[str, Any]:
-    """A YAML mapping; empty where the file is absent, damaged, or holds something else."""
+def table_rows(run: Path) -> list[dict[str, Any]]:
+    """The rows of the error table that a run's plan.yaml names; RunError where there is none, or it is damaged."""
+    plan = run / "plan.yaml"
+    known = load_yaml(plan, RunError) if plan.exists() else {}
+    noted = known.get("table") if isinstance(known, dict) else None
+    found = list(run.glob(f"analyses/tables-*/{glob.escape(noted)}.safetensors")) if isinstance(noted, str) and noted else []
+    if not found:
+        raise RunError(f"{run}: holds no error table; it is measured by 'plan' or 'run' of a recipe with 'allocate'")
+    rows = read_part(found[-1])[1]
     try:
-        known = yaml.safe_load(file.read_text())
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return known if isinstance(known, dict) else {}
+        return [Measured.model_validate(row).model_dump() for row in rows]
+    except ValueError:
+        raise RunError(f"{found[-1]}: is no error table; delete this file and run again") from None
 
 
 def error_table(options: argparse.Namespace) -> None:
     """The table that the allocation in the run's plan.yaml was made from: what each candidate would cost and do."""
-    noted = yaml_of(options.what / "plan.yaml").get("table")
-    found = list(options.what.glob(f"analyses/tables-*/{noted}.safetensors")) if noted else []
-    if not found:
-        raise RunError(f"{options.what}: holds no error table; it is measured by 'plan' or 'run' of a recipe with 'allocate'")
-    rows = read_part(found[-1])[1]
+    rows = table_rows(options.what)
     wanted = [r for r in rows if options.site is None or fnmatch.fnmatchcase(r["site"], options.site)]
     if not wanted:
         known = sorted({r["site"] for r in rows})

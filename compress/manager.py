@@ -216,6 +216,6 @@ def peak_memory() -> int:
     """The most resident memory this process has had, in bytes, as the operating system counts it."""
     status = Path("/proc/self/status")
     if status.exists():  # Linux; getrusage there counts what the parent held before this program started
-        line = next(row for row in status.read_text().splitlines() if row.startswith("VmHWM:"))
+        line = next(row for row in status.read_text(encoding="utf-8").splitlines() if row.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes

@@ -19,7 +19,8 @@ from safetensors.torch import save
 from compress.errors import RunError
 from compress.formats import Packed, parse
 from compress.state import Stored
-from compress.state.checkpoint import Spec, Written, read_header
+from compress.state.checkpoint import Spec, read_header
+from compress.state.overlay import Written
 from compress.state.state import Part
 
 SUFFIX = ".safetensors"

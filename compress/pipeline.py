@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from compress import evaluate, manager
-from compress.errors import RecipeError, first_line
+from compress.documents import json_mapping
+from compress.errors import RecipeError, RunError, first_line
 from compress.export.artifact.exporter import Files, Job, Proof
-from compress.export.artifact.files import json_of
 from compress.export.artifact.place import place, refuse_foreign
 from compress.manager import Context, Pass
 from compress.model.custom import code_passed_over
@@ -27,7 +28,7 @@ from compress.prepare import Prepared, prepare
 from compress.recipe import Recipe
 from compress.report import allocation, report, tables
 from compress.report.console import Console
-from compress.run import MARK, RunFolder, Step, digest, step_inputs, versions, write_atomic
+from compress.run import MARK, RunFolder, Step, digest, read_record, step_inputs, versions, write_atomic
 from compress.state import State
 from compress.state.checkpoint import Layout
 from compress.state.plan import size
@@ -227,8 +228,9 @@ def last_step(recipe: Recipe, until: str | None) -> int:
     if until is None:
         return len(recipe.passes)
     names = [p.name for p in recipe.passes]
-    if until.isdigit() and 1 <= int(until) <= len(names):
-        return int(until)
+    numbers = {str(i): i for i in range(1, len(names) + 1)}
+    if until in numbers:
+        return numbers[until]
     if until not in names:
         raise RecipeError(f"--until {until}: the recipe's steps are {', '.join(f'{i} {n}' for i, n in enumerate(names, 1))}")
     return names.index(until) + 1
@@ -237,7 +239,7 @@ def last_step(recipe: Recipe, until: str | None) -> int:
 def check_device(device: str) -> None:
     try:
         torch.zeros(1, device=device).item()  # some devices can be named, and hold nothing
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
+    except Exception as e:  # whatever the module of a device raises, or that there is none
         raise RecipeError(f"--device {device}: {first_line(e)}") from None
 
 
@@ -268,8 +270,7 @@ def execute(ready: Prepared, out: Path, last: int, device: str, console: Console
     partial = last < len(ready.recipe.passes)
     scores = {} if partial else scored(ready, state, key, out, device, console)
     made = {} if partial else exported(ready, state, key, out, device, console, scores, records)
-    times = [json.loads((s.folder / "record.json").read_text()) for s in steps[:last]]
-    times = [{"name": s.folder.name, **t} for s, t in zip(steps[:last], times, strict=True)]
+    times = [{"name": s.folder.name, **(read_record(s.folder) or {})} for s in steps[:last]]  # read by the fold already
     sheet = report.Report.of(ready.recipe, ready.model, state, records, scores, times, made, result_bytes(ready, state))
     write_atomic(out / "report.md", sheet.markdown().encode())
     write_atomic(out / "report.html", sheet.html().encode())
@@ -288,7 +289,7 @@ def scored(ready: Prepared, state: State, key: str, out: Path, device: str, cons
         return {}
     mark = digest(key, ready.evaluation.hash)
     file = out / "evaluation.json"
-    known = json_of(file)
+    known = scores_of(file)
     if known.get("key") == mark:
         return known
     console.note("evaluating the original and the result")
@@ -297,6 +298,17 @@ def scored(ready: Prepared, state: State, key: str, out: Path, device: str, cons
     scores = {"key": mark, "text": ready.evaluation.place, "original": before.json(), "compressed": after.json()}
     write_atomic(file, json.dumps(scores, indent=1).encode())
     return scores
+
+
+def scores_of(file: Path) -> dict[str, Any]:
+    """What an evaluation.json says; empty where it is absent or damaged, for then the figures are measured again."""
+    try:
+        known = json_mapping(file, RunError)
+        for which in ("original", "compressed"):
+            TypeAdapter(evaluate.Scores).validate_python(known[which])
+        return known if isinstance(known["text"], str) else {}
+    except (ValueError, LookupError, TypeError):
+        return {}
 
 
 def exported(

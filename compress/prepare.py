@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from compress import manager
-from compress.errors import CompressError, DataError
+from compress.errors import CompressError
 from compress.export.artifact.carried import carried
 from compress.export.artifact.exporter import Exporter
 from compress.export.table import EXPORTERS
@@ -51,7 +50,7 @@ class Prepared:
         if windows is None:
             return None
         try:
-            check_length(windows.length, self.model.config)
+            data.check_length(windows.length, self.model.config)
             return data.read(windows, self.model.folder, self.recipe.base, self.start.graph["embed"].shape[0])
         except CompressError as e:
             raise type(e)(f"{self.recipe.place(('data', which))}  {e}") from None
@@ -59,16 +58,6 @@ class Prepared:
     @property
     def root_key(self) -> str:
         return digest(self.model.identity())
-
-
-def check_length(length: int, config: Any) -> None:
-    """DataError where windows are longer than the positions that a model has learned (rotary positions have no such end)."""
-    learned = getattr(config, "max_position_embeddings", None)
-    if learned and config.model_type == "roberta":  # its positions start behind the padding token's
-        learned -= config.pad_token_id + 1
-    if learned is not None and length > learned and not hasattr(config, "rope_parameters"):
-        raise DataError(f"windows of {length} tokens are longer than the {learned} positions that the model has; "
-                        f"ask for length: {learned} or less")  # fmt: skip
 
 
 def prepare(path: Path, overrides: Sequence[str] = ()) -> Prepared:

@@ -30,7 +30,9 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 
+from compress.documents import json_mapping
 from compress.errors import RunError
 from compress.formats import Packed
 from compress.manager import Context, Pass, Record
@@ -292,14 +294,36 @@ def shorten(value: Any) -> str:
     return text if len(text) <= 24 else text[:12] + "…"
 
 
+class Noted(BaseModel):
+    """What the record of a step must say of a site, so that a report can be made of it."""
+
+    site: str
+    format: str | None = None
+    bytes: int | None = None
+    error: float | None = None
+    rounding: float | None = None
+    notes: list[str] = []
+
+
+class Finished(BaseModel):
+    """What the record of a finished step must say."""
+
+    made_of: dict[str, Any]
+    seconds: float
+    peak_bytes: float
+    parts: list[str]
+    sites: list[Noted]
+
+
 def read_record(folder: Path) -> dict[str, Any] | None:
     """What `finish` noted about a step; None where it is damaged."""
     try:
-        record: dict[str, Any] = json.loads((folder / "record.json").read_text())
-        whole = isinstance(record["made_of"], dict) and all(isinstance(r["site"], str) for r in record["sites"])
-        whole = whole and all(isinstance(p, str) and Path(p).name == p for p in record["parts"])
-        return record if whole and "plan" in record else None
-    except (OSError, ValueError, LookupError, TypeError):
+        record = json_mapping(folder / "record.json", RunError)
+        Finished.model_validate(record)
+        if record["plan"] is not None:
+            BitPlan.of_json(record["plan"])
+        return record
+    except (ValueError, LookupError, TypeError, AttributeError):
         return None
 
 

@@ -26,7 +26,7 @@ from compress.model.model import Model, open_model
 from compress.passes.quantize import Quantize
 from compress.run import Parts, Step, step_inputs
 from compress.state import Aspect, Fact, State, Stored
-from compress.state.checkpoint import Bare, Overlay
+from compress.state.overlay import Bare, Overlay
 from compress.state.state import broken_promises, changed
 from tests.conftest import contents
 

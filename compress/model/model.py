@@ -20,14 +20,17 @@ import torch
 import transformers
 from torch import nn
 
+from compress.documents import local_path, one_line
 from compress.errors import ModelError, first_line
+from compress.model.config import believed, checked_config, rehearse
 from compress.model.custom import refuse_code
 from compress.model.discover import discover
 from compress.model.names import anchor, check_tensors, held
 from compress.model.skeleton import skeleton
 from compress.state import State
-from compress.state.checkpoint import INDEX, SINGLE, Bare, Checkpoint, Overlay, Spec, within
+from compress.state.checkpoint import INDEX, SINGLE, Checkpoint, Spec, within
 from compress.state.graph import Graph
+from compress.state.overlay import Bare, Overlay
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,9 @@ class Model:
 
     @cached_property
     def graph(self) -> Graph:
-        graph = discover(self.skeleton(), self.config)
+        with believed(self.folder / "config.json", "no model can be made of it"):
+            rehearse(self.skeleton, self.folder / "config.json")
+            graph = discover(self.skeleton(), self.config)
         if self.has_weights:
             graph = anchor(graph, self.checkpoint)
             check_tensors(graph, self.checkpoint)
@@ -91,7 +96,8 @@ class Model:
         """The state before any pass; ModelError where the model is quantized already."""
         quantized = getattr(self.config, "quantization_config", None)
         if quantized:
-            method = dict(quantized).get("quant_method", "?") if isinstance(quantized, dict) else quantized.quant_method
+            known = quantized if isinstance(quantized, dict) else vars(quantized)
+            method = one_line(str(known.get("quant_method", "?")), 60)
             raise ModelError(f"{self.folder}: is quantized already ({method}); name the original model")
         base = self.checkpoint if self.has_weights else Bare(self.folder, self.specs)
         return State(self.graph, self.config, self.dtype, tuple(self.specs), Overlay(base))
@@ -107,16 +113,13 @@ def open_model(name: str, base: Path = Path()) -> Model:
 
     A relative path is looked up from `base`. Raises ModelError when nothing is there or the config cannot be read.
     """
-    folder = (base / name).expanduser()
-    folder = folder.parent if folder.name == "config.json" else folder
-    revision = None
-    if not folder.is_dir():
-        folder, revision = download(name, folder)
+    folder, revision = folder_of(name, base)
     path = folder / "config.json"
     if not path.exists():
         raise ModelError(f"{folder}: no config.json; is this the folder of a transformers model?")
     within(folder, path)
     refuse_code(path)
+    checked_config(path)
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as e:  # transformers raises whatever the config's author's code raises
@@ -147,6 +150,18 @@ def same_bytes(checkpoint: Checkpoint, one: str, other: str) -> bool:
     """Whether two tensors of a checkpoint hold the same."""
     a, b = checkpoint.read(one), checkpoint.read(other)
     return a.dtype == b.dtype and torch.equal(a, b)
+
+
+def folder_of(name: str, base: Path) -> tuple[Path, str | None]:
+    """The folder that a model's name stands for, and the revision where it came from the hub."""
+    try:
+        folder = base / local_path(name)
+        folder = folder.parent if folder.name == "config.json" else folder
+        return (folder, None) if folder.is_dir() else download(name, folder)
+    except OSError as e:
+        raise ModelError(f"model '{name}': {e.strerror}") from None
+    except ValueError as e:
+        raise e if isinstance(e, ModelError) else ModelError(f"model {e}") from None
 
 
 def download(name: str, folder: Path) -> tuple[Path, str]:

@@ -13,13 +13,14 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from compress.documents import MOST_JSON, one_line, parse_json, read_bytes
 from compress.errors import ModelError, RunError
 
 INDEX = "model.safetensors.index.json"
@@ -54,12 +55,14 @@ class Spec:
 
 def read_header(path: Path) -> dict[str, Spec]:
     """The tensors of one safetensors file; ModelError if it is missing, truncated or no such file."""
+    if path.exists() and not path.is_file() and not path.is_dir():  # a pipe that nobody writes to would be waited for
+        raise ModelError(f"{path}: is no regular file")
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if length > min(path.stat().st_size - 8, 100_000_000):
                 raise ModelError(f"{path}: truncated or not a safetensors file; download it again")
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
         header.pop("__metadata__", None)
         specs = {n: Spec(n, DTYPES[t["dtype"]], tuple(t["shape"])) for n, t in header.items()}
         end = checked_end(specs, {n: t["data_offsets"] for n, t in header.items()})
@@ -101,12 +104,11 @@ class Checkpoint:
         self._check_index()
 
     def _check_index(self) -> None:
-        index = self.folder / INDEX
-        if not index.exists():
-            return
-        for name, file in json.loads(index.read_text())["weight_map"].items():
+        for name, file in (index_of(self.folder) or {}).items():
             if name not in self.specs:
-                raise ModelError(f"{index}: says that '{name}' is in {file}, which does not hold it; download it again")
+                raise ModelError(
+                    f"{self.folder / INDEX}: says that '{name}' is in {file}, which does not hold it; download it again"
+                )
 
     @cached_property
     def _hashed(self) -> dict[Path, tuple[tuple[int, ...], str]]:
@@ -189,74 +191,6 @@ def read_tensor(path: Path, name: str, index: int | None = None) -> torch.Tensor
         raise ModelError(f"{path}: tensor '{name}' cannot be read ({e})") from None
 
 
-class Bare(Checkpoint):
-    """What a checkpoint of a config alone would hold: names, dtypes and shapes. Nothing can be read from it."""
-
-    def __init__(self, folder: Path, specs: Iterable[Spec]):
-        self.folder, self.files, self.specs = folder, {}, {spec.name: spec for spec in specs}
-
-    def read(self, name: str) -> torch.Tensor:
-        raise ModelError(f"{self.folder}: holds no weights to read '{name}' from")
-
-
-@dataclass(frozen=True)
-class Written:
-    """A dense tensor that a step has made: its spec, under the name that it has in the checkpoint, and where it lies."""
-
-    spec: Spec
-    path: Path
-    key: str
-
-    def load(self) -> torch.Tensor:
-        return read_tensor(self.path, self.key)
-
-
-class Overlay(Checkpoint):
-    """The source's checkpoint, overlaid by what steps have done: tensors that they wrote, renamed, or took away.
-
-    names: every tensor that is still the source's, and its name there. Two overlays are equal where all their tensors lie at the
-    same places.
-    """
-
-    def __init__(self, base: Checkpoint, names: Mapping[str, str] | None = None, written: Mapping[str, Written] | None = None):
-        self.base, self.folder, self.written = base, base.folder, dict(written or {})
-        self.names = {n: n for n in base.specs} if names is None else {n: s for n, s in names.items() if n not in self.written}
-        kept = {n: Spec(n, base.specs[s].dtype, base.specs[s].shape) for n, s in self.names.items()}
-        self.specs = kept | {n: w.spec for n, w in self.written.items()}
-        self.files = {n: base.files[s] for n, s in self.names.items() if s in base.files}
-        self.files |= {n: w.path for n, w in self.written.items()}
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Overlay):
-            return NotImplemented
-        return self.base is other.base and (self.names, self.written) == (other.names, other.written)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def read(self, name: str) -> torch.Tensor:
-        if name in self.written:
-            return self.written[name].load()
-        return self.base.read(self.names[name])
-
-    def read_rows(self, name: str, index: int) -> torch.Tensor:
-        if name in self.written:
-            return self._finite(name, read_tensor(self.written[name].path, self.written[name].key, index))
-        return self.base.read_rows(self.names[name], index)
-
-    @property
-    def fingerprint(self) -> str:
-        return self.base.fingerprint
-
-    def with_written(self, written: Mapping[str, Written]) -> Overlay:
-        """With tensors that a step has made in place of those of the same names, or beside them."""
-        return Overlay(self.base, self.names, {**self.written, **written})
-
-    def moved(self, places: Mapping[str, str]) -> Overlay:
-        """Exactly the tensors that `places` names, each lying where the one of its second name lies now; no byte is touched."""
-        written = {n: replace(w, spec=replace(w.spec, name=n)) for n, s in places.items() if (w := self.written.get(s))}
-        return Overlay(self.base, {n: self.names[s] for n, s in places.items() if s in self.names}, written)
-
-
 def within(folder: Path, path: Path, what: str = "model's folder") -> Path:
     """The path; ModelError where it is a link that leads out of the folder, and not into the store of a hub cache that the folder
     is a snapshot of: what lies behind would be published as a part of `what`."""
@@ -267,13 +201,25 @@ def within(folder: Path, path: Path, what: str = "model's folder") -> Path:
     return path
 
 
+def index_of(folder: Path) -> dict[str, str] | None:
+    """Tensor -> file, as the index of a folder says; None where there is none, ModelError where it is none."""
+    path = folder / INDEX
+    if not path.exists():
+        return None
+    try:
+        table = parse_json(read_bytes(path, MOST_JSON, ModelError))["weight_map"]
+        return {str(name): str(file) for name, file in table.items()}
+    except ModelError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError) as e:
+        raise ModelError(f"{path}: broken index ({one_line(str(e))}); download it again") from None
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that hold a model; ModelError says what was found instead."""
-    if (folder / INDEX).exists():
-        try:
-            names = sorted({str(name) for name in json.loads((folder / INDEX).read_text())["weight_map"].values()})
-        except (ValueError, LookupError, TypeError, AttributeError) as e:
-            raise ModelError(f"{folder / INDEX}: broken index ({e}); download it again") from None
+    table = index_of(folder)
+    if table is not None:
+        names = sorted(set(table.values()))
         if foreign := next((name for name in names if Path(name).name != name), None):
             raise ModelError(f"{folder / INDEX}: names '{foreign[:80]}', which is no file of this folder; download it again")
         return [folder / name for name in names]

@@ -23,8 +23,9 @@ from safetensors import SafetensorError, safe_open
 
 from compress.errors import ModelError
 from compress.formats import Format, Packed
-from compress.state.checkpoint import Overlay, Spec, Written
+from compress.state.checkpoint import Spec
 from compress.state.graph import Graph, Site
+from compress.state.overlay import Overlay, Written
 from compress.state.plan import BitPlan
 
 

@@ -146,7 +146,7 @@ def document(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MOST_JSON:
             raise ValueError(f"{path.stat().st_size:,} bytes")
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise ModelError(f"{path}: {e.strerror}") from None
     except (ValueError, RecursionError) as e:

@@ -57,7 +57,7 @@ def written(exporter: Exporter, job: Job, out: Path) -> Proof:
         held = sizes(partial)
         note = {"schema": 1, "exporter": exporter.name, "key": job.key, "proof": asdict(proof), "sizes": held,
                 "sha256": {name: sha256(partial / name) for name in held}}  # fmt: skip
-        (partial / MARK).write_text(json.dumps(note, indent=1) + "\n")
+        (partial / MARK).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
         move_aside(out, key_of(out))
         partial.rename(out)
         (out / UNFINISHED).unlink()

@@ -16,8 +16,9 @@ from compress.export.artifact.exporter import Job
 from compress.formats import Dense, Format, Packed
 from compress.model.model import Model
 from compress.state import Fact, State, Stored
-from compress.state.checkpoint import Checkpoint, Overlay, tensor_bytes
+from compress.state.checkpoint import Checkpoint, tensor_bytes
 from compress.state.graph import Site
+from compress.state.overlay import Overlay
 from compress.state.state import Promised
 
 # --- what is written -------------------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ def write_config(state: State, folder: Path) -> None:
               "target_modules": [site.module for site in found], "lora_dropout": 0.0, "bias": "none",
               "fan_in_fan_out": any(site.transposed for site in found), "init_lora_weights": True, "use_rslora": False,
               "use_dora": False, "modules_to_save": None}  # fmt: skip
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 # --- reading it back -------------------------------------------------------------------------------------------------

@@ -241,4 +241,4 @@ def write_card(job: Job, folder: Path, use: str | None) -> None:
     loads = ", ".join(engine for engine in engines if engine != VLLM or not bare) or "compress"
     facts = {"library": "transformers", "tag": "compressed-tensors", "loads in": loads,
              "use": "\n\n".join(filter(None, (first, use)))}  # fmt: skip
-    (folder / "README.md").write_text(job.card(facts))
+    (folder / "README.md").write_text(job.card(facts), encoding="utf-8")

@@ -95,7 +95,7 @@ class Gguf(Exporter):
         write_config(job, folder)
         carry_over(job.model.folder, folder)
         facts = {"library": "gguf", "tag": "gguf", "loads in": "llama.cpp, transformers (with gguf, dequantized)", "use": USE}
-        (folder / "README.md").write_text(job.card(facts))
+        (folder / "README.md").write_text(job.card(facts), encoding="utf-8")
 
     def prove(self, job: Job, folder: Path) -> Proof:
         header = file_of(job.model, job.state).header

@@ -58,7 +58,7 @@ class Vocabulary:
         named = {f"tokenizer.ggml.{key}": value for key, value in found.items()}
         template = self.settings.get("chat_template")
         if (self.folder / "chat_template.jinja").exists():
-            template = (self.folder / "chat_template.jinja").read_text()
+            template = (self.folder / "chat_template.jinja").read_text(encoding="utf-8")
         return named | ({"tokenizer.chat_template": template} if isinstance(template, str) else {})
 
     def table(self) -> tuple[list[str], list[int]]:

@@ -86,7 +86,7 @@ class Gptq(Exporter):
         taken = [engine for engine, why in engines(job.state).items() if not why]
         ways = [USE[engine] for engine in taken if engine in USE]
         facts = {"library": "transformers", "tag": "gptq", "loads in": ", ".join(taken) or "compress", "use": "\n\n".join(ways)}
-        (folder / "README.md").write_text(job.card(facts))
+        (folder / "README.md").write_text(job.card(facts), encoding="utf-8")
 
     def prove(self, job: Job, folder: Path) -> Proof:
         written = read(folder)

@@ -79,7 +79,7 @@ class Native(Exporter):
         facts = {"library": "transformers", "tag": METHOD, "loads in": "transformers with compress-pipeline", "use": use}
         if for_vllm(job.state):
             facts |= {"loads in": "transformers and vLLM with compress-pipeline", "use": f"{use}\n\n{USE_VLLM}"}
-        (folder / "README.md").write_text(job.card(facts))
+        (folder / "README.md").write_text(job.card(facts), encoding="utf-8")
 
     def prove(self, job: Job, folder: Path) -> Proof:
         written = read(folder)

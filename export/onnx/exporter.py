@@ -80,7 +80,7 @@ class Onnx(Exporter):
         carry_over(job.model.folder, folder)
         least = engines(job.state.formats)
         facts = {"library": "onnxruntime", "tag": "onnx", "loads in": least, "use": use(cached, job.state)}
-        (folder / "README.md").write_text(job.card(facts))
+        (folder / "README.md").write_text(job.card(facts), encoding="utf-8")
 
     def prove(self, job: Job, folder: Path) -> Proof:
         import onnx
