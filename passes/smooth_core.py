@@ -6,9 +6,9 @@ A quantizer spends the same grid on large and small inputs; with s > 1 on inputs
 than those of the same group and lose less (AWQ, arXiv 2306.00978, section 3.2; there a_k is the mean magnitude). α is searched;
 α = 0 is no scaling.
 
-Powers of two for s would fold into weights of any float format without rounding. They were tried and buy nothing: on a trained model
-of 0.28 M weights the gain of the search at 3 bits vanished, since most useful scales lie between 1/2 and 2. So s is free, and
-a 16-bit model is rounded once more, by far less than a step of the grid.
+Powers of two for s would fold into weights of any float format without rounding. They were tried and buy nothing: on a trained
+model of 0.28 M weights the gain of the search at 3 bits vanished, since most useful scales lie between 1/2 and 2. So s is free,
+and a 16-bit model is rounded once more, by far less than a step of the grid.
 
     rows      where several inputs are made by one row (the query heads of a group read one row of v), they share its scale
     H'        diag(s)⁻¹ H diag(s)⁻¹, the Hessian of the scaled inputs; the error of Ŵ' for W' = W diag(s) is tr(ΔH'Δᵀ),

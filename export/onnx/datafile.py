@@ -101,7 +101,7 @@ def tensors(state: State) -> Iterator[tuple[str, Tensor]]:
     """The tensors of `parts`, one matrix in memory at a time."""
     for part, found in parts(state):
         if isinstance(part, str):
-            yield part, state.dense.read(part)
+            yield part, state.dense.read_finite(part)
             continue
         stored = state.codes[part.name]
         coded = encode(stored.format, stored.shape, stored.load().tensors)
