@@ -23,6 +23,7 @@ from compress.errors import RecipeError, RunError, first_line
 from compress.export.artifact.exporter import Files, Job, Proof
 from compress.export.artifact.place import place, refuse_foreign
 from compress.manager import Context, Pass
+from compress.model import data
 from compress.model.custom import code_passed_over
 from compress.prepare import Prepared, prepare
 from compress.recipe import Recipe
@@ -260,21 +261,38 @@ def fold(ready: Prepared, steps: Sequence[Step], last: int, console: Console) ->
     return manager.run(ready.recipe.passes[:last], ready.start, open_step)
 
 
+@dataclass(frozen=True)
+class Folded:
+    """What the passes made. key: of the step that the state comes from. records: what they told of sites. steps: of each, what its
+    record says."""
+
+    state: State
+    key: str
+    records: list[manager.Record]
+    steps: list[dict[str, Any]]
+
+
 def execute(ready: Prepared, out: Path, last: int, device: str, console: Console) -> Outcome:
+    """The passes, then figures and artifacts where all of them ran, then the report."""
+    made = folded(ready, out, last, device, console)
+    whole = last == len(ready.recipe.passes)
+    scores = scored(ready.start, made, ready.evaluation, out, device, console) if whole and ready.evaluation else {}
+    artifacts = exported(ready, made, scores, out, device, console) if whole else {}
+    sheet = report.Report.of(ready.recipe, ready.model, made.state, made.records, scores, made.steps, artifacts,
+                             result_bytes(ready, made.state))  # fmt: skip
+    write_atomic(out / "report.md", sheet.markdown().encode())
+    write_atomic(out / "report.html", sheet.html().encode())
+    return Outcome(out, made.state, scores, artifacts, sheet)
+
+
+def folded(ready: Prepared, out: Path, last: int, device: str, console: Console) -> Folded:
+    """The first `last` passes, restored or run."""
     steps = steps_of(ready, out, lambda step: context_of(ready, step, device, console))
-    passes = ready.recipe.passes[:last]
     state = fold(ready, steps, last, console)
     save_plan(state, out)
     records = [r for step in steps[:last] for r in step.records]
-    key = steps[last - 1].key if passes else ready.root_key
-    partial = last < len(ready.recipe.passes)
-    scores = {} if partial else scored(ready, state, key, out, device, console)
-    made = {} if partial else exported(ready, state, key, out, device, console, scores, records)
-    times = [{"name": s.folder.name, **(read_record(s.folder) or {})} for s in steps[:last]]  # read by the fold already
-    sheet = report.Report.of(ready.recipe, ready.model, state, records, scores, times, made, result_bytes(ready, state))
-    write_atomic(out / "report.md", sheet.markdown().encode())
-    write_atomic(out / "report.html", sheet.html().encode())
-    return Outcome(out, state, scores, made, sheet)
+    told = [{"name": s.folder.name, **(read_record(s.folder) or {})} for s in steps[:last]]  # read by the fold already
+    return Folded(state, steps[last - 1].key if last else ready.root_key, records, told)
 
 
 def result_bytes(ready: Prepared, state: State) -> int:
@@ -283,19 +301,17 @@ def result_bytes(ready: Prepared, state: State) -> int:
     return layouts[0].tensor_bytes if layouts else Layout.of(ready.model.specs).tensor_bytes
 
 
-def scored(ready: Prepared, state: State, key: str, out: Path, device: str, console: Console) -> dict[str, Any]:
+def scored(start: State, made: Folded, tokens: data.Tokens, out: Path, device: str, console: Console) -> dict[str, Any]:
     """Figures of the original and of the result, from evaluation.json where the same ones were measured before."""
-    if ready.evaluation is None:
-        return {}
-    mark = digest(key, ready.evaluation.hash)
+    mark = digest(made.key, tokens.hash)
     file = out / "evaluation.json"
     known = scores_of(file)
     if known.get("key") == mark:
         return known
     console.note("evaluating the original and the result")
-    before, after = evaluate.compare(ready.start, state, ready.evaluation, device)
+    before, after = evaluate.compare(start, made.state, tokens, device)
     assert before is not None, "there is an original to compare with"
-    scores = {"key": mark, "text": ready.evaluation.place, "original": before.json(), "compressed": after.json()}
+    scores = {"key": mark, "text": tokens.place, "original": before.json(), "compressed": after.json()}
     write_atomic(file, json.dumps(scores, indent=1).encode())
     return scores
 
@@ -312,23 +328,17 @@ def scores_of(file: Path) -> dict[str, Any]:
 
 
 def exported(
-    ready: Prepared,
-    state: State,
-    key: str,
-    out: Path,
-    device: str,
-    console: Console,
-    scores: dict[str, Any],
-    records: list[manager.Record],
+    ready: Prepared, made: Folded, scores: dict[str, Any], out: Path, device: str, console: Console
 ) -> dict[str, tuple[Path, Proof]]:
+    """Every artifact of the recipe, with its proof."""
     tokens = ready.evaluation or ready.calibration
     sample = None if tokens is None else tokens.ids[: PROOF_TOKENS[0], : PROOF_TOKENS[1]]
-    made = {}
+    found = {}
     for exporter in ready.exports:
         console.note(f"writing {exporter.name}")
-        size = exporter.layout(ready.model, state).tensor_bytes
-        card = report.card_writer(ready.recipe, ready.model, state, records, scores, size)
-        options = exporter.model_dump(mode="json")
-        job = Job(ready.model, state, sample, digest(key, exporter.name, options, scores.get("key")), card, device)
-        made[exporter.name] = place(exporter, job, out / exporter.name, console.note)
-    return made
+        size = exporter.layout(ready.model, made.state).tensor_bytes
+        card = report.card_writer(ready.recipe, ready.model, made.state, made.records, scores, size)
+        key = digest(made.key, exporter.name, exporter.model_dump(mode="json"), scores.get("key"))
+        job = Job(ready.model, made.state, sample, key, card, device)
+        found[exporter.name] = place(exporter, job, out / exporter.name, console.note)
+    return found

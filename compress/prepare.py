@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from compress import manager
-from compress.errors import CompressError
+from compress.errors import CompressError, ExportError
 from compress.export.artifact.carried import carried
 from compress.export.artifact.exporter import Exporter
 from compress.export.table import EXPORTERS
@@ -93,6 +93,8 @@ def check_exports(recipe: Recipe, state: State) -> None:
     """ExportError, with its place in the recipe, where an exporter cannot hold a state."""
     for i, exporter in enumerate(recipe.exports):
         try:
+            if state.serving:  # no kind of artifact has a place for it yet, and nothing is left out in silence
+                raise ExportError(f"{exporter.name} has no place for what an engine must know of '{next(iter(state.serving))}'")
             exporter.check(state)
         except CompressError as e:
             raise recipe.located(e, "export", i) from None
