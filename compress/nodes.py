@@ -68,8 +68,10 @@ def load_yaml(path: Path, error: type[CompressError] = RecipeError, places: dict
 
 def parse_yaml(text: str, path: Path, error: type[CompressError], places: dict[Loc, str]) -> Any:
     """As `load_yaml`, of a text; None where it holds nothing."""
+    loader = None
     try:
-        node = Loader(text).get_single_node()
+        loader = Loader(text)
+        node = loader.get_single_node()
         return plain(node, (), places, path) if node else None
     except yaml.MarkedYAMLError as e:
         raise error(f"{spot(path, e.problem_mark or e.context_mark)}  {problem(e)}") from None
@@ -77,7 +79,7 @@ def parse_yaml(text: str, path: Path, error: type[CompressError], places: dict[L
         line, column = text.count("\n", 0, e.position) + 1, e.position - text.rfind("\n", 0, e.position)
         raise error(f"{path}:{line}:{column}  is no YAML (the character U+{ord(text[e.position]):04X} is not allowed)") from None
     except (yaml.YAMLError, RecursionError, ValueError) as e:  # of the library itself: \U00FFFFFF, %YAML 999…9
-        raise error(f"{path}  is no YAML ({one_line(str(e))})") from None
+        raise error(f"{spot(path, loader and loader.get_mark())}  is no YAML ({one_line(str(e))})") from None
 
 
 def spot(path: Path, mark: Any) -> str:
