@@ -247,7 +247,7 @@ def yaml_of(file: Path) -> dict[str, Any]:
 def error_table(options: argparse.Namespace) -> None:
     """The table that the allocation in the run's plan.yaml was made from: what each candidate would cost and do."""
     noted = yaml_of(options.what / "plan.yaml").get("table")
-    found = list(options.what.glob(f"analyses/tables-*/{noted}.safetensors")) if noted else []
+    found = [path for path in options.what.glob("analyses/tables-*/*.safetensors") if path.stem == noted]
     if not found:
         raise RunError(f"{options.what}: holds no error table; it is measured by 'plan' or 'run' of a recipe with 'allocate'")
     rows = read_part(found[-1])[1]

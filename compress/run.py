@@ -55,6 +55,8 @@ def write_atomic(path: Path, data: bytes) -> None:
     beside = path.with_name(path.name + ".tmp")
     with writing(path.parent):
         try:
+            if beside.is_symlink():  # what it leads to is not ours
+                beside.unlink()
             with beside.open("wb") as file:
                 file.write(data)
                 file.flush()
@@ -116,6 +118,8 @@ class RunFolder:
         with writing(self.path):
             self.refuse_foreign()
             self.path.mkdir(parents=True, exist_ok=True)
+            if (self.path / LOCK).is_symlink():
+                raise RunError(f"{self.path / LOCK}: is a link, and is to be the run's own file; remove it")
             lock = (self.path / LOCK).open("ab", buffering=0)
         with lock:
             try:

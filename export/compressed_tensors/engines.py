@@ -20,7 +20,7 @@ from compress.export.artifact.engines import LOCAL, EngineError, Transformers
 from compress.export.artifact.tensors import formats_of
 from compress.export.compressed_tensors import adapter
 from compress.formats import Int
-from compress.model.skeleton import model_class
+from compress.model.skeleton import base_class, model_class, with_logits
 from compress.state import State
 
 VLLM = "vLLM >= 0.31 (2 to 8 bits; 0.25 to 0.30: symmetric)"
@@ -83,6 +83,7 @@ def stock_engine(folder: Path, state: State, device: str) -> Transformers:
     try:
         with redirect_stderr(io.StringIO()):  # progress bars
             model = model_class(config).from_pretrained(folder, dtype=state.dtype, **LOCAL, **options)
+            model = with_logits(model)
             model = adapter.apply(model.to(device), folder, sites) if sites else model.to(device)
     except EngineError:
         raise
@@ -95,6 +96,8 @@ def stock_engine(folder: Path, state: State, device: str) -> Transformers:
 
 def lost_without_head(folder: Path, state: State) -> list[str]:
     """The matrices that `AutoModel`, which embedders are loaded by, finds nowhere in the folder, and would fill at random."""
+    if base_class(transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)) is None:
+        return []
     options: dict[str, Any] = {"experts_implementation": "eager"} if any(s.expert is not None for s in state.graph) else {}
     with redirect_stderr(io.StringIO()):
         _, said = transformers.AutoModel.from_pretrained(folder, dtype=state.dtype, output_loading_info=True, **LOCAL, **options)
