@@ -41,7 +41,8 @@ def test_formats(weights: dict[str, Any], form: Int) -> None:
 
 @pytest.mark.parametrize("weights", [
     {"strategy": "tensor"}, {"strategy": None, "group_size": None}, {"strategy": "block"}, {"actorder": "group"},
-    {"type": "float"}, {"num_bits": True}, {"num_bits": "4"}, {"symmetric": "yes"}, {"group_size": None}, {"group_size": 31}, {"num_bits": 16},
+    {"type": "float"}, {"num_bits": True}, {"num_bits": "4"}, {"symmetric": "yes"}, {"group_size": None},
+    {"group_size": 31}, {"num_bits": 16},
 ])  # fmt: skip
 def test_what_is_not_read_is_one_line(weights: dict[str, Any]) -> None:
     with pytest.raises(ModelError, match=r"config\.json: ") as caught:
