@@ -7,7 +7,8 @@ engine is only given away after a first forward pass.
 from __future__ import annotations
 
 import io
-from contextlib import redirect_stderr
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -94,12 +95,23 @@ def stock_engine(folder: Path, state: State, device: str) -> Transformers:
     return found
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, transformers logs errors only."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity(transformers.logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
+
+
 def lost_without_head(folder: Path, state: State) -> list[str]:
     """The matrices that `AutoModel`, which embedders are loaded by, finds nowhere in the folder, and would fill at random."""
     if base_class(transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)) is None:
         return []
     options: dict[str, Any] = {"experts_implementation": "eager"} if any(s.expert is not None for s in state.graph) else {}
-    with redirect_stderr(io.StringIO()):
+    with redirect_stderr(io.StringIO()), quiet():  # it tells of the head, which it leaves out
         _, said = transformers.AutoModel.from_pretrained(folder, dtype=state.dtype, output_loading_info=True, **LOCAL, **options)
     quantized = {state.graph[name].module for name in formats_of(state) if state.graph[name].block is not None}
     held = quantized | {module.partition(".")[2] for module in quantized}
