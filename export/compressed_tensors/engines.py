@@ -7,6 +7,7 @@ engine is only given away after a first forward pass.
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
@@ -99,7 +100,7 @@ def stock_engine(folder: Path, state: State, device: str) -> Transformers:
 def quiet() -> Iterator[None]:
     """Inside, transformers logs errors only."""
     before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity(transformers.logging.ERROR)
+    transformers.logging.set_verbosity(logging.ERROR)
     try:
         yield
     finally:
