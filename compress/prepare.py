@@ -79,9 +79,9 @@ def prepare(path: Path, overrides: Sequence[str] = ()) -> Prepared:
         graph = model.graph
     except CompressError as e:
         raise type(e)(f"{recipe.place(('model',))}  {e}") from None
-    # A config without weights has no checkpoint; nothing that `plan` does reads one.
     if recipe.exports and model.has_weights:
-        carried(model.folder)  # what goes along into artifacts can, before anything is computed
+        carried(model.folder)  # whether all that goes along into artifacts can, before anything is computed
+    # A config without weights has no checkpoint; nothing that `plan` does reads one.
     start = model.state if model.has_weights else State(graph, None, model.dtype, tuple(model.specs))  # type: ignore[arg-type]
     try:
         manager.check_order(recipe.passes, start.facts)

@@ -93,7 +93,9 @@ def is_run(path: Path) -> bool:
 
 
 def head(file: Path) -> bytes:
-    """The first bytes of a file; none where it cannot be read."""
+    """The first bytes of a file; none where it cannot be read, or is no plain file."""
+    if not file.is_file():
+        return b""
     try:
         with file.open("rb") as held:
             return held.read(200)
