@@ -70,7 +70,7 @@ def prepare(path: Path, overrides: Sequence[str] = ()) -> Prepared:
         raise type(e)(f"{recipe.place(('model',))}  {e}") from None
     start = model.state
     if recipe.exports and model.has_weights:
-        carried(model.folder)  # what goes along into artifacts can, before anything is computed
+        carried(model.folder)  # whether all that goes along into artifacts can, before anything is computed
     try:
         manager.check_order(recipe.passes, start.facts)
     except CompressError as e:

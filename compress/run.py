@@ -58,6 +58,8 @@ def write_atomic(path: Path, data: bytes) -> None:
     beside = path.with_name(path.name + ".tmp")
     with writing(path.parent):
         try:
+            if beside.is_symlink():  # what it leads to is not ours
+                beside.unlink()
             with beside.open("wb") as file:
                 file.write(data)
                 file.flush()
@@ -94,7 +96,9 @@ def is_run(path: Path) -> bool:
 
 
 def head(file: Path) -> bytes:
-    """The first bytes of a file; none where it cannot be read."""
+    """The first bytes of a file; none where it cannot be read, or is no plain file."""
+    if not file.is_file():
+        return b""
     try:
         with file.open("rb") as held:
             return held.read(200)
@@ -119,6 +123,8 @@ class RunFolder:
         with writing(self.path):
             self.refuse_foreign()
             self.path.mkdir(parents=True, exist_ok=True)
+            if (self.path / LOCK).is_symlink():
+                raise RunError(f"{self.path / LOCK}: is a link, and is to be the run's own file; remove it")
             lock = (self.path / LOCK).open("ab", buffering=0)
         with lock:
             try:

@@ -301,6 +301,20 @@ def test_every_quantized_module_is_named_by_exactly_one_target_and_no_other_is(c
     assert not any(hits(t, i) for t in targets for i in config["ignore"])
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_quantized_module_is_named_in_the_model_without_a_head_too(cooked: Any, family: Any, name: str) -> None:
+    made = cooked(name)
+    groups = json.loads((artifact_of(made) / "config.json").read_text())["quantization_config"]["config_groups"].values()
+    prefix = stock.load(family(name)).base_model_prefix
+    for site in made.state.graph:
+        fmt = made.state.format(site)
+        if isinstance(fmt, Int) and site.block is not None:
+            module = site.module if site.expert is None else f"{site.module}.{site.expert}.{site.role}_proj"
+            assert module.startswith(f"{prefix}.")
+            named = [g["weights"] for g in groups for t in g["targets"] if hits(t, module.removeprefix(f"{prefix}."))]
+            assert [(w["num_bits"], w["group_size"], w["symmetric"]) for w in named] == [(fmt.bits, fmt.group, fmt.symmetric)]
+
+
 @pytest.mark.parametrize("name", ["llama", "roberta", "mixtral", "opt"])
 def test_every_matrix_module_that_keeps_its_weights_is_ignored(cooked: Any, family: Any, name: str) -> None:
     """vLLM raises for a linear module that is neither targeted nor ignored."""
@@ -566,11 +580,11 @@ def test_damage_to_what_was_not_quantized_is_caught(proving: Any, tokens: bool) 
 def test_a_config_that_contradicts_the_tensors_is_caught(cooked: Any, tmp_path: Path) -> None:
     folder = shutil.copytree(artifact_of(cooked("llama")), tmp_path / "artifact")
     config = json.loads((folder / "config.json").read_text())
-    group = next(g for g in config["quantization_config"]["config_groups"].values() if Q in g["targets"])
-    group["targets"].remove(Q)
+    for group in config["quantization_config"]["config_groups"].values():
+        group["targets"] = [target.replace(r"self_attn\.q_proj|", "") for target in group["targets"]]
     (folder / "config.json").write_text(json.dumps(config))
     (folder / MARK).unlink()  # which would notice first
-    with pytest.raises(ModelError, match=f"'{Q}' is packed, but no target of config.json names it"):
+    with pytest.raises(ModelError, match=r"'model\.layers\.0\.self_attn\.q_proj' is packed, but no target"):
         compressed_tensors_reader.read(folder)
 
 

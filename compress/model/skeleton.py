@@ -83,9 +83,10 @@ def with_logits(model: nn.Module) -> nn.Module:
     These are its last hidden states times the rows of its embedding, as a tied head would have them: what is compared with the
     original, in figures and proofs, is thus every hidden state. A classifier's own head is not run; it stays as it is.
     """
-    if model.get_output_embeddings() is not None:  # type: ignore[operator]
+    whole: Any = model
+    if not isinstance(model, transformers.PreTrainedModel) or whole.get_output_embeddings() is not None:
         return model
-    base: Any = model.base_model
+    base = whole.base_model
     inner = model.forward if base is model else base
 
     def forward(input_ids: torch.Tensor, **options: Any) -> Any:

@@ -53,4 +53,4 @@ def sides(fmt: Format, shape: tuple[int, int]) -> dict[str, tuple[int, int]]:
 def require_sides(place: Path, name: str, said: Sequence[int], wanted: tuple[int, int]) -> None:
     """ModelError where a `weight_shape` says something else than the matrix has."""
     if tuple(said) != wanted:
-        raise ModelError(f"{place}: '{one_line(name)}' says {list(said)}, not {list(wanted)}; the file is damaged")
+        raise ModelError(f"{place}: '{one_line(name)}' says {list(said)}, the config {list(wanted)}; the file is damaged")

@@ -71,8 +71,9 @@ def integer_of(group: Mapping[str, Any], config: Mapping[str, Any], path: Path) 
     if strategy not in ("channel", "group") or order not in (None, False, "static", "weight"):
         what = one_line(f"strategy '{strategy}', actorder '{order}'")
         raise ModelError(f"{path}: has {what}; only a scale for each group in the order of inputs, or for each output, is read")
-    if type(weights["symmetric"]) is not bool or type(weights["num_bits"]) is not int:
-        raise TypeError("num_bits is to be an integer, symmetric true or false")
+    whole = type(weights["num_bits"]) is int and (strategy == "channel" or type(size) is int)
+    if type(weights["symmetric"]) is not bool or not whole:
+        raise TypeError("num_bits and group_size are to be integers, symmetric true or false")
     return Int(weights["num_bits"], None if strategy == "channel" else size, weights["symmetric"])
 
 
@@ -108,8 +109,10 @@ def check_patterns(config: Mapping[str, Any], path: Path = Path("config.json")) 
 
 
 def matched(patterns: Mapping[str, int], module: str, default: int) -> int:
-    """The value that PEFT takes for a module out of patterns, which are to fit a whole name or what follows a dot in it."""
-    return next((v for k, v in patterns.items() if matches(rf"(.*\.)?({k})$", module)), default)
+    """The value that PEFT takes for a module out of patterns, which are to fit a whole name or what follows a dot in it. All are
+    looked at, as PEFT gives each to `re`."""
+    found = [value for pattern, value in patterns.items() if matches(rf"(.*\.)?({pattern})$", module)]
+    return found[0] if found else default
 
 
 def declared(folder: Path) -> dict[str, Any]:

@@ -37,7 +37,8 @@ CONFIG = f"{FOLDER}/adapter_config.json"
 SUFFIXES = ("lora_A.weight", "lora_B.weight")
 NEUTRAL = {"use_dora": False, "use_rslora": False, "use_qalora": False, "lora_bias": False, "bias": "none",
            "modules_to_save": None, "alora_invocation_tokens": None, "layer_replication": None, "target_parameters": None,
-           "trainable_token_indices": None}  # fmt: skip
+           "trainable_token_indices": None, "exclude_modules": None, "layers_to_transform": None,
+           "layers_pattern": None}  # fmt: skip
 
 
 def corrected(state: State) -> dict[str, LowRank]:

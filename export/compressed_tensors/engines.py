@@ -7,7 +7,9 @@ engine is only given away after a first forward pass.
 from __future__ import annotations
 
 import io
-from contextlib import redirect_stderr
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from compress.errors import CompressError, first_line
 from compress.export.artifact.engines import LOCAL, EngineError, Transformers
 from compress.export.compressed_tensors import adapter
 from compress.formats import Int
-from compress.model.skeleton import model_class
+from compress.model.skeleton import base_class, model_class, with_logits
 from compress.state import State
 
 VLLM = "vLLM >= 0.31 (2 to 8 bits; 0.25 to 0.30: symmetric)"
@@ -82,6 +84,7 @@ def stock_engine(folder: Path, state: State, device: str) -> Transformers:
     try:
         with redirect_stderr(io.StringIO()):  # progress bars
             model = model_class(config).from_pretrained(folder, dtype=state.dtype, **LOCAL, **options)
+            model = with_logits(model)
             model = adapter.apply(model.to(device), folder, sites) if sites else model.to(device)
     except EngineError:
         raise
@@ -92,10 +95,23 @@ def stock_engine(folder: Path, state: State, device: str) -> Transformers:
     return found
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, transformers logs errors only."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
+
+
 def lost_without_head(folder: Path, state: State) -> list[str]:
     """The matrices that `AutoModel`, which embedders are loaded by, finds nowhere in the folder, and would fill at random."""
+    if base_class(transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)) is None:
+        return []
     options: dict[str, Any] = {"experts_implementation": "eager"} if any(s.expert is not None for s in state.graph) else {}
-    with redirect_stderr(io.StringIO()):
+    with redirect_stderr(io.StringIO()), quiet():  # it tells of the head, which it leaves out
         _, said = transformers.AutoModel.from_pretrained(folder, dtype=state.dtype, output_loading_info=True, **LOCAL, **options)
     quantized = {state.graph[name].module for name in state.formats if state.graph[name].block is not None}
     held = quantized | {module.partition(".")[2] for module in quantized}

@@ -142,10 +142,12 @@ def in_engine(job: Job, folder: Path) -> Proof:
     except EngineError:
         write_card(job, folder, None)
         raise
-    if found.name == STOCK_NAME and (lost := lost_without_head(folder, state)):
+    name = found.name
+    del found  # its memory, before the folder is loaded again
+    if name.startswith(STOCK_NAME) and (lost := lost_without_head(folder, state)):
         raise ExportError(f"compressed_tensors: AutoModel, which embedders are loaded by, does not find '{lost[0]}' "
                           f"({len(lost)} missing); the artifact is not kept")  # fmt: skip
-    if found.name == RUNTIME and not lacking(state):
+    if name == RUNTIME and not lacking(state):
         write_card(job, folder, USE_RUNTIME)
     return proof
 

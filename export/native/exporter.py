@@ -14,8 +14,8 @@ config.json is the source's, with a `quantization_config`:
 
 The reader asks for every tensor by name and shape, and for no tensor more; the runtime and it share their checks of a folder
 (artifact/files.py). No path comes from a file: the weights are what lies in the folder under the names above. Hashes (see
-artifact/place.py) are compared up to `HASHED_BYTES`, which takes seconds; of larger artifacts the sizes are, and `sha256sum` does
-the rest.
+artifact/place.py) are compared up to `HASHED_BYTES` of weights, which takes seconds; of larger artifacts the sizes are, and
+`sha256sum` does the rest.
 """
 
 from __future__ import annotations

@@ -56,8 +56,8 @@ def open_artifact(folder: Path) -> Model:
 
 def read(folder: Path) -> State:
     """The state that an ONNX artifact holds; ModelError where its files do not belong together."""
-    check_marks(folder)
     model = open_artifact(folder)
+    check_marks(folder)
     by_stem = {s.stem: s for s in model.graph if not s.tied}
     stored: dict[str, Placed] = {}
     for module, fmt in formats(folder).items():

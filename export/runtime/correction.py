@@ -24,8 +24,9 @@ from compress.state.checkpoint import Spec
 FOLDER, CONFIG, WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
 SUFFIXES = ("lora_A.weight", "lora_B.weight")
 _PREFIX = "base_model.model."
-_BEYOND = ("use_dora", "use_rslora", "use_qalora", "lora_bias", "modules_to_save", "alora_invocation_tokens", "layer_replication",
-           "target_parameters", "trainable_token_indices")  # fmt: skip
+_BEYOND = ("use_dora", "use_rslora", "use_qalora", "lora_bias", "modules_to_save", "alora_invocation_tokens",
+           "layer_replication", "target_parameters", "trainable_token_indices", "exclude_modules", "layers_to_transform",
+           "layers_pattern")  # fmt: skip
 
 
 def correct(model: nn.Module, folder: Path) -> None:
