@@ -105,13 +105,18 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """family(name, dtype=bf16) -> folder of a tiny random model, made once a session."""
-    made: dict[tuple[str, torch.dtype], Path] = {}
+    """family(name, dtype=bf16, blocks=2) -> folder of a tiny random model, made once a session."""
+    made: dict[tuple[str, torch.dtype, int], Path] = {}
 
-    def get(name: str, dtype: torch.dtype = torch.bfloat16) -> Path:
-        if (name, dtype) not in made:
-            made[name, dtype] = make_model(tmp_path_factory.mktemp(name), FAMILIES[name](), dtype)
-        return made[name, dtype]
+    def get(name: str, dtype: torch.dtype = torch.bfloat16, blocks: int = 2) -> Path:
+        if (name, dtype, blocks) not in made:
+            config = FAMILIES[name]()
+            if blocks != config.num_hidden_layers:
+                config.num_hidden_layers = blocks
+                if getattr(config, "layer_types", None):
+                    config.layer_types = config.layer_types[:blocks]
+            made[name, dtype, blocks] = make_model(tmp_path_factory.mktemp(name), config, dtype)
+        return made[name, dtype, blocks]
 
     return get
 
@@ -130,6 +135,19 @@ def baked(family: Any, text: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         return made[key]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def embedded(family: Any, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The outcome of GPTQ of a llama of one block, its embedding in 4 bits, in the kinds of artifact that hold one. Only to read.
+
+    One for all tests, as an export to ONNX takes seconds.
+    """
+    from tests.cooking import several
+
+    pins = {"embed": "int4:g32", "lm_head": "int8:g32"}
+    model = family("llama", blocks=1)
+    return several(tmp_path_factory.mktemp("embedded"), model, text, "native", "onnx", "gguf", format="int4:g64", pins=pins)
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,16 @@ def cook(folder: Path, model: Path, text: Path | None = None, exports: Any = Non
     return pipeline.run(recipe(folder, model, text, exports, **options))
 
 
+def several(folder: Path, model: Path, text: Path | None, *exporters: str, **options: Any) -> pipeline.Outcome:
+    """A run of `quantize` with several exporters; evaluated where there is a text."""
+    path = recipe(folder, model, text, **options)
+    content = yaml.safe_load(path.read_text()) | {"export": [{name: {}} for name in exporters]}
+    if text:
+        content["data"]["evaluation"] = {"text": str(text), "sequences": 4, "length": 32}
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return pipeline.run(path)
+
+
 def bake(
     folder: Path, model: Path, text: Path | None, exporter: str, *passes: dict[str, Any], **options: Any
 ) -> pipeline.Outcome:

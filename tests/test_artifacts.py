@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from compress import pipeline
 from compress.cli import main
@@ -17,7 +16,7 @@ from compress.export import runtime
 from compress.export.artifact.files import MARK
 from compress.export.artifact.place import held, mark
 from compress.export.table import EXPORTERS, KINDS
-from tests.cooking import recipe
+from tests.cooking import several
 
 WEIGHTS = {"compressed_tensors": "model.safetensors", "gptq": "model.safetensors", "gguf": "model.gguf",
            "native": "compress-00001.safetensors", "onnx": "model.onnx.data"}  # fmt: skip
@@ -25,19 +24,18 @@ FILES = [*WEIGHTS.items(), ("onnx", "model.onnx"), *((name, "config.json") for n
 
 
 @pytest.fixture(scope="module")
-def made(family: Any, text: Path, tmp_path_factory: pytest.TempPathFactory) -> pipeline.Outcome:
-    """One run, every exporter."""
-    folder = tmp_path_factory.mktemp("all")
-    path = recipe(folder, family("llama"), text, format="int4:g32", method="rtn")
-    content = yaml.safe_load(path.read_text()) | {"export": [{name: {}} for name in EXPORTERS]}
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
-    return pipeline.run(path)
+def made(family: Any, text: Path, embedded: pipeline.Outcome, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The artifact of every exporter."""
+    rest = [name for name in EXPORTERS if name not in embedded.artifacts]
+    folder = tmp_path_factory.mktemp("rest")
+    done = several(folder, family("llama", blocks=1), text, *rest, format="int4:g32", method="rtn")
+    return {name: place for name, (place, _) in (embedded.artifacts | done.artifacts).items()}
 
 
 @pytest.fixture
-def copy(made: pipeline.Outcome, tmp_path: Path) -> Any:
+def copy(made: dict[str, Path], tmp_path: Path) -> Any:
     """copy(exporter) -> a copy of its artifact, to damage."""
-    return lambda name: Path(shutil.copytree(made.artifacts[name][0], tmp_path / name))
+    return lambda name: Path(shutil.copytree(made[name], tmp_path / name))
 
 
 def refusal(folder: Path, capsys: Any) -> str:

@@ -135,7 +135,7 @@ def test_something_behind_it(copy: Path) -> None:
     refused(copy, "its header says")
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_flipped_bytes_in_the_header_never_crash(made: Any, tmp_path: Path, data: st.DataObject) -> None:
     source = made.artifacts["gguf"][0] / FILE

@@ -63,7 +63,7 @@ def filled(source: Path, kind: Any, state: State) -> nn.Module:
     """The original with the artifact's matrices in it."""
     model = kind.from_pretrained(source, dtype=torch.float32).eval()
     prefix = "" if kind is not transformers.AutoModel else f"{model.base_model_prefix}."
-    for name, stored in state.changed.items():
+    for name, stored in state.codes.items():
         site = state.graph[name]
         module: Any = model.get_submodule(site.module.removeprefix(prefix) if prefix else site.module)
         matrix = stored.load().dequantize(torch.float32)
@@ -80,7 +80,7 @@ def test_an_artifact_is_the_model_as_its_users_load_it(name: str, text: Path, tm
         folder, proof = made.artifacts[exporter]
         reader = next(k for k in KINDS if k.name == exporter)
         state = reader.read(folder)
-        assert len(state.changed) == len(state.graph.linear)
+        assert len(state.codes) == len(state.graph.linear)
         wanted = outputs(filled(source, kind, state), ids)
         through = [runtime.load(folder, dtype=torch.float32)]
         if exporter == "compressed_tensors" and name != "gpt2":  # whose matrices stock transformers passes over, as it is told

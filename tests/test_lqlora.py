@@ -34,7 +34,9 @@ def error(before: State, after: State) -> float:
 
 def test_every_combination_of_formats_is_stored_as_it_was_solved(family: Any, tmp_path: Path) -> None:
     model = open_model(str(family("llama")))
-    after = attempt(LqLora.model_validate({"format": "int4:g32", "rank": 4, **EVERY_RANK}), model, tmp_path / "steps")
+    after = attempt(
+        LqLora.model_validate({"format": "int4:g32", "rank": 4, "rounds": 1, **EVERY_RANK}), model, tmp_path / "steps"
+    )
     for site in model.graph.linear:
         fmt = after.codes[site.name].format
         assert isinstance(fmt, LowRank)
@@ -51,7 +53,7 @@ def test_a_correction_lowers_the_error_that_is_reported(family: Any, tmp_path: P
     """The recorded error of every matrix falls with the rank, and is that of the stored weights."""
     model = open_model(str(family("llama")))
     errors = {}
-    for rank in (1, 8, 24):
+    for rank in (8, 24):
         state = attempt(
             LqLora.model_validate({"format": "int2:g32", "rank": rank, "drift": 0}), model, tmp_path / str(rank) / "steps"
         )
@@ -63,7 +65,7 @@ def test_a_correction_lowers_the_error_that_is_reported(family: Any, tmp_path: P
 def test_init_paper_is_seeded_and_needs_no_data(project: Project) -> None:
     text = project.recipe.read_text()
     start, end = text.index("  - quantize:"), text.index("export:")
-    lq = '  - lqlora: {init: paper, method: rtn, clip: minmax, format: "int3:g32", rank: 4}\n'
+    lq = '  - lqlora: {init: paper, method: rtn, clip: minmax, format: "int3:g32", rank: 4, pins: {"layers.1.*": bf16}}\n'
     project.recipe.write_text(text[:start] + lq + "export: []\n")
     project.edit("  calibration: {text: words.txt, sequences: 8, length: 32}\n", "")
     assert project.run().code == 0
@@ -104,8 +106,8 @@ def test_zero_blocks_and_pruned_rows_are_handled(family: Any, tmp_path: Path) ->
 BOUGHT = """\
   - allocate:
       budget: 4.6 bits
-      formats: ["int2:g32", "int3:g32", "int4:g64"]
-      ranks: [0, 4, 8]
+      formats: ["int2:g32", "int4:g64"]
+      ranks: [0, 8]
       factors: "int8:channel"
       trials: 1
       probe: 64
@@ -126,20 +128,23 @@ def bought(project: Project, behind: str) -> dict[str, str]:
 @pytest.mark.parametrize("behind", ["  - lqlora: {}\n", "  - quantize: {}\n  - lqlora: {rounds: 1}\n"])
 def test_ranks_are_bought_from_the_same_budget_and_used(project: Project, behind: str) -> None:
     formats = bought(project, behind)
-    assert any(re.search(r"\+r[48]:int8:channel", f) for f in formats.values()), formats
+    assert any(re.search(r"\+r8:int8:channel", f) for f in formats.values()), formats
     fused = [[formats[s.name].partition("+")[0] for s in g] for g in open_model(str(project.model)).graph.fused()]
     assert all(len(set(bases)) == 1 for bases in fused), "one base for what engines fuse; ranks may differ"
+    resolved = project("run", project.out / "recipe.resolved.yaml", "--out", project.out)
+    assert resolved.code == 0, "defaults written out are no choices of the user's"
+    assert resolved.out.count("(finished before)") == 1 + behind.count("- ")
 
 
 # --- on a real model --------------------------------------------------------------------------------------------------
 
 
 def measured(assets: Path, folder: Path, passes: list[dict[str, Any]]) -> float:
-    kl: float = stories(assets, folder, passes, 32, 32).scores["compressed"]["kl"]
+    kl: float = stories(assets, folder, passes, 32, 32, 64).scores["compressed"]["kl"]
     return kl
 
 
-@pytest.mark.parametrize("fmt", ["nf2:g32:dq2x64", "nf3:g64:dq3x256"])
+@pytest.mark.parametrize("fmt", ["nf2:g32:dq2x64", pytest.param("nf3:g64:dq3x256", marks=pytest.mark.slow)])
 def test_the_paper_beats_plain_normal_floats_and_the_closed_form_beats_the_paper(assets: Path, tmp_path: Path, fmt: str) -> None:
     """At equal bits of the quantized part, as the paper counts."""
     plain = measured(assets, tmp_path, [{"quantize": {"format": fmt, "method": "rtn", "clip": "minmax"}}])
@@ -189,16 +194,6 @@ def test_behind_quantize_the_twin_is_the_original(project: Project) -> None:
     Watching.model_validate({"rank": 4, "rounds": 0}).run(quantized, step.context())
     assert not seen[0].codes
     assert quantized.codes
-
-
-def test_a_resolved_recipe_runs_as_the_recipe_did(project: Project) -> None:
-    """Defaults written out are no choices of the user's."""
-    text = project.recipe.read_text()
-    project.recipe.write_text(text[: text.index("  - quantize:")] + BOUGHT + "  - quantize: {}\n  - lqlora: {}\nexport: []\n")
-    assert project.run().code == 0
-    resolved = project("run", project.out / "recipe.resolved.yaml", "--out", project.out)
-    assert resolved.code == 0
-    assert resolved.out.count("(finished before)") == 3
 
 
 def test_one_eigenproblem_serves_all_ranks_of_a_trial(family: Any, tmp_path: Path) -> None:

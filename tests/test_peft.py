@@ -33,7 +33,7 @@ from tests.conftest import contents
 from tests.cooking import bake
 
 PINS = {"layers.0.attn.q": "int3:g64+r8", "*.down": "int4:g32+r4", "*.o": "int4:g32", "layers.1.mlp.*": "bf16"}
-STEP = {"lqlora": {"format": "int3:g64", "rank": 2, "pins": PINS}}
+STEP = {"lqlora": {"format": "int3:g64", "rank": 2, "rounds": 0, "pins": PINS}}
 Q = "model.layers.0.self_attn.q_proj"
 
 
@@ -90,7 +90,7 @@ def wanted(source: Path, state: State, dtype: torch.dtype, **options: Any) -> Te
 def test_peft_computes_what_our_matrices_give(
     peft: Any, family: Any, text: Path, tmp_path: Path, name: str, options: dict[str, Any]
 ) -> None:
-    done = bake(tmp_path, family(name), text, "compressed_tensors", {"lqlora": options})
+    done = bake(tmp_path, family(name), text, "compressed_tensors", {"lqlora": {"rounds": 0, **options}})
     artifact, proof = done.artifacts["compressed_tensors"]
     assert (proof.engine, proof.remark) == ("transformers with PEFT", "compared in fp32")
     assert proof.difference < 1e-3
@@ -117,7 +117,7 @@ def test_beside_quantized_experts(peft: Any, family: Any, text: Path, tmp_path: 
     Here all experts are asked: a router that is rounded otherwise, on another machine, would choose another one.
     """
     options = {"format": "int4:g32", "rank": 4, "pins": {"*.experts.*": "int4:g32"}}
-    done = bake(tmp_path, family("mixtral"), text, "compressed_tensors", {"lqlora": options})
+    done = bake(tmp_path, family("mixtral"), text, "compressed_tensors", {"lqlora": {"rounds": 0, **options}})
     artifact, proof = done.artifacts["compressed_tensors"]
     assert (proof.engine, proof.greedy) == ("compress runtime", 16)
     assert "adapters are compared in fp32, and it unpacks experts in 16 bits" in proof.remark
@@ -228,7 +228,7 @@ def test_our_reader_gives_everything_back(made: pipeline.Outcome) -> None:
 
 
 def test_conv1d_runs_in_our_runtime(family: Any, text: Path, tmp_path: Path) -> None:
-    done = bake(tmp_path, family("gpt2"), text, "compressed_tensors", {"lqlora": {"format": "int4:g32", "rank": 4}})
+    done = bake(tmp_path, family("gpt2"), text, "compressed_tensors", {"lqlora": {"format": "int4:g32", "rank": 4, "rounds": 0}})
     artifact, proof = done.artifacts["compressed_tensors"]
     assert (proof.engine, proof.greedy) == ("compress runtime", 16)
     assert proof.difference < 1e-3

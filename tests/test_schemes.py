@@ -84,8 +84,8 @@ def test_reader_and_runtime_read_what_other_tools_write_alike(changed: Any, how:
     folder = changed(how)
     state = reader.read(folder)
     held = [str(m.format) for m in runtime.load(folder).modules() if type(m).__name__ == "PackedLinear"]
-    assert len(state.changed) == len(held) == 14
-    assert {str(state.format(state.graph[name])) for name in state.changed} == set(held) == {"int4:g32"}
+    assert len(state.codes) == len(held) == 14
+    assert {str(state.format(state.graph[name])) for name in state.codes} == set(held) == {"int4:g32"}
 
 
 @pytest.mark.parametrize("how", [
