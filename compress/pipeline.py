@@ -263,8 +263,8 @@ def fold(ready: Prepared, steps: Sequence[Step], last: int, console: Console) ->
 
 @dataclass(frozen=True)
 class Folded:
-    """What the passes made. key: of the step that the state comes from. records: what they told of sites. steps: of each, what its
-    record says."""
+    """What the passes made. key: of the step that the state comes from. records: what they told of sites. steps: what the record
+    of each says."""
 
     state: State
     key: str
