@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from compress.formats.formats import Dense, Format, Int, LowRank, Packed, base_of, parse
+from compress.formats.formats import Dense, Format, Int, LowRank, Packed, base_of, integers, parse
 
-__all__ = ["Dense", "Format", "Int", "LowRank", "Packed", "base_of", "parse"]
+__all__ = ["Dense", "Format", "Int", "LowRank", "Packed", "base_of", "integers", "parse"]

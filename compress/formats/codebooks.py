@@ -32,7 +32,7 @@ from torch import Tensor
 
 from compress.errors import FormatError
 from compress.formats import bitpack
-from compress.formats.grid import GROUPS, Double, Grid, Grouped, Shape, Spec, round_scale
+from compress.formats.grid import GROUPS, Double, Grid, Grouped, Listing, Shape, round_scale
 
 _DELTA = 1 - (1 / 32 + 1 / 30) / 2  # the outermost quantile: that of bitsandbytes' NF4, used for any number of bits
 _TOPS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -83,7 +83,7 @@ class Codebook(Grouped):
         """Indices of the nearest levels. Under the scale 0 any will do: infinities find an end, 0/0 the last."""
         return torch.bucketize(w / grid.scale.to(w.dtype), grid.middles.to(w.dtype))
 
-    def _spec(self, shape: Shape) -> Spec:
+    def _listed(self, shape: Shape) -> Listing:
         return {
             "weight_packed": (torch.int32, (shape[0], bitpack.words(shape[1], self.bits))),
             "weight_shape": (torch.int64, (2,)),
@@ -127,7 +127,7 @@ class DoubleQuant:
         top = "" if self.dtype == torch.bfloat16 else f":{_TOP_NAMES[self.dtype]}"
         return f"dq{self.bits}x{self.block}{top}"
 
-    def tensors(self, count: int) -> Spec:
+    def tensors(self, count: int) -> Listing:
         """The tensors written for `count` scales."""
         return {
             "weight_scale_packed": (torch.int32, (bitpack.words(count, self.bits),)),
@@ -199,13 +199,13 @@ class NF(Codebook):
         """Whether one scale can move alone: not where they lie on a grid of their own."""
         return self.double is None
 
-    def tensors(self, shape: Shape, scale_dtype: torch.dtype = torch.bfloat16) -> Spec:
+    def tensors(self, shape: Shape, scale_dtype: torch.dtype = torch.bfloat16) -> Listing:
         """Suffix -> (dtype, shape) of every tensor written for a weight of `shape` [N, K]."""
         self.check(shape)
         n, groups = shape[0], self.groups(shape[1])
         if self.double:
-            return self._spec(shape) | self.double.tensors(n * groups)
-        return self._spec(shape) | {"weight_scale": (scale_dtype, (n, groups))}
+            return self._listed(shape) | self.double.tensors(n * groups)
+        return self._listed(shape) | {"weight_scale": (scale_dtype, (n, groups))}
 
     def fit(self, lo: Tensor, hi: Tensor, scale_dtype: torch.dtype) -> Grid:
         """The grid that covers lo[...] ... hi[...]: the scale is the largest magnitude, 0 for an empty range.
@@ -255,6 +255,7 @@ class Lut(Codebook):
     shared: bool = False
     WIDTHS: ClassVar[tuple[int, ...]] = (2, 3, 4)
     rescalable: ClassVar[bool] = True
+    double: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         self._check_options(self.WIDTHS)
@@ -272,11 +273,11 @@ class Lut(Codebook):
         """Whether solvers may fit the table."""
         return not self.shared
 
-    def tensors(self, shape: Shape, scale_dtype: torch.dtype = torch.bfloat16) -> Spec:
+    def tensors(self, shape: Shape, scale_dtype: torch.dtype = torch.bfloat16) -> Listing:
         """Suffix -> (dtype, shape) of every tensor written for a weight of `shape` [N, K]."""
         self.check(shape)
-        spec = self._spec(shape) | {"weight_scale": (scale_dtype, (shape[0], self.groups(shape[1])))}
-        return spec if self.shared else spec | {"weight_table": (torch.float16, (self.levels,))}
+        listing = self._listed(shape) | {"weight_scale": (scale_dtype, (shape[0], self.groups(shape[1])))}
+        return listing if self.shared else listing | {"weight_table": (torch.float16, (self.levels,))}
 
     def fit(self, lo: Tensor, hi: Tensor, scale_dtype: torch.dtype) -> Grid:
         """The grid that takes the extreme of lo[...] ... hi[...] of larger magnitude to +1, on the table for normal data.

@@ -43,7 +43,7 @@ from torch import Tensor
 from compress.errors import FormatError, did_you_mean
 from compress.formats import bitpack
 from compress.formats.codebooks import NF, DoubleQuant, Lut
-from compress.formats.grid import GROUPS, Grid, Grouped, Shape, Spec, Storage, plain, round_scale, spec_bytes
+from compress.formats.grid import GROUPS, Grid, Grouped, Listing, Shape, Storage, listed_bytes, plain, round_scale
 
 _DENSE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _BITS = range(2, 9)
@@ -59,6 +59,7 @@ class Int(Grouped):
     joint: ClassVar[bool] = False
     learned: ClassVar[bool] = False
     rescalable: ClassVar[bool] = True
+    double: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         if self.bits not in _BITS:
@@ -89,18 +90,18 @@ class Int(Grouped):
             raise FormatError(f"{self}: groups of {self.group} do not divide {in_features} inputs; {hint}")
         return in_features // self.group
 
-    def tensors(self, shape: Shape, scale_dtype: torch.dtype = torch.bfloat16) -> Spec:
+    def tensors(self, shape: Shape, scale_dtype: torch.dtype = torch.bfloat16) -> Listing:
         """Suffix -> (dtype, shape) of every tensor written for a weight of `shape` [N, K]."""
         self.check(shape)
         n, k = shape
-        spec: Spec = {
+        listing: Listing = {
             "weight_packed": (torch.int32, (n, bitpack.words(k, self.bits))),
             "weight_scale": (scale_dtype, (n, self.groups(k))),
             "weight_shape": (torch.int64, (2,)),
         }
         if not self.symmetric:
-            spec["weight_zero_point"] = (torch.int32, (bitpack.words(n, self.bits), self.groups(k)))
-        return spec
+            listing["weight_zero_point"] = (torch.int32, (bitpack.words(n, self.bits), self.groups(k)))
+        return listing
 
     def fit(self, lo: Tensor, hi: Tensor, scale_dtype: torch.dtype) -> Grid:
         """The finest grid that covers lo[...] ... hi[...] and zero, its scale rounded to `scale_dtype`.
@@ -184,13 +185,13 @@ class Dense:
     def check(self, shape: Shape) -> None:
         """Any shape will do."""
 
-    def tensors(self, shape: Shape, scale_dtype: torch.dtype = torch.bfloat16) -> Spec:
+    def tensors(self, shape: Shape, scale_dtype: torch.dtype = torch.bfloat16) -> Listing:
         """The one tensor written; `scale_dtype` is not used."""
         return {"weight": (self.dtype, tuple(shape))}
 
     def nbytes(self, shape: Shape) -> int:
         """Bytes of the tensor."""
-        return spec_bytes(self.tensors(shape))
+        return listed_bytes(self.tensors(shape))
 
     def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """The weight in `dtype`."""
@@ -233,19 +234,22 @@ class LowRank:
         for side in shape:
             self.factors.check((self.rank, side))
 
-    def tensors(self, shape: Shape, scale_dtype: torch.dtype = torch.bfloat16) -> Spec:
+    def tensors(self, shape: Shape, scale_dtype: torch.dtype = torch.bfloat16) -> Listing:
         """Suffix -> (dtype, shape) of every tensor written for a weight of `shape` [N, K]: Q's, then `lora_A.*`, `lora_B.*`."""
         self.check(shape)
+        listing = self.base.tensors(shape, scale_dtype)
+        for name, side in self.factor_shapes(shape).items():
+            listing |= {f"{name}.{suffix}": entry for suffix, entry in self.factors.tensors(side, scale_dtype).items()}
+        return listing
+
+    def factor_shapes(self, shape: Shape) -> dict[str, tuple[int, int]]:
+        """The factors' names, and their shapes as they are stored beside a matrix of `shape` [N, K]."""
         n, k = shape
-        spec = self.base.tensors(shape, scale_dtype)
-        b_shape = (n, self.rank) if isinstance(self.factors, Dense) else (self.rank, n)
-        for name, side in (("lora_A", (self.rank, k)), ("lora_B", b_shape)):
-            spec |= {f"{name}.{suffix}": entry for suffix, entry in self.factors.tensors(side, scale_dtype).items()}
-        return spec
+        return {"lora_A": (self.rank, k), "lora_B": (n, self.rank) if isinstance(self.factors, Dense) else (self.rank, n)}
 
     def nbytes(self, shape: Shape) -> int:
         """Bytes of all tensors written for a weight of `shape`, factors included."""
-        return spec_bytes(self.tensors(shape))
+        return listed_bytes(self.tensors(shape))
 
     def pack(
         self, base: Mapping[str, Tensor], A_rk: Tensor, B_nr: Tensor, scale_dtype: torch.dtype = torch.bfloat16
@@ -294,6 +298,11 @@ Format = Int | NF | Lut | Dense | LowRank
 def base_of(fmt: Format) -> Int | NF | Lut | Dense:
     """A format without its low-rank correction, if it has one."""
     return fmt.base if isinstance(fmt, LowRank) else fmt
+
+
+def integers(formats: Mapping[str, Format]) -> dict[str, Int]:
+    """Those of some sites' formats that are plain integers: what most engines have kernels for."""
+    return {name: fmt for name, fmt in formats.items() if isinstance(fmt, Int)}
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ from torch import Tensor
 from compress.errors import FormatError
 
 Shape = tuple[int, ...]
-Spec = dict[str, tuple[torch.dtype, Shape]]
+Listing = dict[str, tuple[torch.dtype, Shape]]  # suffix -> what the tensor of that name is
 
 GROUPS = tuple(range(16, 257, 8))
 _LEAST_SCALE = {torch.bfloat16: 2.0**-126, torch.float16: 2.0**-24, torch.float32: 2.0**-126}
@@ -89,7 +89,7 @@ class Storage(Protocol):
     @property
     def joint(self) -> bool: ...
     def check(self, shape: Shape) -> None: ...
-    def tensors(self, shape: Shape, scale_dtype: torch.dtype = ...) -> Spec: ...
+    def tensors(self, shape: Shape, scale_dtype: torch.dtype = ...) -> Listing: ...
     def nbytes(self, shape: Shape) -> int: ...
     def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor: ...
 
@@ -140,7 +140,7 @@ class Grouped:
 
     def nbytes(self: Storage, shape: Shape) -> int:
         """Bytes of all tensors written for a weight of `shape`; plain scales take 16 bits."""
-        return spec_bytes(self.tensors(shape))
+        return listed_bytes(self.tensors(shape))
 
     def dequantize(self: Quantized, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """The weight [N, K] in `dtype`, from the packed tensors."""
@@ -183,6 +183,6 @@ def round_scale(s: Tensor, dtype: torch.dtype) -> Tensor:
     return s.to(dtype)
 
 
-def spec_bytes(spec: Spec) -> int:
-    """Bytes of all tensors of a spec."""
-    return sum(dtype.itemsize * prod(shape) for dtype, shape in spec.values())
+def listed_bytes(listing: Listing) -> int:
+    """Bytes of all tensors of a listing."""
+    return sum(dtype.itemsize * prod(shape) for dtype, shape in listing.values())

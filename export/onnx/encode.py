@@ -30,9 +30,10 @@ Both directions are exact: `decode(encode(x)) == x` for every tensor of every fo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,8 @@ KINDS = {torch.bfloat16: "BFLOAT16", torch.float16: "FLOAT16", torch.float32: "F
 DTYPES = {kind: dtype for dtype, kind in KINDS.items()}
 WIDTHS = {"UINT4": 4, "UINT8": 8, "BFLOAT16": 16, "FLOAT16": 16, "FLOAT": 32}
 FAST = (128, 64, 32)  # blocks for which onnxruntime has fast kernels on CPU
-FACTORS = ("lora_A", "lora_B")
+Shape = tuple[int, int]
+Turn = Callable[[Any, Shape, Mapping[str, Tensor]], dict[str, Tensor]]  # format, shape [N, K], tensors -> the others
 
 
 @dataclass(frozen=True)
@@ -89,30 +91,45 @@ class NBits:
         return (1 << (self.bits - 1)) - (1 << (fmt.bits - 1)) if fmt.symmetric else 0
 
 
-# --- what there is ---------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Encoding:
+    """How the matrices of a kind of format lie in the data file: their tensors, the way there and the way back."""
+
+    slots: Callable[[Any, Shape, torch.dtype, str], list[Slot]]
+    encode: Turn
+    decode: Turn
 
 
-def slots(fmt: Format, shape: tuple[int, int], scale_dtype: torch.dtype, prefix: str = "") -> list[Slot]:
+def slots(fmt: Format, shape: Shape, scale_dtype: torch.dtype, prefix: str = "") -> list[Slot]:
     """The tensors of a matrix of `shape` [N, K], their names after `prefix`."""
-    if isinstance(fmt, Dense):
-        return [Slot(f"{prefix}weight", KINDS[fmt.dtype], shape)]
-    if isinstance(fmt, LowRank):
-        found = slots(fmt.base, shape, scale_dtype, prefix)
-        for name, side in zip(FACTORS, factor_shapes(fmt, shape), strict=True):
-            inner = f"{prefix}{name}."
-            found += slots(fmt.factors, side, scale_dtype, inner) if isinstance(fmt.factors, Dense) else (
-                codes_slots(fmt.factors, side, scale_dtype, inner))  # fmt: skip
-        return found
-    return nbits_slots(fmt, shape, scale_dtype, prefix) if isinstance(fmt, Int) else codes_slots(fmt, shape, scale_dtype, prefix)
+    return MATRICES[type(fmt)].slots(fmt, shape, scale_dtype, prefix)
 
 
-def factor_shapes(fmt: LowRank, shape: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Shapes of A and B as they are stored: quantized, B is stored transposed."""
-    n, k = shape
-    return (fmt.rank, k), (n, fmt.rank) if isinstance(fmt.factors, Dense) else (fmt.rank, n)
+def encode(fmt: Format, shape: Shape, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that `slots` lists, by name, of the tensors of the format; uint4 as bytes, two numbers in each."""
+    return MATRICES[type(fmt)].encode(fmt, shape, tensors)
 
 
-def nbits_slots(fmt: Int, shape: tuple[int, int], scale_dtype: torch.dtype, prefix: str) -> list[Slot]:
+def decode(fmt: Format, shape: Shape, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the format, of those that `encode` gave; FormatError where a number is no code of the format."""
+    return MATRICES[type(fmt)].decode(fmt, shape, raw)
+
+
+# --- dense: one tensor as it is --------------------------------------------------------------------------------------
+
+
+def dense_slots(fmt: Dense, shape: Shape, scale_dtype: torch.dtype, prefix: str) -> list[Slot]:
+    return [Slot(f"{prefix}weight", KINDS[fmt.dtype], shape)]
+
+
+def unchanged(fmt: Dense, shape: Shape, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {"weight": tensors["weight"]}
+
+
+# --- NBits -----------------------------------------------------------------------------------------------------------
+
+
+def nbits_slots(fmt: Int, shape: Shape, scale_dtype: torch.dtype, prefix: str) -> list[Slot]:
     n, k = shape
     form = NBits.of(fmt, k)
     found = [Slot(f"{prefix}weight_codes", "UINT8", (n, form.blocks, form.block * form.bits // 8)),
@@ -122,50 +139,7 @@ def nbits_slots(fmt: Int, shape: tuple[int, int], scale_dtype: torch.dtype, pref
     return found
 
 
-def codes_slots(fmt: Int | NF | Lut, shape: tuple[int, int], scale_dtype: torch.dtype, prefix: str) -> list[Slot]:
-    (n, k), groups = shape, fmt.groups(shape[1])
-    found = [Slot(f"{prefix}weight_codes", kind_of(fmt.bits), (n, groups * fmt.width(k)))]
-    if isinstance(fmt, NF) and fmt.double:
-        spans = -(-n * groups // fmt.double.block)
-        found += [Slot(f"{prefix}weight_scale_codes", kind_of(fmt.double.bits), (spans * fmt.double.block,)),
-                  Slot(f"{prefix}weight_scale_top", KINDS[fmt.double.dtype], (spans,)),
-                  Slot(f"{prefix}weight_scale_offset", "FLOAT", (1,))]  # fmt: skip
-    else:
-        found.append(Slot(f"{prefix}weight_scale", KINDS[scale_dtype], (n, groups)))
-    if isinstance(fmt, Int) and not fmt.symmetric:
-        found.append(Slot(f"{prefix}weight_zero_codes", "UINT8", (n, groups)))
-    if isinstance(fmt, Lut) and not fmt.shared:
-        found.append(Slot(f"{prefix}weight_table", "FLOAT16", (fmt.levels,)))
-    return found
-
-
-def kind_of(bits: int) -> str:
-    return "UINT4" if bits <= 4 else "UINT8"
-
-
-# --- there -----------------------------------------------------------------------------------------------------------
-
-
-def encode(fmt: Format, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that `slots` lists, by name, of the tensors of the format; uint4 as bytes, two numbers in each."""
-    if isinstance(fmt, Dense):
-        return {"weight": tensors["weight"]}
-    if isinstance(fmt, LowRank):
-        out = encode(fmt.base, shape, tensors)
-        for name in FACTORS:
-            part = within(tensors, name)
-            coded = part if isinstance(fmt.factors, Dense) else encode_codes(fmt.factors, part)
-            out |= {f"{name}.{suffix}": t for suffix, t in coded.items()}
-        return out
-    return encode_nbits(fmt, shape, tensors) if isinstance(fmt, Int) else encode_codes(fmt, tensors)
-
-
-def within(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The tensors of one factor, by their names in it."""
-    return {s.removeprefix(f"{name}."): t for s, t in tensors.items() if s.startswith(f"{name}.")}
-
-
-def encode_nbits(fmt: Int, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def encode_nbits(fmt: Int, shape: Shape, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     codes, grid = fmt.unpack(tensors)
     form = NBits.of(fmt, shape[1])
     codes = pad(codes + form.shift(fmt), (0, form.blocks * form.block - shape[1]))
@@ -175,11 +149,50 @@ def encode_nbits(fmt: Int, shape: tuple[int, int], tensors: Mapping[str, Tensor]
     return out
 
 
-def encode_codes(fmt: Int | NF | Lut, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def decode_nbits(fmt: Int, shape: Shape, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    form, (n, k) = NBits.of(fmt, shape[1]), shape
+    codes = from_bytes(raw["weight_codes"].reshape(n, -1), form.bits, form.blocks * form.block)[:, :k]
+    codes = shifted(codes, form.shift(fmt))
+    zero = None
+    if not fmt.symmetric:
+        zero = from_bytes(raw["weight_zero_codes"], form.bits, form.blocks)[:, :: form.repeats]
+    return fmt.pack(codes, Grid(raw["weight_scale"], zero))
+
+
+def shifted(codes: Tensor, by: int) -> Tensor:
+    """Codes less `by`; FormatError where one would fall below zero."""
+    if by and bool((codes < by).any()):
+        raise FormatError("holds numbers that are no codes of its format")
+    return codes - by
+
+
+# --- Codes -----------------------------------------------------------------------------------------------------------
+
+VERBATIM = ("weight_scale", "weight_scale_top", "weight_scale_offset", "weight_table")
+
+
+def codes_slots(fmt: Int | NF | Lut, shape: Shape, scale_dtype: torch.dtype, prefix: str) -> list[Slot]:
+    (n, k), groups = shape, fmt.groups(shape[1])
+    found = [Slot(f"{prefix}weight_codes", kind_of(fmt.bits), (n, groups * fmt.width(k)))]
+    if fmt.double:
+        spans = -(-n * groups // fmt.double.block)
+        found += [Slot(f"{prefix}weight_scale_codes", kind_of(fmt.double.bits), (spans * fmt.double.block,)),
+                  Slot(f"{prefix}weight_scale_top", KINDS[fmt.double.dtype], (spans,)),
+                  Slot(f"{prefix}weight_scale_offset", "FLOAT", (1,))]  # fmt: skip
+    else:
+        found.append(Slot(f"{prefix}weight_scale", KINDS[scale_dtype], (n, groups)))
+    if not fmt.symmetric:
+        found.append(Slot(f"{prefix}weight_zero_codes", "UINT8", (n, groups)))
+    if fmt.learned:
+        found.append(Slot(f"{prefix}weight_table", "FLOAT16", (fmt.levels,)))
+    return found
+
+
+def encode_codes(fmt: Int | NF | Lut, shape: Shape, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     codes, grid = fmt.unpack(tensors)
     k = codes.shape[1]
     out = {"weight_codes": as_kind(pad(codes, (0, fmt.groups(k) * fmt.width(k) - k)), fmt.bits)}
-    if isinstance(fmt, NF) and fmt.double and grid.double:
+    if fmt.double and grid.double:
         flat = grid.double.codes.flatten()
         out["weight_scale_codes"] = as_kind(pad(flat, (0, -len(flat) % fmt.double.block)), fmt.double.bits)
     if grid.zero is not None:
@@ -187,7 +200,55 @@ def encode_codes(fmt: Int | NF | Lut, tensors: Mapping[str, Tensor]) -> dict[str
     return out | {s: tensors[s] for s in VERBATIM if s in tensors}
 
 
-VERBATIM = ("weight_scale", "weight_scale_top", "weight_scale_offset", "weight_table")
+def decode_codes(fmt: NF | Lut, shape: Shape, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    out = {"weight_packed": bitpack.pack(codes_in(fmt, shape, raw), fmt.bits), "weight_shape": torch.tensor(shape)}
+    if fmt.double:
+        scales = from_kind(raw["weight_scale_codes"], fmt.double.bits, shape[0] * fmt.groups(shape[1]))
+        out["weight_scale_packed"] = bitpack.pack(scales, fmt.double.bits)
+    return out | {s: raw[s] for s in VERBATIM if s in raw}
+
+
+def decode_integers(fmt: Int, shape: Shape, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return fmt.pack(codes_in(fmt, shape, raw), Grid(raw["weight_scale"], raw.get("weight_zero_codes")))
+
+
+def codes_in(fmt: Int | NF | Lut, shape: Shape, raw: Mapping[str, Tensor]) -> Tensor:
+    (n, k), groups = shape, fmt.groups(shape[1])
+    return from_kind(raw["weight_codes"], fmt.bits, n * groups * fmt.width(k)).view(n, -1)[:, :k]
+
+
+# --- low rank: the base's encoding, and two factors -------------------------------------------------------------------
+
+
+def corrected_slots(fmt: LowRank, shape: Shape, scale_dtype: torch.dtype, prefix: str) -> list[Slot]:
+    found = slots(fmt.base, shape, scale_dtype, prefix)
+    for name, side in fmt.factor_shapes(shape).items():
+        found += FACTORS[type(fmt.factors)].slots(fmt.factors, side, scale_dtype, f"{prefix}{name}.")
+    return found
+
+
+def encode_corrected(fmt: LowRank, shape: Shape, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return encode(fmt.base, shape, tensors) | by_factor(FACTORS[type(fmt.factors)].encode, fmt, shape, tensors)
+
+
+def decode_corrected(fmt: LowRank, shape: Shape, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return decode(fmt.base, shape, raw) | by_factor(FACTORS[type(fmt.factors)].decode, fmt, shape, raw)
+
+
+def by_factor(turn: Turn, fmt: LowRank, shape: Shape, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `turn` makes of the tensors of either factor."""
+    out: dict[str, Tensor] = {}
+    for name, side in fmt.factor_shapes(shape).items():
+        part = {s.removeprefix(f"{name}."): t for s, t in tensors.items() if s.startswith(f"{name}.")}
+        out |= {f"{name}.{suffix}": t for suffix, t in turn(fmt.factors, side, part).items()}
+    return out
+
+
+# --- codes and bytes -------------------------------------------------------------------------------------------------
+
+
+def kind_of(bits: int) -> str:
+    return "UINT4" if bits <= 4 else "UINT8"
 
 
 def as_bytes(codes: Tensor, bits: int) -> Tensor:
@@ -200,52 +261,6 @@ def as_kind(codes: Tensor, bits: int) -> Tensor:
     return as_bytes(codes.flatten(), 4 if bits <= 4 else 8)
 
 
-# --- and back --------------------------------------------------------------------------------------------------------
-
-
-def decode(fmt: Format, shape: tuple[int, int], raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the format, of those that `encode` gave; FormatError where a number is no code of the format."""
-    if isinstance(fmt, Dense):
-        return {"weight": raw["weight"]}
-    if isinstance(fmt, LowRank):
-        out = decode(fmt.base, shape, raw)
-        for name, side in zip(FACTORS, factor_shapes(fmt, shape), strict=True):
-            part = within(raw, name)
-            plain = part if isinstance(fmt.factors, Dense) else decode_codes(fmt.factors, side, part)
-            out |= {f"{name}.{suffix}": t for suffix, t in plain.items()}
-        return out
-    return decode_nbits(fmt, shape, raw) if isinstance(fmt, Int) else decode_codes(fmt, shape, raw)
-
-
-def decode_nbits(fmt: Int, shape: tuple[int, int], raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    form, (n, k) = NBits.of(fmt, shape[1]), shape
-    codes = from_bytes(raw["weight_codes"].reshape(n, -1), form.bits, form.blocks * form.block)[:, :k]
-    codes = shifted(codes, form.shift(fmt))
-    zero = None
-    if not fmt.symmetric:
-        zero = from_bytes(raw["weight_zero_codes"], form.bits, form.blocks)[:, :: form.repeats]
-    return fmt.pack(codes, Grid(raw["weight_scale"], zero))
-
-
-def decode_codes(fmt: Int | NF | Lut, shape: tuple[int, int], raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    (n, k), groups = shape, fmt.groups(shape[1])
-    codes = from_kind(raw["weight_codes"], fmt.bits, n * groups * fmt.width(k)).view(n, -1)[:, :k]
-    if isinstance(fmt, Int):
-        return fmt.pack(codes, Grid(raw["weight_scale"], raw.get("weight_zero_codes")))
-    out = {"weight_packed": bitpack.pack(codes, fmt.bits), "weight_shape": torch.tensor(shape)}
-    if isinstance(fmt, NF) and fmt.double:
-        scales = from_kind(raw["weight_scale_codes"], fmt.double.bits, n * groups)
-        out["weight_scale_packed"] = bitpack.pack(scales, fmt.double.bits)
-    return out | {s: raw[s] for s in VERBATIM if s in raw}
-
-
-def shifted(codes: Tensor, by: int) -> Tensor:
-    """Codes less `by`; FormatError where one would fall below zero."""
-    if by and bool((codes < by).any()):
-        raise FormatError("holds numbers that are no codes of its format")
-    return codes - by
-
-
 def from_bytes(raw: Tensor, bits: int, count: int) -> Tensor:
     """The first `count` codes of each row of bytes."""
     return bitpack.unpack(pad(raw, (0, -raw.shape[-1] % 4)).view(torch.int32), bits, count)
@@ -254,3 +269,12 @@ def from_bytes(raw: Tensor, bits: int, count: int) -> Tensor:
 def from_kind(raw: Tensor, bits: int, count: int) -> Tensor:
     width = 4 if bits <= 4 else 8
     return from_bytes(raw.flatten()[: -(-count * width // 8)], width, count)
+
+
+DENSE = Encoding(dense_slots, unchanged, unchanged)
+NBITS = Encoding(nbits_slots, encode_nbits, decode_nbits)
+CODES = Encoding(codes_slots, encode_codes, decode_codes)
+INTEGERS = Encoding(codes_slots, encode_codes, decode_integers)
+CORRECTED = Encoding(corrected_slots, encode_corrected, decode_corrected)
+MATRICES: Mapping[type[Format], Encoding] = {Dense: DENSE, Int: NBITS, NF: CODES, Lut: CODES, LowRank: CORRECTED}
+FACTORS: Mapping[type[Format], Encoding] = {Dense: DENSE, Int: INTEGERS, NF: CODES, Lut: CODES}

@@ -8,16 +8,18 @@ that the run gave them, with a Cast behind them, which is done at loading as wel
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import NoneType
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
+from torch import Tensor
 
 from compress.export.onnx.datafile import DATA, places
 from compress.export.onnx.encode import NBits, Slot
 from compress.formats import Dense, Format, Int, LowRank
-from compress.formats.codebooks import NF, Lut, lut_table, nf_table
+from compress.formats.codebooks import NF, DoubleQuant, Lut, lut_table, nf_table
 from compress.state.graph import Site
 
 MICROSOFT = "com.microsoft"
@@ -45,27 +47,29 @@ class Nodes:
 
     def matrix(self, site: Site, fmt: Format | None, x: str, out: str, rows: bool) -> None:
         """out = x Wᵀ or, of an embedding, the `rows` x of W; `fmt` is None for a matrix that is as the source has it."""
-        if isinstance(fmt, LowRank):
-            self.op("Add", [self.plain(site, fmt.base, x, rows), self.correction(fmt, site, x, rows)], out)
-        else:
-            self.plain(site, fmt, x, rows, out)
+        (ROWS if rows else PRODUCTS)[type(fmt)](self, fmt, site, x, out)
 
-    def plain(self, site: Site, fmt: Int | NF | Lut | Dense | None, x: str, rows: bool, out: str | None = None) -> str:
-        """What `matrix` gives, without a low-rank correction."""
-        if isinstance(fmt, Int):
-            return self.rows_of_integers(fmt, site, x, out) if rows else self.product_of_integers(fmt, site, x, out)
-        if isinstance(fmt, NF | Lut):
-            return self.applied(self.decoded(fmt, site.shape, f"{site.stem}."), x, rows, False, out)
-        name = site.weight if fmt is None else f"{site.stem}.weight"
-        if rows:  # converted behind, not in front: a table of rows is large
-            return self.op("Cast", [self.op("Gather", [name, x])], out, to=self.compute)
-        return self.applied(self.number(name), x, False, site.transposed, out)
+    def product_of_dense(self, fmt: Dense | None, site: Site, x: str, out: str | None) -> str:
+        W = self.number(dense_name(fmt, site))
+        return self.op("MatMul", [x, W if site.transposed else self.turned(W)], out)
 
-    def applied(self, W: str, x: str, rows: bool, flipped: bool, out: str | None) -> str:
-        """x Wᵀ, x W for a flipped matrix, or rows x of W."""
-        if rows:
-            return self.op("Gather", [W, x], out)
-        return self.op("MatMul", [x, W if flipped else self.turned(W)], out)
+    def rows_of_dense(self, fmt: Dense | None, site: Site, x: str, out: str | None) -> str:
+        """Converted behind, not in front: a table of rows is large."""
+        return self.op("Cast", [self.op("Gather", [dense_name(fmt, site), x])], out, to=self.compute)
+
+    def product_of_codes(self, fmt: NF | Lut, site: Site, x: str, out: str | None) -> str:
+        return self.op("MatMul", [x, self.turned(self.decoded(fmt, site.shape, f"{site.stem}."))], out)
+
+    def rows_of_codes(self, fmt: NF | Lut, site: Site, x: str, out: str | None) -> str:
+        return self.op("Gather", [self.decoded(fmt, site.shape, f"{site.stem}."), x], out)
+
+    def product_of_sum(self, fmt: LowRank, site: Site, x: str, out: str | None) -> str:
+        product = PRODUCTS[type(fmt.base)](self, fmt.base, site, x, None)
+        return self.op("Add", [product, self.correction(fmt, site, x, rows=False)], out)
+
+    def rows_of_sum(self, fmt: LowRank, site: Site, x: str, out: str | None) -> str:
+        rows = ROWS[type(fmt.base)](self, fmt.base, site, x, None)
+        return self.op("Add", [rows, self.correction(fmt, site, x, rows=True)], out)
 
     def turned(self, W: str) -> str:
         return self.once(f"{W}.T", lambda: self.op("Transpose", [W], perm=[1, 0]))
@@ -127,16 +131,8 @@ class Nodes:
 
     def _decoded(self, fmt: Int | NF | Lut, shape: tuple[int, int], prefix: str) -> str:
         (n, k), groups, width = shape, fmt.groups(shape[1]), fmt.width(shape[1])
-        number = FLOAT if isinstance(fmt, Int) else INT32  # converted first: no other operator takes uint4
-        split = self.reshape(self.op("Cast", [f"{prefix}weight_codes"], to=number), (n, groups, width))
-        if isinstance(fmt, Int):
-            middle = self.floats(f"middle.{fmt.bits}", [1 << (fmt.bits - 1)])
-            zero = middle if fmt.symmetric else self.apart(self.number(f"{prefix}weight_zero_codes", FLOAT), n, groups)
-            level = self.op("Sub", [split, zero])
-        else:
-            level = self.op("Gather", [self.table(fmt, prefix), split])
-        scale = self.double_scales(fmt, prefix, n * groups) if isinstance(fmt, NF) and fmt.double else (
-            self.number(f"{prefix}weight_scale", FLOAT))  # fmt: skip
+        level = STEPS[type(fmt)](self, fmt, (n, groups, width), prefix)
+        scale = self.double_scales(fmt.double, prefix, n * groups) if fmt.double else self.number(f"{prefix}weight_scale", FLOAT)
         whole = self.reshape(self.op("Mul", [level, self.apart(scale, n, groups)]), (n, groups * width))
         whole = whole if groups * width == k else self.first(whole, k, 1)
         return whole if self.compute == FLOAT else self.op("Cast", [whole], to=self.compute)
@@ -144,19 +140,33 @@ class Nodes:
     def apart(self, x: str, n: int, groups: int) -> str:
         return self.reshape(x, (n, groups, 1))
 
-    def table(self, fmt: NF | Lut, prefix: str) -> str:
-        if isinstance(fmt, Lut) and not fmt.shared:
-            return self.number(f"{prefix}weight_table", FLOAT)
-        levels = nf_table(fmt.bits) if isinstance(fmt, NF) else lut_table(fmt.bits)
-        return self.floats(f"{type(fmt).__name__.lower()}{fmt.bits}", levels.tolist())
+    def integer_steps(self, fmt: Int, split: tuple[int, int, int], prefix: str) -> str:
+        """Codes less the zero point, `split` into groups, [N, G, width]."""
+        codes = self.split_codes(FLOAT, split, prefix)
+        middle = self.floats(f"middle.{fmt.bits}", [1 << (fmt.bits - 1)])
+        zero = middle if fmt.symmetric else self.apart(self.number(f"{prefix}weight_zero_codes", FLOAT), *split[:2])
+        return self.op("Sub", [codes, zero])
 
-    def double_scales(self, fmt: NF, prefix: str, count: int) -> str:
+    def table_steps(self, fmt: NF | Lut, split: tuple[int, int, int], prefix: str) -> str:
+        """What the table has for the codes."""
+        codes = self.split_codes(INT32, split, prefix)
+        return self.op("Gather", [self.levels(fmt, prefix), codes])
+
+    def split_codes(self, number: int, split: tuple[int, int, int], prefix: str) -> str:
+        """Converted first: no other operator takes uint4."""
+        return self.reshape(self.op("Cast", [f"{prefix}weight_codes"], to=number), split)
+
+    def levels(self, fmt: NF | Lut, prefix: str) -> str:
+        if fmt.learned:
+            return self.number(f"{prefix}weight_table", FLOAT)
+        return self.floats(f"{type(fmt).__name__.lower()}{fmt.bits}", LEVELS[type(fmt)](fmt.bits).tolist())
+
+    def double_scales(self, double: DoubleQuant, prefix: str, count: int) -> str:
         """code * top / (2**bits - 1) + offset, rounded after each step, as the format has it."""
-        assert fmt.double is not None
-        spans, block = self.slots[f"{prefix}weight_scale_top"].shape[0], fmt.double.block
+        spans, block = self.slots[f"{prefix}weight_scale_top"].shape[0], double.block
         codes = self.reshape(self.op("Cast", [f"{prefix}weight_scale_codes"], to=FLOAT), (spans, block))
         top = self.reshape(self.number(f"{prefix}weight_scale_top", FLOAT), (spans, 1))
-        most = self.floats(f"most.{fmt.double.bits}", [(1 << fmt.double.bits) - 1])
+        most = self.floats(f"most.{double.bits}", [(1 << double.bits) - 1])
         share = self.op("Div", [self.op("Mul", [codes, top]), most])
         flat = self.reshape(self.op("Add", [share, f"{prefix}weight_scale_offset"]), (spans * block,))
         return flat if spans * block == count else self.first(flat, count, 0)
@@ -193,6 +203,35 @@ class Nodes:
         name = f"compress.{name}"
         self.constants.setdefault(name, numpy_helper.from_array(values, name))
         return name
+
+
+Way = Callable[[Nodes, Any, Site, str, str | None], str]  # a matrix's format, the matrix, x, the name of the result
+PRODUCTS: Mapping[type[Format] | type[None], Way] = {
+    NoneType: Nodes.product_of_dense,
+    Dense: Nodes.product_of_dense,
+    Int: Nodes.product_of_integers,
+    NF: Nodes.product_of_codes,
+    Lut: Nodes.product_of_codes,
+    LowRank: Nodes.product_of_sum,
+}
+ROWS: Mapping[type[Format] | type[None], Way] = {
+    NoneType: Nodes.rows_of_dense,
+    Dense: Nodes.rows_of_dense,
+    Int: Nodes.rows_of_integers,
+    NF: Nodes.rows_of_codes,
+    Lut: Nodes.rows_of_codes,
+    LowRank: Nodes.rows_of_sum,
+}
+STEPS: Mapping[type[Format], Callable[[Nodes, Any, tuple[int, int, int], str], str]] = {
+    Int: Nodes.integer_steps,
+    NF: Nodes.table_steps,
+    Lut: Nodes.table_steps,
+}
+LEVELS: Mapping[type[Format], Callable[[int], Tensor]] = {NF: nf_table, Lut: lut_table}
+
+
+def dense_name(fmt: Dense | None, site: Site) -> str:
+    return site.weight if fmt is None else f"{site.stem}.weight"
 
 
 def zeros(fmt: Int, stem: str) -> list[str]:
