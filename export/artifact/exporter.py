@@ -11,14 +11,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from compress.errors import ExportError
+from compress.formats import Format
 from compress.model.model import Model
 from compress.state import State
 from compress.state.graph import Graph
+
+Way = TypeVar("Way")
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,13 @@ class Job:
     key: str
     card: Callable[[Mapping[str, Any]], str]
     device: str = "cpu"
+
+
+def way_for(ways: Mapping[type, Way], exporter: str, site: str, fmt: Format) -> Way:
+    """What an exporter of integers does with the kind of a site's format; ExportError where it has no entry for that."""
+    if type(fmt) not in ways:
+        raise ExportError(f"{exporter} holds integers; '{site}' has {fmt}: export native instead, or use int formats only")
+    return ways[type(fmt)]
 
 
 def headless(graph: Graph) -> bool:

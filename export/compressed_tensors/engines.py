@@ -20,7 +20,7 @@ import transformers
 from compress.errors import CompressError, first_line
 from compress.export.artifact.engines import LOCAL, EngineError, Transformers
 from compress.export.compressed_tensors import adapter
-from compress.formats import Int
+from compress.formats import integers
 from compress.model.skeleton import base_class, model_class, with_logits
 from compress.state import State
 
@@ -31,7 +31,7 @@ RUNTIME, STOCK_NAME = "compress runtime", "transformers"
 
 def stock_obstacles(state: State) -> list[str]:
     """Why stock transformers cannot load the artifact; empty when it can."""
-    formats = {n: f for n, f in adapter.base_of(state).formats.items() if isinstance(f, Int)}
+    formats = integers(adapter.base_of(state).formats)
     found = []
     if any(not f.symmetric for f in formats.values()):
         found.append("asymmetric formats (compressed-tensors 0.18 to 0.20 does not load their zero points)")

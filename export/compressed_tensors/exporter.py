@@ -12,6 +12,7 @@ The factors of low-rank sites lie beside, as a PEFT adapter (adapter.py): the en
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -22,7 +23,7 @@ from pydantic import Field
 
 from compress.errors import ExportError
 from compress.export.artifact.engines import EngineError
-from compress.export.artifact.exporter import Exporter, Job, Proof, headless
+from compress.export.artifact.exporter import Exporter, Job, Proof, headless, way_for
 from compress.export.artifact.place import carry_over
 from compress.export.artifact.proof import FP32_TOLERANCE, TOLERANCE, prove, proven
 from compress.export.artifact.tensors import same_tensors, tensors, write_config
@@ -38,7 +39,7 @@ from compress.export.compressed_tensors.engines import (
     stock_obstacles,
 )
 from compress.export.compressed_tensors.reader import read
-from compress.formats import Dense, Format, Int
+from compress.formats import Dense, Format, Int, integers
 from compress.model.model import Model, open_model
 from compress.model.skeleton import auto_class, base_prefix
 from compress.state import State
@@ -80,18 +81,13 @@ class CompressedTensors(Exporter):
         adapter.check(state)
         formats = adapter.base_of(state).formats
         for name, fmt in formats.items():
-            if not isinstance(fmt, Int | Dense):
-                raise ExportError(f"compressed_tensors holds integers; '{name}' has {fmt}: export native instead, or use "
-                                  "int formats only")  # fmt: skip
-            if state.graph[name].role == "embed" and isinstance(fmt, Int):
-                raise ExportError(f"compressed_tensors: '{name}' has {fmt}, and engines look rows up in dense tables only; leave "
-                                  "it out of 'pins', or export native, onnx or gguf")  # fmt: skip
+            way_for(CHECKS, "compressed_tensors", name, fmt)(state.graph[name], fmt)
         for group in state.graph.fused():
             kinds = {str(formats.get(s.name, "as it is")) for s in group}
             if len(kinds) > 1:
                 raise ExportError(split_group(group, formats))
         for site in state.graph:
-            if site.aliases and isinstance(formats.get(site.name), Int):
+            if site.aliases and site.name in integers(formats):
                 modules = ", ".join((site.module, *site.aliases))
                 raise ExportError(f"compressed_tensors: '{site.name}' is one matrix for {1 + len(site.aliases)} modules "
                                   f"({modules}), which engines load one by one; pin it to bf16")  # fmt: skip
@@ -152,6 +148,16 @@ def in_engine(job: Job, folder: Path) -> Proof:
     return proof
 
 
+def check_integers(site: Site, fmt: Int) -> None:
+    """ExportError for an embedding."""
+    if site.role == "embed":
+        raise ExportError(f"compressed_tensors: '{site.name}' has {fmt}, and engines look rows up in dense tables only; leave "
+                          "it out of 'pins', or export native, onnx or gguf")  # fmt: skip
+
+
+CHECKS: Mapping[type, Callable[[Site, Any], None]] = {Dense: lambda site, fmt: None, Int: check_integers}
+
+
 # --- what is written -------------------------------------------------------------------------------------------------
 
 
@@ -164,7 +170,7 @@ def scheme(fmt: Int) -> dict[str, Any]:
 def quantization_config(state: State, prefix: str) -> dict[str, Any]:
     """The `quantization_config` of config.json: one group per format, disjoint targets, everything else ignored.
     prefix: where a model with a head holds the one without."""
-    formats = {n: f for n, f in state.formats.items() if isinstance(f, Int)}
+    formats = integers(state.formats)
     groups: dict[str, Any] = {}
     for i, fmt in enumerate(dict.fromkeys(formats.values())):
         mine = [state.graph[n] for n, f in formats.items() if f == fmt]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 
 from compress.errors import ExportError
-from compress.export.artifact.exporter import Exporter, Job, Proof, headless
+from compress.export.artifact.exporter import Exporter, Job, Proof, headless, way_for
 from compress.export.artifact.place import carry_over
 from compress.export.artifact.proof import prove, proven
 from compress.export.artifact.tensors import same_site, write_config
@@ -45,7 +45,7 @@ from compress.export.gguf.metadata import (
 )
 from compress.export.gguf.reader import read
 from compress.export.gguf.tokenizer import vocabulary
-from compress.formats import Dense, Format, Int
+from compress.formats import Dense, Int, Packed, integers
 from compress.model.model import Model, open_model
 from compress.state import State
 from compress.state.checkpoint import Spec
@@ -65,7 +65,7 @@ class Gguf(Exporter):
             raise ExportError("gguf: the model predicts no tokens, and how llama.cpp is to use it otherwise is not written; "
                               "export compressed_tensors or native instead")  # fmt: skip
         for name, fmt in state.formats.items():
-            check_site(state.graph[name], fmt)
+            way_for(HELD, "gguf", name, fmt).check(state.graph[name], fmt)
         for site in state.graph:
             if tensor_name(site.weight, family) is None:
                 raise ExportError(f"gguf: '{site.name}' ({site.weight}) has no place in llama.cpp's '{family.architecture}'")
@@ -76,7 +76,7 @@ class Gguf(Exporter):
             file_of(model, state)
 
     def remarks(self, state: State) -> list[str]:
-        formats = [fmt for fmt in dict.fromkeys(state.formats.values()) if isinstance(fmt, Int)]
+        formats = dict.fromkeys(integers(state.formats).values())
         held = {fmt: kind for fmt in formats if (kind := blocks.container(fmt))}
         how = "; ".join(f"{fmt} as {kind.name}, {blocks.bits(kind):g} bits per weight" for fmt, kind in held.items())
         said = [f"gguf is for llama.cpp, whose blocks hold {how}"] if how else []
@@ -116,12 +116,8 @@ def source_of(state: State) -> Model | None:
     return open_model(str(state.dense.folder)) if state.dense.files else None
 
 
-def check_site(site: Site, fmt: Format) -> None:
+def check_integers(site: Site, fmt: Int) -> None:
     """ExportError where the blocks of GGUF cannot hold a matrix in a format."""
-    if isinstance(fmt, Dense):
-        return
-    if not isinstance(fmt, Int):
-        raise ExportError(f"gguf holds integers; '{site.name}' has {fmt}: export native instead, or use int formats only")
     if blocks.container(fmt) is None:
         raise ExportError(f"gguf: '{site.name}' has {fmt}, whose differences take 9 bits; pin it to {Int(8, fmt.group)}")
     if fmt.width(site.shape[1]) % 32:
@@ -147,6 +143,23 @@ def same_weights(wanted: State, written: State) -> None:
                 raise ExportError(f"'{entry.spec.name}' on disk differs from the source's; please report this")
 
 
+@dataclass(frozen=True)
+class Held:
+    """How a kind of format gets into the file: what is refused, the kind of its tensor (None: no blocks hold it), the bytes."""
+
+    check: Callable[[Site, Any], None]
+    kind: Callable[[Any], Kind | None]
+    data: Callable[[Packed, Kind, str], torch.Tensor]
+
+
+HELD: Mapping[type, Held] = {
+    Dense: Held(
+        lambda site, fmt: None, lambda fmt: KINDS[DTYPES[fmt.dtype]], lambda packed, kind, name: packed.tensors["weight"]
+    ),
+    Int: Held(check_integers, blocks.container, blocks.pack),
+}
+
+
 # --- what is written -------------------------------------------------------------------------------------------------
 
 
@@ -170,7 +183,7 @@ def entries(state: State, family: Family) -> Iterator[Entry]:
         elif site is not None and site.name not in done:
             done.add(site.name)
             fmt = formats[site.name]
-            kind = blocks.container(fmt) if isinstance(fmt, Int) else KINDS[DTYPES[fmt.dtype]] if isinstance(fmt, Dense) else None
+            kind = HELD[type(fmt)].kind(fmt)
             assert kind, f"check() has let {fmt} pass"
             yield Entry(Tensor(str(tensor_name(site.weight, family)), kind, site.shape), site)
 
@@ -197,7 +210,7 @@ def file_of(model: Model, state: State) -> File:
 
 def noted(state: State, found: list[Entry]) -> dict[str, Any]:
     """What `compress.formats` says."""
-    formats = {name: str(fmt) for name, fmt in state.formats.items() if isinstance(fmt, Int)}
+    formats = {name: str(fmt) for name, fmt in integers(state.formats).items()}
     others = {e.tensor.name: str(e.spec.dtype)[6:] for e in found if e.spec and e.spec.dtype != state.dtype}
     return {"version": VERSION, "dtype": str(state.dtype)[6:], "formats": formats, "dtypes": others}
 
@@ -209,7 +222,7 @@ def contents(model: Model, state: State) -> Iterator[torch.Tensor]:
         kind = entry.tensor.kind
         if entry.site is not None:
             packed = state.codes[entry.site.name].load()
-            data = packed.tensors["weight"] if isinstance(packed.format, Dense) else blocks.pack(packed, kind, entry.site.name)
+            data = HELD[type(packed.format)].data(packed, kind, entry.site.name)
         elif entry.spec is not None:
             data = state.dense.read_finite(entry.spec.name)
             data = data if len(data.shape) > 1 else data.float()

@@ -26,7 +26,7 @@ from compress.export.gguf.metadata import (
     order,
     tensor_name,
 )
-from compress.formats import Int, parse
+from compress.formats import Int, integers, parse
 from compress.model.model import Model, open_model
 from compress.state import State
 from compress.state.checkpoint import Spec
@@ -58,7 +58,7 @@ def note_of(found: Found) -> Note:
                              "upgrade compress-pipeline")  # fmt: skip
         formats = {name: parse(text) for name, text in said["formats"].items()}
         dtypes = {name: FLOATS[dtype] for name, dtype in said["dtypes"].items()}
-        note = Note(FLOATS[said["dtype"]], {name: fmt for name, fmt in formats.items() if isinstance(fmt, Int)}, dtypes)
+        note = Note(FLOATS[said["dtype"]], integers(formats), dtypes)
     except ModelError:
         raise
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:

@@ -19,7 +19,7 @@ from importlib.metadata import version
 from typing import Any
 
 from compress.errors import FormatError, ModelError
-from compress.formats import Format, Int
+from compress.formats import Format, Int, integers
 from compress.state.graph import Graph, Site
 
 V1, V2 = "gptq", "gptq_v2"
@@ -34,15 +34,15 @@ _PLAIN = re.compile(r"\^\(\?:([\w\\.|]+)\)" + re.escape(END), re.ASCII)
 
 def config_of(graph: Graph, formats: Mapping[str, Format]) -> dict[str, Any]:
     """The `quantization_config` for matrices in integer formats, by site; others stay as they are."""
-    integers = {name: fmt for name, fmt in formats.items() if isinstance(fmt, Int)}
-    base = Counter(integers.values()).most_common(1)[0][0]
-    head = any(graph[name].block is None for name in integers)
+    packed = integers(formats)
+    base = Counter(packed.values()).most_common(1)[0][0]
+    head = any(graph[name].block is None for name in packed)
     config = options(base) | {
         "quant_method": "gptq", "desc_act": False, "lm_head": head, "pack_dtype": "int32",
-        "checkpoint_format": V1 if all(fmt.symmetric for fmt in integers.values()) else V2,
+        "checkpoint_format": V1 if all(fmt.symmetric for fmt in packed.values()) else V2,
         "meta": {"quantizer": [f"compress:{version('compress-pipeline')}"]},
     }  # fmt: skip
-    dynamic = overrides(graph, integers, base)
+    dynamic = overrides(graph, packed, base)
     return config | ({"dynamic": dynamic} if dynamic else {})
 
 

@@ -11,7 +11,7 @@ import transformers
 
 from compress.errors import first_line
 from compress.export.artifact.engines import LOCAL, Engine, EngineError, Transformers
-from compress.formats import Int
+from compress.formats import Int, integers
 from compress.model.skeleton import model_class
 from compress.state import State
 from compress.state.graph import FUSED_ROLES
@@ -27,7 +27,7 @@ FAMILIES = {  # that gptqmodel by itself does not load as transformers does
 
 def engines(state: State) -> dict[str, str]:
     """Every engine, with why it does not take the foreseen artifact; an empty text where it does."""
-    formats = {name: fmt for name, fmt in state.formats.items() if isinstance(fmt, Int)}
+    formats = integers(state.formats)
     groups = odd_groups(formats)
     return {GPTQMODEL: groups or FAMILIES.get(state.graph.family, ""), TRANSFORMERS: groups or mixture(state, formats),
             VLLM: vllm_obstacle(state, formats), GENAI: genai_obstacle(state, formats)}  # fmt: skip

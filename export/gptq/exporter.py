@@ -14,16 +14,16 @@ of this layout did; else it is ``gptq_v2``, which stores them as they are. confi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
 
 from compress.errors import ExportError
 from compress.export.artifact import tensors as common
-from compress.export.artifact.exporter import Exporter, Job, Proof, headless
+from compress.export.artifact.exporter import Exporter, Job, Proof, headless, way_for
 from compress.export.artifact.place import carry_over
 from compress.export.artifact.proof import prove, proven
 from compress.export.artifact.tensors import same_tensors, write_config
@@ -31,7 +31,7 @@ from compress.export.gptq.config import config_of
 from compress.export.gptq.engines import GENAI, GPTQMODEL, VLLM, engine, engines
 from compress.export.gptq.layout import BITS, shapes, turned
 from compress.export.gptq.reader import read
-from compress.formats import Dense, Int
+from compress.formats import Dense, Int, integers
 from compress.model.model import Model
 from compress.state import State
 from compress.state.checkpoint import Layout, Spec
@@ -62,11 +62,8 @@ class Gptq(Exporter):
             raise ExportError(f"gptq: '{state.graph.family}' has experts, which engines of this layout read each in its own way; "
                               "export compressed_tensors or native instead")  # fmt: skip
         for name, fmt in formats.items():
-            if isinstance(fmt, Int):
-                check_site(state.graph[name], fmt)
-            elif not isinstance(fmt, Dense):
-                raise ExportError(f"gptq holds integers; '{name}' has {fmt}: export native instead, or use int formats only")
-        if not any(isinstance(fmt, Int) for fmt in formats.values()):
+            way_for(CHECKS, "gptq", name, fmt)(state.graph[name], fmt)
+        if not integers(formats):
             raise ExportError("gptq: no matrix is to become integers; add a 'quantize' pass, or leave this exporter out")
 
     def remarks(self, state: State) -> list[str]:
@@ -94,7 +91,7 @@ class Gptq(Exporter):
         return proven(job, written, lambda: prove(job, engine(folder, job.state, job.device), TOLERANCE))
 
 
-def check_site(site: Site, fmt: Int) -> None:
+def check_integers(site: Site, fmt: Int) -> None:
     """ExportError where a matrix has no form in this layout."""
     if site.role == "embed":
         raise ExportError(f"gptq: '{site.name}' has {fmt}, and engines of this layout look rows up in dense tables only; leave "
@@ -112,12 +109,15 @@ def check_site(site: Site, fmt: Int) -> None:
                               "bits; pin it to 8 bits or to bf16")  # fmt: skip
 
 
+CHECKS: Mapping[type, Callable[[Site, Any], None]] = {Dense: lambda site, fmt: None, Int: check_integers}
+
+
 def specs(state: State) -> Iterator[Spec]:
     """Every tensor that is written, in the source's order."""
-    formats = state.formats
+    packed = integers(state.formats)
     for spec, site, suffix in state.entries():
-        fmt = formats.get(site.name) if site else None
-        if site is None or not isinstance(fmt, Int):
+        fmt = packed.get(site.name) if site else None
+        if site is None or fmt is None:
             yield spec
         elif suffix == "weight_packed":
             yield from (Spec(f"{site.stem}.{s}", *kind) for s, kind in shapes(site, fmt).items())
@@ -125,11 +125,11 @@ def specs(state: State) -> Iterator[Spec]:
 
 def tensors(state: State) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of `specs`, one matrix at a time."""
-    formats, held = state.formats, dict[str, torch.Tensor]()
-    v1 = all(fmt.symmetric for fmt in formats.values() if isinstance(fmt, Int))
+    packed, held = integers(state.formats), dict[str, torch.Tensor]()
+    v1 = all(fmt.symmetric for fmt in packed.values())
     for (_, site, suffix), (name, tensor) in zip(state.entries(), common.tensors(state), strict=True):
-        fmt = formats.get(site.name) if site else None
-        if site is None or not isinstance(fmt, Int):
+        fmt = packed.get(site.name) if site else None
+        if site is None or fmt is None:
             yield name, tensor
             continue
         held[suffix] = tensor

@@ -276,5 +276,5 @@ NBITS = Encoding(nbits_slots, encode_nbits, decode_nbits)
 CODES = Encoding(codes_slots, encode_codes, decode_codes)
 INTEGERS = Encoding(codes_slots, encode_codes, decode_integers)
 CORRECTED = Encoding(corrected_slots, encode_corrected, decode_corrected)
-MATRICES: Mapping[type[Format], Encoding] = {Dense: DENSE, Int: NBITS, NF: CODES, Lut: CODES, LowRank: CORRECTED}
-FACTORS: Mapping[type[Format], Encoding] = {Dense: DENSE, Int: INTEGERS, NF: CODES, Lut: CODES}
+MATRICES: Mapping[type, Encoding] = {Dense: DENSE, Int: NBITS, NF: CODES, Lut: CODES, LowRank: CORRECTED}
+FACTORS: Mapping[type, Encoding] = {Dense: DENSE, Int: INTEGERS, NF: CODES, Lut: CODES}

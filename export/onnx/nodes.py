@@ -206,7 +206,7 @@ class Nodes:
 
 
 Way = Callable[[Nodes, Any, Site, str, str | None], str]  # a matrix's format, the matrix, x, the name of the result
-PRODUCTS: Mapping[type[Format] | type[None], Way] = {
+PRODUCTS: Mapping[type, Way] = {
     NoneType: Nodes.product_of_dense,
     Dense: Nodes.product_of_dense,
     Int: Nodes.product_of_integers,
@@ -214,7 +214,7 @@ PRODUCTS: Mapping[type[Format] | type[None], Way] = {
     Lut: Nodes.product_of_codes,
     LowRank: Nodes.product_of_sum,
 }
-ROWS: Mapping[type[Format] | type[None], Way] = {
+ROWS: Mapping[type, Way] = {
     NoneType: Nodes.rows_of_dense,
     Dense: Nodes.rows_of_dense,
     Int: Nodes.rows_of_integers,
@@ -222,12 +222,12 @@ ROWS: Mapping[type[Format] | type[None], Way] = {
     Lut: Nodes.rows_of_codes,
     LowRank: Nodes.rows_of_sum,
 }
-STEPS: Mapping[type[Format], Callable[[Nodes, Any, tuple[int, int, int], str], str]] = {
+STEPS: Mapping[type, Callable[[Nodes, Any, tuple[int, int, int], str], str]] = {
     Int: Nodes.integer_steps,
     NF: Nodes.table_steps,
     Lut: Nodes.table_steps,
 }
-LEVELS: Mapping[type[Format], Callable[[int], Tensor]] = {NF: nf_table, Lut: lut_table}
+LEVELS: Mapping[type, Callable[[int], Tensor]] = {NF: nf_table, Lut: lut_table}
 
 
 def dense_name(fmt: Dense | None, site: Site) -> str:
