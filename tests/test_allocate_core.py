@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.passes import allocate_core
+from compress.passes import allocate_search_core
 from compress.passes.allocate_core import Choice, Infeasible, Item, Limit, Problem, frontier, neighbours, solve
+from compress.passes.allocate_menu_core import hulls, menu_of
 
 quick = settings(deadline=None, max_examples=60)
 DAMAGES = st.one_of(st.sampled_from([0.0, 0.5, 1.0, 1.0, 3.0]), st.floats(1e-6, 10))
@@ -147,8 +148,8 @@ def test_the_frontier_falls_and_keeps_its_bounds(problem: Problem) -> None:
 @given(problems(limits=1))
 @quick
 def test_the_frontier_is_exact_on_the_hull(problem: Problem) -> None:
-    table = allocate_core._table(problem)
-    corners = [int(table.base_c[0]), *(int(table.base_c[0] + u) for u in allocate_core._hulls(table, 0)[4])]
+    menu = menu_of(problem)
+    corners = [int(menu.base_c[0]), *(int(menu.base_c[0] + u) for u in hulls(menu, 0)[4])]
     for point in frontier(problem, corners):
         assert point.damage == pytest.approx(optimum(at(problem, point.budget)), rel=1e-9, abs=1e-15)
         assert point.bound == pytest.approx(point.damage, rel=1e-9, abs=1e-11)
@@ -206,7 +207,7 @@ def test_it_finds_the_optimum_whatever_the_unit(problem: Problem) -> None:
 
 
 def test_an_answer_that_breaks_a_limit_by_rounding_is_forbidden_and_the_search_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem, real, seen = large(items=8), allocate_core.optimize.milp, list[int]()
+    problem, real, seen = large(items=8), allocate_search_core.optimize.milp, list[int]()
 
     def careless(cost: object, **options: object) -> object:
         found = real(cost, **options)
@@ -220,7 +221,7 @@ def test_an_answer_that_breaks_a_limit_by_rounding_is_forbidden_and_the_search_g
         return found
 
     honest = solve(problem, gap=0.0)
-    monkeypatch.setattr(allocate_core.optimize, "milp", careless)
+    monkeypatch.setattr(allocate_search_core.optimize, "milp", careless)
     assert solve(problem, gap=0.0).choice == honest.choice
     assert seen[1] == seen[0] + 1
 

@@ -8,7 +8,7 @@ is fast because the levels of a chunk are moved as one wide number.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 
 import torch
@@ -78,7 +78,7 @@ class Rows:
         self.scale = self._scales(tensors)
         self.inner = dtype if isinstance(fmt, Int) and self.scale.dtype == dtype else torch.float32
         self.zero = None
-        if isinstance(fmt, Int) and not fmt.symmetric:
+        if not fmt.symmetric:
             self.zero = bitpack.unpack(tensors["weight_zero_point"].T, fmt.bits, shape[0]).T
         self.table = self._table(tensors)
 
@@ -97,18 +97,16 @@ class Rows:
         return levels.to(self.dtype)
 
     def _scales(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        if isinstance(self.fmt, NF) and self.fmt.double:
-            double = self.fmt.double
+        if double := self.fmt.double:
             return double.scales(double.unpack(tensors, (self.shape[0], self.fmt.groups(self.shape[1]))))
         return tensors["weight_scale"]
 
     def _table(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
         if self.fmt.bits not in _CHUNK:
             return None
-        if isinstance(self.fmt, Lut) and not self.fmt.shared:
+        if self.fmt.learned:
             return chunked(tensors["weight_table"].float(), self.fmt.bits)
-        kind = type(self.fmt).__name__
-        return constant_table(kind, self.fmt.bits, self.zero is None, self.inner, self.packed.device)
+        return constant_table(LEVELS[type(self.fmt), self.fmt.symmetric], self.fmt.bits, self.inner, self.packed.device)
 
     def _levels(self, packed: Tensor) -> Tensor:
         """The levels [rows, K or more], in `inner`, of packed rows; of asymmetric integers before the zero point."""
@@ -137,13 +135,17 @@ def chunks(packed: Tensor, bits: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def constant_table(kind: str, bits: int, centred: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The `chunked` table of a format whose levels are the same for all matrices."""
-    if kind == "Int":
-        levels = torch.arange(1 << bits, dtype=torch.float32) - ((1 << bits) // 2 if centred else 0)
-    else:
-        levels = nf_table(bits) if kind == "NF" else lut_table(bits)
-    return chunked(levels.to(dtype), bits).to(device)
+def constant_table(levels: Callable[[int], Tensor], bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The `chunked` table of levels that are the same for all matrices, an entry of `LEVELS`."""
+    return chunked(levels(bits).to(dtype), bits).to(device)
+
+
+LEVELS: Mapping[tuple[type, bool], Callable[[int], Tensor]] = {
+    (Int, False): lambda bits: torch.arange(1 << bits, dtype=torch.float32),
+    (Int, True): lambda bits: torch.arange(1 << bits, dtype=torch.float32) - (1 << bits) // 2,
+    (NF, True): nf_table,
+    (Lut, True): lut_table,
+}  # by the kind of the format, and whether it is symmetric: else these are levels before the zero point
 
 
 def chunked(levels: Tensor, bits: int) -> Tensor:

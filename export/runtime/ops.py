@@ -13,6 +13,7 @@ decoded a block at a time, forwards and backwards.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -44,13 +45,12 @@ def linear(x: Tensor, parts: list[Tensor], bias: Tensor | None, format: str, n: 
 
 def by_blocks(x: Tensor, tensors: dict[str, Tensor], bias: Tensor | None, fmt: Format, shape: Shape) -> Tensor:
     """x [m, k] times the matrix. The product with low-rank factors is taken in fp32, and the bias added to the sum."""
-    out = x.new_empty(len(x), shape[0])
-    late = isinstance(fmt, LowRank)
+    out, factors = x.new_empty(len(x), shape[0]), factors_of(fmt, shape, tensors)
     for start, stop, W_rk in blocks(fmt, shape, tensors, x.dtype):
-        out[:, start:stop] = torch.nn.functional.linear(x, W_rk, None if bias is None or late else bias[start:stop])
-    if not isinstance(fmt, LowRank):
+        out[:, start:stop] = torch.nn.functional.linear(x, W_rk, None if bias is None or factors else bias[start:stop])
+    if factors is None:
         return out
-    A_rk, B_nr = fmt.factor_matrices(with_shapes(fmt, shape, tensors))
+    A_rk, B_nr = factors
     total = torch.addmm(out.float(), x.float() @ A_rk.T, B_nr.T)
     return (total if bias is None else total + bias.float()).to(x.dtype)
 
@@ -60,10 +60,11 @@ def embedding(ids: Tensor, parts: list[Tensor], format: str, n: int, k: int, dty
     fmt, tensors, flat = checked(format, LAYOUTS[0]), named(format, (n, k), parts), ids.reshape(-1)
     if not len(flat):
         return parts[0].new_empty(*ids.shape, k, dtype=dtype)
-    if not isinstance(fmt, LowRank):
-        return Rows(base_of(fmt), (n, k), tensors, dtype).at(flat).view(*ids.shape, k)
-    A_rk, B_nr = fmt.factor_matrices(with_shapes(fmt, (n, k), tensors))
-    W_mk = Rows(fmt.base, (n, k), tensors, torch.float32).at(flat) + B_nr[flat] @ A_rk
+    factors = factors_of(fmt, (n, k), tensors)
+    if factors is None:
+        return Rows(fmt, (n, k), tensors, dtype).at(flat).view(*ids.shape, k)
+    A_rk, B_nr = factors
+    W_mk = Rows(base_of(fmt), (n, k), tensors, torch.float32).at(flat) + B_nr[flat] @ A_rk
     return W_mk.to(dtype).view(*ids.shape, k)
 
 
@@ -75,6 +76,11 @@ def dequantize(parts: list[Tensor], format: str, n: int, k: int, layout: str, dt
 
         return cuda.dequantize(parts, fmt, (n, k), dtype)
     return fmt.dequantize(with_shapes(fmt, (n, k), named(format, (n, k), parts)), dtype)
+
+
+def factors_of(fmt: Format, shape: Shape, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+    """A [r, k] and B [n, r] of a low-rank correction, fp32; None where there is none."""
+    return fmt.factor_matrices(with_shapes(fmt, shape, tensors)) if isinstance(fmt, LowRank) else None
 
 
 def checked(format: str, layout: str) -> Format:
@@ -94,8 +100,8 @@ def gradient(grad: Tensor, parts: list[Tensor], format: str, n: int, k: int, lay
     total = torch.zeros(len(grad), k, dtype=torch.float32, device=grad.device)
     for start, stop, W_rk in blocks(fmt, (n, k), tensors, grad.dtype):
         total += grad[:, start:stop] @ W_rk
-    if isinstance(fmt, LowRank):
-        A_rk, B_nr = fmt.factor_matrices(with_shapes(fmt, (n, k), tensors))
+    if factors := factors_of(fmt, (n, k), tensors):
+        A_rk, B_nr = factors
         total += (grad.float() @ B_nr) @ A_rk
     return total.to(grad.dtype)
 

@@ -15,6 +15,7 @@ Nothing here waits for the GPU or allocates outside torch's allocator, so all of
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,12 +24,12 @@ from torch.nn.functional import pad
 from compress.export.runtime.cuda import nvrtc, tiles
 from compress.export.runtime.cuda.nvrtc import Defines
 from compress.export.runtime.cuda.tiles import ROWS, Base, Layout
-from compress.formats import Dense, Format, Int, LowRank
+from compress.formats import Dense, Format, LowRank, base_of
 from compress.formats.grid import restore
 
 Shape = tuple[int, int]
 MOST = 128  # rows of x up to which the packed kernel runs; an estimate, no GPU has been asked yet
-_WIDTHS = {True: (2, 3, 4, 8), False: (2, 3, 4)}  # bits, of integers and of tables
+_WIDTHS = {False: (2, 3, 4, 8), True: (2, 3, 4)}  # bits, of integers and of tables
 _GROUPS = (None, 32, 64, 128, 256)
 _TOKENS = 64  # rows of x in a launch
 _LOW_RANK_TOKENS = 4  # rows of x in a block of low_rank.cu
@@ -39,15 +40,38 @@ _CHUNK = 16 << 20  # bytes of dequantized weights at a time, a third of an L2 ca
 _OUT = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
 
+@dataclass(frozen=True, eq=False)
+class _Matrix:
+    """The parts of a matrix of `shape` [N, K] by their names; `factors` are A and B."""
+
+    base: Base
+    shape: Shape
+    layout: Layout
+    words: Tensor
+    scales: Tensor
+    counters: Tensor
+    levels: Tensor | None
+    factors: tuple[Tensor, Tensor] | None
+
+    @classmethod
+    def of(cls, parts: Sequence[Tensor], fmt: Format, shape: Shape) -> _Matrix:
+        base = _base(fmt)
+        layout = Layout.of(base)
+        words, scales, counters, *rest = parts
+        levels, factors = (rest[0] if layout.table else None), rest[layout.table :]
+        return cls(base, shape, layout, words, scales, counters, levels, (factors[0], factors[1]) if factors else None)
+
+
 def obstacle(fmt: Format, shape: Shape, dtype: torch.dtype) -> str | None:
     """None where the kernels run a matrix of `shape` [N, K] in `fmt` for activations of `dtype`; else why not."""
     if isinstance(fmt, Dense):
         return f"{fmt} is not quantized"
-    base = fmt.base if isinstance(fmt, LowRank) else fmt
+    base = _base(fmt)
     if dtype not in (torch.bfloat16, torch.float16):
         return f"activations in {str(dtype).removeprefix('torch.')}"
-    if base.bits not in _WIDTHS[isinstance(base, Int)]:
-        return f"{base.bits}-bit codes{'' if isinstance(base, Int) else ' into a table'}"
+    table = Layout.of(base).table
+    if base.bits not in _WIDTHS[table]:
+        return f"{base.bits}-bit codes{' into a table' if table else ''}"
     if base.group not in _GROUPS:
         return f"groups of {base.group}"
     if shape[1] % 32:
@@ -75,13 +99,13 @@ def linear(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, fmt: Format,
 
     Up to MOST rows, a row of the result has the same bits whatever the other rows are, and in every run.
     """
-    y = x.new_empty(len(x), shape[0])
+    matrix, y = _Matrix.of(parts, fmt, shape), x.new_empty(len(x), shape[0])
     if x.data_ptr() % 16:
         x = x.clone()  # a view into the middle of something: the kernels load 16 bytes at a time
     if len(x) > MOST:
-        return _by_chunks(x, parts, bias, fmt, shape, y)
+        return _by_chunks(x, matrix, bias, y)
     for i in range(0, len(x), _TOKENS):
-        _packed(x[i : i + _TOKENS], parts, bias, fmt, shape, y[i : i + _TOKENS])
+        _packed(x[i : i + _TOKENS], matrix, bias, y[i : i + _TOKENS])
     return y
 
 
@@ -91,14 +115,14 @@ def dequantize(parts: Sequence[Tensor], fmt: Format, shape: Shape, dtype: torch.
     To the bits of `fmt.dequantize`, but for a low-rank term: its factors are in the activations' dtype, and its product is
     taken in fp32.
     """
-    out = torch.empty(shape, dtype=dtype, device=parts[0].device)
+    matrix, out = _Matrix.of(parts, fmt, shape), torch.empty(shape, dtype=dtype, device=parts[0].device)
     for rows in _chunks(shape):
-        if isinstance(fmt, LowRank):
-            A, B = parts[-2:]
-            W = _base_rows(parts, fmt, shape, rows, torch.float32)
+        if matrix.factors:
+            A, B = matrix.factors
+            W = _base_rows(matrix, rows, torch.float32)
             out[rows] = W.addmm_(B[rows].float(), A.float())
         else:
-            _base_rows(parts, fmt, shape, rows, dtype, out[rows])
+            _base_rows(matrix, rows, dtype, out[rows])
     return out
 
 
@@ -127,20 +151,19 @@ def slices(shape: Shape) -> int:
     return max(1, min(max(-(-_BLOCKS // -(-n // ROWS)), -(-k // _SHARE)), k // _LEAST_SHARE))
 
 
-def _packed(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, fmt: Format, shape: Shape, y: Tensor) -> None:
+def _packed(x: Tensor, matrix: _Matrix, bias: Tensor | None, y: Tensor) -> None:
     """At most 64 rows, one launch, or two with a low-rank term."""
-    (m, k), n, layout = x.shape, shape[0], Layout.of(_base(fmt))
-    words, scales, counters, *rest = parts
-    levels = rest[0] if layout.table else None
-    A, B, t = (*parts[-2:], _low_rank(x, parts[-2])) if isinstance(fmt, LowRank) else (None, None, None)
-    share, defines = slices(shape), variant(layout, x.dtype, m)
+    (m, k), n, layout, words = x.shape, matrix.shape[0], matrix.layout, matrix.words
+    A, B = matrix.factors or (None, None)
+    t = None if A is None else _low_rank(x, A)
+    share, defines = slices(matrix.shape), variant(layout, x.dtype, m)
     partial = x.new_empty(share, m, n, dtype=torch.float32) if share > 1 else None
     token_tiles = dict(defines)["V_TILES"]
     row_tiles = 1 if token_tiles == 1 else _WARPS // 2  # of a block; Variant::ROWS
     table = 4 * 32 << 2 * layout.bits if layout.table else 0
     shared = 4 * 4 * token_tiles * nvrtc.THREADS + table
     grid, rank = (-(-len(words) // row_tiles), share), 0 if A is None else len(A)
-    args = [words, scales, levels, x, y, bias, B, t, partial, counters, m, n, k, rank]
+    args = [words, matrix.scales, matrix.levels, x, y, bias, B, t, partial, matrix.counters, m, n, k, rank]
     nvrtc.launch("packed_linear", defines, grid, shared, args, x.device)
 
 
@@ -153,27 +176,25 @@ def _low_rank(x: Tensor, A: Tensor) -> Tensor:
     return t
 
 
-def _by_chunks(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, fmt: Format, shape: Shape, y: Tensor) -> Tensor:
+def _by_chunks(x: Tensor, matrix: _Matrix, bias: Tensor | None, y: Tensor) -> Tensor:
     """Many rows: the weights of some outputs at a time, in the dtype of x, and a dense product."""
-    for rows in _chunks(shape):
-        W = _base_rows(parts, fmt, shape, rows, x.dtype)
+    for rows in _chunks(matrix.shape):
+        W = _base_rows(matrix, rows, x.dtype)
         if bias is None:
             torch.mm(x, W.T, out=y[:, rows])
         else:
             torch.addmm(bias[rows], x, W.T, out=y[:, rows])
-    if isinstance(fmt, LowRank):
-        A, B = parts[-2:]
+    if matrix.factors:
+        A, B = matrix.factors
         y.addmm_(x @ A.T, B.T)
     return y
 
 
-def _base_rows(
-    parts: Sequence[Tensor], fmt: Format, shape: Shape, rows: slice, dtype: torch.dtype, out: Tensor | None = None
-) -> Tensor:
+def _base_rows(matrix: _Matrix, rows: slice, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """The outputs `rows` of a matrix without its low-rank term, in `dtype`; they begin at a multiple of 16."""
-    base, (n, k) = _base(fmt), (rows.stop - rows.start, shape[1])
-    layout, of = Layout.of(base), slice(rows.start // ROWS, -(-rows.stop // ROWS))
-    words, scales, levels = parts[0][of], parts[1][of], parts[3] if layout.table else None
+    (n, k), layout, levels = (rows.stop - rows.start, matrix.shape[1]), matrix.layout, matrix.levels
+    of = slice(rows.start // ROWS, -(-rows.stop // ROWS))
+    words, scales = matrix.words[of], matrix.scales[of]
     if out is None:
         out = torch.empty(n, k, dtype=dtype, device=words.device)
     if _has_kernels(words):
@@ -181,8 +202,8 @@ def _base_rows(
         args = [words, scales, levels, out, n, k, layout.group, int(layout.zeros)]
         nvrtc.launch("dequantize", _dequantizer(layout, dtype), grid, 0, args, words.device)
     else:
-        codes, grid_ = tiles.unpack([words, scales, *([] if levels is None else [levels])], base, (n, k))
-        out.copy_(restore(codes, grid_, base, dtype))
+        codes, grid_ = tiles.unpack([words, scales, *([] if levels is None else [levels])], matrix.base, (n, k))
+        out.copy_(restore(codes, grid_, matrix.base, dtype))
     return out
 
 
@@ -214,6 +235,6 @@ def _dequantizer(layout: Layout, dtype: torch.dtype) -> Defines:
 
 
 def _base(fmt: Format) -> Base:
-    base = fmt.base if isinstance(fmt, LowRank) else fmt
+    base = base_of(fmt)
     assert not isinstance(base, Dense)
     return base
