@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from compress.export.artifact.engines import Engine
-from compress.report.tables import Row
+from compress.report.page import Row
 from compress.state.plan import size
 
 

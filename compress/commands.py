@@ -34,7 +34,7 @@ from compress.nodes import load_yaml
 from compress.parts import read_part
 from compress.passes import PASSES
 from compress.recipe import Recipe, load, schema
-from compress.report import allocation, tables
+from compress.report import allocation, page
 from compress.report.console import Console
 from compress.run import is_run
 from compress.state import State
@@ -64,12 +64,12 @@ def plan_command(options: argparse.Namespace) -> None:
         console.close()
     ready = planned.prepared
     rows = [[str(i), *row] for i, row in enumerate(planned.steps, 1)]
-    print(tables.columns(rows, ["", "step", "options", "state"]))
+    print(page.columns(rows, ["", "step", "options", "state"]))
     graph, bits = ready.foreseen.graph, ready.foreseen.plan
     if bits and bits.forecast:
         print("\n" + allocated(bits, ready.foreseen))
     print()
-    print(tables.columns(format_rows(ready.foreseen), ["format", "sites", "weights", "bytes"], right=(1, 2, 3)))
+    print(page.columns(format_rows(ready.foreseen), ["format", "sites", "weights", "bytes"], right=(1, 2, 3)))
     linear = evaluate.sizes(ready.foreseen, 0).linear_bits
     changed = len(ready.foreseen.codes)
     print(f"\n{len(graph.sites)} sites, {changed} change; {linear:.3f} bits per weight in linear layers; "
@@ -79,7 +79,7 @@ def plan_command(options: argparse.Namespace) -> None:
         print(f"{name}: {layout.nbytes:,} bytes in {len(layout.files)} file{'s' * (len(layout.files) > 1)}"
               f" ({size(layout.nbytes)}, {share:.0%} of the original; "
               f"{evaluate.sizes(ready.foreseen, layout.tensor_bytes).file_bits:.3f} bits per weight)")  # fmt: skip
-    print(f"peak memory about {size(planned.peak_bytes)}, time about {tables.span(planned.seconds)} on this machine's CPU")
+    print(f"peak memory about {size(planned.peak_bytes)}, time about {page.span(planned.seconds)} on this machine's CPU")
     for remark in planned.remarks:
         print(f"note: {remark}")
 
@@ -177,7 +177,7 @@ def eval_command(options: argparse.Namespace) -> None:
             ["weights on disk", size(figures.tensor_bytes)],
             ["bits per weight, linear layers", f"{figures.linear_bits:.3f}"],
             ["bits per weight, whole file", f"{figures.file_bits:.3f}"]]  # fmt: skip
-    print(tables.columns(rows, right=(1,)))
+    print(page.columns(rows, right=(1,)))
     print(f"\n{scores.tokens:,} tokens of {tokens.place}, context {scores.length}; through {said}")
 
 
@@ -206,7 +206,7 @@ def bench_command(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(bench.json_of(before, after, options.prompt), indent=1))
         return
-    print(tables.columns(bench.rows(before, after, options.prompt), ["", "original", "this", "ratio"], right=(1, 2, 3)))
+    print(page.columns(bench.rows(before, after, options.prompt), ["", "original", "this", "ratio"], right=(1, 2, 3)))
     print(f"\nmedian (and extremes) of {options.repeats} turns, batch 1, prompt {options.prompt}, {options.new} tokens decoded, "
           f"{torch.get_num_threads()} threads, {options.device}")  # fmt: skip
 
@@ -281,9 +281,9 @@ def error_table(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(wanted, indent=1))
         return
-    figures = [[tables.number(r[k]) for k in ("output", "weight", "damage")] for r in wanted]
-    table = [[r["site"], r["format"], f"{r['bytes']:,}", *f] for r, f in zip(wanted, figures, strict=True)]
-    print(tables.columns(table, ["site", "format", "bytes", "error of outputs", "of weights", "damage"], right=(2, 3, 4, 5)))
+    figures = [[page.number(r[k]) for k in ("output", "weight", "damage")] for r in wanted]
+    shown = [[r["site"], r["format"], f"{r['bytes']:,}", *f] for r, f in zip(wanted, figures, strict=True)]
+    print(page.columns(shown, ["site", "format", "bytes", "error of outputs", "of weights", "damage"], right=(2, 3, 4, 5)))
 
 
 def inspect_command(options: argparse.Namespace) -> None:
@@ -303,7 +303,7 @@ def inspect_command(options: argparse.Namespace) -> None:
         return
     shown = rows if options.site else rows[:SHOWN_SITES]
     table = [[r["site"], f"{r['shape'][0]}x{r['shape'][1]}", r["format"], f"{r['bits']:.3f}", f"{r['bytes']:,}"] for r in shown]
-    print(tables.columns(table, ["site", "shape", "format", "bits", "bytes"], right=(3, 4)))
+    print(page.columns(table, ["site", "shape", "format", "bits", "bytes"], right=(3, 4)))
     if len(shown) < len(rows):
         print(f"… {len(rows) - len(shown)} more; name a site or a pattern to see it")
     counts = f"{len(state.graph.blocks)} blocks, {len(state.graph.sites)} sites"
@@ -334,7 +334,7 @@ def passes_command(options: argparse.Namespace) -> None:
     if options.name is None:
         rows = [[name, "pass", summary(cls)] for name, cls in PASSES.items()]
         rows += [[name, "exporter", summary(cls)] for name, cls in EXPORTERS.items()]
-        print(tables.columns(rows))
+        print(page.columns(rows))
         return
     if options.name not in known:
         raise RecipeError(f"no pass '{options.name}'{did_you_mean(options.name, known)}   known: {', '.join(known)}")
@@ -342,9 +342,9 @@ def passes_command(options: argparse.Namespace) -> None:
     print(f"{options.name}: {summary(cls)}\n")
     rows = []
     for name, field in cls.model_fields.items():
-        default = tables.brief(field.default) if field.default is not None else "-"
+        default = page.brief(field.default) if field.default is not None else "-"
         rows.append([name, type_text(field.annotation), default, field.description or ""])
-    print(tables.columns(rows, ["option", "type", "default", "meaning"]))
+    print(page.columns(rows, ["option", "type", "default", "meaning"]))
 
 
 def summary(cls: type) -> str:

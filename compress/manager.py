@@ -196,7 +196,7 @@ class Steps(Protocol):
     def context(self) -> Context: ...
 
 
-def run(passes: Sequence[Pass], state: State, open_step: Callable[[int, Pass], Steps]) -> State:
+def fold(passes: Sequence[Pass], state: State, open_step: Callable[[int, Pass], Steps]) -> State:
     """Fold the passes over the state."""
     for number, p in enumerate(passes, 1):
         step = open_step(number, p)

@@ -27,7 +27,7 @@ from compress.model import data
 from compress.model.custom import code_passed_over
 from compress.prepare import Prepared, prepare
 from compress.recipe import Recipe
-from compress.report import allocation, report, tables
+from compress.report import allocation, page, report
 from compress.report.console import Console
 from compress.run import MARK, RunFolder, Step, digest, read_record, step_inputs, versions, write_atomic
 from compress.state import State
@@ -134,7 +134,7 @@ def step_states(ready: Prepared, out: Path) -> list[tuple[str, str, str]]:
     rows = []
     for p, step in zip(ready.recipe.passes, make_steps(ready, out), strict=True):
         chosen = {k: v for k, v in p.model_dump(mode="json").items() if k in p.model_fields_set}
-        options = ", ".join(f"{k} {tables.brief(v)}" for k, v in chosen.items())
+        options = ", ".join(f"{k} {page.brief(v)}" for k, v in chosen.items())
         status = "?" if step is None else "cached" if step.finished else "in part" if step.partial.exists() else "to do"
         rows.append((p.name, options, status))
     return rows
@@ -258,7 +258,7 @@ def fold(ready: Prepared, steps: Sequence[Step], last: int, console: Console) ->
         console.step(number, len(ready.recipe.passes), p.name, step.finished, step.difference())
         return step
 
-    return manager.run(ready.recipe.passes[:last], ready.start, open_step)
+    return manager.fold(ready.recipe.passes[:last], ready.start, open_step)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from compress.manager import Pass
 from compress.model.data import Data
 from compress.nodes import MOST_DEPTH, Loc, load_yaml, parse_yaml
 
-Table = Mapping[str, type[BaseModel]]
+Classes = Mapping[str, type[BaseModel]]  # of passes or exporters, by name
 
 
 class Document(BaseModel):
@@ -109,7 +109,7 @@ def anchored(full: dict[str, Any], base: Path) -> dict[str, Any]:
     return {k: v if k in ("passes", "export") else walk(v, k) for k, v in full.items()}
 
 
-def load(path: Path, passes: Table, exports: Table, overrides: Sequence[str] = ()) -> Recipe:
+def load(path: Path, passes: Classes, exports: Classes, overrides: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe; `overrides` are ``quantize.format=int3:g64`` texts, checked the same way.
 
     Raises RecipeError with file, line and column.
@@ -124,7 +124,7 @@ def load(path: Path, passes: Table, exports: Table, overrides: Sequence[str] = (
     return check(path, raw, passes, exports, places)
 
 
-def check(path: Path, raw: dict[str, Any], passes: Table, exports: Table, places: Mapping[Loc, str]) -> Recipe:
+def check(path: Path, raw: dict[str, Any], passes: Classes, exports: Classes, places: Mapping[Loc, str]) -> Recipe:
     draft = Recipe(path, Document(model=""), (), (), places)
     document: Document = validated(Document, raw, (), "a recipe", draft)
     chosen = [item(passes, entry, ("passes", i), "pass", draft) for i, entry in enumerate(document.passes)]
@@ -136,18 +136,18 @@ def check(path: Path, raw: dict[str, Any], passes: Table, exports: Table, places
     return Recipe(path, document, tuple(chosen), tuple(written), places)
 
 
-def item(table: Table, entry: dict[str, Any], loc: Loc, kind: str, draft: Recipe) -> Any:
+def item(classes: Classes, entry: dict[str, Any], loc: Loc, kind: str, draft: Recipe) -> Any:
     """One ``{name: options}`` of a list, as an instance of its class."""
     if len(entry) != 1:
         names = ", ".join(map(str, entry)) or "nothing"
         raise RecipeError(f"{draft.place(loc)}  each item names one {kind}; this one holds {names}")
     name, options = next(iter(entry.items()))
-    if name not in table:
-        known = ", ".join(table)
-        raise RecipeError(f"{draft.place((*loc, name))}  no {kind} '{name}'{did_you_mean(str(name), table)}   known: {known}")
+    if name not in classes:
+        known = ", ".join(classes)
+        raise RecipeError(f"{draft.place((*loc, name))}  no {kind} '{name}'{did_you_mean(str(name), classes)}   known: {known}")
     if options is not None and not isinstance(options, dict):
         raise RecipeError(f"{draft.place((*loc, name))}  the options of '{name}' are a mapping, not {describe(options)}")
-    return validated(table[name], options or {}, (*loc, name), f"{kind} '{name}'", draft)
+    return validated(classes[name], options or {}, (*loc, name), f"{kind} '{name}'", draft)
 
 
 def validated(cls: type[BaseModel], raw: dict[str, Any], loc: Loc, what: str, draft: Recipe) -> Any:
@@ -267,13 +267,13 @@ def descend(target: Any, parts: list[str], loc: Loc, text: str, places: dict[Loc
     return target, (*loc, parts[-1])
 
 
-def schema(passes: Table, exports: Table) -> dict[str, Any]:
+def schema(passes: Classes, exports: Classes) -> dict[str, Any]:
     """The JSON schema of a recipe, from the classes."""
     top = Document.model_json_schema()
     defs = top.setdefault("$defs", {})
-    for section, table in (("passes", passes), ("export", exports)):
+    for section, classes in (("passes", passes), ("export", exports)):
         choices = []
-        for name, cls in table.items():
+        for name, cls in classes.items():
             inner = cls.model_json_schema()
             defs |= inner.pop("$defs", {})
             choices.append({"type": "object", "properties": {name: inner}, "required": [name], "additionalProperties": False})

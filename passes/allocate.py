@@ -37,7 +37,7 @@ from compress.nodes import load_yaml
 from compress.passes import allocate_core as core
 from compress.passes import choices
 from compress.passes.choices import Bounds, Resource, Space
-from compress.passes.error_table import Squares, Table, measure
+from compress.passes.error_table import ErrorTable, Squares, measure
 from compress.passes.gradients import fisher, output_gradients
 from compress.passes.lqlora import LqLora
 from compress.passes.probes import FLOOR, HELD, Prober, probe_formats, response, units
@@ -234,7 +234,7 @@ class Allocate(Pass):
 
     def _damage(
         self, state: State, ctx: Context, chain: Chain, sp: Space, sample: Sequence[Tensor]
-    ) -> tuple[Table, Damage, float]:
+    ) -> tuple[ErrorTable, Damage, float]:
         """The errors of every candidate, their damage in the chosen metric, and the noise floor of measuring it."""
         wanted = self._wanted(state, sp)
         of = {"chain": [(p.version, p.text()) for p in chain.passes], "version": self.version, "sample": windows(sample)}
@@ -281,7 +281,7 @@ def silence() -> Iterator[None]:
         os.close(nowhere)
 
 
-def keep(table: Table, damage: Damage, state: State, ctx: Context) -> str:
+def keep(table: ErrorTable, damage: Damage, state: State, ctx: Context) -> str:
     """Keep the table where `inspect` finds it, every candidate's bytes, errors and damage; the name it is found by."""
     rows = [{"site": name, "format": str(fmt), "bytes": fmt.nbytes(state.graph[name].shape), **asdict(entry),
              "damage": damage(state.graph[name], fmt)} for (name, fmt), entry in table.entries.items()]  # fmt: skip
@@ -292,12 +292,12 @@ def keep(table: Table, damage: Damage, state: State, ctx: Context) -> str:
     return name
 
 
-def by_entry(table: Table, metric: str) -> Damage:
+def by_entry(table: ErrorTable, metric: str) -> Damage:
     """Damage as the table has it."""
     return lambda site, fmt: float(getattr(table[site.name, fmt], metric)) if (site.name, fmt) in table.entries else 0.0
 
 
-def by_response(state: State, table: Table, names: Sequence[str], laws: dict[str, tuple[float, float]]) -> Damage:
+def by_response(state: State, table: ErrorTable, names: Sequence[str], laws: dict[str, tuple[float, float]]) -> Damage:
     """KL by the law of each unit; experts of one unit share its KL by the energy of their outputs."""
     of = {site: (laws[u.name], u) for u in units(state, names) for site in u.sites}
     energy = {site: entry.energy for (site, _), entry in table.entries.items()}

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from compress.formats.grid import Grid, Quantized, fold, join
+from compress.formats.grid import Grid, Quantized, in_groups, join
 
 CLIPS = ("minmax", "mse", "hessian")
 _TRIALS = 6  # shrunken ranges tried
@@ -30,11 +30,11 @@ class Matrix:
         self.width = fmt.width(W_nk.shape[1])
         if weight_k is None and W_nk.shape[1] % self.width:
             weight_k = torch.ones(W_nk.shape[1], dtype=dtype, device=W_nk.device)
-        self.weight_Gg = None if weight_k is None else fold(weight_k.to(dtype), self.width, 0)
+        self.weight_Gg = None if weight_k is None else in_groups(weight_k.to(dtype), self.width, 0)
 
     def grouped(self, W_nk: Tensor) -> Tensor:
         """Some outputs as W_Ggn."""
-        return fold(W_nk.T.to(self.dtype).contiguous(), self.width, 0)
+        return in_groups(W_nk.T.to(self.dtype).contiguous(), self.width, 0)
 
     def parts(self, grid: Grid) -> Iterator[tuple[Tensor, Grid]]:
         """A few outputs at a time: W_Ggn and their grid [G, n], of a grid [N, G]."""

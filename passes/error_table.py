@@ -53,13 +53,13 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Table:
+class ErrorTable:
     """(site, format) -> its entry."""
 
     entries: Mapping[tuple[str, Format], Entry]
 
     @classmethod
-    def of(cls, records: Sequence[Record]) -> Table:
+    def of(cls, records: Sequence[Record]) -> ErrorTable:
         return cls({(r["site"], parse(r["format"])): Entry(r["output"], r["weight"], r["energy"], r["fisher"]) for r in records})
 
     def __getitem__(self, key: tuple[str, Format]) -> Entry:
@@ -107,13 +107,13 @@ def half_fisher(squares: Tensor, D_nk: Tensor, loss_n: Tensor) -> float:
     return 0.5 * float((squares * D_nk.square()).sum() if squares.ndim == 2 else squares @ loss_n)
 
 
-def measure(solver: Tries, state: State, ctx: Context, wanted: Wanted, store: Store, gradients: Squares | None) -> Table:
+def measure(solver: Tries, state: State, ctx: Context, wanted: Wanted, store: Store, gradients: Squares | None) -> ErrorTable:
     """The table of all wanted candidates, from what `store` holds and, for the rest, one pass of the calibration text."""
     missing = [list(absent(state, block.sites, wanted, store)) for block in state.graph.blocks]
     if any(missing):
         with precision("bf16"):
             _measure(solver, state, ctx, missing, store, gradients)
-    return Table.of(store.records)
+    return ErrorTable.of(store.records)
 
 
 def absent(state: State, names: Sequence[str], wanted: Wanted, store: Store) -> Iterator[tuple[str, dict[str, list[Format]]]]:

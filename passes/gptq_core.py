@@ -47,7 +47,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import FormatError
-from compress.formats.grid import Grid, Quantized, fold, join
+from compress.formats.grid import Grid, Quantized, in_groups, join
 from compress.passes import clip_core
 
 ORDERS = ("activation", "natural")
@@ -258,7 +258,7 @@ def _solve(W_nk: Tensor, f: Factor, fmt: Quantized, grid_nG: Grid, refine: int, 
 def _by_group(f: Callable[[Tensor, Grid], Tensor], W_kn: Tensor, fmt: Quantized, grid: Grid) -> Tensor:
     """`f`, a method of the format, on all weights and their grid [G, N]."""
     K = len(W_kn)
-    return f(fold(W_kn, fmt.width(K), 0), grid.map(lambda t: t[:, None])).flatten(0, 1)[:K]
+    return f(in_groups(W_kn, fmt.width(K), 0), grid.map(lambda t: t[:, None])).flatten(0, 1)[:K]
 
 
 def loss(D_nk: Tensor, f: Factor | None) -> Tensor:

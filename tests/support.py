@@ -20,7 +20,7 @@ from compress.export.artifact.exporter import Proof
 from compress.export.table import EXPORTERS
 from compress.formats import parse
 from compress.model.model import open_model
-from compress.report.tables import pipes
+from compress.report.page import pipes
 from compress.state import State
 from tests.conftest import FAMILIES, make_model, write_text
 from tests.cooking import bake

@@ -102,7 +102,7 @@ def test_a_broken_promise_ends_the_run_before_the_step_is_finished(family: Any, 
     liar = Liar(format=parse("int4:g32"), method="rtn")
     step = step_of(liar, model, tmp_path)
     with pytest.raises(ContractError):
-        manager.run([liar], model.state, lambda number, p: step)
+        manager.fold([liar], model.state, lambda number, p: step)
     assert not step.finished
 
 

@@ -148,7 +148,7 @@ class Undone(Quantize):
 def test_deeds_are_held_against_promises(family: Any, tmp_path: Path, p: Pass, says: str) -> None:
     model = open_model(str(family("llama")))
     with pytest.raises(ContractError, match=says):
-        manager.run([p], model.state, lambda number, q: step_of(q, model, tmp_path))
+        manager.fold([p], model.state, lambda number, q: step_of(q, model, tmp_path))
 
 
 def test_codes_are_the_one_truth_about_formats(family: Any, tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ class Grouped:
         return restore(*self.unpack(tensors), self, dtype)
 
 
-def fold(x: Tensor, width: int, dim: int) -> Tensor:
+def in_groups(x: Tensor, width: int, dim: int) -> Tensor:
     """The dimension `dim` of `x`, K inputs, as two: [G, width]. Zeros fill a last group that is shorter; else it is a view."""
     short = -x.shape[dim] % width
     if short:
@@ -159,7 +159,7 @@ def fold(x: Tensor, width: int, dim: int) -> Tensor:
 def plain(W_nk: Tensor, fmt: Quantized, scale_dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Grid]:
     """Codes [N, K] and grid [N, G] of W rounded to nearest over the whole range of each group: no search, no data."""
     fmt.check(tuple(W_nk.shape))
-    W_nGg = fold(W_nk, fmt.width(W_nk.shape[1]), 1)
+    W_nGg = in_groups(W_nk, fmt.width(W_nk.shape[1]), 1)
     grid = fmt.settle(fmt.fit(W_nGg.amin(-1), W_nGg.amax(-1), scale_dtype))
     codes = fmt.encode(W_nGg, grid.map(lambda t: t[..., None]))
     return codes.flatten(1)[:, : W_nk.shape[1]].contiguous(), grid
@@ -172,7 +172,7 @@ def restore(codes_nk: Tensor, grid: Grid, fmt: Quantized, dtype: torch.dtype = t
     rows = max(1, _CHUNK // k)
     for i in range(0, n, rows):
         part = grid.map(lambda t, i=i: t[i : i + rows, :, None])  # type: ignore[misc]
-        out[i : i + rows] = fmt.decode(fold(codes_nk[i : i + rows], width, 1), part).flatten(1)[:, :k]
+        out[i : i + rows] = fmt.decode(in_groups(codes_nk[i : i + rows], width, 1), part).flatten(1)[:, :k]
     return out
 
 

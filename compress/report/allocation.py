@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import yaml
 
-from compress.report.tables import columns
+from compress.report.page import columns
 from compress.state.graph import Graph
 from compress.state.plan import BitPlan, Forecast, Point, size
 

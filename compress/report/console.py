@@ -6,8 +6,8 @@ import sys
 import time
 from typing import Any, TextIO
 
+from compress.report.page import span
 from compress.report.report import site_line
-from compress.report.tables import span
 
 
 class Console:

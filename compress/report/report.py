@@ -14,7 +14,7 @@ from compress.evaluate import Sizes, sizes
 from compress.model.model import Model
 from compress.recipe import Recipe
 from compress.report import allocation
-from compress.report.tables import Row, columns, html_table, number, pipes, span
+from compress.report.page import Row, columns, html_table, number, pipes, span
 from compress.state import State
 from compress.state.checkpoint import Layout
 from compress.state.graph import Graph

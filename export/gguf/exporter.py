@@ -193,7 +193,8 @@ def kind_of(dtype: torch.dtype, shape: tuple[int, ...]) -> Kind:
     return KINDS[DTYPES[dtype] if len(shape) > 1 else "F32"]
 
 
-def table(model: Model, state: State) -> list[Entry]:
+def every_entry(state: State) -> list[Entry]:
+    """All tensors of the file, in order."""
     found = list(entries(state, family_of(state.graph.family)))
     factors = rope_factors(state.config)
     return found if factors is None else [Entry(Tensor(FACTORS, KINDS["F32"], tuple(factors.shape))), *found]
@@ -201,7 +202,7 @@ def table(model: Model, state: State) -> list[Entry]:
 
 def file_of(model: Model, state: State) -> File:
     """The file to be; ExportError for a config or a tokenizer that llama.cpp has no keys for."""
-    found = table(model, state)
+    found = every_entry(state)
     rows = state.graph["embed"].shape[0]
     keys = model_keys(state.config, model.folder.name, Counter(e.tensor.kind for e in found if len(e.tensor.shape) > 1))
     note = {NOTE: json.dumps(noted(state, found))}
@@ -218,7 +219,7 @@ def noted(state: State, found: list[Entry]) -> dict[str, Any]:
 def contents(model: Model, state: State) -> Iterator[torch.Tensor]:
     """The bytes of every tensor of the file, in order, one at a time."""
     family = family_of(state.graph.family)
-    for entry in table(model, state):
+    for entry in every_entry(state):
         kind = entry.tensor.kind
         if entry.site is not None:
             packed = state.codes[entry.site.name].load()

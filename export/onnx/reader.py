@@ -188,7 +188,7 @@ def seen(data: Data, formats: Mapping[str, Format], shapes: Mapping[str, tuple[i
     used: set[str] = set()
     for module, fmt in formats.items():
         if not isinstance(fmt, Dense):
-            matrix = Matrix(data, module, fmt, shapes[module])
+            matrix = CodedMatrix(data, module, fmt, shapes[module])
             used |= {slot.name for slot in matrix.slots}
             for suffix, (dtype, shape) in fmt.tensors(matrix.shape, matrix.scale_dtype).items():
                 spec = Spec(f"{module}.{suffix}", dtype, shape)
@@ -203,7 +203,7 @@ def seen(data: Data, formats: Mapping[str, Format], shapes: Mapping[str, tuple[i
     return View(data.folder, [*plain.values(), *coded.values()], sum(slot.nbytes for slot, _ in data.places.values()))
 
 
-class Matrix:
+class CodedMatrix:
     """One quantized matrix in the data file; ModelError unless its tensors are those of its format."""
 
     def __init__(self, data: Data, module: str, fmt: Format, shape: tuple[int, int]):

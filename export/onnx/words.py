@@ -92,8 +92,8 @@ def describe_table(fmt: Format, site: Site) -> str:
 
 def engines(formats: Mapping[str, Format]) -> str:
     """What loads the artifact, for its card; `formats` by site."""
-    table = formats.get("embed")
-    return NEWER if isinstance(table, Int) and table.bits == 2 else ENGINES
+    embed = formats.get("embed")
+    return NEWER if isinstance(embed, Int) and embed.bits == 2 else ENGINES
 
 
 def cost_of(fmt: Format, sites: list[Site]) -> str:
