@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
 
 from compress.errors import CompressError, FormatError
 from compress.formats import Dense, Format, LowRank, parse
@@ -121,6 +120,8 @@ class Forecast:
     @classmethod
     def of_json(cls, d: Mapping[str, Any]) -> Forecast:
         """ValueError where it is none."""
+        from pydantic import TypeAdapter  # not at the head: the runtime passes by here, and needs no pydantic
+
         return TypeAdapter(cls).validate_python(d)
 
 
