@@ -26,7 +26,7 @@ from torch import Tensor
 from compress.formats import Format, base_of, parse
 from compress.manager import Context, Record, Store
 from compress.passes import gptq_core as core
-from compress.passes.solver import Case, Solver, Solves, precision
+from compress.passes.solver import Case, Shared, Solver, Solves, precision
 from compress.state import State
 from compress.state.graph import Site
 
@@ -78,18 +78,11 @@ class Meter(Solver):
     def _together(self, sites: Sequence[Site]) -> Iterator[list[Site]]:
         yield from ([s] for s in sites)
 
-    def solve_together(
-        self,
-        sites: Sequence[Site],
-        factor: core.Factor | None,
-        tokens: int | None,
-        notes: tuple[str, ...] = (),
-        seconds: float = 0.0,
-    ) -> None:
+    def solve_together(self, sites: Sequence[Site], shared: Shared) -> None:
         (site,) = sites
         W_nk = self.state.reference(site).to(self.ctx.device, torch.float32)
-        for fmt, made in self.tries(W_nk, factor, self.wanted[site.name], Case(site, self.state, self.ctx)):
-            self._note(site, fmt, W_nk, made, factor)
+        for fmt, made in self.tries(W_nk, shared.factor, self.wanted[site.name], Case(site, self.state, self.ctx)):
+            self._note(site, fmt, W_nk, made, shared.factor)
 
     def _note(self, site: Site, fmt: Format, W_nk: Tensor, made: Tensor, factor: core.Factor | None) -> None:
         D_nk = made - W_nk
@@ -145,7 +138,7 @@ def _measure(
         sites = meter.sites([s for s in block.sites if s in everything])
         if stream is None:
             for site in sites:
-                meter.solve_together([site], None, None)
+                meter.solve_together([site], Shared())
         elif sites:
             stream.calibrate(state, block.index, batches, sites, meter.observe, meter.solve)
         else:

@@ -25,7 +25,7 @@ from compress.manager import Context, Cost, Pass
 from compress.model.lockstep import Batch
 from compress.model.stream import Stream, Twin
 from compress.passes import gptq_core as core
-from compress.passes.solver import Answer, Case, Solver, matrix_bytes, precision, stage_bytes
+from compress.passes.solver import Answer, Case, Shared, Solver, matrix_bytes, precision, stage_bytes
 from compress.state import Aspect, Fact, State
 from compress.state.graph import Site
 from compress.state.plan import BitPlan
@@ -183,7 +183,7 @@ class Quantize(Pass):
         ctx.progress(0, len(state.graph.blocks), tables[0].module)
         done = ctx.store.committed(EMBEDDING)
         if done is None:
-            solver.solve_together(tables, None, None, (UNSEEN,))
+            solver.solve_together(tables, Shared(notes=(UNSEEN,)))
             done = ctx.store.commit(EMBEDDING, solver.packed, records=solver.records)
         return state.with_part(done)
 
@@ -217,7 +217,7 @@ class Quantize(Pass):
             if done is None:
                 solver = Solver(self, state, ctx)
                 for site in solver.sites(names):
-                    solver.solve_together([site], None, None)
+                    solver.solve_together([site], Shared())
                 done = ctx.store.commit(part, solver.packed, records=solver.records)
             state = state.with_part(done)
         return state

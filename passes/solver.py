@@ -88,6 +88,17 @@ class Answer:
         return cls(pack, solved.loss_n, solved.rounding_loss_n, solved.energy_n, solved.notes)
 
 
+@dataclass(frozen=True)
+class Shared:
+    """What the sites of one Hessian share: the Hessian, factored, the tokens it is of, what is noted of it, and the seconds that
+    each site's share of it took. Where there is none, at most a note."""
+
+    factor: core.Factor | None = None
+    tokens: int | None = None
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+
 class Solver:
     """One block's worth of solving: Hessians as they are observed, packed sites and records as they are solved."""
 
@@ -138,10 +149,10 @@ class Solver:
             start = time.perf_counter()
             H_kk, notes = self._mean(expert, pooled)
             factor = core.factor(H_kk, damp=self.options.damp, order=self.options.order)
-            shared = time.perf_counter() - start
             mine = [s for s in sites if s.expert == expert]
+            shared = Shared(factor, self._tokens[expert], notes, (time.perf_counter() - start) / max(1, len(mine)))
             for same in self._together(mine):
-                self.solve_together(same, factor, self._tokens[expert], notes, shared * len(same) / len(mine))
+                self.solve_together(same, shared)
         self._hessians.clear()
         self._tokens.clear()
         self._drift = None
@@ -171,16 +182,9 @@ class Solver:
         note = f"expert saw {seen} tokens, pooled Hessian for {wanted - seen} more"
         return (H_kk + (wanted - seen) * pooled) / wanted, (note,)
 
-    def solve_together(
-        self,
-        sites: Sequence[Site],
-        factor: core.Factor | None,
-        tokens: int | None,
-        notes: tuple[str, ...] = (),
-        seconds: float = 0.0,
-    ) -> None:
+    def solve_together(self, sites: Sequence[Site], shared: Shared) -> None:
         """Solve sites of one Hessian and one format as one matrix, and keep the parts."""
-        start = time.perf_counter()
+        start, factor, tokens = time.perf_counter(), shared.factor, shared.tokens
         fmt = self.formats[sites[0].name]
         weights = [self.state.reference(s) for s in sites]
         if isinstance(fmt, Dense):
@@ -191,7 +195,7 @@ class Solver:
         if self._drift is not None and tokens and factor is not None and factor.lam > 0:
             W_nk = core.retarget(W_nk, (W_nk @ self._drift).div_(tokens), factor, self.options.drift)
         answer = self.options.solve(W_nk, factor, fmt, Case(sites[0], self.state, self.ctx))
-        seconds = (seconds + time.perf_counter() - start) / len(sites)
+        seconds = shared.seconds + (time.perf_counter() - start) / len(sites)
         row = 0
         for site in sites:
             rows = slice(row, row + site.shape[0])
@@ -201,7 +205,7 @@ class Solver:
                 "error": float(answer.loss_n[rows].sum()) / energy,
                 "rounding": float(answer.rounding_loss_n[rows].sum()) / energy,
                 "damping": damping(factor), "tokens": tokens, "seconds": seconds,
-                "notes": [*notes, *answer.notes],
+                "notes": [*shared.notes, *answer.notes],
             })  # fmt: skip
 
     def _keep(self, site: Site, packed: Packed, measured: Record) -> None:

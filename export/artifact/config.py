@@ -13,6 +13,10 @@ from compress.formats import Format, Int, parse
 
 METHOD, VERSION = "compress", 1
 PATTERN = "re:"  # how a target that is a pattern begins
+PLAIN_LORA = {"use_dora": False, "use_rslora": False, "use_qalora": False, "lora_bias": False, "bias": "none",
+              "modules_to_save": None, "alora_invocation_tokens": None, "layer_replication": None, "target_parameters": None,
+              "trainable_token_indices": None, "exclude_modules": None, "layers_to_transform": None,
+              "layers_pattern": None}  # fmt: skip
 
 
 def method(folder: Path) -> str | None:
@@ -113,6 +117,25 @@ def matched(patterns: Mapping[str, int], module: str, default: int) -> int:
     looked at, as PEFT gives each to `re`."""
     found = [value for pattern, value in patterns.items() if matches(rf"(.*\.)?({pattern})$", module)]
     return found[0] if found else default
+
+
+def lora_ranks(config: Mapping[str, Any]) -> dict[str, int]:
+    """Module -> rank of a PEFT adapter whose `adapter_config.json` says `config`. ValueError where a product is scaled; whatever
+    else may be wrong with a config is a LookupError, TypeError or AttributeError besides."""
+    ranks = {}
+    for module in list(config["target_modules"]):
+        rank = matched(config.get("rank_pattern") or {}, module, config["r"])
+        if matched(config.get("alpha_pattern") or {}, module, config["lora_alpha"]) != rank:
+            raise ValueError(f"scales '{module}' by another number than 1")
+        ranks[module] = int(rank)
+    return ranks
+
+
+def beyond_lora(config: Mapping[str, Any]) -> str | None:
+    """What of a PEFT adapter is more than W = Q + B A; None where it is that."""
+    if config["peft_type"] != "LORA":
+        return str(config["peft_type"])
+    return next((f"{key}: {config[key]}" for key, none in PLAIN_LORA.items() if config.get(key, none) not in (none, None)), None)
 
 
 def declared(folder: Path) -> dict[str, Any]:

@@ -10,18 +10,17 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import redirect_stderr
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from compress.errors import CompressError, ExportError, ModelError, first_line
-from compress.export.artifact.config import matched
+from compress.errors import CompressError, ExportError, ModelError, first_line, one_line
+from compress.export.artifact.config import beyond_lora, lora_ranks
 from compress.export.artifact.engines import EngineError
 from compress.export.artifact.files import optional
 from compress.export.artifact.tensors import Placed
@@ -35,10 +34,6 @@ FOLDER = "adapter"
 WEIGHTS = f"{FOLDER}/adapter_model.safetensors"
 CONFIG = f"{FOLDER}/adapter_config.json"
 SUFFIXES = ("lora_A.weight", "lora_B.weight")
-NEUTRAL = {"use_dora": False, "use_rslora": False, "use_qalora": False, "lora_bias": False, "bias": "none",
-           "modules_to_save": None, "alora_invocation_tokens": None, "layer_replication": None, "target_parameters": None,
-           "trainable_token_indices": None, "exclude_modules": None, "layers_to_transform": None,
-           "layers_pattern": None}  # fmt: skip
 
 
 def corrected(state: State) -> dict[str, LowRank]:
@@ -116,9 +111,12 @@ def read(folder: Path, state: State) -> State:
     config = optional(folder / CONFIG)
     checkpoint = Checkpoint(folder, [folder / WEIGHTS])
     try:
-        ranks = checked(config, folder)
+        beyond = beyond_lora(config)
+        ranks = {} if beyond else lora_ranks(config)
     except (LookupError, TypeError, ValueError, AttributeError) as e:
         raise ModelError(f"{folder / CONFIG}: is broken ({type(e).__name__}: {first_line(e)})") from None
+    if beyond:
+        raise ModelError(f"{folder / CONFIG}: only plain LoRA is read, not {one_line(beyond)}")
     sites = {s.module: s for s in state.graph if s.expert is None}
     stored: dict[str, Stored] = {}
     for module, rank in ranks.items():
@@ -132,21 +130,6 @@ def read(folder: Path, state: State) -> State:
     if extra:
         raise ModelError(f"{folder / WEIGHTS}: holds '{extra}', which adapter_config.json does not name")
     return state.with_part(Part(stored))
-
-
-def checked(config: Mapping[str, Any], folder: Path) -> dict[str, int]:
-    """Module -> rank; ModelError for what is more than Q + B A."""
-    other = next((k for k, v in NEUTRAL.items() if config.get(k, v) not in (v, None)), None)
-    if config["peft_type"] != "LORA" or other:
-        what = f"{other}: {config[other]}" if other else config["peft_type"]
-        raise ModelError(f"{folder / CONFIG}: only plain LoRA is read, not {what}")
-    ranks = {}
-    for module in list(config["target_modules"]):
-        rank = matched(config.get("rank_pattern") or {}, module, config["r"])
-        if matched(config.get("alpha_pattern") or {}, module, config["lora_alpha"]) != rank:
-            raise ModelError(f"{folder / CONFIG}: scales '{module}' by another number than 1; this is no adapter of ours")
-        ranks[module] = int(rank)
-    return ranks
 
 
 def placed(site: Site, base: Placed, rank: int, checkpoint: Checkpoint) -> Placed:

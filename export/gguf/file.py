@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,7 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        count = 1
-        for n in self.shape:
-            count *= n
-        return count // self.kind.block * self.kind.nbytes
+        return prod(self.shape) // self.kind.block * self.kind.nbytes
 
     @property
     def padded(self) -> int:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors import safe_open
 from torch import nn
 
 from compress.errors import CompressError, ModelError, one_line
 from compress.export.artifact import files
-from compress.export.artifact.config import matched
+from compress.export.artifact.config import beyond_lora, lora_ranks
 from compress.export.runtime.decode import format_of
 from compress.export.runtime.linear import PackedLinear
 from compress.formats import Dense, LowRank
@@ -24,9 +23,6 @@ from compress.state.checkpoint import Spec
 FOLDER, CONFIG, WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
 SUFFIXES = ("lora_A.weight", "lora_B.weight")
 _PREFIX = "base_model.model."
-_BEYOND = ("use_dora", "use_rslora", "use_qalora", "lora_bias", "modules_to_save", "alora_invocation_tokens",
-           "layer_replication", "target_parameters", "trainable_token_indices", "exclude_modules", "layers_to_transform",
-           "layers_pattern")  # fmt: skip
 
 
 def correct(model: nn.Module, folder: Path) -> None:
@@ -37,7 +33,9 @@ def correct(model: nn.Module, folder: Path) -> None:
     path = files.within(folder, folder / FOLDER / WEIGHTS)
     specs, _ = files.headers([path])
     try:
-        ranks = ranks_of(config)
+        if beyond := beyond_lora(config):
+            raise ValueError(f"more than plain LoRA ({beyond})")
+        ranks = lora_ranks(config)
     except (LookupError, TypeError, ValueError, AttributeError) as e:
         raise ModelError(f"{folder / FOLDER / CONFIG}: {one_line(str(e))}; this is no adapter of ours") from None
     extra = specs.keys() - {f"{_PREFIX}{module}.{suffix}" for module in ranks for suffix in SUFFIXES}
@@ -51,20 +49,6 @@ def correct(model: nn.Module, folder: Path) -> None:
                 raise ModelError(f"{path}: '{one_line(name)}' is no packed matrix of this model; it is another's adapter")
             fmt = corrected(module, name, rank, specs, path)
             module.correct(str(fmt), {suffix: file.get_tensor(f"{_PREFIX}{name}.{suffix}") for suffix in SUFFIXES})
-
-
-def ranks_of(config: Mapping[str, Any]) -> dict[str, int]:
-    """Module -> rank; ValueError for more than Q + B A."""
-    other = next((key for key in _BEYOND if config.get(key)), None)
-    if config["peft_type"] != "LORA" or other or config.get("bias", "none") != "none":
-        raise ValueError(f"more than plain LoRA ({other or config['peft_type']})")
-    found = {}
-    for module in list(config["target_modules"]):
-        rank = matched(config.get("rank_pattern") or {}, module, config["r"])
-        if matched(config.get("alpha_pattern") or {}, module, config["lora_alpha"]) != rank:
-            raise ValueError(f"scales '{module}' by another number than 1")
-        found[module] = int(rank)
-    return found
 
 
 def corrected(module: PackedLinear, name: str, rank: int, specs: Mapping[str, Spec], path: Path) -> LowRank:
