@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict
 from compress import bench, evaluate, pipeline
 from compress.errors import CompressError, MatchError, ModelError, RecipeError, RunError, did_you_mean
 from compress.export.artifact.engines import Engine, EngineError, dense
+from compress.export.artifact.files import check_marks
 from compress.export.compressed_tensors import adapter
 from compress.export.compressed_tensors.exporter import CompressedTensors
 from compress.export.native.exporter import Native
@@ -30,11 +31,12 @@ from compress.formats import Dense, Format
 from compress.model import data
 from compress.model.model import Model, open_model
 from compress.nodes import load_yaml
+from compress.parts import read_part
 from compress.passes import PASSES
 from compress.recipe import Recipe, load, schema
 from compress.report import allocation, tables
 from compress.report.console import Console
-from compress.run import is_run, read_part
+from compress.run import is_run
 from compress.state import State
 from compress.state.plan import BitPlan, size
 
@@ -69,7 +71,7 @@ def plan_command(options: argparse.Namespace) -> None:
     print()
     print(tables.columns(format_rows(ready.foreseen), ["format", "sites", "weights", "bytes"], right=(1, 2, 3)))
     linear = evaluate.sizes(ready.foreseen, 0).linear_bits
-    changed = len(bits.formats) if bits else 0
+    changed = len(ready.foreseen.codes)
     print(f"\n{len(graph.sites)} sites, {changed} change; {linear:.3f} bits per weight in linear layers; "
           f"original {size(planned.original.nbytes)}")  # fmt: skip
     for name, layout in planned.layouts.items():
@@ -96,7 +98,7 @@ def allocated(bits: BitPlan, state: State) -> str:
 
 
 def format_rows(state: State) -> list[list[str]]:
-    formats = state.plan.formats if state.plan else {}
+    formats = state.formats
     groups: dict[str, list[Any]] = {}
     for site in state.graph:
         if site.tied is None:
@@ -132,6 +134,7 @@ def opened(path: Path) -> tuple[Model, State, Kind | None]:
     kind = next((k for k in KINDS if k.is_artifact(path)), None)
     if kind:
         return kind.open_artifact(path), kind.read(path), kind
+    check_marks(path)  # what is no kind of artifact may have been one
     model = open_model(str(path))
     return model, model.state, None
 
@@ -163,8 +166,8 @@ def eval_command(options: argparse.Namespace) -> None:
         raise ModelError(f"{original.folder}: has another vocabulary than {options.what}; KL needs the model it was made from")
     engine, said = engine_of(kind, model, state, options.device)
     ask = (lambda ids: engine.prefill(ids)[0]) if engine else None
-    _, scores = evaluate.compare(original.state if original else None, state, model.config, tokens, options.device, ask)
-    figures = evaluate.sizes(state, state.checkpoint.nbytes)
+    _, scores = evaluate.compare(original.state if original else None, state, tokens, options.device, ask)
+    figures = evaluate.sizes(state, model.checkpoint.nbytes)
     if options.json:
         print(json.dumps({**scores.json(), **figures.json(), "text": tokens.place, "engine": said}, indent=1))
         return
@@ -287,7 +290,7 @@ def inspect_command(options: argparse.Namespace) -> None:
     if options.errors:
         error_table(options)
         return
-    _, state, _ = opened(options.what)
+    model, state, _ = opened(options.what)
     sites = list(state.graph) if options.site is None else state.graph.match(options.site)
     rows: list[dict[str, Any]] = []
     for s in sites:
@@ -296,7 +299,7 @@ def inspect_command(options: argparse.Namespace) -> None:
         rows.append({"site": s.name, "role": s.role, "shape": list(s.shape), "format": str(fmt or "as it is"),
                      "bytes": stored, "bits": round(8 * stored / s.numel, 4), "tensor": s.weight})  # fmt: skip
     if options.json:
-        print(json.dumps({"sites": rows, "tensor_bytes": state.checkpoint.nbytes}, indent=1))
+        print(json.dumps({"sites": rows, "tensor_bytes": model.checkpoint.nbytes}, indent=1))
         return
     shown = rows if options.site else rows[:SHOWN_SITES]
     table = [[r["site"], f"{r['shape'][0]}x{r['shape'][1]}", r["format"], f"{r['bits']:.3f}", f"{r['bytes']:,}"] for r in shown]
@@ -304,7 +307,7 @@ def inspect_command(options: argparse.Namespace) -> None:
     if len(shown) < len(rows):
         print(f"… {len(rows) - len(shown)} more; name a site or a pattern to see it")
     counts = f"{len(state.graph.blocks)} blocks, {len(state.graph.sites)} sites"
-    print(f"\n{state.graph.family}, {counts}, {size(state.checkpoint.nbytes)} of tensors")
+    print(f"\n{state.graph.family}, {counts}, {size(model.checkpoint.nbytes)} of tensors")
     if len(sites) == 1:
         print(histogram(state, sites[0]))
 

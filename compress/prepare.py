@@ -8,7 +8,8 @@ from functools import cached_property
 from pathlib import Path
 
 from compress import manager
-from compress.errors import CompressError
+from compress.errors import CompressError, ExportError
+from compress.export.artifact.carried import carried
 from compress.export.artifact.exporter import Exporter
 from compress.export.table import EXPORTERS
 from compress.model import data
@@ -64,11 +65,12 @@ def prepare(path: Path, overrides: Sequence[str] = ()) -> Prepared:
     recipe = load(path, PASSES, EXPORTERS, overrides)
     try:
         model = open_model(recipe.document.model, recipe.base)
-        graph = model.graph
+        _ = model.graph
     except CompressError as e:
         raise type(e)(f"{recipe.place(('model',))}  {e}") from None
-    # A config without weights has no checkpoint; nothing that `plan` does reads one.
-    start = model.state if model.has_weights else State(graph, None, model.dtype, tuple(model.specs))  # type: ignore[arg-type]
+    start = model.state
+    if recipe.exports and model.has_weights:
+        carried(model.folder)  # whether all that goes along into artifacts can, before anything is computed
     try:
         manager.check_order(recipe.passes, start.facts)
     except CompressError as e:
@@ -77,12 +79,12 @@ def prepare(path: Path, overrides: Sequence[str] = ()) -> Prepared:
     for i, p in enumerate(recipe.passes):
         try:
             p.check(recipe.document.data.calibration is not None, recipe.passes[i + 1 :])
-            outcomes = p.outcomes(foreseen) if p.decides else ()
+            outcomes = [manager.settle(p, foreseen, o) for o in p.outcomes(foreseen)] if p.decides else []
             foreseen = manager.foresee([p], foreseen)
         except CompressError as e:
             raise recipe.located(e, "passes", i) from None
         for outcome in outcomes:
-            check_exports(recipe, outcome)
+            check_exports(recipe, manager.foresee(recipe.passes[i + 1 :], outcome))
     check_exports(recipe, foreseen)
     return Prepared(recipe, model, start, foreseen)
 
@@ -91,6 +93,8 @@ def check_exports(recipe: Recipe, state: State) -> None:
     """ExportError, with its place in the recipe, where an exporter cannot hold a state."""
     for i, exporter in enumerate(recipe.exports):
         try:
+            if state.serving:  # no kind of artifact has a place for it yet, and nothing is left out in silence
+                raise ExportError(f"{exporter.name} has no place for what an engine must know of '{next(iter(state.serving))}'")
             exporter.check(state)
         except CompressError as e:
             raise recipe.located(e, "export", i) from None

@@ -288,7 +288,7 @@ def keep(table: Table, damage: Damage, state: State, ctx: Context) -> str:
     name = f"table-{zlib.crc32(json.dumps(rows).encode()):08x}"
     store = ctx.store.analysis("tables", {})
     if store.committed(name) is None:
-        store.commit(name, {}, rows)
+        store.commit(name, records=rows)
     return name
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from tests.nursery import Nursery
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for what tests start; tiny models only wait for a second thread
@@ -66,13 +69,33 @@ def make_tokenizer(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
-def write_text(path: Path, tokens: int = 20_000) -> Path:
+def write_text(path: Path, tokens: int = 6_000) -> Path:
     """Bytes of words drawn at random: enough for any test."""
     generator = torch.Generator().manual_seed(1)
     words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "two", "red", "birds", "fly", "over", "seven", "hills", "."]
     picks = torch.randint(len(words), (tokens // 3,), generator=generator).tolist()
     path.write_text(" ".join(words[i] for i in picks))
     return path
+
+
+NURSERY = pytest.StashKey[Nursery]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before tests are collected, so that no child of the nursery has anything of `compress`."""
+    import transformers.quantizers.auto  # noqa: F401
+
+    config.stash[NURSERY] = Nursery()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    config.stash[NURSERY].close()
+
+
+@pytest.fixture(scope="session")
+def nursery(request: pytest.FixtureRequest) -> Nursery:
+    """Where children come from that need torch and transformers."""
+    return request.config.stash[NURSERY]
 
 
 @pytest.fixture(scope="session")
@@ -82,13 +105,59 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """family(name, dtype=bf16) -> folder of a tiny random model, made once a session."""
-    made: dict[tuple[str, torch.dtype], Path] = {}
+    """family(name, dtype=bf16, blocks=2) -> folder of a tiny random model, made once a session."""
+    made: dict[tuple[str, torch.dtype, int], Path] = {}
 
-    def get(name: str, dtype: torch.dtype = torch.bfloat16) -> Path:
-        if (name, dtype) not in made:
-            made[name, dtype] = make_model(tmp_path_factory.mktemp(name), FAMILIES[name](), dtype)
-        return made[name, dtype]
+    def get(name: str, dtype: torch.dtype = torch.bfloat16, blocks: int = 2) -> Path:
+        if (name, dtype, blocks) not in made:
+            config = FAMILIES[name]()
+            if blocks != config.num_hidden_layers:
+                config.num_hidden_layers = blocks
+                if getattr(config, "layer_types", None):
+                    config.layer_types = config.layer_types[:blocks]
+            made[name, dtype, blocks] = make_model(tmp_path_factory.mktemp(name), config, dtype)
+        return made[name, dtype, blocks]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def baked(family: Any, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """baked(family, exporter, {pass: options}, **the exporter's options) -> the outcome, made once a session: only to read."""
+    made: dict[str, Any] = {}
+
+    def get(name: str, exporter: str, step: dict[str, Any], **options: Any) -> Any:
+        from tests.cooking import bake
+
+        key = json.dumps([name, exporter, step, options])
+        if key not in made:
+            made[key] = bake(tmp_path_factory.mktemp(f"{name}-{exporter}"), family(name), text, exporter, step, **options)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def embedded(family: Any, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The outcome of GPTQ of a llama of one block, its embedding in 4 bits, in the kinds of artifact that hold one. Only to read.
+
+    One for all tests, as an export to ONNX takes seconds.
+    """
+    from tests.cooking import several
+
+    pins = {"embed": "int4:g32", "lm_head": "int8:g32"}
+    model = family("llama", blocks=1)
+    return several(tmp_path_factory.mktemp("embedded"), model, text, "native", "onnx", "gguf", format="int4:g64", pins=pins)
+
+
+@pytest.fixture(scope="session")
+def mixed(family: Any, baked: Any) -> Any:
+    """mixed(family) -> native, with formats of every kind among its matrices: others for each family, and from `more` on."""
+
+    def get(name: str, more: int = 0, **pins: str) -> Any:
+        from tests.cooking import medley
+
+        return baked(name, "native", medley(family(name), 7 * list(FAMILIES).index(name) + more, **pins))
 
     return get
 
@@ -191,12 +260,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def project(
-    tmp_path: Path, family: Any, text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Project:
-    """A llama of two blocks with its recipe; `plan` does not spend its 0.2 s on measuring the machine."""
-    from compress import pipeline
-
-    monkeypatch.setattr(pipeline, "matrix_speed", lambda dtype: 1e10)
+def project(tmp_path: Path, family: Any, text: Path, capsys: pytest.CaptureFixture[str]) -> Project:
+    """A llama of two blocks with its recipe."""
     Project.make(tmp_path, family("llama"), text)
     return Project(tmp_path, capsys)

@@ -8,6 +8,8 @@ from typing import Any
 import yaml
 
 from compress import pipeline
+from compress.formats import LowRank, parse
+from compress.model.model import open_model
 
 
 def recipe(folder: Path, model: Path, text: Path | None = None, exports: Any = None, **options: Any) -> Path:
@@ -25,6 +27,16 @@ def cook(folder: Path, model: Path, text: Path | None = None, exports: Any = Non
     return pipeline.run(recipe(folder, model, text, exports, **options))
 
 
+def several(folder: Path, model: Path, text: Path | None, *exporters: str, **options: Any) -> pipeline.Outcome:
+    """A run of `quantize` with several exporters; evaluated where there is a text."""
+    path = recipe(folder, model, text, **options)
+    content = yaml.safe_load(path.read_text()) | {"export": [{name: {}} for name in exporters]}
+    if text:
+        content["data"]["evaluation"] = {"text": str(text), "sequences": 4, "length": 32}
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return pipeline.run(path)
+
+
 def bake(
     folder: Path, model: Path, text: Path | None, exporter: str, *passes: dict[str, Any], **options: Any
 ) -> pipeline.Outcome:
@@ -35,13 +47,36 @@ def bake(
     return pipeline.run(path)
 
 
+def steps(text: str, **options: Any) -> dict[str, Any]:
+    """The quickest pass that gives this format to every matrix inside the blocks."""
+    fmt = parse(text)
+    if isinstance(fmt, LowRank):
+        ranked = {"format": str(fmt.base), "rank": fmt.rank, "factors": str(fmt.factors), "rounds": 0}
+        return {"lqlora": {"method": "rtn", "clip": "minmax", **ranked, **options}}
+    return {"quantize": {"method": "rtn", "clip": "minmax", "format": text, **options}}
+
+
+KINDS = (
+    "int3:g64:asym", "nf3:g32:dq8x16", "lut2:g64", "int4:channel", "lut3:g32:shared", "int4:g32+r4", "fp16", "nf4:g64",
+    "nf3:g32+r4:int8:channel", "int2:g16", "int8:channel", "bf16", "int5:g64:asym", "nf8:g32:dq8x256", "int7:g32",
+    "nf4:g64:dq3x16:fp32", "lut4:g32", "int5:channel:asym+r1", "nf2:g32", "int8:g16:asym", "lut3:g48", "lut2:g32+r4:fp32",
+    "lut2:g64:shared", "int3:g32", "nf4:g64+r2:int8:channel", "int6:g32", "int3:g64+r4",
+)  # fmt: skip
+
+
+def medley(model: Path, first: int, **pins: str) -> dict[str, Any]:
+    """A step that gives the matrices inside the blocks of a model the formats of KINDS by turns, from the `first` on."""
+    names = [s.name for s in open_model(str(model)).graph.linear]
+    return steps("int4:g32+r4", pins={name: KINDS[(first + i) % len(KINDS)] for i, name in enumerate(names)} | pins)
+
+
 def stories(
-    assets: Path, folder: Path, passes: list[dict[str, Any]], calibration: int = 64, evaluation: int = 80
+    assets: Path, folder: Path, passes: list[dict[str, Any]], calibration: int = 64, evaluation: int = 80, length: int = 256
 ) -> pipeline.Outcome:
-    """A run of any passes on a small trained Llama; windows of 256 tokens of its own texts."""
+    """A run of any passes on a small trained Llama; windows of `length` tokens of its own texts."""
     texts = assets / "texts" / "stories-split"
-    data = {"calibration": {"text": str(texts / "calibration.txt"), "sequences": calibration, "length": 256},
-            "evaluation": {"text": str(texts / "evaluation.txt"), "sequences": evaluation, "length": 256}}  # fmt: skip
+    data = {"calibration": {"text": str(texts / "calibration.txt"), "sequences": calibration, "length": length},
+            "evaluation": {"text": str(texts / "evaluation.txt"), "sequences": evaluation, "length": length}}  # fmt: skip
     content = {"model": str(assets / "models" / "stories260K-mlp192"), "out": str(folder / "run"), "data": data, "passes": passes}
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))

@@ -54,7 +54,7 @@ class Emulator:
         lines = [f"{MACROS[name]}({','.join(str(value) for _, value in defines)})\n" for name, defines in sorted(wanted)]
         (folder / "variants.inc").write_text("".join(lines))
         library = folder / "kernels.so"
-        flags = ["-O1", "-std=c++20", "-shared", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
+        flags = ["-O0", "-std=c++20", "-shared", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
         places = [f"-I{p}" for p in (SHIM, KERNELS, folder)]
         subprocess.run(["g++", *flags, *places, str(SHIM / "variants.cpp"), "-o", str(library)], check=True)
         self.library = ctypes.CDLL(str(library))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from compress.passes import allocate_core
 from compress.passes.allocate_core import Choice, Infeasible, Item, Limit, Problem, frontier, neighbours, solve
 
-quick = settings(deadline=None, max_examples=150)
+quick = settings(deadline=None, max_examples=60)
 DAMAGES = st.one_of(st.sampled_from([0.0, 0.5, 1.0, 1.0, 3.0]), st.floats(1e-6, 10))
 
 
@@ -198,7 +198,7 @@ def test_large_numbers(limits: int) -> None:
 
 
 @given(problems(scale=8_000_000_011))
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 def test_it_finds_the_optimum_whatever_the_unit(problem: Problem) -> None:
     best = optimum(problem)
     if best < math.inf:

@@ -1,7 +1,7 @@
 """kill -9, anywhere: the next run goes on, and its artifact is byte for byte that of a run that nobody disturbed.
 
 A kill is staged in a child of one process that has imported everything and run once (`WARDEN`), so that it costs a fork and
-not the seconds that imports take. The warden numbers the moments at which a run touches the disk: before every open for
+not the time that imports take. The warden numbers the moments at which a run touches the disk: before every open for
 writing, rename, removal, new folder, fsync and write, and half-way through every write of tensors. At the moment it is told,
 the child kills itself.
 """
@@ -18,11 +18,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pytest
 
 from tests.conftest import ROOT, Project, contents
+from tests.nursery import Nursery
 
 WARDEN = r'''
 import contextlib, io, json, os, signal, sys
@@ -75,37 +76,31 @@ for line in sys.stdin:
 class Warden:
     """A process that runs commands in children of its own and can kill them at a chosen moment."""
 
-    def __init__(self, *warm_up: Any) -> None:
-        command = [sys.executable, "-c", WARDEN, *map(str, warm_up)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT, env=environment)
+    def __init__(self, nursery: Nursery, *warm_up: Any) -> None:
+        (reading, self._stdin), (self._stdout, writing) = os.pipe(), os.pipe()
+        self._nursery = nursery
+        self._pid = nursery.start(WARDEN, *warm_up, files=(reading, writing, 2), cwd=ROOT, TOKENIZERS_PARALLELISM="false")
+        os.close(reading)
+        os.close(writing)
 
     def __call__(self, *arguments: Any, at: int = 0) -> tuple[int, int]:
         """(wait status, moments passed) of a command, killed at moment `at`; 0 lets it live."""
-        stdin, stdout = self._pipes()
-        stdin.write(json.dumps([[str(a) for a in arguments], at]) + "\n")
-        stdin.flush()
-        status, moments = json.loads(stdout.readline())
+        os.write(self._stdin, (json.dumps([[str(a) for a in arguments], at]) + "\n").encode())
+        status, moments = json.loads(os.read(self._stdout, 1000))
         return status, moments
 
     def killed(self, *arguments: Any, at: int) -> None:
         assert self(*arguments, at=at)[0] == signal.SIGKILL, "the run ended before its moment came"
 
     def close(self) -> None:
-        for pipe in self._pipes():
-            pipe.close()
-        self.process.wait()
-
-    def _pipes(self) -> tuple[IO[str], IO[str]]:
-        assert self.process.stdin
-        assert self.process.stdout
-        return self.process.stdin, self.process.stdout
+        os.close(self._stdin)
+        os.close(self._stdout)
+        assert self._nursery.wait(self._pid)[0] == 0
 
 
 @pytest.fixture(scope="module")
-def warden(tiny: Path) -> Iterator[Warden]:
-    made = Warden("run", tiny, "--out", tiny.parent / "warm")
+def warden(tiny: Path, nursery: Nursery) -> Iterator[Warden]:
+    made = Warden(nursery, "run", tiny, "--out", tiny.parent / "warm")
     yield made
     made.close()
 

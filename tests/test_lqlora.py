@@ -29,16 +29,18 @@ EVERY_RANK = {"pins": {"*.down": "int3:g32+r8:int8:channel", "*.up": "lut2:g64+r
 
 def error(before: State, after: State) -> float:
     """The squared error of all matrices."""
-    return sum(float((before.original(s).float() - after.weight(s).float()).square().sum()) for s in before.graph.linear)
+    return sum(float((before.reference(s).float() - after.weight(s).float()).square().sum()) for s in before.graph.linear)
 
 
 def test_every_combination_of_formats_is_stored_as_it_was_solved(family: Any, tmp_path: Path) -> None:
     model = open_model(str(family("llama")))
-    after = attempt(LqLora.model_validate({"format": "int4:g32", "rank": 4, **EVERY_RANK}), model, tmp_path / "steps")
+    after = attempt(
+        LqLora.model_validate({"format": "int4:g32", "rank": 4, "rounds": 1, **EVERY_RANK}), model, tmp_path / "steps"
+    )
     for site in model.graph.linear:
-        fmt = after.changed[site.name].format
+        fmt = after.codes[site.name].format
         assert isinstance(fmt, LowRank)
-        packed = after.changed[site.name].load()
+        packed = after.codes[site.name].load()
         A, B = fmt.factor_matrices(packed.tensors)
         assert A.shape == (fmt.rank, site.shape[1])
         assert B.shape == (site.shape[0], fmt.rank)
@@ -51,7 +53,7 @@ def test_a_correction_lowers_the_error_that_is_reported(family: Any, tmp_path: P
     """The recorded error of every matrix falls with the rank, and is that of the stored weights."""
     model = open_model(str(family("llama")))
     errors = {}
-    for rank in (1, 8, 24):
+    for rank in (8, 24):
         state = attempt(
             LqLora.model_validate({"format": "int2:g32", "rank": rank, "drift": 0}), model, tmp_path / str(rank) / "steps"
         )
@@ -63,7 +65,7 @@ def test_a_correction_lowers_the_error_that_is_reported(family: Any, tmp_path: P
 def test_init_paper_is_seeded_and_needs_no_data(project: Project) -> None:
     text = project.recipe.read_text()
     start, end = text.index("  - quantize:"), text.index("export:")
-    lq = '  - lqlora: {init: paper, method: rtn, clip: minmax, format: "int3:g32", rank: 4}\n'
+    lq = '  - lqlora: {init: paper, method: rtn, clip: minmax, format: "int3:g32", rank: 4, pins: {"layers.1.*": bf16}}\n'
     project.recipe.write_text(text[:start] + lq + "export: []\n")
     project.edit("  calibration: {text: words.txt, sequences: 8, length: 32}\n", "")
     assert project.run().code == 0
@@ -104,8 +106,8 @@ def test_zero_blocks_and_pruned_rows_are_handled(family: Any, tmp_path: Path) ->
 BOUGHT = """\
   - allocate:
       budget: 4.6 bits
-      formats: ["int2:g32", "int3:g32", "int4:g64"]
-      ranks: [0, 4, 8]
+      formats: ["int2:g32", "int4:g64"]
+      ranks: [0, 8]
       factors: "int8:channel"
       trials: 1
       probe: 64
@@ -118,7 +120,7 @@ def bought(project: Project, behind: str) -> dict[str, str]:
     start = text.index("  - quantize:")
     project.recipe.write_text(text[:start] + BOUGHT + behind + "export: []\n")
     made = compress.run_recipe(project.recipe)
-    assert {n: s.format for n, s in made.state.changed.items()} == dict(made.state.plan.formats)
+    assert {n: s.format for n, s in made.state.codes.items()} == dict(made.state.plan.formats)
     assert made.report.after.linear_bits <= 4.6
     return {n: str(f) for n, f in made.state.plan.formats.items()}
 
@@ -126,20 +128,23 @@ def bought(project: Project, behind: str) -> dict[str, str]:
 @pytest.mark.parametrize("behind", ["  - lqlora: {}\n", "  - quantize: {}\n  - lqlora: {rounds: 1}\n"])
 def test_ranks_are_bought_from_the_same_budget_and_used(project: Project, behind: str) -> None:
     formats = bought(project, behind)
-    assert any(re.search(r"\+r[48]:int8:channel", f) for f in formats.values()), formats
+    assert any(re.search(r"\+r8:int8:channel", f) for f in formats.values()), formats
     fused = [[formats[s.name].partition("+")[0] for s in g] for g in open_model(str(project.model)).graph.fused()]
     assert all(len(set(bases)) == 1 for bases in fused), "one base for what engines fuse; ranks may differ"
+    resolved = project("run", project.out / "recipe.resolved.yaml", "--out", project.out)
+    assert resolved.code == 0, "defaults written out are no choices of the user's"
+    assert resolved.out.count("(finished before)") == 1 + behind.count("- ")
 
 
 # --- on a real model --------------------------------------------------------------------------------------------------
 
 
 def measured(assets: Path, folder: Path, passes: list[dict[str, Any]]) -> float:
-    kl: float = stories(assets, folder, passes, 32, 32).scores["compressed"]["kl"]
+    kl: float = stories(assets, folder, passes, 32, 32, 64).scores["compressed"]["kl"]
     return kl
 
 
-@pytest.mark.parametrize("fmt", ["nf2:g32:dq2x64", "nf3:g64:dq3x256"])
+@pytest.mark.parametrize("fmt", ["nf2:g32:dq2x64", pytest.param("nf3:g64:dq3x256", marks=pytest.mark.slow)])
 def test_the_paper_beats_plain_normal_floats_and_the_closed_form_beats_the_paper(assets: Path, tmp_path: Path, fmt: str) -> None:
     """At equal bits of the quantized part, as the paper counts."""
     plain = measured(assets, tmp_path, [{"quantize": {"format": fmt, "method": "rtn", "clip": "minmax"}}])
@@ -162,7 +167,7 @@ def test_behind_quantize_every_quantized_matrix_is_corrected(project: Project) -
     formats = {n: str(f) for n, f in made.state.plan.formats.items()}
     assert formats.pop("lm_head") == "int8:g32"
     assert set(formats.values()) == {"int4:g32+r4:int8:channel"}
-    assert {n: s.format for n, s in made.state.changed.items()} == dict(made.state.plan.formats)
+    assert {n: s.format for n, s in made.state.codes.items()} == dict(made.state.plan.formats)
     assert "leave 'format' out of 'lqlora'" in project.run("lqlora.format=int3:g32").line
     assert "the rank is above 32" in project.run("lqlora.rank=40").line
 
@@ -187,25 +192,15 @@ def test_behind_quantize_the_twin_is_the_original(project: Project) -> None:
     quantized = attempt(Quantize.model_validate({"format": "int2:g32"}), model, project.folder / "a" / "steps")
     step = step_of(LqLora.model_validate({"rank": 4, "rounds": 0}), model, project.folder / "b" / "steps")
     Watching.model_validate({"rank": 4, "rounds": 0}).run(quantized, step.context())
-    assert not seen[0].changed
-    assert quantized.changed
-
-
-def test_a_resolved_recipe_runs_as_the_recipe_did(project: Project) -> None:
-    """Defaults written out are no choices of the user's."""
-    text = project.recipe.read_text()
-    project.recipe.write_text(text[: text.index("  - quantize:")] + BOUGHT + "  - quantize: {}\n  - lqlora: {}\nexport: []\n")
-    assert project.run().code == 0
-    resolved = project("run", project.out / "recipe.resolved.yaml", "--out", project.out)
-    assert resolved.code == 0
-    assert resolved.out.count("(finished before)") == 3
+    assert not seen[0].codes
+    assert quantized.codes
 
 
 def test_one_eigenproblem_serves_all_ranks_of_a_trial(family: Any, tmp_path: Path) -> None:
     """What the allocator measures for each rank is the tail of one spectrum: the closed form of that rank, without rounds."""
     model = open_model(str(family("llama")))
     site = model.graph["layers.0.mlp.up"]
-    W = model.state.original(site).float()
+    W = model.state.reference(site).float()
     X = torch.randn(512, W.shape[1], generator=torch.Generator().manual_seed(0)) @ torch.randn(W.shape[1], W.shape[1])
     f = gptq_core.factor(X.T @ X / len(X))
     p = LqLora()

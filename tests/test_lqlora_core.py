@@ -164,8 +164,10 @@ def to_int8(x: Tensor) -> Tensor:
     return (x / scale).round() * scale
 
 
-@pytest.mark.parametrize("text", FORMATS)
-@pytest.mark.parametrize("shape", [(24, 64), (64, 32), (32, 32)])
+@pytest.mark.parametrize(("text", "shape"), [
+    pytest.param(text, shape, marks=() if i % 3 == j else pytest.mark.slow)
+    for i, text in enumerate(FORMATS) for j, shape in enumerate([(24, 64), (64, 32), (32, 32)])
+])  # fmt: skip
 def test_the_loss_reported_is_that_of_what_is_deployed(shape: tuple[int, int], text: str) -> None:
     fmt = fmt_of(text)
     W, H = (t.float() for t in problem(*shape))

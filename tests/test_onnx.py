@@ -34,27 +34,18 @@ from compress.export.onnx.datafile import DATA, GRAPH
 from compress.export.onnx.exporter import Onnx
 from compress.export.onnx.nodes import serialized
 from compress.export.onnx.session import Session
-from compress.formats import LowRank, parse
+from compress.formats import parse
 from compress.model.model import Model, open_model
 from compress.state import State
-from compress.state.plan import BitPlan
 from tests import stock
 from tests.conftest import FAMILIES, contents, make_model
-from tests.cooking import bake
+from tests.cooking import bake, steps
 
+FAMILY = "mistral"
 DECODERS = [f for f in FAMILIES if f not in ("mixtral", "qwen3_moe", "roberta")]
 PINS = {"*.v": "nf4:g32:dq8x16", "*.o": "int3:g64:asym", "layers.0.*.up": "fp16", "layers.1.*.down": "lut3:g32:shared",
         "layers.0.*.down": "bf16", "lm_head": "int8:channel"}  # fmt: skip
 Q = "model.layers.1.self_attn.q_proj"
-
-
-def steps(text: str, **pins: str) -> dict[str, Any]:
-    """The quickest pass that gives this format to every matrix inside the blocks."""
-    fmt = parse(text)
-    if isinstance(fmt, LowRank):
-        ranked = {"format": str(fmt.base), "rank": fmt.rank, "factors": str(fmt.factors), "init": "paper", "pins": pins}
-        return {"lqlora": {"method": "rtn", "clip": "minmax", **ranked}}
-    return {"quantize": {"method": "rtn", "clip": "minmax", "format": text, "pins": pins}}
 
 
 def artifact_of(outcome: pipeline.Outcome) -> Path:
@@ -62,22 +53,23 @@ def artifact_of(outcome: pipeline.Outcome) -> Path:
 
 
 @pytest.fixture(scope="module")
-def baked(family: Any, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., pipeline.Outcome]:
-    """baked(family, format) -> the outcome of one run, made once."""
+def small(family: Any, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., pipeline.Outcome]:
+    """small(family, format) -> the outcome of one run on a model of one block, made once."""
     made: dict[tuple[str, str], pipeline.Outcome] = {}
 
     def get(name: str, form: str = "int4:g32") -> pipeline.Outcome:
         if (name, form) not in made:
-            made[name, form] = bake(tmp_path_factory.mktemp(name), family(name), text, "onnx", steps(form))
+            made[name, form] = bake(tmp_path_factory.mktemp(name), family(name, blocks=1), text, "onnx", steps(form))
         return made[name, form]
 
     return get
 
 
 @pytest.fixture(scope="module")
-def mixed(family: Any, text: Path, tmp_path_factory: pytest.TempPathFactory) -> pipeline.Outcome:
-    """A llama with a matrix of every kind."""
-    return bake(tmp_path_factory.mktemp("mixed"), family("llama"), text, "onnx", steps("int4:g32+r4", **PINS))
+def mixed(baked: Any) -> pipeline.Outcome:
+    """A mistral, which is a llama with a sliding window, with a matrix of every kind."""
+    done: pipeline.Outcome = baked(FAMILY, "onnx", steps("int4:g32+r4", pins=PINS))
+    return done
 
 
 @pytest.fixture
@@ -89,7 +81,7 @@ def copy(mixed: pipeline.Outcome, tmp_path: Path) -> Path:
 def dequantized(source: Path, state: State) -> Any:
     """The original in transformers, in fp32, every changed matrix replaced by what ours dequantizes to."""
     model, state = stock.load(source, dtype=torch.float32), replace(state, dtype=torch.float32)
-    stock.substitute(model, state.graph, {name: state.weight(state.graph[name]) for name in state.changed})
+    stock.substitute(model, state.graph, {name: state.weight(state.graph[name]) for name in state.codes})
     return model
 
 
@@ -147,20 +139,19 @@ def run(session: Session, tokens: Tensor, mask: Tensor, positions: Tensor, past:
     return found
 
 
-@pytest.mark.parametrize("name", ["mistral", "gpt2"])
-def test_a_family_computes_what_transformers_does(baked: Any, family: Any, name: str) -> None:
-    as_transformers(baked(name), family(name))
+def test_gpt2_computes_what_transformers_does(small: Any, family: Any) -> None:
+    as_transformers(small("gpt2"), family("gpt2", blocks=1))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["int4:g32", "int3:g16:asym", "nf3:g32:dq8x16", "int2:g32+r4:int8:channel"])
 @pytest.mark.parametrize("name", DECODERS)
 def test_every_family_computes_what_transformers_does(baked: Any, family: Any, name: str, form: str) -> None:
-    as_transformers(baked(name, form), family(name))
+    as_transformers(baked(name, "onnx", steps(form)), family(name))
 
 
 def test_a_matrix_of_every_kind(mixed: pipeline.Outcome, family: Any) -> None:
-    as_transformers(mixed, family("llama"))
+    as_transformers(mixed, family(FAMILY))
     proof = mixed.artifacts["onnx"][1]
     assert re.fullmatch(r"onnxruntime \S+ on CPU", proof.engine)
     assert proof.greedy > 8
@@ -168,9 +159,9 @@ def test_a_matrix_of_every_kind(mixed: pipeline.Outcome, family: Any) -> None:
     assert float(proof.remark.split("the difference is ")[1].split()[0]) < 1e-3
 
 
-def test_an_encoder(baked: Any, family: Any) -> None:
-    done = baked("roberta", "int8:g32")
-    model, session = dequantized(family("roberta"), done.state), Session(artifact_of(done), done.state, level=1)
+def test_an_encoder(small: Any, family: Any) -> None:
+    done = small("roberta", "int8:g32")
+    model, session = dequantized(family("roberta", blocks=1), done.state), Session(artifact_of(done), done.state, level=1)
     assert set(session._inputs) == {"input_ids", "attention_mask"}
     close(session.prefill(ids(2, 20))[0], stock.logits(model, [ids(2, 20)])[0])
     assert done.artifacts["onnx"][1].greedy == 0
@@ -196,7 +187,7 @@ def test_options(family: Any, text: Path, tmp_path: Path, name: str, options: di
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_other_source_precisions(family: Any, text: Path, tmp_path: Path, dtype: torch.dtype) -> None:
-    done = bake(tmp_path, family("llama", dtype), text, "onnx", steps("int4:g32+r4", **PINS))
+    done = bake(tmp_path, family("llama", dtype), text, "onnx", steps("int4:g32+r4", pins=PINS))
     as_transformers(done, family("llama", dtype))
     same_state(done.state, reader.read(artifact_of(done)))
 
@@ -244,19 +235,20 @@ def test_the_size_is_known_beforehand(mixed: pipeline.Outcome, tmp_path: Path) -
     layout = pipeline.plan(mixed.out.parent / "recipe.yaml").layouts["onnx"]
     assert {f.name: f.nbytes for f in layout.files} == {DATA: (artifact_of(mixed) / DATA).stat().st_size}
     assert layout.nbytes - 64 * 200 < layout.tensor_bytes <= layout.nbytes
-    assert reader.read(artifact_of(mixed)).checkpoint.nbytes == layout.tensor_bytes
+    assert reader.read(artifact_of(mixed)).dense.base.nbytes == layout.tensor_bytes
 
 
 def test_the_graph_is_the_same_every_time_and_made_without_weights(
-    mixed: pipeline.Outcome, family: Any, monkeypatch: pytest.MonkeyPatch
+    small: Any, family: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def read(*_: Any) -> Any:
         raise AssertionError("a weight was read")
 
+    done = small("gpt2")
     for name in ("read", "read_rows", "read_finite"):
-        monkeypatch.setattr(type(mixed.state.checkpoint), name, read)
-    made = graph.build(mixed.state, open_model(str(family("llama"))).config, True, "fp32", 4)
-    assert serialized(made) == (artifact_of(mixed) / GRAPH).read_bytes()
+        monkeypatch.setattr(type(done.state.dense), name, read)
+    made = graph.build(done.state, True, "fp32", 4)
+    assert serialized(made) == (artifact_of(done) / GRAPH).read_bytes()
 
 
 @pytest.mark.slow
@@ -269,20 +261,20 @@ def test_another_process_gives_the_same_bytes(mixed: pipeline.Outcome, tmp_path:
 
 def test_the_folder_says_what_it_is(mixed: pipeline.Outcome, family: Any) -> None:
     artifact = artifact_of(mixed)
-    config, was = (json.loads((f / "config.json").read_text()) for f in (artifact, family("llama")))
+    config, was = (json.loads((f / "config.json").read_text()) for f in (artifact, family(FAMILY)))
     said = config.pop("quantization_config")
     assert config == was
     assert (said["quant_method"], said["format_version"]) == ("compress-onnx", 1)
     assert {m: parse(t) for m, t in said["formats"].items()} == {
-        mixed.state.graph[n].stem: mixed.state.format(mixed.state.graph[n]) for n in mixed.state.changed}  # fmt: skip
+        mixed.state.graph[n].stem: mixed.state.format(mixed.state.graph[n]) for n in mixed.state.codes}  # fmt: skip
     assert {p.name for p in artifact.iterdir()} == {
         GRAPH, DATA, "config.json", MARK, "README.md", "tokenizer.json", "tokenizer_config.json",
         "generation_config.json"}  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "form"), [("llama", ""), ("roberta", "int8:g32")])
-def test_the_card_runs(mixed: Any, baked: Any, name: str, form: str, capsys: Any) -> None:
-    artifact = artifact_of(baked(name, form) if form else mixed)
+@pytest.mark.parametrize(("name", "form"), [(FAMILY, ""), ("roberta", "int8:g32")])
+def test_the_card_runs(mixed: Any, small: Any, name: str, form: str, capsys: Any) -> None:
+    artifact = artifact_of(small(name, form) if form else mixed)
     code = re.search(r"```python\n(.*?)```", (artifact / "README.md").read_text(), re.DOTALL)
     assert code is not None
     exec(compile(code[1].replace("THIS_FOLDER", str(artifact)), "card", "exec"), {})
@@ -298,15 +290,15 @@ def same_state(ours: State, theirs: State) -> None:
         twin = theirs.graph[site.name]
         assert theirs.format(twin) == ours.format(site), site.name
         assert torch.equal(theirs.weight(twin), ours.weight(site)), site.name
-        if site.name in ours.changed:
-            held = theirs.changed[site.name].load().tensors
-            assert all(torch.equal(held[s], t) for s, t in ours.changed[site.name].load().tensors.items())
+        if site.name in ours.codes:
+            held = theirs.codes[site.name].load().tensors
+            assert all(torch.equal(held[s], t) for s, t in ours.codes[site.name].load().tensors.items())
     for name in ours.graph.parameters:
-        assert torch.equal(theirs.checkpoint.read(name), ours.checkpoint.read(name)), name
+        assert torch.equal(theirs.dense.read(name), ours.dense.read(name)), name
 
 
-def test_what_is_written_is_read_back(mixed: pipeline.Outcome, baked: Any) -> None:
-    for done in (mixed, baked("gpt2"), baked("roberta", "int8:g32")):
+def test_what_is_written_is_read_back(mixed: pipeline.Outcome, small: Any) -> None:
+    for done in (mixed, small("gpt2"), small("roberta", "int8:g32")):
         same_state(done.state, reader.read(artifact_of(done)))
 
 
@@ -315,16 +307,16 @@ def test_eval_and_inspect(mixed: pipeline.Outcome, text: Path, capsys: Any) -> N
     assert main(["inspect", str(artifact), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert {s["site"]: s["format"] for s in shown["sites"] if s["format"] != "as it is"} == {
-        n: str(mixed.state.format(mixed.state.graph[n])) for n in mixed.state.changed}  # fmt: skip
+        n: str(mixed.state.format(mixed.state.graph[n])) for n in mixed.state.codes}  # fmt: skip
     assert main(["eval", str(artifact), "--text", str(text), "--length", "32", "--sequences", "2", "--json"]) == 0
     scores = json.loads(capsys.readouterr().out)
     assert "onnxruntime" in scores["engine"]
     assert scores["tensor_bytes"] == shown["tensor_bytes"]
 
 
-def test_bytes_that_one_pass_reads(baked: Any) -> None:
-    state = reader.read(artifact_of(baked("gpt2")))
-    session = Session(artifact_of(baked("gpt2")), state)
+def test_bytes_that_one_pass_reads(small: Any) -> None:
+    state = reader.read(artifact_of(small("gpt2")))
+    session = Session(artifact_of(small("gpt2")), state)
     weights = sum(s.numel for s in state.graph.linear)
     rest = sum(int(np.prod(s)) for s in state.graph.parameters.values())
     head = state.graph["embed"].numel
@@ -487,7 +479,7 @@ def test_a_flipped_bit_is_caught(mixed: pipeline.Outcome, family: Any, copy: Pat
     slots = {slot.name: start for slot, start in datafile.places(datafile.layout(mixed.state).file.slots)}
     (copy / MARK).unlink()
     damage_data(copy, lambda raw: raw.__setitem__(slots[name], raw[slots[name]] ^ 1))
-    job = Job(open_model(str(family("llama"))), mixed.state, None, "key", lambda facts: "")
+    job = Job(open_model(str(family(FAMILY))), mixed.state, None, "key", lambda facts: "")
     with pytest.raises(ExportError, match="on disk differs from the"):
         Onnx().prove(job, copy)
 
@@ -500,7 +492,7 @@ def test_a_node_that_computes_otherwise_is_caught(mixed: pipeline.Outcome, famil
         a.input[1], b.input[1] = b.input[1], a.input[1]
 
     rewrite(copy, swap)
-    job = Job(open_model(str(family("llama"))), mixed.state, ids(1, 32), "key", lambda facts: "")
+    job = Job(open_model(str(family(FAMILY))), mixed.state, ids(1, 32), "key", lambda facts: "")
     with pytest.raises(ExportError, match="loads the artifact, but its logits differ"):
         Onnx().prove(job, copy)
 
@@ -510,7 +502,7 @@ def test_a_node_that_computes_otherwise_is_caught(mixed: pipeline.Outcome, famil
 
 def planned(source: Model, form: str, **pins: str) -> State:
     formats = {s.name: parse(pins.get(s.role, form)) for s in source.graph.linear}
-    return replace(source.state, plan=BitPlan(formats))
+    return source.state.promising(formats)
 
 
 def test_remarks(family: Any) -> None:

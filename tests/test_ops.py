@@ -106,7 +106,10 @@ def test_rows_of_an_embedding(text: str) -> None:
     torch.library.opcheck(torch.ops.compress.embedding.default, (torch.randint(0, n, (2, 7)), parts, text, n, k, torch.bfloat16))
 
 
-@pytest.mark.parametrize("text", ["int4:g16", "int3:g16:asym+r2", "nf3:g40:dq8x16", "lut3:g40+r3:int8:channel"])
+@pytest.mark.parametrize("text", [
+    pytest.param("int4:g16", marks=pytest.mark.slow), "int3:g16:asym+r2", pytest.param("nf3:g40:dq8x16", marks=pytest.mark.slow),
+    "lut3:g40+r3:int8:channel",
+])  # fmt: skip
 def test_torch_finds_nothing_to_object_to(text: str) -> None:
     n, k = 16, 80
     _, parts = made(text, n, k)

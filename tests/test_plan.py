@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from compress import pipeline
 from compress.run import Step
 from compress.state.checkpoint import Checkpoint, Layout
 from tests.conftest import RECIPE, ROOT, Project
+from tests.nursery import COMMAND, Nursery
 
 GOLDEN = Path(__file__).with_name("golden")
 BIG = {"hidden_size": 8192, "num_hidden_layers": 80, "intermediate_size": 28672, "num_attention_heads": 64,
@@ -135,20 +133,15 @@ def test_a_config_alone_is_enough(project: Project):
     assert project.plan().out == bare.out
 
 
-def test_seventy_billion_weights_in_a_minute_and_two_gigabytes(tmp_path: Path):
+def test_seventy_billion_weights_in_a_minute_and_two_gigabytes(tmp_path: Path, nursery: Nursery):
     """Nothing but the config is there, and none of the 140 GB is ever allocated."""
     transformers.LlamaConfig(**BIG, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path / "model")
     (tmp_path / "recipe.yaml").write_text(RECIPE.replace("int4:g32", "int4:g128").replace("int8:g32", "bf16"))
-    command = [sys.executable, "-m", "compress", "plan", str(tmp_path / "recipe.yaml")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment) as process:
-        assert process.stdout
-        plan = process.stdout.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0
-    assert usage.ru_utime + usage.ru_stime < 60
-    assert usage.ru_maxrss * 1024 < 2 * 2**30
+    done = nursery.run(COMMAND, "plan", tmp_path / "recipe.yaml", cwd=ROOT)
+    assert done.code == 0, done.err
+    assert done.seconds < 60
+    assert done.peak < 2 * 2**30
+    plan = done.out
     weights = 80 * (2 * 8192**2 + 2 * 1024 * 8192 + 3 * 8192 * 28672)
     assert f"{weights:,}" in plan
     assert "560 change" in plan

@@ -14,6 +14,7 @@ import transformers
 from compress.documents import one_line
 from compress.errors import DataError
 from compress.model.apart import Apart, Failed
+from compress.model.custom import refuse_tokenizer_code
 
 OPENING = 60.0  # seconds of CPU time
 ENCODING, SPEED = 20.0, 20_000  # seconds for a text, and one more for so many characters; usual are a million
@@ -88,4 +89,5 @@ class Server:
 
 def open_tokenizer(model: Path) -> Any:
     """transformers' own; raises whatever the files make it raise. No code from the folder is run."""
+    refuse_tokenizer_code(model)
     return transformers.AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)

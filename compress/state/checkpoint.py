@@ -98,7 +98,7 @@ class Checkpoint:
         self.folder = folder
         self.files: dict[str, Path] = {}
         self.specs: dict[str, Spec] = {}
-        for path in (*weight_files(folder), *beside):
+        for path in (*(within(folder, file) for file in weight_files(folder)), *beside):
             for name, spec in read_header(path).items():
                 self.files[name], self.specs[name] = path, spec
         self._check_index()
@@ -110,18 +110,18 @@ class Checkpoint:
                     f"{self.folder / INDEX}: says that '{name}' is in {file}, which does not hold it; download it again"
                 )
 
+    @cached_property
+    def _hashed(self) -> dict[Path, tuple[tuple[int, ...], str]]:
+        """What a file was when it was hashed, and its hash; filled in by `fingerprint`."""
+        return {}
+
     def __contains__(self, name: str) -> bool:
         return name in self.specs
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, on CPU; ModelError naming the file when it cannot be read."""
-        path = self.files[name]
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensor: torch.Tensor = file.get_tensor(name)
-                return tensor
-        except (SafetensorError, OSError) as e:
-            raise ModelError(f"{path}: tensor '{name}' cannot be read ({e})") from None
+        self._unchanged(self.files[name])
+        return read_tensor(self.files[name], name)
 
     def read_finite(self, name: str) -> torch.Tensor:
         """As `read`; ModelError where the tensor holds a NaN or an infinity."""
@@ -134,12 +134,8 @@ class Checkpoint:
 
     def read_rows(self, name: str, index: int) -> torch.Tensor:
         """One slice along the first dimension (an expert of a 3-D tensor)."""
-        try:
-            with safe_open(self.files[name], framework="pt") as file:
-                tensor: torch.Tensor = file.get_slice(name)[index]
-        except (SafetensorError, OSError) as e:
-            raise ModelError(f"{self.files[name]}: tensor '{name}' cannot be read ({e})") from None
-        return self._finite(name, tensor)
+        self._unchanged(self.files[name])
+        return self._finite(name, read_tensor(self.files[name], name, index))
 
     @cached_property
     def nbytes(self) -> int:
@@ -147,19 +143,62 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the weights: of every byte up to `HASHED_BYTES`, of headers and evenly spread pages of larger models."""
-        digest = hashlib.sha256()
-        paths = sorted(set(self.files.values()))
-        whole = sum(p.stat().st_size for p in paths) <= HASHED_BYTES
-        for path in paths:
-            size = path.stat().st_size
-            digest.update(f"{path.name}:{size}:{path.stat().st_mtime_ns if not whole else 0}".encode())
-            with path.open("rb") as file:
-                step = 1 << 20 if whole else max(4096, size // 256)
-                for start in range(0, size, step):
-                    file.seek(start)
-                    digest.update(file.read(step if whole else 4096))
+        """A hash of the weights: of every byte up to `HASHED_BYTES`, of headers and evenly spread pages of larger models.
+
+        From then on a tensor is only read from the bytes that were hashed: a file that was touched since is hashed again.
+        """
+        for path in sorted(set(self.files.values())):
+            self._hashed[path] = stamp(path), self._hash(path)
+        return hashlib.sha256("".join(known for _, known in self._hashed.values()).encode()).hexdigest()
+
+    def _hash(self, path: Path) -> str:
+        whole = sum(p.stat().st_size for p in set(self.files.values())) <= HASHED_BYTES
+        size, digest = path.stat().st_size, hashlib.sha256()
+        digest.update(f"{path.name}:{size}:{path.stat().st_mtime_ns if not whole else 0}".encode())
+        with path.open("rb") as file:
+            step = 1 << 20 if whole else max(4096, size // 256)
+            for start in range(0, size, step):
+                file.seek(start)
+                digest.update(file.read(step if whole else 4096))
         return digest.hexdigest()
+
+    def _unchanged(self, path: Path) -> None:
+        """ModelError where a file is no longer the one whose hash is known, such as one that was replaced while a run goes on."""
+        if path not in self._hashed or self._hashed[path][0] == stamp(path):
+            return
+        now, known = stamp(path), self._hashed[path][1]
+        if self._hash(path) != known:
+            raise ModelError(f"{path}: was changed while it was being read; finished blocks are kept, run again")
+        self._hashed[path] = now, known
+
+
+def stamp(path: Path) -> tuple[int, ...]:
+    """What changes when a file is replaced or written to; of the four only the last cannot be set back."""
+    try:
+        held = path.stat()
+    except OSError as e:
+        raise ModelError(f"{path}: {e.strerror}") from None
+    return held.st_ino, held.st_size, held.st_mtime_ns, held.st_ctime_ns
+
+
+def read_tensor(path: Path, name: str, index: int | None = None) -> torch.Tensor:
+    """A tensor of a safetensors file, or one slice of it along the first dimension; ModelError naming the file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name) if index is None else file.get_slice(name)[index]
+            return tensor
+    except (SafetensorError, OSError) as e:
+        raise ModelError(f"{path}: tensor '{name}' cannot be read ({e})") from None
+
+
+def within(folder: Path, path: Path, what: str = "model's folder") -> Path:
+    """The path; ModelError where it is a link that leads out of the folder, and not into the store of a hub cache that the folder
+    is a snapshot of: what lies behind would be published as a part of `what`."""
+    home, target = folder.resolve(), path.resolve()
+    store = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
+    if home not in target.parents and target.parent != store:
+        raise ModelError(f"{path}: is a link out of the {what}; copy the file itself")
+    return path
 
 
 def index_of(folder: Path) -> dict[str, str] | None:
