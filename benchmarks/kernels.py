@@ -58,7 +58,7 @@ def main() -> int:
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         name = torch.cuda.get_device_name().lower().replace(" ", "-")
-        (args.out / f"kernels-{date.today()}-{name}.md").write_text(page)
+        (args.out / f"kernels-{date.today()}-{name}.md").write_text(page, encoding="utf-8")
     return 0
 
 

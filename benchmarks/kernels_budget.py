@@ -94,7 +94,7 @@ def build(name: str, defines: nvrtc.Defines, arch: str) -> Code:
             str(out),
             str(_KERNELS / f"{name}.cu"),
         ]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        said = subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stderr
         numbers = [re.search(pattern, said) for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores")]
         assert all(numbers), said
         return Code(*(int(n[1]) for n in numbers if n), _disassemble(out))
@@ -119,7 +119,7 @@ def _disassemble(cubin: Path) -> list[tuple[int, str]]:
         return []
     path = os.pathsep.join([str(Path(disassembler).parent), os.environ.get("PATH", "")])
     text = subprocess.run(
-        [tool, "--dump-sass", str(cubin)], capture_output=True, text=True, check=True, env={**os.environ, "PATH": path}
+        [tool, "--dump-sass", str(cubin)], capture_output=True, encoding="utf-8", check=True, env={**os.environ, "PATH": path}
     ).stdout
     return [(int(address, 16), line) for address, line in _LINE.findall(text)]
 

@@ -66,7 +66,7 @@ def measured(assets: Path, model: str, passes: list[dict[str, Any]], folder: Pat
               "data": {"calibration": {"text": calibration, "sequences": 64, "length": 256},
                        "evaluation": {"text": evaluation, "sequences": 80, "length": 256}}}  # fmt: skip
     path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe))
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     made = compress.run_recipe(path)
     return made, made.scores["compressed"]
 
@@ -126,7 +126,7 @@ def main() -> None:
     text = page(tables)
     print(text)
     if options.save:
-        (options.save / f"{date.today()}-lqlora.md").write_text(text + "\n")
+        (options.save / f"{date.today()}-lqlora.md").write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import sys
 import traceback
@@ -12,20 +11,33 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from compress.errors import CompressError
+from compress.terminal import lenient
+
+LONGEST, LONGEST_NUMBER = 2000, 12  # characters of a message, and of a number
 
 
 class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"compress: {message}   (see {self.prog} --help)\n")
+        self.exit(2, f"compress: {shown(message)}   (see {self.prog} --help)\n")
+
+
+def file_name(text: str) -> Path:
+    """A path given as an argument. What it names is written into reports and recipes, which are UTF-8."""
+    try:
+        text.encode("utf-8")
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!a} is no name in UTF-8; rename the file") from None
+    return Path(text)
 
 
 def at_least(least: int) -> Callable[[str], int]:
     """A reader of whole numbers from `least` on, for argparse."""
 
     def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
+        if not text.isdecimal() or len(text) > LONGEST_NUMBER or int(text) < least:
             raise argparse.ArgumentTypeError(f"needs a whole number from {least} on, not '{text}'")
         return int(text)
 
@@ -41,8 +53,8 @@ def parser() -> argparse.ArgumentParser:
         ("run", "run a recipe; resumes"),
     ):
         p = verbs.add_parser(name, help=text, description=text)
-        p.add_argument("recipe", type=Path)
-        p.add_argument("--out", type=Path, help="the run folder, instead of the recipe's")
+        p.add_argument("recipe", type=file_name)
+        p.add_argument("--out", type=file_name, help="the run folder, instead of the recipe's")
         p.add_argument(
             "--set", action="append", default=[], metavar="NAME.OPTION=VALUE", help="override an option", dest="overrides"
         )
@@ -53,18 +65,18 @@ def parser() -> argparse.ArgumentParser:
             p.add_argument("--until", metavar="STEP", help="stop after this step (its number or pass)")
     text = "measure a run, an artifact, or any model folder"
     p = verbs.add_parser("eval", help=text, description=text)
-    p.add_argument("what", type=Path, metavar="RUN|ARTIFACT|MODEL")
-    p.add_argument("--text", type=Path, help="a text file to measure on; default: the run's evaluation text")
+    p.add_argument("what", type=file_name, metavar="RUN|ARTIFACT|MODEL")
+    p.add_argument("--text", type=file_name, help="a text file to measure on; default: the run's evaluation text")
     p.add_argument("--sequences", type=at_least(1), default=32, help="windows of --text; default: 32")
     p.add_argument("--length", type=at_least(2), default=512, help="tokens in a window of --text; default: 512")
-    p.add_argument("--against", type=Path, metavar="MODEL", help="the original, for KL and agreement; default: the run's")
+    p.add_argument("--against", type=file_name, metavar="MODEL", help="the original, for KL and agreement; default: the run's")
     p.add_argument("--device", default="cpu")
     p.add_argument("--json", action="store_true", help="for machines")
     p.add_argument("--tasks", help="hand over to lm-eval: a comma-separated list of its tasks")
     text = "time a run's artifact against its original: tokens per second, bytes per token"
     p = verbs.add_parser("bench", help=text, description=text)
-    p.add_argument("what", type=Path, metavar="RUN|ARTIFACT|MODEL")
-    p.add_argument("--against", type=Path, metavar="MODEL", help="the original; default: the run's")
+    p.add_argument("what", type=file_name, metavar="RUN|ARTIFACT|MODEL")
+    p.add_argument("--against", type=file_name, metavar="MODEL", help="the original; default: the run's")
     p.add_argument("--prompt", type=at_least(1), default=128, help="tokens of the prompt; default: 128")
     p.add_argument("--new", type=at_least(1), default=32, help="tokens to decode; default: 32")
     p.add_argument("--repeats", type=at_least(1), default=5, help="turns of each; default: 5")
@@ -72,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--json", action="store_true", help="for machines")
     text = "show what is inside a run, an artifact, or a model"
     p = verbs.add_parser("inspect", help=text, description=text)
-    p.add_argument("what", type=Path, metavar="RUN|ARTIFACT|MODEL")
+    p.add_argument("what", type=file_name, metavar="RUN|ARTIFACT|MODEL")
     p.add_argument("site", nargs="?", help="one site, or a pattern")
     p.add_argument("--errors", action="store_true", help="of a run: the error table that an allocation was made from")
     p.add_argument("--json", action="store_true", help="for machines")
@@ -87,24 +99,27 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 when it succeeded, 2 on a mistake of the user or the machine's disk, 130 when interrupted."""
-    options = parser().parse_args(argv)
-    for stream in (sys.stdout, sys.stderr):  # a terminal that knows no arrows gets question marks, not a traceback
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    with lenient() as out:
+        code = answer(parser().parse_args(argv))
+        out.flush()
+    if out.failure is not None and code == 0:
+        return complain(f"standard output: {out.failure.strerror}", False)
+    return code
+
+
+def answer(options: argparse.Namespace) -> int:
+    """Run one command, its mistakes told in one line."""
     try:
         from compress import commands  # seconds: torch and transformers
 
         verb: Any = getattr(commands, f"{options.verb}_command")
         verb(options)
-        sys.stdout.flush()  # a reader that went away is noticed here, not while Python ends
     except CompressError as e:
         return complain(str(e), options.verbose)
     except KeyboardInterrupt:
         on = "; the same command goes on from the last finished block" if options.verb == "run" else ""
         print(f"\ncompress: interrupted{on}", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as e:  # a file that cannot be read or written, or that went away meanwhile
         return complain(f"{e.filename}: {e.strerror}" if e.filename else str(e), options.verbose)
     return 0
@@ -114,8 +129,14 @@ def complain(message: str, verbose: bool) -> int:
     """One line on stderr, whatever the message quotes; the traceback before it where the user asked."""
     if verbose:
         traceback.print_exc()
-    print("compress: " + " ".join(message.split("\n")), file=sys.stderr)
+    print("compress: " + shown(message), file=sys.stderr)
     return 2
+
+
+def shown(message: str) -> str:
+    """A message as one line of a terminal: what would move the cursor is a space, and what is quoted does not fill screens."""
+    text = "".join(c if c.isprintable() else " " for c in message)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
 
 if __name__ == "__main__":

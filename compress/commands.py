@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import glob
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import types
@@ -15,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+from pydantic import BaseModel, ConfigDict
 
 from compress import bench, evaluate, pipeline
 from compress.errors import CompressError, MatchError, ModelError, RecipeError, RunError, did_you_mean
 from compress.export.artifact.engines import Engine, EngineError, dense
+from compress.export.artifact.files import check_marks
 from compress.export.compressed_tensors import adapter
 from compress.export.compressed_tensors.exporter import CompressedTensors
 from compress.export.native.exporter import Native
@@ -27,15 +30,30 @@ from compress.export.table import EXPORTERS, KINDS, Kind
 from compress.formats import Dense, Format
 from compress.model import data
 from compress.model.model import Model, open_model
+from compress.nodes import load_yaml
+from compress.parts import read_part
 from compress.passes import PASSES
 from compress.recipe import Recipe, load, schema
 from compress.report import allocation, tables
 from compress.report.console import Console
-from compress.run import is_run, read_part
+from compress.run import is_run
 from compress.state import State
 from compress.state.plan import BitPlan, size
 
 SHOWN_SITES = 40
+
+
+class Measured(BaseModel):
+    """A row of an error table: what one candidate for a site would cost and do."""
+
+    model_config = ConfigDict(extra="allow")
+
+    site: str
+    format: str
+    bytes: int
+    output: float
+    weight: float
+    damage: float
 
 
 def plan_command(options: argparse.Namespace) -> None:
@@ -53,7 +71,7 @@ def plan_command(options: argparse.Namespace) -> None:
     print()
     print(tables.columns(format_rows(ready.foreseen), ["format", "sites", "weights", "bytes"], right=(1, 2, 3)))
     linear = evaluate.sizes(ready.foreseen, 0).linear_bits
-    changed = len(bits.formats) if bits else 0
+    changed = len(ready.foreseen.codes)
     print(f"\n{len(graph.sites)} sites, {changed} change; {linear:.3f} bits per weight in linear layers; "
           f"original {size(planned.original.nbytes)}")  # fmt: skip
     for name, layout in planned.layouts.items():
@@ -80,7 +98,7 @@ def allocated(bits: BitPlan, state: State) -> str:
 
 
 def format_rows(state: State) -> list[list[str]]:
-    formats = state.plan.formats if state.plan else {}
+    formats = state.formats
     groups: dict[str, list[Any]] = {}
     for site in state.graph:
         if site.tied is None:
@@ -116,6 +134,7 @@ def opened(path: Path) -> tuple[Model, State, Kind | None]:
     kind = next((k for k in KINDS if k.is_artifact(path)), None)
     if kind:
         return kind.open_artifact(path), kind.read(path), kind
+    check_marks(path)  # what is no kind of artifact may have been one
     model = open_model(str(path))
     return model, model.state, None
 
@@ -140,14 +159,15 @@ def eval_command(options: argparse.Namespace) -> None:
     pipeline.check_device(options.device)
     model, state, kind = opened(options.what)
     windows, base = windows_of(options)
+    data.check_length(windows.length, model.config)
     tokens = data.read(windows, model.folder, base, state.graph["embed"].shape[0])
     original = original_of(options)
     if original and original.graph["embed"].shape[0] != state.graph["embed"].shape[0]:
         raise ModelError(f"{original.folder}: has another vocabulary than {options.what}; KL needs the model it was made from")
     engine, said = engine_of(kind, model, state, options.device)
     ask = (lambda ids: engine.prefill(ids)[0]) if engine else None
-    _, scores = evaluate.compare(original.state if original else None, state, model.config, tokens, options.device, ask)
-    figures = evaluate.sizes(state, state.checkpoint.nbytes)
+    _, scores = evaluate.compare(original.state if original else None, state, tokens, options.device, ask)
+    figures = evaluate.sizes(state, model.checkpoint.nbytes)
     if options.json:
         print(json.dumps({**scores.json(), **figures.json(), "text": tokens.place, "engine": said}, indent=1))
         return
@@ -193,7 +213,7 @@ def bench_command(options: argparse.Namespace) -> None:
 
 def windows_of(options: argparse.Namespace) -> tuple[data.Windows, Path]:
     if options.text:
-        return data.Windows(text=str(options.text.resolve()), sequences=options.sequences, length=options.length), Path()
+        return data.Windows(text=os.path.abspath(options.text), sequences=options.sequences, length=options.length), Path()
     recipe = recipe_of(options.what)
     if recipe is None or recipe.document.data.evaluation is None:
         raise RecipeError(f"{options.what}: names no evaluation text; give one with --text FILE")
@@ -202,10 +222,13 @@ def windows_of(options: argparse.Namespace) -> tuple[data.Windows, Path]:
 
 def recipe_of(path: Path) -> Recipe | None:
     """The resolved recipe of a run folder, or of the run folder that an artifact lies in."""
-    for folder in (path, path.resolve().parent):
+    for folder in (path, Path(os.path.realpath(path)).parent):
         file = folder / "recipe.resolved.yaml"
         if is_run(folder) and file.exists():
-            return load(file, PASSES, EXPORTERS)
+            try:
+                return load(file, PASSES, EXPORTERS)
+            except RecipeError as e:
+                raise RunError(f"{e}; the run folder is damaged, run its recipe again, which writes this file anew") from None
     return None
 
 
@@ -233,22 +256,24 @@ def hand_over(options: argparse.Namespace) -> None:
         raise CompressError(f"lm-eval ended with exit code {code}")
 
 
-def yaml_of(file: Path) -> dict[str, Any]:
-    """A YAML mapping; empty where the file is absent, damaged, or holds something else."""
+def table_rows(run: Path) -> list[dict[str, Any]]:
+    """The rows of the error table that a run's plan.yaml names; RunError where there is none, or it is damaged."""
+    plan = run / "plan.yaml"
+    known = load_yaml(plan, RunError) if plan.exists() else {}
+    noted = known.get("table") if isinstance(known, dict) else None
+    found = list(run.glob(f"analyses/tables-*/{glob.escape(noted)}.safetensors")) if isinstance(noted, str) and noted else []
+    if not found:
+        raise RunError(f"{run}: holds no error table; it is measured by 'plan' or 'run' of a recipe with 'allocate'")
+    rows = read_part(found[-1])[1]
     try:
-        known = yaml.safe_load(file.read_text())
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return known if isinstance(known, dict) else {}
+        return [Measured.model_validate(row).model_dump() for row in rows]
+    except ValueError:
+        raise RunError(f"{found[-1]}: is no error table; delete this file and run again") from None
 
 
 def error_table(options: argparse.Namespace) -> None:
     """The table that the allocation in the run's plan.yaml was made from: what each candidate would cost and do."""
-    noted = yaml_of(options.what / "plan.yaml").get("table")
-    found = list(options.what.glob(f"analyses/tables-*/{noted}.safetensors")) if noted else []
-    if not found:
-        raise RunError(f"{options.what}: holds no error table; it is measured by 'plan' or 'run' of a recipe with 'allocate'")
-    rows = read_part(found[-1])[1]
+    rows = table_rows(options.what)
     wanted = [r for r in rows if options.site is None or fnmatch.fnmatchcase(r["site"], options.site)]
     if not wanted:
         known = sorted({r["site"] for r in rows})
@@ -265,7 +290,7 @@ def inspect_command(options: argparse.Namespace) -> None:
     if options.errors:
         error_table(options)
         return
-    _, state, _ = opened(options.what)
+    model, state, _ = opened(options.what)
     sites = list(state.graph) if options.site is None else state.graph.match(options.site)
     rows: list[dict[str, Any]] = []
     for s in sites:
@@ -274,7 +299,7 @@ def inspect_command(options: argparse.Namespace) -> None:
         rows.append({"site": s.name, "role": s.role, "shape": list(s.shape), "format": str(fmt or "as it is"),
                      "bytes": stored, "bits": round(8 * stored / s.numel, 4), "tensor": s.weight})  # fmt: skip
     if options.json:
-        print(json.dumps({"sites": rows, "tensor_bytes": state.checkpoint.nbytes}, indent=1))
+        print(json.dumps({"sites": rows, "tensor_bytes": model.checkpoint.nbytes}, indent=1))
         return
     shown = rows if options.site else rows[:SHOWN_SITES]
     table = [[r["site"], f"{r['shape'][0]}x{r['shape'][1]}", r["format"], f"{r['bits']:.3f}", f"{r['bytes']:,}"] for r in shown]
@@ -282,7 +307,7 @@ def inspect_command(options: argparse.Namespace) -> None:
     if len(shown) < len(rows):
         print(f"… {len(rows) - len(shown)} more; name a site or a pattern to see it")
     counts = f"{len(state.graph.blocks)} blocks, {len(state.graph.sites)} sites"
-    print(f"\n{state.graph.family}, {counts}, {size(state.checkpoint.nbytes)} of tensors")
+    print(f"\n{state.graph.family}, {counts}, {size(model.checkpoint.nbytes)} of tensors")
     if len(sites) == 1:
         print(histogram(state, sites[0]))
 

@@ -19,6 +19,7 @@ Each message says where, what, and what to do.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -91,3 +92,8 @@ def first_line(e: BaseException) -> str:
     if lines and lines[0].endswith(":"):  # a heading, with what matters below it
         return " ".join(lines[:2])
     return lines[0] if lines else type(e).__name__
+
+
+def one_line(text: str) -> str:
+    """Text of a foreign file for a message: without control characters, at most 200 characters."""
+    return re.sub(r"[^\S ]|[\x00-\x1f\x7f]", " ", text)[:200]

@@ -54,9 +54,9 @@ class Sizes:
 Ask = Callable[[Tensor], Tensor]  # windows of token ids [b, t] -> their logits [b, t, vocabulary]
 
 
-def streamed(state: State, config: Any, tokens: Tokens, device: str) -> Iterator[Tensor]:
+def streamed(state: State, tokens: Tokens, device: str) -> Iterator[Tensor]:
     """The logits of every batch, in the order of `tokens.batches()`, with one block's weights in memory."""
-    stream = Stream(state, config, device)
+    stream = Stream(state, device)
     batches = stream.start(state, tokens.batches())
     for block in state.graph.blocks:
         stream.advance(state, block.index, batches)
@@ -64,16 +64,16 @@ def streamed(state: State, config: Any, tokens: Tokens, device: str) -> Iterator
 
 
 def compare(
-    original: State | None, state: State, config: Any, tokens: Tokens, device: str = "cpu", ask: Ask | None = None
+    original: State | None, state: State, tokens: Tokens, device: str = "cpu", ask: Ask | None = None
 ) -> tuple[Scores | None, Scores]:
     """The scores of the original (None without one) and of `state`, on the same tokens; with `ask`, those of its answers instead
     of the state's own logits."""
     batches, causal = tokens.batches(), state.graph.causal
     before, after = (Sums(int(tokens.ids.shape[1]), causal) for _ in range(2))
-    found = map(ask, batches) if ask else streamed(state, config, tokens, device)
+    found = map(ask, batches) if ask else streamed(state, tokens, device)
     theirs: Iterable[Tensor | None] = [None] * len(batches)
     if original is not None:
-        theirs = streamed(original, config, tokens, device)
+        theirs = streamed(original, tokens, device)
     with torch.no_grad():
         for batch, logits, reference in zip(batches, found, theirs, strict=True):
             log_q, log_p = predictions(logits, causal), None
@@ -125,7 +125,6 @@ def sizes(state: State, tensor_bytes: int) -> Sizes:
     graph = state.graph
     linear = graph.linear
     dense = Dense(state.dtype)
-    formats = {s.name: state.format(s) or (state.plan.formats.get(s.name) if state.plan else None) or dense for s in linear}
-    stored = sum(formats[s.name].nbytes(s.shape) for s in linear)
+    stored = sum((state.format(s) or dense).nbytes(s.shape) for s in linear)
     weights = total(graph) + sum(math.prod(shape) for shape in graph.parameters.values())
     return Sizes(tensor_bytes, 8 * stored / total(linear), 8 * tensor_bytes / weights)

@@ -25,10 +25,10 @@ from compress.formats import Packed
 from compress.model.data import Tokens
 from compress.model.lockstep import Batch
 from compress.model.stream import Stream
-from compress.state import Aspect, Fact, State, Stored
+from compress.state import Aspect, Fact, State
 from compress.state.graph import Site
 from compress.state.plan import BitPlan
-from compress.state.state import changed
+from compress.state.state import Part, broken_promises, changed
 
 Record = dict[str, Any]  # what a pass tells about one site: JSON values
 
@@ -36,14 +36,23 @@ Record = dict[str, Any]  # what a pass tells about one site: JSON values
 class Store(Protocol):
     """Where a running pass keeps finished parts and what it noted of them; the run folder implements it.
 
+    `commit`: codes by site, dense tensors by their names in the checkpoint, what an engine must know besides; on disk whole or
+    not at all. A part that is committed again is replaced. `committed`: a finished part, or None.
     `analysis`: the store of an analysis, named and keyed by all that it depends on besides the state, the calibration tokens
     and the seed: every step that asks for the same finds what was measured before.
     """
 
     @property
     def records(self) -> list[Record]: ...
-    def committed(self, part: str) -> Mapping[str, Stored] | None: ...
-    def commit(self, part: str, sites: Mapping[str, Packed], records: Sequence[Record]) -> Mapping[str, Stored]: ...
+    def committed(self, part: str) -> Part | None: ...
+    def commit(
+        self,
+        part: str,
+        codes: Mapping[str, Packed] = ...,
+        dense: Mapping[str, torch.Tensor] = ...,
+        records: Sequence[Record] = ...,
+        serving: Mapping[str, Any] = ...,
+    ) -> Part: ...
     def analysis(self, name: str, of: object) -> Store: ...
     def drop(self) -> None: ...
 
@@ -52,14 +61,13 @@ class Store(Protocol):
 class Context:
     """All that a pass may use besides the state and its options.
 
-    calibration: the recipe's calibration tokens, or None. config: transformers' config of the model. device: where the
-    block in hand lies. store: finished parts of this step. say: a site's record, shown to the user. progress: called with
-    (done, total, what) as work proceeds. following: the passes that come after this one.
+    calibration: the recipe's calibration tokens, or None. device: where the block in hand lies. store: finished parts of this
+    step. say: a site's record, shown to the user. progress: called with (done, total, what) as work proceeds. following: the
+    passes that come after this one.
     """
 
     seed: int
     calibration: Tokens | None
-    config: Any
     device: str
     store: Store
     say: Callable[[Record], None]
@@ -74,7 +82,7 @@ class Context:
     def stream(self, state: State) -> tuple[Stream, list[Batch]]:
         """The model and the calibration batches, embedded and in front of the first block."""
         assert self.calibration is not None, "a pass that streams checks for calibration data in `check`"
-        stream = Stream(state, self.config, self.device)
+        stream = Stream(state, self.device)
         return stream, stream.start(state, self.calibration.batches())
 
 
@@ -108,7 +116,10 @@ class Pass(BaseModel, ABC):
 
     @abstractmethod
     def foresee(self, state: State) -> State:
-        """The state as it will be, in structure and plan, without touching a weight. Raises on options that do not fit."""
+        """The state as it will be, without touching a weight: graph, config, specs of dense tensors, promised formats, plan.
+
+        Raises on options that do not fit. What `run` leaves otherwise than foreseen is a ContractError.
+        """
 
     def outcomes(self, state: State) -> Iterable[State]:
         """States as `foresee` gives them that show everything that may come of this pass: exporters are asked about each, so that
@@ -117,7 +128,7 @@ class Pass(BaseModel, ABC):
 
     @abstractmethod
     def run(self, state: State, ctx: Context) -> State:
-        """The state after this pass, its changed sites committed through `ctx.store`."""
+        """The state after this pass, everything that it changed committed through `ctx.store`."""
 
     def check(self, calibrated: bool, following: Sequence[Pass] = ()) -> None:
         """Raise RecipeError where the recipe lacks something that this pass reads: calibration data, a later pass."""
@@ -161,8 +172,17 @@ def settle(p: Pass, before: State, after: State) -> State:
     return replace(after, facts=(before.facts & ~p.breaks) | p.gives, history=(*before.history, p.text()))
 
 
+def kept(p: Pass, foreseen: State, made: State) -> State:
+    """The state that a pass made, after checking that it is the one that it foresaw."""
+    broken = broken_promises(foreseen, made)
+    if broken:
+        more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+        raise ContractError(f"pass author: after '{p.name}' {broken[0]}{more}")
+    return made
+
+
 def foresee(passes: Sequence[Pass], state: State) -> State:
-    """The state at the end of the passes, in structure and plan only."""
+    """The state at the end of the passes, foreseen."""
     for p in passes:
         state = settle(p, state, p.foresee(state))
     return state
@@ -184,11 +204,11 @@ def run(passes: Sequence[Pass], state: State, open_step: Callable[[int, Pass], S
         done = step.restore(foreseen)
         if done is None:
             start = time.perf_counter()
-            made = settle(p, state, p.run(state, step.context()))
+            made = kept(p, foreseen, settle(p, state, p.run(state, step.context())))
             step.finish(time.perf_counter() - start, peak_memory(), made.plan)
             done = step.restore(foreseen)  # finished files lie elsewhere than the ones in hand did
             assert done is not None, "a step that was just finished can be restored"
-        state = settle(p, state, done)
+        state = kept(p, foreseen, settle(p, state, done))
     return state
 
 
@@ -196,6 +216,6 @@ def peak_memory() -> int:
     """The most resident memory this process has had, in bytes, as the operating system counts it."""
     status = Path("/proc/self/status")
     if status.exists():  # Linux; getrusage there counts what the parent held before this program started
-        line = next(row for row in status.read_text().splitlines() if row.startswith("VmHWM:"))
+        line = next(row for row in status.read_text(encoding="utf-8").splitlines() if row.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes

@@ -15,18 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from compress import evaluate, manager
-from compress.errors import RecipeError, first_line
+from compress.documents import json_mapping
+from compress.errors import RecipeError, RunError, first_line
 from compress.export.artifact.exporter import Files, Job, Proof
-from compress.export.artifact.files import json_of
 from compress.export.artifact.place import place, refuse_foreign
 from compress.manager import Context, Pass
+from compress.model import data
+from compress.model.custom import code_passed_over
 from compress.prepare import Prepared, prepare
 from compress.recipe import Recipe
 from compress.report import allocation, report, tables
 from compress.report.console import Console
-from compress.run import RunFolder, Step, digest, step_inputs, versions, write_atomic
+from compress.run import MARK, RunFolder, Step, digest, read_record, step_inputs, versions, write_atomic
 from compress.state import State
 from compress.state.checkpoint import Layout
 from compress.state.plan import size
@@ -74,7 +77,8 @@ def plan(
     windows = document.data.calibration
     tokens = windows.sequences * windows.length if windows else 0
     costs = [p.cost(ready.foreseen, tokens) for p in ready.recipe.passes]
-    remarks = [r for e in ready.exports for r in e.remarks(ready.foreseen)]
+    remarks = code_passed_over(ready.model.folder)
+    remarks += [r for e in ready.exports for r in e.remarks(ready.foreseen)]
     if not ready.model.has_weights:
         remarks.append(f"{ready.model.folder} holds no weights: sizes are those of the config in {str(ready.start.dtype)[6:]}")
     layouts = {e.name: e.layout(ready.model, ready.foreseen) for e in ready.exports}
@@ -207,6 +211,8 @@ def run(
     for exporter in ready.exports:
         refuse_foreign(out / exporter.name)
     with RunFolder(out).held():
+        for remark in code_passed_over(ready.model.folder):
+            console.note(f"note: {remark}")
         write_atomic(out / "recipe.resolved.yaml", ready.recipe.resolved(ready.recipe.base, out).encode())
         write_atomic(out / "run.json", json.dumps(run_record(ready), indent=1).encode())
         return execute(ready, out, last, device, console)
@@ -214,8 +220,8 @@ def run(
 
 def run_record(ready: Prepared) -> dict[str, Any]:
     hashes = {n: t.hash for n, t in (("calibration", ready.calibration), ("evaluation", ready.evaluation)) if t}
-    return {"versions": versions(), "seed": ready.seed, "model": ready.model.name, "revision": ready.model.revision,
-            "weights": ready.model.checkpoint.fingerprint, "data": hashes}  # fmt: skip
+    return {"folder": MARK, "versions": versions(), "seed": ready.seed, "model": ready.model.name,
+            "revision": ready.model.revision, "weights": ready.model.checkpoint.fingerprint, "data": hashes}  # fmt: skip
 
 
 def last_step(recipe: Recipe, until: str | None) -> int:
@@ -223,8 +229,9 @@ def last_step(recipe: Recipe, until: str | None) -> int:
     if until is None:
         return len(recipe.passes)
     names = [p.name for p in recipe.passes]
-    if until.isdigit() and 1 <= int(until) <= len(names):
-        return int(until)
+    numbers = {str(i): i for i in range(1, len(names) + 1)}
+    if until in numbers:
+        return numbers[until]
     if until not in names:
         raise RecipeError(f"--until {until}: the recipe's steps are {', '.join(f'{i} {n}' for i, n in enumerate(names, 1))}")
     return names.index(until) + 1
@@ -233,13 +240,13 @@ def last_step(recipe: Recipe, until: str | None) -> int:
 def check_device(device: str) -> None:
     try:
         torch.zeros(1, device=device).item()  # some devices can be named, and hold nothing
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
+    except Exception as e:  # whatever the module of a device raises, or that there is none
         raise RecipeError(f"--device {device}: {first_line(e)}") from None
 
 
 def context_of(ready: Prepared, step: Step, device: str, console: Console) -> Context:
     """What the pass of one step may use."""
-    return Context(ready.seed, ready.calibration, ready.model.config, device, step, console.say, console.progress,
+    return Context(ready.seed, ready.calibration, device, step, console.say, console.progress,
                    ready.recipe.passes[step.number :])  # fmt: skip
 
 
@@ -254,22 +261,38 @@ def fold(ready: Prepared, steps: Sequence[Step], last: int, console: Console) ->
     return manager.run(ready.recipe.passes[:last], ready.start, open_step)
 
 
+@dataclass(frozen=True)
+class Folded:
+    """What the passes made. key: of the step that the state comes from. records: what they told of sites. steps: what the record
+    of each says."""
+
+    state: State
+    key: str
+    records: list[manager.Record]
+    steps: list[dict[str, Any]]
+
+
 def execute(ready: Prepared, out: Path, last: int, device: str, console: Console) -> Outcome:
+    """The passes, then figures and artifacts where all of them ran, then the report."""
+    made = folded(ready, out, last, device, console)
+    whole = last == len(ready.recipe.passes)
+    scores = scored(ready.start, made, ready.evaluation, out, device, console) if whole and ready.evaluation else {}
+    artifacts = exported(ready, made, scores, out, device, console) if whole else {}
+    sheet = report.Report.of(ready.recipe, ready.model, made.state, made.records, scores, made.steps, artifacts,
+                             result_bytes(ready, made.state))  # fmt: skip
+    write_atomic(out / "report.md", sheet.markdown().encode())
+    write_atomic(out / "report.html", sheet.html().encode())
+    return Outcome(out, made.state, scores, artifacts, sheet)
+
+
+def folded(ready: Prepared, out: Path, last: int, device: str, console: Console) -> Folded:
+    """The first `last` passes, restored or run."""
     steps = steps_of(ready, out, lambda step: context_of(ready, step, device, console))
-    passes = ready.recipe.passes[:last]
     state = fold(ready, steps, last, console)
     save_plan(state, out)
     records = [r for step in steps[:last] for r in step.records]
-    key = steps[last - 1].key if passes else ready.root_key
-    partial = last < len(ready.recipe.passes)
-    scores = {} if partial else scored(ready, state, key, out, device, console)
-    made = {} if partial else exported(ready, state, key, out, device, console, scores, records)
-    times = [json.loads((s.folder / "record.json").read_text()) for s in steps[:last]]
-    times = [{"name": s.folder.name, **t} for s, t in zip(steps[:last], times, strict=True)]
-    sheet = report.Report.of(ready.recipe, ready.model, state, records, scores, times, made, result_bytes(ready, state))
-    write_atomic(out / "report.md", sheet.markdown().encode())
-    write_atomic(out / "report.html", sheet.html().encode())
-    return Outcome(out, state, scores, made, sheet)
+    told = [{"name": s.folder.name, **(read_record(s.folder) or {})} for s in steps[:last]]  # read by the fold already
+    return Folded(state, steps[last - 1].key if last else ready.root_key, records, told)
 
 
 def result_bytes(ready: Prepared, state: State) -> int:
@@ -278,41 +301,44 @@ def result_bytes(ready: Prepared, state: State) -> int:
     return layouts[0].tensor_bytes if layouts else Layout.of(ready.model.specs).tensor_bytes
 
 
-def scored(ready: Prepared, state: State, key: str, out: Path, device: str, console: Console) -> dict[str, Any]:
+def scored(start: State, made: Folded, tokens: data.Tokens, out: Path, device: str, console: Console) -> dict[str, Any]:
     """Figures of the original and of the result, from evaluation.json where the same ones were measured before."""
-    if ready.evaluation is None:
-        return {}
-    mark = digest(key, ready.evaluation.hash)
+    mark = digest(made.key, tokens.hash)
     file = out / "evaluation.json"
-    known = json_of(file)
+    known = scores_of(file)
     if known.get("key") == mark:
         return known
     console.note("evaluating the original and the result")
-    before, after = evaluate.compare(ready.start, state, ready.model.config, ready.evaluation, device)
+    before, after = evaluate.compare(start, made.state, tokens, device)
     assert before is not None, "there is an original to compare with"
-    scores = {"key": mark, "text": ready.evaluation.place, "original": before.json(), "compressed": after.json()}
+    scores = {"key": mark, "text": tokens.place, "original": before.json(), "compressed": after.json()}
     write_atomic(file, json.dumps(scores, indent=1).encode())
     return scores
 
 
+def scores_of(file: Path) -> dict[str, Any]:
+    """What an evaluation.json says; empty where it is absent or damaged, for then the figures are measured again."""
+    try:
+        known = json_mapping(file, RunError)
+        for which in ("original", "compressed"):
+            TypeAdapter(evaluate.Scores).validate_python(known[which])
+        return known if isinstance(known["text"], str) else {}
+    except (ValueError, LookupError, TypeError):
+        return {}
+
+
 def exported(
-    ready: Prepared,
-    state: State,
-    key: str,
-    out: Path,
-    device: str,
-    console: Console,
-    scores: dict[str, Any],
-    records: list[manager.Record],
+    ready: Prepared, made: Folded, scores: dict[str, Any], out: Path, device: str, console: Console
 ) -> dict[str, tuple[Path, Proof]]:
+    """Every artifact of the recipe, with its proof."""
     tokens = ready.evaluation or ready.calibration
     sample = None if tokens is None else tokens.ids[: PROOF_TOKENS[0], : PROOF_TOKENS[1]]
-    made = {}
+    found = {}
     for exporter in ready.exports:
         console.note(f"writing {exporter.name}")
-        size = exporter.layout(ready.model, state).tensor_bytes
-        card = report.card_writer(ready.recipe, ready.model, state, records, scores, size)
-        options = exporter.model_dump(mode="json")
-        job = Job(ready.model, state, sample, digest(key, exporter.name, options, scores.get("key")), card, device)
-        made[exporter.name] = place(exporter, job, out / exporter.name)
-    return made
+        size = exporter.layout(ready.model, made.state).tensor_bytes
+        card = report.card_writer(ready.recipe, ready.model, made.state, made.records, scores, size)
+        key = digest(made.key, exporter.name, exporter.model_dump(mode="json"), scores.get("key"))
+        job = Job(ready.model, made.state, sample, key, card, device)
+        found[exporter.name] = place(exporter, job, out / exporter.name, console.note)
+    return found

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from compress.documents import local_path, one_line
 from compress.errors import CompressError, RecipeError, did_you_mean
 from compress.manager import Pass
 from compress.model.data import Data
+from compress.nodes import MOST_DEPTH, Loc, load_yaml, parse_yaml
 
-Loc = tuple[str | int, ...]
 Table = Mapping[str, type[BaseModel]]
 
 
@@ -34,6 +35,13 @@ class Document(BaseModel):
     data: Data = Field(Data(calibration=None, evaluation=None), description="texts to calibrate and to evaluate on")
     passes: list[dict[str, Any]] = Field([], description="what to do, in order: a list of {pass: options}")
     export: list[dict[str, Any]] = Field([], description="what to write: a list of {exporter: options}")
+
+    @field_validator("model", "out")
+    @classmethod
+    def _a_path(cls, named: str | None) -> str | None:
+        if named is not None:
+            local_path(named)
+        return named
 
 
 @dataclass(frozen=True)
@@ -106,14 +114,11 @@ def load(path: Path, passes: Table, exports: Table, overrides: Sequence[str] = (
 
     Raises RecipeError with file, line and column.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as e:
-        raise RecipeError(f"{path}: {e.strerror}") from None
-    except UnicodeDecodeError:
-        raise RecipeError(f"{path}: is no UTF-8 text") from None
     places: dict[Loc, str] = {(): f"{path}:1:1"}
-    raw = parsed(text, places, path)
+    raw = load_yaml(path, RecipeError, places)
+    raw = {} if raw is None else raw
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}:1:1  a recipe is a mapping: {', '.join(Document.model_fields)}")
     for item in overrides:
         override(raw, item, places)
     return check(path, raw, passes, exports, places)
@@ -201,75 +206,9 @@ def owner_of(cls: type[BaseModel], loc: Sequence[Any]) -> type[BaseModel]:
 
 
 def describe(value: Any) -> str:
+    """A value for a message: in quotes, on one line, and no longer than a line."""
     kinds = {dict: "a mapping", list: "a list", type(None): "nothing"}
-    return kinds.get(type(value), f"'{value}'")
-
-
-# --- YAML -------------------------------------------------------------------------------------------------------------
-
-HINTS = {
-    r"character '\t' that cannot start": "; indent with spaces, YAML allows no tabs",
-    "mapping values are not allowed": "; put a text that holds ': ' in quotes",
-    "another document": "; a recipe is one document",
-}
-
-
-def parsed(text: str, places: dict[Loc, str], path: Path) -> dict[str, Any]:
-    """The text of a recipe as plain values; `places` learns where each stands. RecipeError where it is no YAML mapping."""
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        raw = plain(node, (), places, path) if node else {}
-    except yaml.MarkedYAMLError as e:
-        raise RecipeError(f"{spot(path, e.problem_mark or e.context_mark)}  {problem(e)}") from None
-    except yaml.YAMLError as e:
-        raise RecipeError(f"{path}  is no YAML ({str(e).splitlines()[0]})") from None
-    except RecursionError:
-        raise RecipeError(f"{path}  is nested without end") from None
-    if not isinstance(raw, dict):
-        raise RecipeError(f"{path}:1:1  a recipe is a mapping: {', '.join(Document.model_fields)}")
-    return raw
-
-
-def spot(path: Path, mark: Any) -> str:
-    return f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
-
-
-def problem(e: yaml.MarkedYAMLError) -> str:
-    """What the YAML parser says, with where the construct began and what to do, if we know."""
-    text = e.problem or "is no YAML"
-    if e.context and e.context_mark and e.problem_mark and e.context_mark.line != e.problem_mark.line:
-        text += f", {e.context} from line {e.context_mark.line + 1} on"
-    return text + next((hint for part, hint in HINTS.items() if part in text), "")
-
-
-def plain(node: yaml.Node, loc: Loc, places: dict[Loc, str], path: Path) -> Any:
-    """A YAML node as plain values; notes where each one stands. A key given twice is a RecipeError."""
-    places[loc] = spot(path, node.start_mark)
-    if isinstance(node, yaml.SequenceNode):
-        return [plain(child, (*loc, i), places, path) for i, child in enumerate(node.value)]
-    if isinstance(node, yaml.MappingNode):
-        out: dict[Any, Any] = {}
-        for key_node, value_node in node.value:
-            where = spot(path, key_node.start_mark)
-            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag.endswith(":merge"):
-                raise RecipeError(f"{where}  a key is a word; lists, mappings and '<<' are none")
-            key = scalar(key_node)
-            if key in out:
-                raise RecipeError(f"{where}  '{key}' is given twice; keep one")
-            out[key] = plain(value_node, (*loc, key), places, path)
-            places[(*loc, key)] = where
-        return out
-    return scalar(node)
-
-
-def scalar(node: yaml.Node) -> Any:
-    try:
-        value = yaml.SafeLoader("").construct_object(node, deep=True)
-    except ValueError as e:  # such as the 40th of May
-        raise yaml.MarkedYAMLError(problem=f"'{node.value}': {e}; put it in quotes", problem_mark=node.start_mark) from None
-    if isinstance(value, str) and "\0" in value:  # no path can hold one
-        raise yaml.MarkedYAMLError(problem="a text holds a NUL character", problem_mark=node.start_mark)
-    return value
+    return kinds.get(type(value)) or f"'{one_line(str(value), 100)}'"
 
 
 # --- overrides --------------------------------------------------------------------------------------------------------
@@ -280,11 +219,12 @@ def override(raw: dict[str, Any], text: str, places: dict[Loc, str]) -> None:
     path, equals, value = text.partition("=")
     if not equals or not all(path.split(".")):
         raise RecipeError(f"--set {text}  is not NAME.OPTION=VALUE")
+    if path.count(".") > MOST_DEPTH:
+        raise RecipeError(f"--set {path[:40]}…  names an option more than {MOST_DEPTH} levels deep")
     target, loc = find(raw, path, text, places)
     try:
-        node = yaml.compose(value, Loader=yaml.SafeLoader)
-        target[loc[-1]] = plain(node, (), {}, Path()) if node else None
-    except (yaml.YAMLError, RecipeError, RecursionError):
+        target[loc[-1]] = parse_yaml(value, Path(), RecipeError, {})
+    except RecipeError:
         raise RecipeError(f"--set {text}  the value is no YAML") from None
     for old in [place for place in places if place[: len(loc)] == loc]:
         del places[old]

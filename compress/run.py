@@ -26,21 +26,26 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from pydantic import BaseModel
 
+from compress.documents import json_mapping
 from compress.errors import RunError
-from compress.formats import Packed, parse
+from compress.formats import Packed
 from compress.manager import Context, Pass, Record
-from compress.state import State, Stored
-from compress.state.checkpoint import disk_error
+from compress.parts import SUFFIX, part_bytes, read_part
+from compress.state import State
+from compress.state.checkpoint import disk_error, write_all
 from compress.state.plan import BitPlan
+from compress.state.state import Part
 
-SCHEMA = 1
-LOCK = ".lock"
+SCHEMA = 2
+LOCK, RECORD = ".lock", "run.json"
+MARK = "made by compress"  # in the head of both: by that a folder is a run's, and by nothing else
+_LOCKED = f"{MARK}: held while a run uses this folder\n".encode()
 
 
 def digest(*parts: object) -> str:
@@ -53,6 +58,8 @@ def write_atomic(path: Path, data: bytes) -> None:
     beside = path.with_name(path.name + ".tmp")
     with writing(path.parent):
         try:
+            if beside.is_symlink():  # what it leads to is not ours
+                beside.unlink()
             with beside.open("wb") as file:
                 file.write(data)
                 file.flush()
@@ -83,8 +90,25 @@ def sync_folder(folder: Path) -> None:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder is a run's: the lock is the first file in it, and may be lost in a copy."""
-    return (path / LOCK).exists() or ((path / "steps").is_dir() and (path / "recipe.resolved.yaml").exists())
+    """Whether a folder is a run's: the lock, which is the first file in it, says so; so does the record, lest that is lost in a
+    copy."""
+    return any(MARK.encode() in head(path / name) for name in (LOCK, RECORD))
+
+
+def head(file: Path) -> bytes:
+    """The first bytes of a file; none where it cannot be read, or is no plain file."""
+    if not file.is_file():
+        return b""
+    try:
+        with file.open("rb") as held:
+            return held.read(200)
+    except OSError:
+        return b""
+
+
+def begun(path: Path) -> bool:
+    """Whether a file is the lock of a run that was stopped while it wrote into it."""
+    return path.name == LOCK and path.is_file() and _LOCKED.startswith(head(path))
 
 
 class RunFolder:
@@ -99,8 +123,9 @@ class RunFolder:
         with writing(self.path):
             self.refuse_foreign()
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / LOCK).open("a+")
-            (self.path / "steps").mkdir(exist_ok=True)
+            if (self.path / LOCK).is_symlink():
+                raise RunError(f"{self.path / LOCK}: is a link, and is to be the run's own file; remove it")
+            lock = (self.path / LOCK).open("ab", buffering=0)
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -108,13 +133,18 @@ class RunFolder:
                 raise RunError(f"{self.path}: another run is using it; wait, or choose another folder with --out") from None
             except OSError as e:  # such as a network disk that knows no locks
                 raise RunError(f"{self.path}: cannot be locked ({e.strerror}); choose a local folder with --out") from None
+            with writing(self.path):
+                if head(self.path / LOCK) != _LOCKED:
+                    lock.truncate(0)
+                    write_all(lock.fileno(), _LOCKED, self.path)
+                (self.path / "steps").mkdir(exist_ok=True)
             yield self
 
     def refuse_foreign(self) -> None:
         """Refuse a folder that holds something else than a run."""
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path}: is a file, not a folder; choose another with --out")
-        if self.path.is_dir() and not is_run(self.path) and any(self.path.iterdir()):
+        if self.path.is_dir() and not is_run(self.path) and any(not begun(path) for path in self.path.iterdir()):
             raise RunError(f"{self.path}: holds files that no run made; choose another folder with --out")
 
 
@@ -125,30 +155,38 @@ class Parts:
     root: Path
     name: str
     key: str
-    records: list[Record] = field(default_factory=list)
+    noted: dict[str, list[Record]] = field(default_factory=dict)  # by part
+
+    @property
+    def records(self) -> list[Record]:
+        """What was noted of the parts that were committed or found, in that order."""
+        return [record for records in self.noted.values() for record in records]
 
     @property
     def partial(self) -> Path:
         """Where parts are written."""
         return self.root / f"{self.name}-{self.key[:12]}"
 
-    def committed(self, part: str) -> Mapping[str, Stored] | None:
-        path = self.partial / f"{part}.safetensors"
+    def committed(self, part: str) -> Part | None:
+        path = self.partial / f"{part}{SUFFIX}"
         if not path.exists():
             return None
-        sites, records = read_part(path)
-        self.records += records
-        return sites
+        found, self.noted[part] = read_part(path)
+        return found
 
-    def commit(self, part: str, sites: Mapping[str, Packed], records: Sequence[Record]) -> Mapping[str, Stored]:
-        path = self.partial / f"{part}.safetensors"
-        tensors = {f"{site}/{suffix}": t.contiguous() for site, p in sites.items() for suffix, t in p.tensors.items()}
-        table = {site: {"format": str(p.format), "shape": list(p.shape)} for site, p in sites.items()}
-        notes = {"sites": json.dumps(table), "records": json.dumps(list(records))}
+    def commit(
+        self,
+        part: str,
+        codes: Mapping[str, Packed] = MappingProxyType({}),
+        dense: Mapping[str, torch.Tensor] = MappingProxyType({}),
+        records: Sequence[Record] = (),
+        serving: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Part:
         with writing(self.root):
             self.partial.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, save(tensors, metadata=notes))
-        self.records += records
+        path = self.partial / f"{part}{SUFFIX}"
+        write_atomic(path, part_bytes(codes, dense, records, serving))
+        self.noted[part] = list(records)
         return read_part(path)[0]
 
     def analysis(self, name: str, of: object) -> Parts:
@@ -170,7 +208,7 @@ class Step(Parts):
 
     @classmethod
     def of(cls, root: Path, number: int, made_of: Mapping[str, Any], context_of: Callable[[Step], Context]) -> Step:
-        return cls(root, made_of["name"], digest(SCHEMA, made_of), [], number, made_of, context_of)
+        return cls(root, made_of["name"], digest(SCHEMA, made_of), {}, number, made_of, context_of)
 
     @property
     def folder(self) -> Path:
@@ -201,19 +239,18 @@ class Step(Parts):
         if not self.finished:
             return None
         record = read_record(self.folder)
-        sites: dict[str, Stored] = {}
-        for part in sorted(self.folder.glob("*.safetensors")):
-            sites |= read_part(part)[0]
-        if record is None or {r["site"] for r in record["sites"]} - set(sites):
+        if record is None or any(not (self.folder / f"{name}{SUFFIX}").exists() for name in record["parts"]):
             raise RunError(f"{self.folder}: its files are damaged or missing; delete this folder and run again")
-        self.records = record["sites"]
+        state, self.noted = foreseen, {"": record["sites"]}
+        for name in record["parts"]:
+            state = state.with_part(read_part(self.folder / f"{name}{SUFFIX}")[0])
         plan = None if record["plan"] is None else BitPlan.of_json(record["plan"])
-        return replace(foreseen.with_sites(sites), plan=plan)
+        return replace(state, plan=plan)
 
     def finish(self, seconds: float, peak_bytes: int, plan: BitPlan | None) -> None:
         """Write the record and rename the folder into place; from then on the step is a cache hit."""
         record = {"key": self.key, "made_of": self.made_of, "seconds": seconds, "peak_bytes": peak_bytes,
-                  "plan": None if plan is None else plan.json(), "sites": self.records}  # fmt: skip
+                  "plan": None if plan is None else plan.json(), "parts": list(self.noted), "sites": self.records}  # fmt: skip
         with writing(self.root):
             self.partial.mkdir(parents=True, exist_ok=True)
             write_atomic(self.partial / "record.json", json.dumps(record, indent=1).encode())
@@ -263,25 +300,36 @@ def shorten(value: Any) -> str:
     return text if len(text) <= 24 else text[:12] + "…"
 
 
-def read_part(path: Path) -> tuple[dict[str, Stored], list[Record]]:
-    """The sites and records of one committed block; RunError if the file was damaged after it was written."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            notes = file.metadata()
-        table = json.loads(notes["sites"])
-        sites = {n: Stored(path, f"{n}/", parse(t["format"]), (t["shape"][0], t["shape"][1])) for n, t in table.items()}
-        return sites, json.loads(notes["records"])
-    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-        raise RunError(f"{path}: cannot be read ({e}); delete this file and run again") from None
+class Noted(BaseModel):
+    """What the record of a step must say of a site, so that a report can be made of it."""
+
+    site: str
+    format: str | None = None
+    bytes: int | None = None
+    error: float | None = None
+    rounding: float | None = None
+    notes: list[str] = []
+
+
+class Finished(BaseModel):
+    """What the record of a finished step must say."""
+
+    made_of: dict[str, Any]
+    seconds: float
+    peak_bytes: float
+    parts: list[str]
+    sites: list[Noted]
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """What `finish` noted about a step; None where it is damaged."""
     try:
-        record: dict[str, Any] = json.loads((folder / "record.json").read_text())
-        whole = isinstance(record["made_of"], dict) and all(isinstance(r["site"], str) for r in record["sites"])
-        return record if whole and "plan" in record else None
-    except (OSError, ValueError, LookupError, TypeError):
+        record = json_mapping(folder / "record.json", RunError)
+        Finished.model_validate(record)
+        if record["plan"] is not None:
+            BitPlan.of_json(record["plan"])
+        return record
+    except (ValueError, LookupError, TypeError, AttributeError):
         return None
 
 

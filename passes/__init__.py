@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from compress.manager import Pass
 from compress.passes.allocate import Allocate
+from compress.passes.edit import Edit
 from compress.passes.lqlora import LqLora
 from compress.passes.quantize import Quantize
+from compress.passes.smooth import Smooth
 
-PASSES: dict[str, type[Pass]] = {p.name: p for p in (Allocate, Quantize, LqLora)}
+PASSES: dict[str, type[Pass]] = {p.name: p for p in (Edit, Smooth, Allocate, Quantize, LqLora)}

@@ -25,14 +25,15 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-import yaml
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor
 
+from compress.documents import local_path
 from compress.errors import CompressError, MatchError, RecipeError
 from compress.formats import Dense, Format, LowRank
 from compress.formats.codebooks import paper_grid
 from compress.manager import Context, Cost, Pass
+from compress.nodes import load_yaml
 from compress.passes import allocate_core as core
 from compress.passes import choices
 from compress.passes.choices import Bounds, Resource, Space
@@ -126,7 +127,7 @@ class Allocate(Pass):
     @field_validator("plan", mode="before")
     @classmethod
     def _read(cls, plan: Any, info: ValidationInfo) -> Any:
-        return read_plan(Path((info.context or {}).get("base", ".")) / plan) if isinstance(plan, str) else plan
+        return read_plan((info.context or {}).get("base", Path()) / local_path(plan)) if isinstance(plan, str) else plan
 
     @model_validator(mode="after")
     def _nothing_idle(self) -> Allocate:
@@ -287,7 +288,7 @@ def keep(table: Table, damage: Damage, state: State, ctx: Context) -> str:
     name = f"table-{zlib.crc32(json.dumps(rows).encode()):08x}"
     store = ctx.store.analysis("tables", {})
     if store.committed(name) is None:
-        store.commit(name, {}, rows)
+        store.commit(name, records=rows)
     return name
 
 
@@ -312,16 +313,11 @@ def by_response(state: State, table: Table, names: Sequence[str], laws: dict[str
 
 
 def read_plan(path: Path) -> dict[str, str]:
-    """The `sites` of a plan.yaml; ValueError in one line where it is none."""
-    try:
-        held = yaml.safe_load(path.read_text())
-    except OSError as e:
-        raise ValueError(f"{path}: {e.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path}: is no YAML ({str(e).splitlines()[0]})") from None
+    """The `sites` of a plan.yaml; RecipeError in one line where it is none."""
+    held = load_yaml(path)
     sites = held.get("sites") if isinstance(held, dict) else None
     if not isinstance(sites, dict) or not all(isinstance(v, str) for v in sites.values()):
-        raise ValueError(f"{path}: is no plan; it needs 'sites', a mapping from site to format")
+        raise RecipeError(f"{path}: is no plan; it needs 'sites', a mapping from site to format")
     return {str(n): f for n, f in sites.items()}
 
 

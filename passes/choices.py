@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -27,7 +27,7 @@ from compress.passes.allocate_core import Item, Limit, Problem
 from compress.state import State
 from compress.state.checkpoint import Layout, Spec
 from compress.state.graph import Graph, Site, matches
-from compress.state.plan import BitPlan, Budget, check_fits, size
+from compress.state.plan import Budget, check_fits, size
 from compress.state.state import site_entries
 
 ADAPTED = 40  # bytes by which the name of a factor may grow where factors lie in a file of their own
@@ -276,7 +276,7 @@ def resource(state: State, sp: Space, text: str, pattern: str | None, at: tuple[
 def aside(state: State, sp: Space, digits: int) -> int:
     """Bytes of the file that no choice changes: other tensors, their header entries, and what a header has in any case."""
     example = {s.name: f for g in sp.groups for s, f in zip(g.sites, g.options[0], strict=True)}
-    entries = replace(state, plan=BitPlan(example)).entries()
+    entries = state.promising(example).entries()
     rest = [spec for spec, site, _ in entries if site is None or site.name not in example]
     return sum(s.nbytes + header_bytes(s, digits) for s in rest) + 2 * len(Layout.of([]).files[0].header) + 16
 

@@ -87,7 +87,7 @@ class Meter(Solver):
         seconds: float = 0.0,
     ) -> None:
         (site,) = sites
-        W_nk = self.state.original(site).to(self.ctx.device, torch.float32)
+        W_nk = self.state.reference(site).to(self.ctx.device, torch.float32)
         for fmt, made in self.tries(W_nk, factor, self.wanted[site.name], Case(site, self.state, self.ctx)):
             self._note(site, fmt, W_nk, made, factor)
 
@@ -152,4 +152,4 @@ def _measure(
             stream.advance(state, block.index, batches)
         for part, members in parts:
             mine = {(n, str(f)) for n, formats in members.items() for f in formats}
-            store.commit(part, {}, [r for r in meter.records if (r["site"], r["format"]) in mine])
+            store.commit(part, records=[r for r in meter.records if (r["site"], r["format"]) in mine])

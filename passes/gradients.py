@@ -1,7 +1,6 @@
 """Gradients of the log-likelihood at every matrix, block by block, for diagonal Fisher information.
 
-The model runs forward once with one block in memory, keeping what went into each block; then backward: each block is loaded
-again, run again with gradients on, and handed the gradient of what it put out. Targets are drawn from the model's own
+The model runs forward and back with one block in memory (model/backward.py). Targets are drawn from the model's own
 predictions, so the squares estimate the Fisher information itself, the second derivative of the KL to the model, not the
 "empirical" one of the text's own next tokens. One window is one sample, as in LQ-LoRA (arXiv 2311.12023, section 3.3).
 
@@ -11,22 +10,16 @@ predictions, so the squares estimate the Fisher information itself, the second d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from compress.formats import Dense, Packed
 from compress.manager import Context, Store
-from compress.model.lockstep import Batch
+from compress.model.backward import backward, behind, forward
 from compress.model.stream import Stream
 from compress.state import State
 from compress.state.graph import Site
-
-FP32 = Dense(torch.float32)
 
 
 def output_gradients(state: State, ctx: Context) -> dict[str, Tensor]:
@@ -57,80 +50,32 @@ def _known(state: State, ctx: Context, name: str, squares: Squares, only: Site |
     if store.committed(f"block-{state.graph.blocks[0].index:04}") is None:  # blocks are measured from the last to the first
         _measure(state, ctx, store, squares)
     for index in blocks:
-        for site, stored in (store.committed(f"block-{index:04}") or {}).items():
+        part = store.committed(f"block-{index:04}")
+        for site, written in part.dense.items() if part else ():
             if only is None or site == only.name:
-                yield site, stored.load().tensors["weight"]
+                yield site, written.load()
 
 
 def _measure(state: State, ctx: Context, store: Store, squares: Squares) -> None:
     assert ctx.calibration is not None
-    stream = Stream(state, ctx.config, ctx.device)
+    stream = Stream(state, ctx.device)
     batches = stream.start(state, list(ctx.calibration.ids.split(1)))
-    inputs: list[list[Tensor]] = []
-    for block in state.graph.blocks:
-        ctx.progress(block.index, 2 * len(state.graph.blocks), f"forward, {block.module}")
-        inputs.append([batch.hidden for batch in batches])
-        stream.advance(state, block.index, batches)
-    above = _behind_the_blocks(stream, state, ctx, batches)
-    for block in reversed(state.graph.blocks):
-        ctx.progress(2 * len(state.graph.blocks) - block.index, 2 * len(state.graph.blocks), f"backward, {block.module}")
-        with torch.enable_grad():
-            sums, above = _backward(stream, state, block.index, batches, inputs.pop(), above, squares)
-        packed = {n: Packed(FP32, tuple(t.shape), {"weight": (t / len(batches)).cpu()}) for n, t in sums.items()}
-        store.commit(f"block-{block.index:04}", packed, [])
-
-
-def _behind_the_blocks(stream: Stream, state: State, ctx: Context, batches: Sequence[Batch]) -> list[Tensor]:
-    """The gradient of each window's log-likelihood at what the last block puts out."""
-    found = []
+    inputs = forward(stream, state, batches, ctx.progress)
     generator = torch.Generator().manual_seed(ctx.seed)
-    with stream.outer(state), torch.enable_grad():
-        for batch in batches:
-            hidden = batch.hidden.detach().requires_grad_()
-            log_p = stream.head(replace(batch, hidden=hidden)).float().log_softmax(-1)
-            drawn = torch.multinomial(log_p.detach()[0].exp().cpu(), 1, generator=generator).to(log_p.device)
-            found.append(torch.autograd.grad(log_p[0].gather(-1, drawn).sum(), hidden)[0])
-    return found
-
-
-def _backward(
-    stream: Stream, state: State, index: int, batches: Sequence[Batch], inputs: Sequence[Tensor], above: Sequence[Tensor],
-    squares: Squares,
-) -> tuple[dict[str, Tensor], list[Tensor]]:  # fmt: skip
-    """The sums of squares of one block's sites over all windows, and the gradients at what went into the block."""
+    above = behind(stream, state, batches, lambda _, logits: drawn_likelihood(logits, generator))
     sums: dict[str, Tensor] = {}
-    below = []
-    sites = state.graph.of_block(index)
-    with stream.block(state, index) as block, _watched(stream, block, index, sites) as seen, torch.enable_grad():
-        for batch, hidden, gradient in zip(batches, inputs, above, strict=True):
-            leaf = hidden.detach().requires_grad_()
-            seen.clear()
-            out = stream.call(block, replace(batch, hidden=leaf), index)
-            ys = [y for _, y in seen.values()]
-            grads = torch.autograd.grad(out, [leaf, *ys], gradient, allow_unused=True)
-            below.append(grads[0])
-            for (name, (x, _)), g in zip(seen.items(), grads[1:], strict=True):
-                if g is not None:
-                    square = squares(x.detach().flatten(0, -2).float(), g.flatten(0, -2).float())
-                    sums[name] = sums[name].add_(square) if name in sums else square
-    return sums, below
+
+    def add(site: str, x: Tensor, g: Tensor) -> None:
+        square = squares(x.flatten(0, -2).float(), g.flatten(0, -2).float())
+        sums[site] = sums[site].add_(square) if site in sums else square
+
+    for index in backward(stream, state, batches, inputs, above, add, ctx.progress):
+        store.commit(f"block-{index:04}", dense={name: (total / len(batches)).cpu() for name, total in sums.items()})
+        sums.clear()
 
 
-@contextmanager
-def _watched(stream: Stream, block: nn.Module, index: int, sites: Sequence[Site]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Inside, every forward pass of the block notes the inputs and outputs of its sites' modules, by site."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-    path = stream.graph.blocks[index].module
-
-    def watch(name: str) -> Callable[..., None]:
-        def note(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-            seen[name] = args[0], out
-
-        return note
-
-    hooks = [stream.model_module(path, block, s.module).register_forward_hook(watch(s.name)) for s in sites]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
+def drawn_likelihood(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """The log-likelihood of one token at each place of a window [1, t, vocabulary], drawn from the model's own predictions."""
+    log_p = logits.float().log_softmax(-1)
+    drawn = torch.multinomial(log_p.detach()[0].exp().cpu(), 1, generator=generator).to(log_p.device)
+    return log_p[0].gather(-1, drawn).sum()

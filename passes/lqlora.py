@@ -77,7 +77,7 @@ class LqLora(Quantize):
     def target(self, fmt: Format) -> Format:
         return fmt
 
-    def foresee(self, state: State) -> State:
+    def planned(self, state: State) -> State:
         if self.fisher and any(s.expert is not None for s in state.graph.linear):
             raise RecipeError("gradients of experts are not measured; leave 'fisher' out", ("fisher",))
         if Fact.PLANNED in state.facts:
@@ -86,7 +86,7 @@ class LqLora(Quantize):
         if state.plan is not None:  # quantized by an earlier step: every matrix in the blocks is corrected
             self.refuse("format", "pins")
             return replace(state, plan=BitPlan({n: self._corrected(state, n, f) for n, f in state.plan.formats.items()}))
-        return super().foresee(state)
+        return super().planned(state)
 
     def _corrected(self, state: State, name: str, fmt: Format) -> Format:
         site = state.graph[name]

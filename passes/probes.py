@@ -89,7 +89,7 @@ class Prober:
         for start in range(0, len(graph.blocks), step):
             part = f"blocks-{start:04}-{min(start + step, len(graph.blocks)) - 1:04}"
             if self.store.committed(part) is None:
-                self.store.commit(part, {}, self._round(range(start, min(start + step, len(graph.blocks)))))
+                self.store.commit(part, records=self._round(range(start, min(start + step, len(graph.blocks)))))
         found: dict[str, list[Probe]] = {}
         for r in self.store.records:
             found.setdefault(r["site"], []).append(Probe(r["output"], r["kl"]))
@@ -137,7 +137,7 @@ class Prober:
         return found
 
     def _dithered(self, site: Site) -> Tensor:
-        W_nk = self.state.original(site).float()
+        W_nk = self.state.reference(site).float()
         noise = torch.rand(W_nk.shape, generator=self.ctx.generator(site)) - 0.5
         return W_nk * (1 + torch.finfo(self.state.dtype).eps * noise)
 
@@ -189,7 +189,7 @@ def divergence(original: State, changed: State, ctx: Context, sample: Sequence[T
     """KL (nats per token) of a changed model's predictions from the original's, window by window, both streamed."""
     runs = []
     for state in (original, changed):
-        stream = Stream(state, ctx.config, ctx.device)
+        stream = Stream(state, ctx.device)
         batches = stream.start(state, sample)
         for block in state.graph.blocks:
             stream.advance(state, block.index, batches)

@@ -82,6 +82,12 @@ class Quantize(Pass):
                 yield ("pins", pattern), parse(text)
 
     def foresee(self, state: State) -> State:
+        state = self.planned(state)
+        assert state.plan is not None
+        return state.promising({name: self.target(fmt) for name, fmt in state.plan.formats.items()})
+
+    def planned(self, state: State) -> State:
+        """The state with what each site is to become, and nothing promised yet."""
         if Fact.PLANNED in state.facts:
             self.refuse("format", "pins")
             return state
@@ -144,7 +150,7 @@ class Quantize(Pass):
         return Cost(forward, products + solving, numel, peak)
 
     def run(self, state: State, ctx: Context) -> State:
-        state = self.foresee(state)
+        state = self.planned(state)
         if ctx.calibration is None:
             return self._without_data(state, ctx)
         with precision("bf16"):
@@ -160,9 +166,9 @@ class Quantize(Pass):
             if done is None:
                 solver = Solver(self, state, ctx)
                 stream.calibrate(state, block.index, batches, solver.sites(block.sites), solver.observe, solver.solve, twin)
-                state = state.with_sites(ctx.store.commit(f"block-{block.index:04}", solver.packed, solver.records))
+                state = state.with_part(ctx.store.commit(f"block-{block.index:04}", solver.packed, records=solver.records))
             else:
-                state = state.with_sites(done)
+                state = state.with_part(done)
                 stream.advance(state, block.index, batches)
                 if twin:
                     twin.stream.advance(twin.state, block.index, twin.batches)
@@ -178,13 +184,13 @@ class Quantize(Pass):
         done = ctx.store.committed(EMBEDDING)
         if done is None:
             solver.solve_together(tables, None, None, (UNSEEN,))
-            done = ctx.store.commit(EMBEDDING, solver.packed, solver.records)
-        return state.with_sites(done)
+            done = ctx.store.commit(EMBEDDING, solver.packed, records=solver.records)
+        return state.with_part(done)
 
     def _twin(self, state: State, ctx: Context) -> Twin | None:
         if not self.corrects:
             return None
-        before = replace(state, changed={n: s for n, s in state.changed.items() if isinstance(s.format, Dense)})
+        before = replace(state, codes={n: s for n, s in state.codes.items() if isinstance(s.format, Dense)})
         stream, batches = ctx.stream(before)
         return Twin(stream, before, batches)
 
@@ -197,8 +203,8 @@ class Quantize(Pass):
         if done is None:
             stream.watch_head(state, batches, heads[0], solver.observe)
             solver.solve(heads[0].input_key)
-            done = ctx.store.commit(HEAD, solver.packed, solver.records)
-        return state.with_sites(done)
+            done = ctx.store.commit(HEAD, solver.packed, records=solver.records)
+        return state.with_part(done)
 
     def _without_data(self, state: State, ctx: Context) -> State:
         """Rounding where the recipe has no calibration data: nothing streams, errors are those of the weights."""
@@ -212,6 +218,6 @@ class Quantize(Pass):
                 solver = Solver(self, state, ctx)
                 for site in solver.sites(names):
                     solver.solve_together([site], None, None)
-                done = ctx.store.commit(part, solver.packed, solver.records)
-            state = state.with_sites(done)
+                done = ctx.store.commit(part, solver.packed, records=solver.records)
+            state = state.with_part(done)
         return state

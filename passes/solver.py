@@ -64,7 +64,7 @@ class Case:
     @property
     def given(self) -> Packed | None:
         """The site as an earlier step left it, where one changed it."""
-        stored = self.state.changed.get(self.site.name)
+        stored = self.state.codes.get(self.site.name)
         return stored.load() if stored else None
 
 
@@ -182,7 +182,7 @@ class Solver:
         """Solve sites of one Hessian and one format as one matrix, and keep the parts."""
         start = time.perf_counter()
         fmt = self.formats[sites[0].name]
-        weights = [self.state.original(s) for s in sites]
+        weights = [self.state.reference(s) for s in sites]
         if isinstance(fmt, Dense):
             for site, weight in zip(sites, weights, strict=True):
                 self._keep(site, Packed(fmt, site.shape, {"weight": weight.to(fmt.dtype)}), {})

@@ -158,7 +158,7 @@ class Solved:
         for p, parts in zip(chain.passes, work, strict=True):
             planned = p.run(planned, replace(ctx, store=parts, say=lambda record: None))
         kl = divergence(self.state, planned, ctx, sample)
-        store.commit("kl", {}, [{"site": "", "kl": kl}])
+        store.commit("kl", records=[{"site": "", "kl": kl}])
         for parts in work:
             parts.drop()
         return kl

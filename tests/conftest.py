@@ -84,7 +84,6 @@ NURSERY = pytest.StashKey[Nursery]()
 
 def pytest_configure(config: pytest.Config) -> None:
     """Before tests are collected, so that no child of the nursery has anything of `compress`."""
-    import transformers.models.llama.modeling_llama
     import transformers.quantizers.auto  # noqa: F401
 
     config.stash[NURSERY] = Nursery()

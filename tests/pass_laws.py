@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,20 @@ import torch
 import yaml
 from pydantic import ValidationError
 
+from compress.errors import ExportError
+from compress.export.artifact.exporter import Job
+from compress.export.artifact.place import place
+from compress.export.artifact.proof import logits
+from compress.export.table import EXPORTERS
+from compress.formats import parse
 from compress.manager import Context, Pass, foresee, settle
 from compress.model.data import Tokens
 from compress.model.model import Model, open_model
+from compress.passes.quantize import Quantize
 from compress.run import Parts, Step, step_inputs
-from compress.state import Aspect, Fact, State
-from compress.state.state import changed
+from compress.state import Aspect, Fact, State, Stored
+from compress.state.overlay import Bare, Overlay
+from compress.state.state import broken_promises, changed
 from tests.conftest import contents
 
 TOKENS = Tokens(torch.randint(0, 256, (6, 32), generator=torch.Generator().manual_seed(5)), "random bytes")
@@ -31,17 +41,22 @@ def check_pass(p: Pass, source: Path, folder: Path, following: tuple[Pass, ...] 
     before, files = model.state, contents(source)
     after = attempt(p, model, folder / "whole" / "steps", following)
     _check_promises(p, before, after)
+    _check_view(after)
     assert contents(source) == files, "a pass only reads its source"
     assert before == model.state, "a state is immutable"
     _check_equal(after, attempt(p, model, folder / "again" / "steps", following), "deterministic")
-    for commits in (0, 1):
+    for commits in range(2 if p.decides else parts_of(folder / "whole" / "steps")):
         again = resumed(p, model, folder / f"stopped{commits}" / "steps", commits, following)
         _check_equal(after, again, f"resumed after {commits} commits")
+    if p.writes & ~Aspect.PLAN:
+        _check_artifacts(model, after, folder)
+    if p.writes & ~Aspect.PLAN and Fact.DENSE in after.facts:
+        _check_composition(after, folder)
 
 
 def step_of(p: Pass, model: Model, folder: Path, following: tuple[Pass, ...] = ()) -> Step:
     def context_of(step: Step) -> Context:
-        return Context(0, TOKENS, model.config, "cpu", step, lambda record: None, lambda done, total, what: None, following)
+        return Context(0, TOKENS, "cpu", step, lambda record: None, lambda done, total, what: None, following)
 
     return Step.of(folder, 1, step_inputs(p, "root", TOKENS.hash, 0, following), context_of)
 
@@ -71,10 +86,10 @@ def resumed(p: Pass, model: Model, folder: Path, commits: int, following: tuple[
     left = iter(range(commits))
     commit: Callable[..., Any] = Parts.commit
 
-    def killing(*args: Any) -> Any:
+    def killing(*args: Any, **options: Any) -> Any:
         if next(left, None) is None:
             raise KilledError
-        return commit(*args)
+        return commit(*args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Parts, "commit", killing)
@@ -107,11 +122,13 @@ def _check_options(p: Pass) -> None:
 
 def _check_foresight(p: Pass, model: Model) -> None:
     """What will be is known from a config alone; no weight is touched, for there is none."""
-    bare = State(model.graph, None, model.dtype, tuple(model.specs))  # type: ignore[arg-type]
+    start = model.state
+    bare = replace(start, dense=Overlay(Bare(model.folder, start.specs)))
     foreseen = foresee([p], bare)
     assert foreseen.facts == (bare.facts & ~p.breaks) | p.gives
     assert foreseen.history == (p.text(),)
-    assert not foreseen.changed, "only `run` makes tensors"
+    assert not foreseen.dense.written, "only `run` makes tensors"
+    assert not any(isinstance(c, Stored) for c in foreseen.codes.values()), "only `run` makes codes"
     assert foreseen == foresee([p], bare)
     cost = p.cost(foreseen, 1000)
     assert min(cost.model_flops, cost.exact_flops, cost.weights, cost.peak_bytes) >= 0
@@ -120,11 +137,10 @@ def _check_foresight(p: Pass, model: Model) -> None:
 def _check_promises(p: Pass, before: State, after: State) -> None:
     assert not changed(before, after) & ~p.writes
     foreseen = foresee([p], before)
-    assert (after.facts, after.history, after.graph) == (foreseen.facts, foreseen.history, foreseen.graph)
+    assert broken_promises(foreseen, after) == []
+    assert (after.facts, after.history) == (foreseen.facts, foreseen.history)
     assert after.plan == foreseen.plan or p.decides
-    if after.plan is not None and Aspect.WEIGHTS in p.writes:
-        assert {n: s.format for n, s in after.changed.items()} == dict(after.plan.formats)
-    for name, stored in after.changed.items():
+    for name, stored in after.codes.items():
         site = after.graph[name]
         assert stored.shape == site.shape
         assert stored.load().nbytes == stored.format.nbytes(site.shape)
@@ -133,9 +149,55 @@ def _check_promises(p: Pass, before: State, after: State) -> None:
         assert weight.isfinite().all()
 
 
+def _check_view(state: State) -> None:
+    """Every tensor of a checkpoint of the state can be read, with the dtype and shape that it says, and the model runs on it."""
+    for spec in state.specs:
+        tensor = state.dense.read_finite(spec.name)
+        assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape), spec.name
+    assert {s.weight for s in state.graph if s.expert is None and not s.tied} | state.graph.parameters.keys() <= {
+        spec.name for spec in state.specs
+    }
+    assert logits(state, [TOKENS.ids[:1]], "cpu")[0].isfinite().all()
+
+
+def _check_artifacts(model: Model, state: State, folder: Path) -> None:
+    """What the pass alone leaves is written and proves itself, in every kind that can hold it."""
+    made = []
+    for name in ("native", "compressed_tensors"):
+        exporter = EXPORTERS[name]()
+        with suppress(ExportError):
+            exporter.check(state)
+            made.append(name)
+    assert "native" in made
+    for name in made:
+        proof = place(EXPORTERS[name](), Job(model, state, TOKENS.ids[:2], "key", lambda facts: ""), folder / name)[1]
+        assert proof.difference >= 0
+
+
+def _check_composition(state: State, folder: Path) -> None:
+    """Law 0: quantizing what a pass leaves gives what quantizing a checkpoint gives that was saved after it."""
+    quantize, state = Quantize(format=parse("int4:g32")), replace(state, plan=None, facts=Fact.DENSE)
+    dense = folder / "dense"
+    dense.mkdir()
+    job = Job(open_model(str(state.dense.folder)), state, None, "key", lambda facts: "")
+    EXPORTERS["compressed_tensors"]().write(job, dense)
+    saved = open_model(str(dense)).state
+    ours, theirs = (quantize.run(s, step_of(quantize, open_model(str(dense)), folder / f"composed{i}").context())
+                    for i, s in enumerate((state, saved)))  # fmt: skip
+    _check_same(tensors_of(ours), tensors_of(theirs), "[p, quantize] is quantizing what was saved after p")
+    (a,), (b,) = (logits(s, [TOKENS.ids[:2]], "cpu") for s in (ours, theirs))
+    assert torch.equal(a, b), "[p, quantize] is quantizing what was saved after p"
+
+
+def parts_of(folder: Path) -> int:
+    """How many parts a whole run of a pass commits."""
+    return len(list(folder.parent.rglob("*.safetensors")))
+
+
 def tensors_of(state: State) -> dict[str, torch.Tensor]:
-    """Every tensor that the passes so far have made."""
-    return {f"{n}/{k}": t for n, stored in state.changed.items() for k, t in stored.load().tensors.items()}
+    """Every tensor of the state: codes, and all that is dense."""
+    codes = {f"{n}/{k}": t for n, stored in state.codes.items() for k, t in stored.load().tensors.items()}
+    return codes | {spec.name: state.dense.read(spec.name) for spec in state.specs}
 
 
 def _check_equal(one: State, other: State, law: str) -> None:

@@ -22,7 +22,6 @@ from compress.formats import parse
 from compress.model.model import open_model
 from compress.report.tables import pipes
 from compress.state import State
-from compress.state.plan import BitPlan
 from tests.conftest import FAMILIES, make_model, write_text
 from tests.cooking import bake
 
@@ -36,8 +35,7 @@ REFUSED = "-"
 def state_of(source: Path, form: str) -> State:
     """A model with every matrix inside its blocks planned to be in one format."""
     state = open_model(str(source)).state
-    return State(state.graph, state.checkpoint, state.dtype, state.specs,
-                 plan=BitPlan({s.name: parse(form) for s in state.graph.linear}))  # fmt: skip
+    return state.promising({s.name: parse(form) for s in state.graph.linear})
 
 
 def refusal(exporter: str, source: Path, form: str) -> str | None:

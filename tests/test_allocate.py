@@ -80,7 +80,7 @@ def weight_bytes(folder: Path) -> int:
 
 def formats_in(artifact: Path) -> dict[str, str]:
     """Site -> the format that the files hold, read back from config and tensors."""
-    return {n: str(s.format) for n, s in reader.read(artifact).changed.items()}
+    return {n: str(s.format) for n, s in reader.read(artifact).codes.items()}
 
 
 def bits_of(folder: Path) -> float:
@@ -268,7 +268,7 @@ def test_plan_without_measuring_or_without_weights_says_that_it_guesses(allocate
 
 
 def context(model: Any, tokens: Tokens, folder: Path) -> Context:
-    return Context(0, tokens, model.config, "cpu", Parts(folder, "test", "0" * 64), lambda r: None, lambda *a: None)
+    return Context(0, tokens, "cpu", Parts(folder, "test", "0" * 64), lambda r: None, lambda *a: None)
 
 
 def some_tokens(n: int = 8, length: int = 32) -> Tokens:

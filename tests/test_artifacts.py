@@ -11,6 +11,8 @@ import pytest
 
 from compress import pipeline
 from compress.cli import main
+from compress.errors import ModelError
+from compress.export import runtime
 from compress.export.artifact.files import MARK
 from compress.export.artifact.place import held, mark
 from compress.export.table import EXPORTERS, KINDS
@@ -86,6 +88,58 @@ def test_a_folder_of_links_in_a_hub_cache_is_no_such_thing(copy: Any, tmp_path: 
         file.rename(blobs / str(i))
         (snapshot / file.name).symlink_to(blobs / str(i))
     assert main(["inspect", str(snapshot)]) == 0
+
+
+def spoilt(note: dict[str, Any]) -> list[Any]:
+    """A note with one field gone, of another type, or with other contents, at a time."""
+    found: list[Any] = ["", "{", "[]", "null", json.dumps(note)[:50], "\xff"]
+    for key, value in note.items():
+        found += [{k: v for k, v in note.items() if k != key}, note | {key: None}, note | {key: [value]}]
+    proof, sizes = note["proof"], note["sizes"]
+    found += [note | {"proof": proof | {"difference": "x"}}, note | {"proof": proof | {"greedy": 1.5}},
+              note | {"proof": {k: v for k, v in proof.items() if k != "engine"}}, note | {"sizes": {}},
+              note | {"sizes": {name: str(size) for name, size in sizes.items()}},
+              note | {"sha256": {name: 3 for name in sizes}}]  # fmt: skip
+    return found
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_damaged_mark_is_named_by_whoever_asks_it(copy: Any, capsys: Any, text: Path, name: str) -> None:
+    """The hashes in it are what damage is found by: without them nothing would be compared."""
+    folder = copy(name)
+    notes = spoilt(json.loads((folder / MARK).read_text()))
+    for note in notes:
+        (folder / MARK).write_bytes((note if isinstance(note, str) else json.dumps(note)).encode("latin-1"))
+        assert f"{folder / MARK}: is " in refusal(folder, capsys), note
+    for verb in (["eval", "--text", str(text), "--length", "32", "--sequences", "1"], ["bench", "--against", str(folder)]):
+        assert main([verb[0], str(folder), *verb[1:]]) == 2
+        assert f"{folder / MARK}: is " in capsys.readouterr().err
+    if name in ("native", "compressed_tensors"):
+        with pytest.raises(ModelError, match=f"{MARK}: is "):
+            runtime.load(folder)
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_an_artifact_without_a_mark_is_read(copy: Any, name: str) -> None:
+    folder = copy(name)
+    (folder / MARK).unlink()
+    assert main(["inspect", str(folder)]) == 0
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_flipped_bit_in_the_tokenizer_is_noticed(copy: Any, capsys: Any, name: str) -> None:
+    folder = copy(name)
+    data = (folder / "tokenizer.json").read_bytes()
+    (folder / "tokenizer.json").write_bytes(data.replace(b"a", b"b", 1))
+    assert f"{folder / 'tokenizer.json'}: is not the file that was written" in refusal(folder, capsys)
+
+
+def test_a_config_that_no_longer_says_what_it_is_is_noticed(copy: Any, capsys: Any) -> None:
+    folder = copy("native")
+    (folder / "config.json").write_text(
+        (folder / "config.json").read_text().replace("quantization_config", "quantizatiom_config")
+    )
+    assert f"{folder / 'config.json'}: is not the file that was written" in refusal(folder, capsys)
 
 
 @pytest.mark.parametrize("note", [{"sizes": [], "proof": 1}, {"sizes": {}, "proof": {}}, {"sizes": {}, "proof": {"engine": 1}}])

@@ -53,7 +53,7 @@ def ids() -> list[Tensor]:
 def dequantized(source: Path, state: State, **options: Any) -> Any:
     """The original in transformers, every changed matrix replaced by what ours dequantizes to."""
     model = stock.load(source, **options)
-    stock.substitute(model, state.graph, {name: state.weight(state.graph[name]) for name in state.changed})
+    stock.substitute(model, state.graph, {name: state.weight(state.graph[name]) for name in state.codes})
     return model
 
 
@@ -141,7 +141,7 @@ def test_a_matrix_may_be_pinned_to_another_precision(family: Any, text: Path, tm
 
 def test_parts_of_a_model_may_stay_as_they_are(family: Any, text: Path, tmp_path: Path) -> None:
     made = cook(tmp_path, family("llama"), text, method="rtn", format="int4:g32", pins={"layers.0.*": "bf16"})
-    assert all(n.startswith("layers.1.") for n in made.state.changed)
+    assert all(n.startswith("layers.1.") for n in made.state.codes)
     exact(artifact_of(made), family("llama"), made.state)
 
 
@@ -238,11 +238,11 @@ def test_asymmetric_formats_run_in_our_runtime_and_the_plan_warns_of_stock(famil
 def read_back(artifact: Path, state: State) -> None:
     """Our reader gives every matrix and every other tensor of the run back, from the artifact alone."""
     again = compressed_tensors_reader.read(artifact)
-    assert set(again.changed) == set(state.changed)
+    assert set(again.codes) == set(state.codes)
     for site in state.graph:
         assert torch.equal(again.weight(again.graph[site.name]), state.weight(site)), site.name
     for name in state.graph.parameters:
-        assert torch.equal(again.checkpoint.read(name), state.checkpoint.read(name)), name
+        assert torch.equal(again.dense.read(name), state.dense.read(name)), name
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -291,6 +291,20 @@ def test_every_quantized_module_is_named_by_exactly_one_target_and_no_other_is(c
             elif site.expert is not None or module == site.module:
                 assert [(w["num_bits"], w["group_size"], w["symmetric"]) for w in named] == [(fmt.bits, fmt.group, fmt.symmetric)]
     assert not any(hits(t, i) for t in targets for i in config["ignore"])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_quantized_module_is_named_in_the_model_without_a_head_too(cooked: Any, family: Any, name: str) -> None:
+    made = cooked(name)
+    groups = json.loads((artifact_of(made) / "config.json").read_text())["quantization_config"]["config_groups"].values()
+    prefix = stock.load(family(name)).base_model_prefix
+    for site in made.state.graph:
+        fmt = made.state.format(site)
+        if isinstance(fmt, Int) and site.block is not None:
+            module = site.module if site.expert is None else f"{site.module}.{site.expert}.{site.role}_proj"
+            assert module.startswith(f"{prefix}.")
+            named = [g["weights"] for g in groups for t in g["targets"] if hits(t, module.removeprefix(f"{prefix}."))]
+            assert [(w["num_bits"], w["group_size"], w["symmetric"]) for w in named] == [(fmt.bits, fmt.group, fmt.symmetric)]
 
 
 @pytest.mark.parametrize("name", ["llama", "roberta", "mixtral", "opt"])
@@ -469,7 +483,7 @@ def same_bytes(planned: pipeline.Planned, made: pipeline.Outcome) -> None:
     assert ((INDEX, index.read_bytes()) if index.exists() else None) == layout.index
     assert layout.nbytes == sum(p.stat().st_size for p in artifact.iterdir() if "safetensors" in p.name)
     state = made.state
-    formats = {n: state.format(state.graph[n]) for n in state.changed}
+    formats = {n: state.format(state.graph[n]) for n in state.codes}
     untouched = [s for s in planned.original.files[0].specs if s.name not in {state.graph[n].weight for n in formats}]
     changed = sum(f.nbytes(state.graph[n].shape) for n, f in formats.items() if f)
     assert layout.tensor_bytes == changed + sum(s.nbytes for s in untouched)
@@ -566,11 +580,11 @@ def test_damage_to_what_was_not_quantized_is_caught(proving: Any, tokens: bool) 
 def test_a_config_that_contradicts_the_tensors_is_caught(cooked: Any, tmp_path: Path) -> None:
     folder = shutil.copytree(artifact_of(cooked("llama")), tmp_path / "artifact")
     config = json.loads((folder / "config.json").read_text())
-    group = next(g for g in config["quantization_config"]["config_groups"].values() if Q in g["targets"])
-    group["targets"].remove(Q)
+    for group in config["quantization_config"]["config_groups"].values():
+        group["targets"] = [target.replace(r"self_attn\.q_proj|", "") for target in group["targets"]]
     (folder / "config.json").write_text(json.dumps(config))
     (folder / MARK).unlink()  # which would notice first
-    with pytest.raises(ModelError, match=f"'{Q}' is packed, but no target of config.json names it"):
+    with pytest.raises(ModelError, match=r"'model\.layers\.0\.self_attn\.q_proj' is packed, but no target"):
         compressed_tensors_reader.read(folder)
 
 

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compress.errors import DataError
-from compress.model.data import Tokens, Windows, open_tokenizer, read, shares
+from compress.model.data import Tokens, Windows, read, shares
+from compress.model.tokenizer import open_tokenizer
 
 END, BEGIN = 257, 256  # of the tests' tokenizer, which gives every byte a token
 

@@ -68,7 +68,7 @@ def folder_of(outcome: pipeline.Outcome, name: str) -> Path:
 def dequantized(made: pipeline.Outcome, source: Path) -> Any:
     """The original in transformers, in fp32, every changed matrix replaced by what ours dequantizes to."""
     model, state = stock.load(source, dtype=torch.float32), replace(made.state, dtype=torch.float32)
-    stock.substitute(model, state.graph, {name: state.weight(state.graph[name]) for name in state.changed})
+    stock.substitute(model, state.graph, {name: state.weight(state.graph[name]) for name in state.codes})
     return model
 
 
@@ -98,7 +98,7 @@ def test_every_block_is_calibrated_on_what_it_gives(family: Any, text: Path, tmp
     """The first matrix of the first block sees other inputs; the twin, which is what it aims at, does not."""
     done = [several(tmp_path / str(i), family("llama", blocks=1), text, format="int3:g32", drift=drift, pins=pins)
             for i, (drift, pins) in enumerate([(0, {}), (0, {"embed": "int2:g32"}), (0.5, {"embed": "int2:g32"})])]  # fmt: skip
-    codes = [d.state.changed["layers.0.attn.q"].load().tensors["weight_packed"] for d in done]
+    codes = [d.state.codes["layers.0.attn.q"].load().tensors["weight_packed"] for d in done]
     assert not torch.equal(codes[0], codes[1])
     assert not torch.equal(codes[1], codes[2])
 
@@ -224,7 +224,7 @@ def test_llamacpp_has_it_in_its_blocks(family: Any, text: Path, tmp_path: Path, 
     kinds = {t.name: t for t in oracle.GGUFReader(folder_of(done, "gguf") / gguf.FILE).tensors}
     held = kinds["token_embd.weight"]
     assert held.tensor_type.name == {"int8:g32": "Q8_0", "int3:channel": "Q4_0", "int4:g64:asym": "Q5_0"}[form]
-    wanted = done.state.changed["embed"].load().dequantize(torch.float32)
+    wanted = done.state.codes["embed"].load().dequantize(torch.float32)
     assert torch.equal(torch.from_numpy(oracle.dequantize(held.data, held.tensor_type)), wanted)
     assert done.artifacts["gguf"][1].difference == 0
 
@@ -257,7 +257,7 @@ def test_a_scaled_embedding_our_own_reader_proves(text: Path, tmp_path: Path) ->
 
 def planned(source: Path, form: str) -> State:
     state = open_model(str(source)).state
-    return replace(state, plan=BitPlan.of(state.graph, parse("int4:g32"), {"embed": form}, state.dtype))
+    return state.promising(BitPlan.of(state.graph, parse("int4:g32"), {"embed": form}, state.dtype).formats)
 
 
 def test_tied_models_and_ranks_are_refused(family: Any) -> None:
@@ -304,7 +304,7 @@ def test_remarks(family: Any, form: str, says: str) -> None:
 def test_a_packed_matrix_that_two_modules_share_is_read_as_one(family: Any, text: Path, tmp_path: Path) -> None:
     """No run makes such an artifact; what reads it takes the head's matrix from the embedding."""
     folder = folder_of(bake(tmp_path, family("qwen2"), text, "native", {"quantize": {"method": "rtn", "format": FORM}}), "native")
-    packed = with_packed(folder, "model.embed_tokens", "int8:g32", open_model(str(family("qwen2"))).state.checkpoint.read(
+    packed = with_packed(folder, "model.embed_tokens", "int8:g32", open_model(str(family("qwen2"))).state.dense.read(
         "model.embed_tokens.weight").float())  # fmt: skip
     state = native_reader.read(folder)
     assert isinstance(state.format(state.graph["embed"]), Int)

@@ -82,9 +82,9 @@ def test_a_proof_says_how_far_it_looked(made: pipeline.Outcome, family: Any) -> 
 
 def test_batches_of_different_length_stream_together(family: Any) -> None:
     model = open_model(str(family("llama")))
-    one, two = logits(model.state, model.config, [ids(), ids(1, 7)], "cpu")
-    assert torch.equal(one, logits(model.state, model.config, [ids()], "cpu")[0])
-    assert torch.equal(two, logits(model.state, model.config, [ids(1, 7)], "cpu")[0])
+    one, two = logits(model.state, [ids(), ids(1, 7)], "cpu")
+    assert torch.equal(one, logits(model.state, [ids()], "cpu")[0])
+    assert torch.equal(two, logits(model.state, [ids(1, 7)], "cpu")[0])
 
 
 @pytest.mark.parametrize("site", ["layers.0.attn.q", "layers.1.mlp.down", "lm_head"])

@@ -60,7 +60,7 @@ def test_figures_are_those_of_a_plain_forward(family: Any, tokens: Tokens, tmp_p
     source = family(name, torch.float32)
     other = disturbed(source, tmp_path / name)
     one, two = open_model(str(source)), open_model(str(other))
-    base, new = evaluate.compare(one.state, two.state, two.config, tokens)
+    base, new = evaluate.compare(one.state, two.state, tokens)
     theirs, ours = logits(source, tokens), logits(other, tokens)
     perplexity, kl, agreement = plain(theirs, ours, tokens.ids)
     assert new.perplexity == pytest.approx(perplexity, rel=1e-4)
@@ -74,7 +74,7 @@ def test_figures_are_those_of_a_plain_forward(family: Any, tokens: Tokens, tmp_p
 
 def test_a_model_is_no_distance_from_itself(family: Any, tokens: Tokens):
     model = open_model(str(family("llama")))
-    base, new = evaluate.compare(model.state, model.state, model.config, tokens)
+    base, new = evaluate.compare(model.state, model.state, tokens)
     assert base is not None
     assert new.perplexity == base.perplexity
     assert (new.kl, new.agreement) == (0.0, 1.0)
@@ -82,7 +82,7 @@ def test_a_model_is_no_distance_from_itself(family: Any, tokens: Tokens):
 
 def test_without_an_original_there_is_no_distance(family: Any, tokens: Tokens):
     model = open_model(str(family("llama")))
-    base, new = evaluate.compare(None, model.state, model.config, tokens)
+    base, new = evaluate.compare(None, model.state, tokens)
     assert base is None
     assert (new.kl, new.agreement) == (None, None)
     assert new.perplexity is not None
@@ -90,9 +90,9 @@ def test_without_an_original_there_is_no_distance(family: Any, tokens: Tokens):
 
 def test_batches_do_not_change_the_figures(family: Any, tokens: Tokens, monkeypatch: pytest.MonkeyPatch):
     model = open_model(str(family("llama", torch.float32)))
-    _, whole = evaluate.compare(None, model.state, model.config, tokens)
+    _, whole = evaluate.compare(None, model.state, tokens)
     monkeypatch.setattr(Tokens, "batches", lambda self: list(self.ids.split(1)))
-    _, single = evaluate.compare(None, model.state, model.config, tokens)
+    _, single = evaluate.compare(None, model.state, tokens)
     assert single.perplexity == pytest.approx(whole.perplexity, rel=1e-5)
 
 
@@ -100,7 +100,7 @@ def test_an_encoder_has_distances_but_no_perplexity(family: Any, tokens: Tokens,
     source = family("roberta", torch.float32)
     other = disturbed(source, tmp_path / "roberta")
     one, two = open_model(str(source)), open_model(str(other))
-    base, new = evaluate.compare(one.state, two.state, two.config, tokens)
+    base, new = evaluate.compare(one.state, two.state, tokens)
     assert base is not None
     assert base.perplexity is new.perplexity is None
     p, q = (logits(folder, tokens).log_softmax(-1) for folder in (source, other))

@@ -104,8 +104,8 @@ def wanted_tensor(name: str, state: State, config: Any) -> Tensor:
         _, block, part, ending = name.split(".")
         module = f"model.layers.{block}.{OURS[part]}.{ending}"
     sites = {s.weight: s for s in state.graph}
-    changed = state.changed.get(sites[module].name) if module in sites else None
-    held = changed.load().dequantize(torch.float32) if changed else state.checkpoint.read(module).float()
+    changed = state.codes.get(sites[module].name) if module in sites else None
+    held = changed.load().dequantize(torch.float32) if changed else state.dense.read(module).float()
     turned = config.model_type in ("llama", "mistral")
     for part, heads in (("attn_q", config.num_attention_heads), ("attn_k", config.num_key_value_heads)):
         held = halves(heads, held) if turned and name.split(".")[2:3] == [part] else held
@@ -157,10 +157,10 @@ def test_transformers_computes_what_our_weights_give(made: Any, family: Any, nam
     given = {"config": transformers.AutoConfig.from_pretrained(folder)} if name == "qwen3" else {}
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32, **given).eval()
     state = replace(state, dtype=torch.float32)
-    ours = logits(state, open_model(str(family(name))).config, [IDS], "cpu")[0]
+    ours = logits(state, [IDS], "cpu")[0]
     assert float((stock.logits(model, [IDS])[0] - ours).abs().max()) <= 1e-5 * float(ours.abs().max())
     peer = stock.load(family(name), dtype=torch.float32)
-    stock.substitute(peer, state.graph, {n: state.weight(state.graph[n]) for n in state.changed})
+    stock.substitute(peer, state.graph, {n: state.weight(state.graph[n]) for n in state.codes})
     said, wanted = (m.generate(IDS[:1], max_new_tokens=12, do_sample=False) for m in (model, peer))
     assert torch.equal(said, wanted)
 
@@ -171,7 +171,7 @@ def test_mistral_is_a_llama_without_a_window(text: Path, tmp_path: Path) -> None
     done = bake(tmp_path / "run", make_model(tmp_path / "model", config), text, "gguf", rounded("int4:g32"))
     model = transformers.AutoModelForCausalLM.from_pretrained(artifact_of(done), gguf_file=FILE, dtype=torch.float32).eval()
     assert type(model).__name__ == "LlamaForCausalLM"
-    ours = logits(replace(done.state, dtype=torch.float32), config, [IDS], "cpu")[0]
+    ours = logits(replace(done.state, dtype=torch.float32), [IDS], "cpu")[0]
     assert float((stock.logits(model, [IDS])[0] - ours).abs().max()) <= 1e-5 * float(ours.abs().max())
     assert "does not know 'mistral'" in done.artifacts["gguf"][1].remark
 
@@ -217,16 +217,16 @@ def test_an_artifact_proves_itself_in_transformers(made: Any, name: str) -> None
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_written_is_read_back(made: Any, name: str) -> None:
     done, again = made(name), gguf.read(artifact_of(made(name)))
-    same_state(replace(done.state, changed={n: s for n, s in done.state.changed.items() if isinstance(s.format, Int)}), again)
-    for site, stored in done.state.changed.items():
+    same_state(replace(done.state, codes={n: s for n, s in done.state.codes.items() if isinstance(s.format, Int)}), again)
+    for site, stored in done.state.codes.items():
         if isinstance(stored.format, Int):
-            theirs = again.changed[site].load().tensors
+            theirs = again.codes[site].load().tensors
             assert all(torch.equal(t, theirs[s]) for s, t in stored.load().tensors.items()), site
         else:
-            assert torch.equal(again.original(again.graph[site]), stored.load().tensors["weight"])
+            assert torch.equal(again.reference(again.graph[site]), stored.load().tensors["weight"])
     layout = pipeline.plan(done.out.parent / "recipe.yaml").layouts["gguf"]
     assert [(f.name, f.nbytes) for f in layout.files] == [(FILE, (artifact_of(done) / FILE).stat().st_size)]
-    assert again.checkpoint.nbytes == layout.tensor_bytes < layout.nbytes
+    assert again.dense.base.nbytes == layout.tensor_bytes < layout.nbytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -252,7 +252,7 @@ def test_asymmetric_weights_are_kept_though_zero_points_are_not(family: Any, tex
     again = gguf.read(artifact_of(done))
     for site in done.state.graph.linear:
         assert again.format(again.graph[site.name]) == done.state.format(site)
-        ours, theirs = (s.changed[site.name].load().dequantize(torch.float32) for s in (done.state, again))
+        ours, theirs = (s.codes[site.name].load().dequantize(torch.float32) for s in (done.state, again))
         assert torch.equal(ours, theirs)
     kinds = {t.name: t.tensor_type.name for t in oracle.GGUFReader(artifact_of(done) / FILE).tensors}
     found = [kinds[f"blk.{n}.weight"] for n in ("0.ffn_up", "0.attn_q", "1.attn_q", "1.ffn_down")]
@@ -305,7 +305,7 @@ def test_the_container_of_every_format() -> None:
 def foreseen(folder: Path, form: str, pins: dict[str, str]) -> State:
     """The state that a plan of `form` and `pins` foresees."""
     state = open_model(str(folder)).state
-    return replace(state, plan=BitPlan.of(state.graph, parse(form), pins, state.dtype))
+    return state.promising(BitPlan.of(state.graph, parse(form), pins, state.dtype).formats)
 
 
 @pytest.mark.parametrize(("name", "form", "says"), [

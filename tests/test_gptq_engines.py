@@ -87,7 +87,7 @@ def bigger(folder: Path, text: Path, form: str, pins: dict[str, str], tied: bool
 
 def streamed(outcome: pipeline.Outcome, dtype: torch.dtype) -> Tensor:
     state = replace(reader.read(artifact_of(outcome)), dtype=dtype)
-    return logits(state, reader.open_artifact(artifact_of(outcome)).config, [IDS], "cpu")[0]
+    return logits(state, [IDS], "cpu")[0]
 
 
 def close(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
@@ -120,7 +120,7 @@ def test_onnxruntime_genai_computes_with_these_weights(
     close(streamed(done, torch.float32), theirs, 1e-5)
     model = stock.load(tmp_path / "model", dtype=torch.float32)
     state = reader.read(artifact_of(done))
-    stock.substitute(model, state.graph, {n: replace(state, dtype=torch.float32).weight(state.graph[n]) for n in state.changed})
+    stock.substitute(model, state.graph, {n: replace(state, dtype=torch.float32).weight(state.graph[n]) for n in state.codes})
     wanted = model.generate(IDS[:1], max_length=48, do_sample=False)[0, 32:]
     assert torch.equal(said, wanted[wanted != 257])  # it does not give the token that ends a text
 
@@ -135,7 +135,7 @@ def test_vllm_computes_with_these_weights(text: Path, tmp_path: Path, form: str,
     done = bigger(tmp_path, text, form, pins)
     got = vllm_log_probabilities(os.environ["COMPRESS_VLLM_PYTHON"], artifact_of(done), tmp_path / "logprobs.json")
     state, before = reader.read(artifact_of(done)), open_model(str(tmp_path / "model"))
-    ours, original = (logits(s, before.config, [VLLM_IDS[None]], "cpu")[0][0, :-1].log_softmax(-1) for s in (state, before.state))
+    ours, original = (logits(s, [VLLM_IDS[None]], "cpu")[0][0, :-1].log_softmax(-1) for s in (state, before.state))
     noise, loss = (float((got - x).abs().mean()) for x in (ours, original))
     assert noise < 0.08, f"vLLM is {noise:.4f} from the run's weights, {loss:.4f} from the original"
     assert loss > 5 * noise, f"vLLM is {noise:.4f} from the run's weights, only {loss:.4f} from the original"

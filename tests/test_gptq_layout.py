@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,7 @@ def artifact_of(outcome: pipeline.Outcome) -> Path:
 def foreseen(folder: Path, form: str, pins: dict[str, str]) -> State:
     """The state that a plan of `form` and `pins` foresees."""
     state = open_model(str(folder)).state
-    return replace(state, plan=BitPlan.of(state.graph, parse(form), pins, state.dtype))
+    return state.promising(BitPlan.of(state.graph, parse(form), pins, state.dtype).formats)
 
 
 @pytest.fixture(scope="module")
@@ -106,10 +105,10 @@ def by_hand(tensors: dict[str, Tensor], module: str, bits: int, v1: bool) -> np.
 def test_the_definition_gives_the_weights(made: Any, kind: str) -> None:
     done = made(kind)
     state, held = done.state, load_file(artifact_of(done) / "model.safetensors")
-    quantized = {n: f for n, s in state.changed.items() if isinstance(f := s.format, Int)}
+    quantized = {n: f for n, s in state.codes.items() if isinstance(f := s.format, Int)}
     assert len({f.bits for f in quantized.values()}) == 4
     for name, fmt in quantized.items():
-        ours = state.changed[name].load().dequantize(torch.float32)
+        ours = state.codes[name].load().dequantize(torch.float32)
         assert np.array_equal(by_hand(held, state.graph[name].stem, fmt.bits, kind == "sym"), ours.numpy()), name
     assert {t.dtype for n, t in held.items() if n.endswith("scales")} == {torch.float16}
     assert held["model.layers.1.mlp.down_proj.weight"].dtype == torch.float16
@@ -123,12 +122,12 @@ def test_what_is_written_is_read_back(family: Any, text: Path, tmp_path: Path, n
     assert (proof.engine, proof.difference) == ("our own reader", 0.0)
     again = gptq_reader.read(artifact)
     same_state(done.state, again)
-    for name, stored in done.state.changed.items():
-        theirs = again.changed[name].load().tensors
+    for name, stored in done.state.codes.items():
+        theirs = again.codes[name].load().tensors
         assert all(torch.equal(t, theirs[s]) for s, t in stored.load().tensors.items()), name
     layout = pipeline.plan(tmp_path / "recipe.yaml").layouts["gptq"]
     assert {f.name: f.nbytes for f in layout.files} == {p.name: p.stat().st_size for p in artifact.glob("*.safetensors")}
-    assert again.checkpoint.nbytes == layout.tensor_bytes
+    assert again.dense.base.nbytes == layout.tensor_bytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -314,7 +313,7 @@ def test_eval_and_inspect_read_it(made: Any, text: Path, capsys: Any) -> None:
     assert main(["inspect", str(artifact_of(done)), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert {s["site"]: s["format"] for s in shown["sites"] if s["format"] not in ("as it is", "fp16")} == {
-        n: str(s.format) for n, s in done.state.changed.items() if not isinstance(s.format, Dense)
+        n: str(s.format) for n, s in done.state.codes.items() if not isinstance(s.format, Dense)
     }
     assert main(["eval", str(artifact_of(done)), "--text", str(text), "--length", "32", "--sequences", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["kl"] > 0
@@ -334,7 +333,7 @@ def test_the_card_names_ways_that_work(made: Any, family: Any, text: Path, tmp_p
 
 
 def unpacked(folder: Path) -> None:
-    for stored in gptq_reader.read(folder).changed.values():
+    for stored in gptq_reader.read(folder).codes.values():
         stored.load()
 
 

@@ -16,13 +16,15 @@ from tests.conftest import ROOT
 
 # From the top. A room or a module may import from its own line, without cycles, and from lines below; nobody from above.
 LAYERS = (
-    ("cli", "commands", "pipeline", "prepare", "bench", "__main__"),
-    ("recipe", "run", "report", "evaluate"),
+    ("cli", "commands", "pipeline", "prepare", "bench", "terminal", "__main__"),
+    ("recipe", "run", "parts", "report", "evaluate"),
     ("passes", "export"),
     ("manager",),
     ("model",),
     ("state",),
     ("formats",),
+    ("nodes",),
+    ("documents",),
     ("errors",),
 )
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}

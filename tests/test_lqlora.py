@@ -29,7 +29,7 @@ EVERY_RANK = {"pins": {"*.down": "int3:g32+r8:int8:channel", "*.up": "lut2:g64+r
 
 def error(before: State, after: State) -> float:
     """The squared error of all matrices."""
-    return sum(float((before.original(s).float() - after.weight(s).float()).square().sum()) for s in before.graph.linear)
+    return sum(float((before.reference(s).float() - after.weight(s).float()).square().sum()) for s in before.graph.linear)
 
 
 def test_every_combination_of_formats_is_stored_as_it_was_solved(family: Any, tmp_path: Path) -> None:
@@ -38,9 +38,9 @@ def test_every_combination_of_formats_is_stored_as_it_was_solved(family: Any, tm
         LqLora.model_validate({"format": "int4:g32", "rank": 4, "rounds": 1, **EVERY_RANK}), model, tmp_path / "steps"
     )
     for site in model.graph.linear:
-        fmt = after.changed[site.name].format
+        fmt = after.codes[site.name].format
         assert isinstance(fmt, LowRank)
-        packed = after.changed[site.name].load()
+        packed = after.codes[site.name].load()
         A, B = fmt.factor_matrices(packed.tensors)
         assert A.shape == (fmt.rank, site.shape[1])
         assert B.shape == (site.shape[0], fmt.rank)
@@ -120,7 +120,7 @@ def bought(project: Project, behind: str) -> dict[str, str]:
     start = text.index("  - quantize:")
     project.recipe.write_text(text[:start] + BOUGHT + behind + "export: []\n")
     made = compress.run_recipe(project.recipe)
-    assert {n: s.format for n, s in made.state.changed.items()} == dict(made.state.plan.formats)
+    assert {n: s.format for n, s in made.state.codes.items()} == dict(made.state.plan.formats)
     assert made.report.after.linear_bits <= 4.6
     return {n: str(f) for n, f in made.state.plan.formats.items()}
 
@@ -167,7 +167,7 @@ def test_behind_quantize_every_quantized_matrix_is_corrected(project: Project) -
     formats = {n: str(f) for n, f in made.state.plan.formats.items()}
     assert formats.pop("lm_head") == "int8:g32"
     assert set(formats.values()) == {"int4:g32+r4:int8:channel"}
-    assert {n: s.format for n, s in made.state.changed.items()} == dict(made.state.plan.formats)
+    assert {n: s.format for n, s in made.state.codes.items()} == dict(made.state.plan.formats)
     assert "leave 'format' out of 'lqlora'" in project.run("lqlora.format=int3:g32").line
     assert "the rank is above 32" in project.run("lqlora.rank=40").line
 
@@ -192,15 +192,15 @@ def test_behind_quantize_the_twin_is_the_original(project: Project) -> None:
     quantized = attempt(Quantize.model_validate({"format": "int2:g32"}), model, project.folder / "a" / "steps")
     step = step_of(LqLora.model_validate({"rank": 4, "rounds": 0}), model, project.folder / "b" / "steps")
     Watching.model_validate({"rank": 4, "rounds": 0}).run(quantized, step.context())
-    assert not seen[0].changed
-    assert quantized.changed
+    assert not seen[0].codes
+    assert quantized.codes
 
 
 def test_one_eigenproblem_serves_all_ranks_of_a_trial(family: Any, tmp_path: Path) -> None:
     """What the allocator measures for each rank is the tail of one spectrum: the closed form of that rank, without rounds."""
     model = open_model(str(family("llama")))
     site = model.graph["layers.0.mlp.up"]
-    W = model.state.original(site).float()
+    W = model.state.reference(site).float()
     X = torch.randn(512, W.shape[1], generator=torch.Generator().manual_seed(0)) @ torch.randn(W.shape[1], W.shape[1])
     f = gptq_core.factor(X.T @ X / len(X))
     p = LqLora()

@@ -66,7 +66,7 @@ def run(blocks):
 
 def forward(blocks):
     model = open_model(str(blocks))
-    stream = Stream(model.state, model.config)
+    stream = Stream(model.state)
     batches = stream.start(model.state, [torch.ones(2, 64, dtype=torch.int64)])
     for block in model.graph.blocks:
         stream.advance(model.state, block.index, batches)

@@ -37,7 +37,6 @@ from compress.export.onnx.session import Session
 from compress.formats import parse
 from compress.model.model import Model, open_model
 from compress.state import State
-from compress.state.plan import BitPlan
 from tests import stock
 from tests.conftest import FAMILIES, contents, make_model
 from tests.cooking import bake, steps
@@ -82,7 +81,7 @@ def copy(mixed: pipeline.Outcome, tmp_path: Path) -> Path:
 def dequantized(source: Path, state: State) -> Any:
     """The original in transformers, in fp32, every changed matrix replaced by what ours dequantizes to."""
     model, state = stock.load(source, dtype=torch.float32), replace(state, dtype=torch.float32)
-    stock.substitute(model, state.graph, {name: state.weight(state.graph[name]) for name in state.changed})
+    stock.substitute(model, state.graph, {name: state.weight(state.graph[name]) for name in state.codes})
     return model
 
 
@@ -236,7 +235,7 @@ def test_the_size_is_known_beforehand(mixed: pipeline.Outcome, tmp_path: Path) -
     layout = pipeline.plan(mixed.out.parent / "recipe.yaml").layouts["onnx"]
     assert {f.name: f.nbytes for f in layout.files} == {DATA: (artifact_of(mixed) / DATA).stat().st_size}
     assert layout.nbytes - 64 * 200 < layout.tensor_bytes <= layout.nbytes
-    assert reader.read(artifact_of(mixed)).checkpoint.nbytes == layout.tensor_bytes
+    assert reader.read(artifact_of(mixed)).dense.base.nbytes == layout.tensor_bytes
 
 
 def test_the_graph_is_the_same_every_time_and_made_without_weights(
@@ -247,8 +246,8 @@ def test_the_graph_is_the_same_every_time_and_made_without_weights(
 
     done = small("gpt2")
     for name in ("read", "read_rows", "read_finite"):
-        monkeypatch.setattr(type(done.state.checkpoint), name, read)
-    made = graph.build(done.state, open_model(str(family("gpt2", blocks=1))).config, True, "fp32", 4)
+        monkeypatch.setattr(type(done.state.dense), name, read)
+    made = graph.build(done.state, True, "fp32", 4)
     assert serialized(made) == (artifact_of(done) / GRAPH).read_bytes()
 
 
@@ -267,7 +266,7 @@ def test_the_folder_says_what_it_is(mixed: pipeline.Outcome, family: Any) -> Non
     assert config == was
     assert (said["quant_method"], said["format_version"]) == ("compress-onnx", 1)
     assert {m: parse(t) for m, t in said["formats"].items()} == {
-        mixed.state.graph[n].stem: mixed.state.format(mixed.state.graph[n]) for n in mixed.state.changed}  # fmt: skip
+        mixed.state.graph[n].stem: mixed.state.format(mixed.state.graph[n]) for n in mixed.state.codes}  # fmt: skip
     assert {p.name for p in artifact.iterdir()} == {
         GRAPH, DATA, "config.json", MARK, "README.md", "tokenizer.json", "tokenizer_config.json",
         "generation_config.json"}  # fmt: skip
@@ -291,11 +290,11 @@ def same_state(ours: State, theirs: State) -> None:
         twin = theirs.graph[site.name]
         assert theirs.format(twin) == ours.format(site), site.name
         assert torch.equal(theirs.weight(twin), ours.weight(site)), site.name
-        if site.name in ours.changed:
-            held = theirs.changed[site.name].load().tensors
-            assert all(torch.equal(held[s], t) for s, t in ours.changed[site.name].load().tensors.items())
+        if site.name in ours.codes:
+            held = theirs.codes[site.name].load().tensors
+            assert all(torch.equal(held[s], t) for s, t in ours.codes[site.name].load().tensors.items())
     for name in ours.graph.parameters:
-        assert torch.equal(theirs.checkpoint.read(name), ours.checkpoint.read(name)), name
+        assert torch.equal(theirs.dense.read(name), ours.dense.read(name)), name
 
 
 def test_what_is_written_is_read_back(mixed: pipeline.Outcome, small: Any) -> None:
@@ -308,7 +307,7 @@ def test_eval_and_inspect(mixed: pipeline.Outcome, text: Path, capsys: Any) -> N
     assert main(["inspect", str(artifact), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert {s["site"]: s["format"] for s in shown["sites"] if s["format"] != "as it is"} == {
-        n: str(mixed.state.format(mixed.state.graph[n])) for n in mixed.state.changed}  # fmt: skip
+        n: str(mixed.state.format(mixed.state.graph[n])) for n in mixed.state.codes}  # fmt: skip
     assert main(["eval", str(artifact), "--text", str(text), "--length", "32", "--sequences", "2", "--json"]) == 0
     scores = json.loads(capsys.readouterr().out)
     assert "onnxruntime" in scores["engine"]
@@ -503,7 +502,7 @@ def test_a_node_that_computes_otherwise_is_caught(mixed: pipeline.Outcome, famil
 
 def planned(source: Model, form: str, **pins: str) -> State:
     formats = {s.name: parse(pins.get(s.role, form)) for s in source.graph.linear}
-    return replace(source.state, plan=BitPlan(formats))
+    return source.state.promising(formats)
 
 
 def test_remarks(family: Any) -> None:

@@ -28,6 +28,8 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # at least one set for every pass,
         {"format": "int4:g32", "method": "rtn", "clip": "minmax", "pins": {"lm_head": "fp32", "layers.0.*": "bf16"}},
         {"format": "lut3:g32", "pins": {"*.down": "nf3:g64:dq8x16", "layers.0.*": "nf4:g32"}},
     ],
+    "edit": [{"drop_layers": [0]}],
+    "smooth": [{"strength": 0.75}, {"pairs": "norms"}],
     "lqlora": [
         {"format": "int3:g32", "rank": 4, "rounds": 1, "pins": {"*.down": "int4:g32", "*.up": "lut2:g64+r8:int8:channel"}},
         {"format": "nf3:g64:dq8x16", "rank": 4, "init": "paper", "fisher": True, "clip": "minmax"},
@@ -38,7 +40,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # at least one set for every pass,
         {"budget": "4 bits", "formats": SOME, "metric": "fisher", "trials": 1, "together": "none"},
     ],
 }
-FOLLOWING = {"allocate": (Quantize(), LqLora(rounds=0))}
+FOLLOWING = {"allocate": (Quantize(), LqLora(rounds=0)), "smooth": (Quantize(format=parse("int3:g32"), method="rtn"),)}
 CASES = [(name, options) for name, sets in OPTIONS.items() for options in sets]
 
 

@@ -73,7 +73,7 @@ def wanted(source: Path, state: State, dtype: torch.dtype, **options: Any) -> Te
     """The original in transformers with our matrices put in."""
     model = stock.load(source, dtype=dtype, **options)
     wide = replace(state, dtype=dtype)
-    stock.substitute(model, state.graph, {n: wide.weight(state.graph[n]) for n in state.changed})
+    stock.substitute(model, state.graph, {n: wide.weight(state.graph[n]) for n in state.codes})
     return stock.logits(model, [ids()])[0].float()
 
 
@@ -151,7 +151,7 @@ def test_peft_needs_a_forward_pass_first(peft: Any, made: pipeline.Outcome) -> N
 def test_the_base_alone_is_a_plain_checkpoint(made: pipeline.Outcome, family: Any) -> None:
     """Engines that know nothing of the adapter get the quantized matrices, to the bit."""
     state = made.state
-    base = {n: s.load() for n, s in state.changed.items()}
+    base = {n: s.load() for n, s in state.codes.items()}
     matrices = {n: (p.format.base if isinstance(p.format, LowRank) else p.format).dequantize(p.tensors, state.dtype)
                 for n, p in base.items()}  # fmt: skip
     model = stock.load(family("llama"))
@@ -172,7 +172,7 @@ def test_planned_bytes_are_written_bytes(made: pipeline.Outcome) -> None:
     assert layout.index is None
     changed = sum(f.nbytes(s.shape) for s in made.state.graph if (f := made.state.format(s)))
     kept = sum(
-        spec.nbytes for spec in made.state.specs if spec.name not in {made.state.graph[n].weight for n in made.state.changed}
+        spec.nbytes for spec in made.state.specs if spec.name not in {made.state.graph[n].weight for n in made.state.codes}
     )
     assert layout.tensor_bytes == changed + kept
     assert any("--max-lora-rank of 8 or more (not tried)" in r for r in planned.remarks)

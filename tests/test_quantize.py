@@ -102,7 +102,7 @@ def test_every_changed_site_has_one_record_in_the_order_of_the_blocks(
     made = cook(tmp_path, family(name), text, exports=False, method=method, format="int4:g32", pins=head)
     listed = load_records(next((made.out / "steps").iterdir()))
     names = [r["site"] for r in listed]
-    assert sorted(names) == sorted(made.state.changed)
+    assert sorted(names) == sorted(made.state.codes)
     blocks = [made.state.graph[n].block for n in names]
     assert blocks == sorted(blocks, key=lambda b: 99 if b is None else b), "the head comes last"
     for record in listed:
@@ -129,7 +129,7 @@ def test_a_rank_that_no_step_fits_is_refused(family: Any, text: Path, tmp_path: 
 
 def test_rounding_needs_no_text(family: Any, tmp_path: Path) -> None:
     made = cook(tmp_path, family("llama"), exports=False, method="rtn", format="int4:g32", pins={"lm_head": "int8:g32"})
-    assert set(made.state.changed) == {s.name for s in made.state.graph if s.role != "embed"}
+    assert set(made.state.codes) == {s.name for s in made.state.graph if s.role != "embed"}
     assert all(r["tokens"] is None and 0 < r["error"] < 1 for r in records(made).values())
     with pytest.raises(RecipeError, match=r"recipe.yaml:\d+:\d+  'gptq' needs data.calibration; add it, or use method: rtn"):
         pipeline.plan(recipe(tmp_path / "gptq", family("llama"), format="int4:g32"))
@@ -215,7 +215,7 @@ def test_each_option_has_an_effect(family: Any, text: Path, tmp_path: Path) -> N
     codes = []
     for i, options in enumerate(settings):
         made = cook(tmp_path / str(i), family("llama", blocks=1), text, exports=False, **{"format": "int3:g32", **options})
-        packed = [made.state.changed[n].load().tensors for n in made.state.changed]
+        packed = [made.state.codes[n].load().tensors for n in made.state.codes]
         codes.append(b"".join(p["weight_packed"].numpy().tobytes() + p["weight_scale"].float().numpy().tobytes() for p in packed))
     assert len(set(codes)) == len(settings)
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from compress import pipeline
 from compress.errors import RunError
+from compress.export.artifact.place import UNFINISHED
 from compress.export.compressed_tensors.exporter import CompressedTensors
 from compress.passes import PASSES
 from compress.passes.quantize import Quantize
@@ -323,6 +324,71 @@ def test_a_folder_of_somebody_elses_steps_is_refused(project: Project):
     assert contents(project.out) == {"report.md": b"years of work"}
 
 
+THEIRS = ["plan.yaml", "run.json", "report.html", "report.md", "recipe.resolved.yaml", "evaluation.json", "steps/a", "thesis.tex"]
+
+
+@pytest.mark.parametrize("lock", [b"theirs", b"", b"made by somebody"])
+@pytest.mark.parametrize("verb", ["run", "plan"])
+def test_a_folder_with_somebody_elses_lock_and_names_like_ours_is_refused(project: Project, lock: bytes, verb: str):
+    (project.out / "steps").mkdir(parents=True)
+    for name in (".lock", *THEIRS):
+        (project.out / name).write_bytes(lock if name == ".lock" else b"years of work")
+    before = stamps(project.out)
+    assert project(verb, project.recipe).line == f"{project.out}: holds files that no run made; choose another folder with --out"
+    assert stamps(project.out) == before
+    assert project("inspect", project.out).code == 2
+
+
+def test_a_folder_of_names_like_ours_without_a_lock_is_refused(project: Project):
+    (project.out / "steps").mkdir(parents=True)
+    for name in THEIRS:
+        (project.out / name).write_text("years of work")
+    before = stamps(project.out)
+    assert project.run().line == f"{project.out}: holds files that no run made; choose another folder with --out"
+    assert stamps(project.out) == before
+
+
+@pytest.mark.parametrize("place", [".", "model"])
+def test_the_folder_of_the_model_or_the_one_around_it_is_refused(project: Project, place: str):
+    before = contents(project.folder)
+    out = project.folder / place
+    assert project.run(out=out).line == f"{out}: holds files that no run made; choose another folder with --out"
+    assert contents(project.folder) == before
+
+
+@pytest.mark.parametrize("size", [0, 5])
+def test_a_run_that_was_stopped_while_it_marked_its_folder_goes_on(project: Project, size: int):
+    with RunFolder(project.out).held():
+        pass
+    whole = (project.out / ".lock").read_bytes()
+    shutil.rmtree(project.out)
+    project.out.mkdir()
+    (project.out / ".lock").write_bytes(whole[:size])
+    assert project.run("quantize.method=rtn").code == 0
+    assert (project.out / ".lock").read_bytes() == whole
+
+
+def test_a_link_to_a_folder_is_that_folder_and_one_to_nowhere_is_refused(project: Project):
+    (project.folder / "disk").mkdir()
+    project.out.symlink_to("disk")
+    assert project.run("quantize.method=rtn").code == 0
+    assert (project.folder / "disk" / "compressed_tensors").is_dir()
+    nowhere = project.folder / "nowhere"
+    nowhere.symlink_to("absent")
+    assert project.run(out=nowhere).line == f"{nowhere}: cannot write (File exists)"
+
+
+@pytest.mark.parametrize("name", ["run.json.tmp", "report.md.tmp", "plan.yaml.tmp", ".lock"])
+def test_a_link_among_a_runs_files_is_not_written_through(finished: Project, name: str):
+    precious = finished.folder / "precious"
+    precious.write_text("years of work")
+    (finished.out / name).unlink(missing_ok=True)
+    (finished.out / name).symlink_to(precious)
+    result = finished.run()
+    assert precious.read_text() == "years of work"
+    assert result.code == 0 or result.line == f"{finished.out / name}: is a link, and is to be the run's own file; remove it"
+
+
 def test_a_run_folder_that_lost_its_lock_file_is_still_one(finished: Project):
     (finished.out / ".lock").unlink()
     assert "(finished before)" in finished.run().out
@@ -348,6 +414,45 @@ def test_something_else_in_the_place_of_the_artifact_is_refused(project: Project
     line = project.run().line
     assert line == f"{project.artifact}: exists and is no artifact of this tool; move it away or choose another --out"
     assert stamps(project.artifact) == before
+
+
+@pytest.mark.parametrize("make", [
+    lambda p: p.write_text("years of work"), lambda p: (p.mkdir(), (p / "thesis.txt").write_text("years of work")),
+    lambda p: (p.mkdir(), (p / "compress.json").write_text("{}")), lambda p: p.symlink_to("steps"),
+])  # fmt: skip
+def test_something_else_where_the_artifact_is_written_first_is_refused_and_stays(project: Project, make: Any):
+    assert project("run", project.recipe, "--set", "export=[]").code == 0
+    place = project.artifact.with_name("compressed_tensors.partial")
+    make(place)
+    before = stamps(project.out / "steps"), stamps(place)
+    assert project.run().line.startswith(
+        f"{place}: exists, and an artifact is to be written there before it gets its name; move it"
+    )
+    assert (stamps(project.out / "steps"), stamps(place)) == before
+
+
+def test_what_a_killed_run_left_of_an_artifact_is_written_anew(finished: Project, clean: dict[str, bytes]):
+    place = finished.artifact.with_name("compressed_tensors.partial")
+    for stage in ("", UNFINISHED):
+        shutil.rmtree(finished.artifact)
+        place.mkdir()
+        if stage:
+            (place / stage).touch()
+            (place / "half").write_text("x")
+        assert finished.run().code == 0
+        assert contents(finished.artifact) == clean
+        assert not place.exists()
+
+
+def test_files_that_a_user_put_beside_an_artifact_are_kept(finished: Project):
+    (finished.artifact / "notes.txt").write_text("mine")
+    assert finished.run().code == 0  # it is still the artifact that was written
+    assert (finished.artifact / "notes.txt").read_text() == "mine"
+    key = json.loads((finished.artifact / "compress.json").read_text())["key"]
+    assert finished.run("quantize.damp=0.5").code == 0
+    assert (finished.out / f"compressed_tensors-{key[:6]}" / "notes.txt").read_text() == "mine"
+    assert finished.run().code == 0
+    assert (finished.artifact / "notes.txt").read_text() == "mine"
 
 
 # --- the lock ---------------------------------------------------------------------------------------------------------
@@ -391,7 +496,7 @@ def test_a_damaged_block_is_named_and_can_be_mended(finished: Project, clean: di
     for damage in (b"", whole[:100], whole[:-1], b"\xff" * len(whole), whole[:60] + b"\xff" * 8 + whole[68:]):
         block.write_bytes(damage)
         line = finished.run().line
-        assert re.fullmatch(rf"{re.escape(str(block))}: cannot be read \(.*\); delete this file and run again", line)
+        assert re.fullmatch(rf"{re.escape(str(block))}: is damaged \(.*\); delete this file and run again", line)
     block.unlink()
     step = the_step(finished)
     assert finished.run().line == f"{step}: its files are damaged or missing; delete this folder and run again"
@@ -412,7 +517,33 @@ GAPS: dict[str, tuple[str, bytes | None, str]] = {
     "an artifact's weights": ("compressed_tensors/model.safetensors", b"x", "compressed_tensors"),
     "an artifact's weights gone": ("compressed_tensors/model.safetensors", None, "compressed_tensors"),
     "an artifact's mark": ("compressed_tensors/compress.json", b"{", "compressed_tensors"),
+    "an artifact's mark without fields": ("compressed_tensors/compress.json", b"{}", "compressed_tensors"),
 }
+FLIPPED = ["README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+
+
+@pytest.mark.parametrize("name", FLIPPED)
+def test_a_bit_that_flipped_in_an_artifact_is_noticed_by_the_next_run(finished: Project, clean: dict[str, bytes], name: str):
+    assert {*FLIPPED, "compress.json"} == clean.keys()
+    path = finished.artifact / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    made = finished.run()
+    assert made.code == 0, made.err
+    said = f"{path}: is not the file that was written (see compress.json); moved aside to compressed_tensors-damaged, and written"
+    assert said in made.out
+    assert contents(finished.artifact) == clean
+    assert (finished.out / "compressed_tensors-damaged" / name).read_bytes() == data
+    assert "moved aside" not in finished.run().out
+
+
+def test_an_artifact_that_was_damaged_where_it_lies_aside_does_not_come_back(finished: Project, clean: dict[str, bytes]):
+    assert finished.run("quantize.damp=0.5").code == 0
+    aside = finished.out / f"compressed_tensors-{json.loads(clean['compress.json'])['key'][:6]}"
+    (aside / "tokenizer.json").write_bytes(clean["tokenizer.json"][:-1])
+    assert finished.run().code == 0
+    assert contents(finished.artifact) == clean
 
 
 @pytest.mark.parametrize("name", GAPS)

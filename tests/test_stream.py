@@ -61,7 +61,7 @@ def tokens() -> list[Tensor]:
 def start(folder: Path) -> tuple[Model, State, Stream, list[Batch]]:
     model = open_model(str(folder))
     state = model.state
-    stream = Stream(state, model.config)
+    stream = Stream(state)
     return model, state, stream, stream.start(state, tokens())
 
 
@@ -180,8 +180,8 @@ def test_each_stage_sees_what_the_stock_model_with_all_earlier_replacements_sees
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
 def test_a_twin_shows_at_each_stage_what_the_untouched_model_sees(family: Any, name: str) -> None:
-    model, state, stream, batches = start(family(name))
-    beside = Stream(state, model.config)
+    _, state, stream, batches = start(family(name))
+    beside = Stream(state)
     twin = Twin(beside, state, beside.start(state, tokens()))
     untouched = stock.load(family(name), **stock.EAGER)
     for block in state.graph.blocks:

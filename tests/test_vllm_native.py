@@ -17,7 +17,6 @@ import torch
 import transformers
 
 from compress.export.artifact.proof import logits
-from compress.export.native import reader
 from tests.conftest import ROOT, make_model
 from tests.cooking import bake, steps
 from tests.test_vllm import CHILD, IDS, VOCABULARY, vllm_python
@@ -78,7 +77,7 @@ def test_vllm_computes_with_our_matrices(
     source = make_model(tmp_path / "model", KINDS[kind](), getattr(torch, dtype))
     done = bake(tmp_path / "run", source, text, "native", steps("int5:g32+r4", pins=pins))
     artifact = done.artifacts["native"][0]
-    (ours,) = logits(done.state, reader.open_artifact(artifact).config, [IDS[None]], "cpu")
+    (ours,) = logits(done.state, [IDS[None]], "cpu")
     wanted = ours[0, :-1].log_softmax(-1)
     ran = served(vllm_python, plugged, artifact, tmp_path / "out.json", bfloat16=dtype)
     assert ran.returncode == 0, f"vLLM failed:\n{ran.stdout[-2000:]}\n{ran.stderr[-4000:]}"
@@ -91,7 +90,7 @@ def test_compiled_and_in_processes_of_their_own(vllm_python: str, plugged: dict[
     source = make_model(tmp_path / "model", KINDS["llama"](), torch.float32)
     done = bake(tmp_path / "run", source, text, "native", steps("int4:g32", pins={"*.k": "int3:g32"}))
     artifact = done.artifacts["native"][0]
-    (ours,) = logits(done.state, reader.open_artifact(artifact).config, [IDS[None]], "cpu")
+    (ours,) = logits(done.state, [IDS[None]], "cpu")
     ran = served(vllm_python, plugged, artifact, tmp_path / "out.json", bfloat16="float32", **{
         '"VLLM_ENABLE_V1_MULTIPROCESSING": "0", ': "", "enforce_eager=True": "enforce_eager=False",
         "llm = LLM": "if __name__ == '__main__': llm = LLM"})  # fmt: skip

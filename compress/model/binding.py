@@ -80,7 +80,7 @@ class Binding:
                 names = [n for n, p in self.meta.items() if p is meta]  # a tied parameter has several
                 tensor = self._read(state, *names)
                 if tensor is None:
-                    raise ModelError(f"{state.checkpoint.folder}: no tensor for '{path}.{name}'; config and weights do not "
+                    raise ModelError(f"{state.dense.folder}: no tensor for '{path}.{name}'; config and weights do not "
                                      "belong together")  # fmt: skip
                 module._parameters[name] = nn.Parameter(tensor.to(device), requires_grad=False)
 
@@ -94,10 +94,10 @@ class Binding:
 
     def _read(self, state: State, *names: str) -> Tensor | None:
         """The tensor that the checkpoint holds under one of these names of the module tree, in the dtype to compute in."""
-        found = [h for name in names for h in candidates(name, state.graph.family) if h in state.checkpoint]
+        found = [h for name in names for h in candidates(name, state.graph.family) if h in state.dense]
         if not found:
             return None
-        tensor = state.checkpoint.read_finite(found[0])
+        tensor = state.dense.read_finite(found[0])
         precise = any(part in names[0] for part in self.precise)
         return tensor.to(torch.float32 if precise else state.dtype) if tensor.is_floating_point() else tensor
 

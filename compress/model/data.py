@@ -1,23 +1,35 @@
 """Token batches: the same recipe gives the same tokens, and a hash of them goes into every key that depends on them.
 
-A text is tokenized whole, without special tokens, and cut into windows of `length` tokens that do not overlap; the first
-`sequences` windows are used. Documents of a JSONL file or a hub data set are joined by the tokenizer's end-of-text token.
+A text is tokenized without special tokens and cut into windows of `length` tokens that do not overlap; the first `sequences`
+windows are used. Documents of a JSONL file or a hub data set are joined by the tokenizer's end-of-text token.
+
+The windows are those of the whole text, and cost what they hold: a text is tokenized from its start to somewhat behind the last
+window, and what follows is never looked at. That gives the same tokens because tokenizers look ahead no further than a word, a
+run of spaces or a few merges; `MARGIN` tokens behind the windows are left out. (A normalizer whose pattern is anchored to the end
+of the text would be the exception.) Tokenizing piece by piece would cost less where many windows are wanted, but many tokenizers
+treat the start of a text as something else than its middle.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from compress.errors import DataError, first_line
+from compress.documents import local_path
+from compress.errors import DataError
+from compress.model import texts
+from compress.model.tokenizer import Tokenizer, tokenizer_of
+
+START = 1 << 16  # characters that are tokenized at first
+MARGIN = 256  # tokens behind the windows
+MOST = 2**40  # tokens that anybody may ask for
 
 
 class Text(BaseModel):
@@ -26,11 +38,20 @@ class Text(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     text: str | None = Field(None, description="path of a plain text file (UTF-8)")
-    jsonl: str | None = Field(None, description="path of a JSONL file; `field` names the text in each line")
+    jsonl: str | None = Field(
+        None, description="path of a JSONL file; `field` names the text, or the chat messages, in each line"
+    )
     dataset: str | None = Field(None, description="a hub data set, `name` or `name:config`; needs the extra `datasets`")
-    field: str = Field("text", description="the field that holds the text, for jsonl and dataset")
+    field: str = Field("text", description="the field that holds the text or messages, for jsonl and dataset")
     split: str = Field("train", description="the split, for dataset")
-    weight: float = Field(1.0, gt=0, description="share of the windows that this source gives, among several")
+    weight: float = Field(1.0, gt=0, le=1e9, description="share of the windows that this source gives, among several")
+
+    @field_validator("text", "jsonl")
+    @classmethod
+    def _a_path(cls, named: str | None) -> str | None:
+        if named is not None:
+            local_path(named)
+        return named
 
     @model_validator(mode="after")
     def _one_kind(self) -> Text:
@@ -46,8 +67,8 @@ class Text(BaseModel):
 class Windows(Text):
     """Token windows: `sequences` of `length` tokens, from one source or from several `sources` by weight."""
 
-    sequences: int = Field(128, gt=0, description="number of windows")
-    length: int = Field(2048, gt=1, description="tokens in a window; the context length of every figure")
+    sequences: int = Field(128, gt=0, le=MOST, description="number of windows")
+    length: int = Field(2048, gt=1, le=MOST, description="tokens in a window; the context length of every figure")
     bos: bool = Field(False, description="put the tokenizer's begin-of-text token first in every window (Gemma wants it)")
     sources: tuple[Text, ...] = Field((), description="several sources with weights, instead of one")
 
@@ -91,20 +112,29 @@ def read(windows: Windows, model: Path, base: Path, vocabulary: int) -> Tokens:
 
     Raises DataError where a source is missing, has no such field, is shorter than asked, or does not fit the model.
     """
-    tokenizer = open_tokenizer(model)
     sources = windows.sources or (windows,)
     length = windows.length - windows.bos
-    parts = [cut(tokenizer, source, base, n, length)
-             for source, n in zip(sources, shares(windows.sequences, [s.weight for s in sources]), strict=True)]  # fmt: skip
-    ids = torch.cat(parts)
+    counts = shares(windows.sequences, [s.weight for s in sources])
+    with tokenizer_of(model) as tokenizer:
+        ids = torch.cat([cut(tokenizer, source, base, n, length) for source, n in zip(sources, counts, strict=True)])
     if windows.bos:
-        if tokenizer.bos_token_id is None:
+        if tokenizer.begin is None:
             raise DataError("data: bos is true, but the tokenizer has no begin-of-text token; remove it")
-        ids = torch.cat([torch.full((len(ids), 1), tokenizer.bos_token_id), ids], 1)
+        ids = torch.cat([torch.full((len(ids), 1), tokenizer.begin), ids], 1)
     if int(ids.max()) >= vocabulary:
         raise DataError(f"{model}: the tokenizer gives token {int(ids.max())}, the model knows only {vocabulary}; "
                         "they do not belong together")  # fmt: skip
     return Tokens(ids, ", ".join(s.place for s in sources))
+
+
+def check_length(length: int, config: Any) -> None:
+    """DataError where windows are longer than the positions that a model has learned (rotary positions have no such end)."""
+    learned = getattr(config, "max_position_embeddings", None)
+    if learned and config.model_type == "roberta":  # its positions start behind the padding token's
+        learned -= (config.pad_token_id or 0) + 1
+    if learned is not None and length > learned and not hasattr(config, "rope_parameters"):
+        raise DataError(f"windows of {length} tokens are longer than the {learned} positions that the model has; "
+                        f"ask for length: {learned} or less")  # fmt: skip
 
 
 def shares(total: int, weights: list[float]) -> list[int]:
@@ -117,78 +147,53 @@ def shares(total: int, weights: list[float]) -> list[int]:
     return parts
 
 
-def cut(tokenizer: Any, source: Text, base: Path, sequences: int, length: int) -> torch.Tensor:
+def cut(tokenizer: Tokenizer, source: Text, base: Path, sequences: int, length: int) -> torch.Tensor:
     """The first windows of one source, int64 [sequences, length]."""
-    ids: list[int] = []
-    for document in documents(source, base):
-        if ids and tokenizer.eos_token_id is not None:
-            ids.append(tokenizer.eos_token_id)
-        ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-        if len(ids) >= sequences * length:
+    ids: array[int] = array("q")
+    wanted = sequences * length
+    for document in documents(tokenizer, source, base):
+        if ids and tokenizer.end is not None:
+            ids.append(tokenizer.end)
+        ids += first_tokens(tokenizer, document, wanted - len(ids))
+        if len(ids) >= wanted:
             break
-    if len(ids) < sequences * length:
+    if len(ids) < wanted:
         fewer = f"ask for at most {len(ids) // length} sequences" if len(ids) >= length else "ask for shorter windows"
         raise DataError(f"{source.place}: holds {len(ids):,} tokens, {sequences} windows of {length} need "
-                        f"{sequences * length:,}; give more text or {fewer}")  # fmt: skip
-    return torch.tensor(ids[: sequences * length], dtype=torch.int64).view(sequences, length)
+                        f"{wanted:,}; give more text or {fewer}")  # fmt: skip
+    return torch.tensor(ids[:wanted], dtype=torch.int64).view(sequences, length)
 
 
-def documents(source: Text, base: Path) -> Iterator[str]:
-    if source.dataset is not None:
-        yield from hub_documents(source)
+def documents(tokenizer: Tokenizer, source: Text, base: Path) -> Iterator[texts.Text]:
+    """The texts of one source, each read as far as it is asked for."""
+
+    def chat(messages: list[dict[str, Any]], where: str) -> str:
+        if not tokenizer.has_template:
+            raise DataError(f"{where}: holds chat messages, and the tokenizer in {tokenizer.model} has no chat template; "
+                            "name a field that holds text")  # fmt: skip
+        try:
+            return tokenizer.chat(messages)
+        except DataError as e:
+            raise DataError(f"{where}: {e}") from None
+
+    if source.text is not None:
+        yield texts.file_text(texts.located(base, source.text))
         return
-    path = base / Path(source.place).expanduser()
-    try:
-        if source.text is not None:
-            yield path.read_text(encoding="utf-8")
-            return
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield jsonl_field(line, source.field, f"{path}:{number}")
-    except OSError as e:
-        raise DataError(f"{path}: {e.strerror}") from None
-    except UnicodeDecodeError as e:
-        raise DataError(f"{path}: is no UTF-8 text ({e.reason} at byte {e.start})") from None
+    if source.dataset is not None:
+        found = texts.rows(source.dataset, source.split, source.field, chat)
+    else:
+        found = texts.records(texts.located(base, source.place), source.field, chat)
+    for text in found:
+        yield texts.Text(iter([text]))
 
 
-def jsonl_field(line: bytes, field: str, where: str) -> str:
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as e:
-        raise DataError(f"{where}: this line is no UTF-8 text ({e.reason} at byte {e.start} of it)") from None
-    except (ValueError, RecursionError):
-        raise DataError(f"{where}: this line is no JSON") from None
-    return field_of(record, field, where)
-
-
-def field_of(record: Any, field: str, where: str) -> str:
-    """The text in a field of one record; DataError naming the fields that there are."""
-    if not isinstance(record, dict) or not isinstance(record.get(field), str):
-        fields = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
-        raise DataError(f"{where}: has no text field '{field}'; found: {fields or 'none'}")
-    text: str = record[field]
-    return text
-
-
-def hub_documents(source: Text) -> Iterator[str]:
-    try:
-        import datasets
-    except ImportError:
-        raise DataError("data: 'dataset' needs the extra 'datasets':  pip install 'compress-pipeline[datasets]'") from None
-    name, _, config = (source.dataset or "").partition(":")
-    try:
-        rows = datasets.load_dataset(name, config or None, split=source.split, streaming=True)
-        for row in rows:
-            yield field_of(row, source.field, f"data set '{source.dataset}'")
-    except DataError:
-        raise
-    except Exception as e:  # the library raises its own, the network's and the author's errors
-        raise DataError(f"data set '{source.dataset}': {first_line(e)}") from e
-
-
-def open_tokenizer(model: Path) -> Any:
-    try:
-        return transformers.AutoTokenizer.from_pretrained(model, local_files_only=True)
-    except Exception as e:  # whatever the tokenizer's files make it raise
-        raise DataError(f"{model}: no tokenizer that transformers can read ({first_line(e)})") from e
+def first_tokens(tokenizer: Tokenizer, text: texts.Text, wanted: int) -> array[int]:
+    """The first tokens of a text, `wanted` of them or more if it has so many; else all."""
+    size = START + 4 * max(0, wanted)
+    while True:
+        part, whole = text.upto(size)
+        ids = tokenizer.encode(part)
+        if whole or len(ids) >= wanted + MARGIN:
+            return ids if whole else ids[:wanted]
+        needed = len(part) * (wanted + MARGIN) // max(1, len(ids))
+        size = min(max(size + size // 2, needed + needed // 8), 8 * size)

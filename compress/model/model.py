@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,27 +20,38 @@ import torch
 import transformers
 from torch import nn
 
+from compress.documents import local_path, one_line
 from compress.errors import ModelError, first_line
+from compress.model.config import believed, checked_config, rehearse
+from compress.model.custom import refuse_code
 from compress.model.discover import discover
-from compress.model.names import anchor, check_tensors
+from compress.model.names import anchor, check_tensors, held
 from compress.model.skeleton import skeleton
 from compress.state import State
-from compress.state.checkpoint import Checkpoint, Spec
+from compress.state.checkpoint import INDEX, SINGLE, Checkpoint, Spec, within
 from compress.state.graph import Graph
+from compress.state.overlay import Bare, Overlay
 
 
 @dataclass(frozen=True)
 class Model:
-    """An opened model: its folder and config; weights stay on disk."""
+    """An opened model: its folder and config; weights stay on disk. declared: the config's values as config.json has them, where
+    `config` has others because the weights say so."""
 
     folder: Path
     config: Any
     name: str
     revision: str | None = None
+    declared: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
         return Checkpoint(self.folder)
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """What scales are stored in: fp16 in an fp16 model, else bf16."""
+        return torch.float16 if self.dtype == torch.float16 else torch.bfloat16
 
     @property
     def has_weights(self) -> bool:
@@ -58,7 +70,9 @@ class Model:
 
     @cached_property
     def graph(self) -> Graph:
-        graph = discover(self.skeleton(), self.config)
+        with believed(self.folder / "config.json", "no model can be made of it"):
+            rehearse(self.skeleton, self.folder / "config.json")
+            graph = discover(self.skeleton(), self.config)
         if self.has_weights:
             graph = anchor(graph, self.checkpoint)
             check_tensors(graph, self.checkpoint)
@@ -82,9 +96,11 @@ class Model:
         """The state before any pass; ModelError where the model is quantized already."""
         quantized = getattr(self.config, "quantization_config", None)
         if quantized:
-            method = dict(quantized).get("quant_method", "?") if isinstance(quantized, dict) else quantized.quant_method
+            known = quantized if isinstance(quantized, dict) else vars(quantized)
+            method = one_line(str(known.get("quant_method", "?")), 60)
             raise ModelError(f"{self.folder}: is quantized already ({method}); name the original model")
-        return State(self.graph, self.checkpoint, self.dtype, tuple(self.specs))
+        base = self.checkpoint if self.has_weights else Bare(self.folder, self.specs)
+        return State(self.graph, self.config, self.dtype, tuple(self.specs), Overlay(base))
 
     def identity(self) -> dict[str, str]:
         """What makes two models the same, wherever they lie: config and weights by hash."""
@@ -97,19 +113,55 @@ def open_model(name: str, base: Path = Path()) -> Model:
 
     A relative path is looked up from `base`. Raises ModelError when nothing is there or the config cannot be read.
     """
-    folder = (base / name).expanduser()
-    folder = folder.parent if folder.name == "config.json" else folder
-    revision = None
-    if not folder.is_dir():
-        folder, revision = download(name, folder)
+    folder, revision = folder_of(name, base)
     path = folder / "config.json"
     if not path.exists():
         raise ModelError(f"{folder}: no config.json; is this the folder of a transformers model?")
+    within(folder, path)
+    refuse_code(path)
+    checked_config(path)
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as e:  # transformers raises whatever the config's author's code raises
         raise ModelError(f"{path}: transformers cannot read it ({first_line(e)})") from e
-    return Model(folder, config, name, revision)
+    return Model(folder, as_stored(config, folder), name, revision, config.to_dict())
+
+
+def as_stored(config: Any, folder: Path) -> Any:
+    """The config, untied where it says that embedding and head are one matrix and the weights hold another head.
+
+    transformers goes by the weights then, other engines by the config, so from here on the config says it.
+    """
+    text = config.get_text_config()
+    if not getattr(text, "tie_word_embeddings", False) or not any((folder / name).exists() for name in (INDEX, SINGLE)):
+        return config
+    graph, checkpoint = discover(skeleton(config), config), Checkpoint(folder)
+    if "lm_head" not in graph.sites or not graph["lm_head"].tied:
+        return config
+    embed, head = (held(graph[name], graph.family, checkpoint) for name in ("embed", "lm_head"))
+    if embed is None or head is None or embed == head or same_bytes(checkpoint, embed, head):
+        return config
+    config = deepcopy(config)
+    config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+    return config
+
+
+def same_bytes(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    """Whether two tensors of a checkpoint hold the same."""
+    a, b = checkpoint.read(one), checkpoint.read(other)
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
+def folder_of(name: str, base: Path) -> tuple[Path, str | None]:
+    """The folder that a model's name stands for, and the revision where it came from the hub."""
+    try:
+        folder = base / local_path(name)
+        folder = folder.parent if folder.name == "config.json" else folder
+        return (folder, None) if folder.is_dir() else download(name, folder)
+    except OSError as e:
+        raise ModelError(f"model '{name}': {e.strerror}") from None
+    except ValueError as e:
+        raise e if isinstance(e, ModelError) else ModelError(f"model {e}") from None
 
 
 def download(name: str, folder: Path) -> tuple[Path, str]:
@@ -121,7 +173,8 @@ def download(name: str, folder: Path) -> tuple[Path, str]:
     repo, _, revision = name.partition("@")
     try:
         path = Path(snapshot_download(repo, revision=revision or None,
-                                      allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]))  # fmt: skip
+                                      allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken",
+                                                      "LICENSE*", "NOTICE*", "USE_POLICY*"]))  # fmt: skip
     except Exception as e:  # network, authorisation, absent: the hub's own words are the best we have
         raise ModelError(f"model '{name}': no folder {folder}, and the hub says: {first_line(e)}") from e
     return path, path.name

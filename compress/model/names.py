@@ -32,22 +32,27 @@ def candidates(name: str, family: str) -> Iterator[str]:
         yield from (f"{prefix}.{form}" for prefix in ("model", "transformer"))
 
 
+def held(site: Site, family: str, checkpoint: Checkpoint) -> str | None:
+    """The name under which a checkpoint holds a site's matrix, dense or packed; None where it is in no tensor of its own."""
+    names = (n for own in (site.weight, *(f"{a}.weight" for a in site.aliases)) for n in candidates(own, family))
+    return next((n for n in names if n in checkpoint or f"{n}_packed" in checkpoint), None)
+
+
 def anchor(graph: Graph, checkpoint: Checkpoint) -> Graph:
     """The graph with every name as this checkpoint writes it; a site or tensor that is not there is a ModelError."""
     sites: dict[str, Site] = {}
     missing: list[str] = []
     for site in graph:
-        names = (n for held in (site.weight, *(f"{a}.weight" for a in site.aliases)) for n in candidates(held, graph.family))
-        held = next((n for n in names if n in checkpoint or f"{n}_packed" in checkpoint), None)
-        if held is None and not site.tied and not (site.expert is not None and site.joined in checkpoint):
+        found = held(site, graph.family, checkpoint)
+        if found is None and not site.tied and not (site.expert is not None and site.joined in checkpoint):
             missing.append(site.weight)
-        sites[site.name] = replace(site, weight=held or site.weight)
+        sites[site.name] = replace(site, weight=found or site.weight)
     parameters: dict[str, tuple[int, ...]] = {}
     for name, shape in graph.parameters.items():
-        held = next((n for n in candidates(name, graph.family) if n in checkpoint), None)
-        if held is None:
+        found = next((n for n in candidates(name, graph.family) if n in checkpoint), None)
+        if found is None:
             missing.append(name)
-        parameters[held or name] = shape
+        parameters[found or name] = shape
     next_layer = f"{graph.blocks[-1].module.rpartition('.')[0]}.{len(graph.blocks)}."
     beyond = next((n for n in checkpoint.specs if n.startswith(next_layer)), None)
     if beyond:

@@ -42,15 +42,63 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 def model_class(config: Any) -> Any:
-    """The class that the config names, or the causal-LM class of its family."""
+    """The class that the config names, with a head or without one, or the causal-LM class of its family."""
     for name in getattr(config, "architectures", None) or []:
-        if isinstance(name, str) and hasattr(transformers, name) and not name.endswith("Model"):
-            return getattr(transformers, name)
+        if isinstance(name, str) and hasattr(transformers, name):
+            found = getattr(transformers, name)
+            if not name.endswith("Model") or found is base_class(config):
+                return found
     known = transformers.AutoModelForCausalLM._model_mapping
     if type(config) not in known:
         raise ModelError(f"found architecture '{config.model_type}', which is no language model: transformers has no class "
                          "for it that predicts tokens")  # fmt: skip
     return known[type(config)]
+
+
+def base_class(config: Any) -> Any:
+    """What `AutoModel` makes of a config: the model without a head; None where it knows none."""
+    known = transformers.AutoModel._model_mapping
+    return known.get(type(config), None)  # its `get` wants a default
+
+
+def auto_class(config: Any) -> str:
+    """What of transformers loads the class that a config names, as a user would write it."""
+    found = model_class(config)
+    if found is base_class(config):
+        return "AutoModel"
+    if found.__name__.endswith("LMHeadModel"):
+        return "AutoModelForCausalLM"
+    auto = f"AutoModelFor{found.__name__.rpartition('For')[2]}"
+    return auto if hasattr(transformers, auto) else found.__name__
+
+
+def base_prefix(config: Any) -> str:
+    """The name under which a model with a head holds the model without one, which their names differ by."""
+    return str(getattr(model_class(config), "base_model_prefix", ""))
+
+
+def with_logits(model: nn.Module) -> nn.Module:
+    """The model; one that predicts no tokens, such as an embedder or a classifier, then gives what stands for logits.
+
+    These are its last hidden states times the rows of its embedding, as a tied head would have them: what is compared with the
+    original, in figures and proofs, is thus every hidden state. A classifier's own head is not run; it stays as it is.
+    """
+    whole: Any = model
+    if not isinstance(model, transformers.PreTrainedModel) or whole.get_output_embeddings() is not None:
+        return model
+    base = whole.base_model
+    inner = model.forward if base is model else base
+
+    def forward(input_ids: torch.Tensor, **options: Any) -> Any:
+        out = inner(input_ids=input_ids, **options)
+        rows = base.get_input_embeddings()
+        table = rows.weight if hasattr(rows, "weight") else rows(torch.arange(rows.num_embeddings, device=input_ids.device))
+        hidden = out.last_hidden_state
+        out["logits"] = hidden @ table.T.to(hidden.dtype) if hidden.shape[-1] == table.shape[-1] else hidden
+        return out
+
+    model.forward = forward
+    return model
 
 
 def skeleton(config: Any) -> nn.Module:
@@ -62,7 +110,7 @@ def skeleton(config: Any) -> nn.Module:
         model.tie_weights()  # type: ignore[operator]
     except Exception as e:
         raise ModelError(f"transformers cannot build {cls.__name__} from this config ({first_line(e)})") from e
-    return model.eval().requires_grad_(False)
+    return with_logits(model.eval().requires_grad_(False))
 
 
 def is_matrix(module: nn.Module) -> bool:

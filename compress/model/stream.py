@@ -25,6 +25,7 @@ import greenlet
 import torch
 from torch import Tensor, nn
 
+from compress.errors import ModelError
 from compress.model.binding import Binding, get_matrix, put_matrix, within
 from compress.model.experts import run_experts_one_by_one
 from compress.model.lockstep import Batch, Inputs, Lockstep
@@ -75,11 +76,11 @@ class Twin:
 class Stream:
     """A state's model, streamed. `device` holds the block in hand and the activations."""
 
-    def __init__(self, state: State, config: Any, device: str = "cpu"):
+    def __init__(self, state: State, device: str = "cpu"):
         self.device = torch.device(device)
         self.dtype = state.dtype
         self.graph = state.graph
-        self.model = skeleton(config)
+        self.model = skeleton(state.config)
         self.blocks: list[nn.Module] = [self.model.get_submodule(b.module) for b in self.graph.blocks]
         self.probes = [Probe(block) for block in self.blocks]
         self._names = Binding(state, self.model)
@@ -199,6 +200,17 @@ class Stream:
         with self.block(state, index) as block:
             for batch in batches:
                 batch.hidden = self.call(block, batch, index)
+        self._finite(index, batches)
+
+    def _finite(self, index: int, batches: Sequence[Batch]) -> None:
+        """ModelError, naming the block, where what it put out is not finite: nothing behind it would mean anything."""
+        if all(bool(batch.hidden.isfinite().all()) for batch in batches):
+            return
+        path, kind = self.graph.blocks[index].module, str(self.dtype)[6:]
+        why = "the model is damaged, or its numbers are too large for it"
+        if self.dtype == torch.float16:
+            why = "its activations are too large for fp16; convert the model to bf16 or fp32 and name that one"
+        raise ModelError(f"{path}: what it puts out in {kind} is not finite; {why}")
 
     def call(self, block: nn.Module, batch: Batch, index: int) -> Tensor:
         """The hidden states behind a block in hand."""
@@ -236,6 +248,7 @@ class Stream:
                 mine.go_on()
                 if theirs:
                     theirs.go_on()
+        self._finite(index, batches)
 
     def _lockstep(self, stack: ExitStack, state: State, index: int, batches: Sequence[Batch], sites: Sequence[Site]) -> Lockstep:
         block = stack.enter_context(self.block(state, index))

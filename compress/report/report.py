@@ -25,6 +25,8 @@ SECONDS_PER_WEIGHT = 1e-7  # of the search for ranges and the column loop, measu
 
 def site_line(record: Mapping[str, Any]) -> str:
     """What became of one site, in one line."""
+    if "format" not in record:
+        return f"{record['site']:<24} {'; '.join(record.get('notes', ()))}"
     text = f"{record['site']:<24} {record['format']:<14}"
     if record.get("error") is not None and "rounding" in record:
         ratio = record["error"] / record["rounding"] if record["rounding"] else 1.0
@@ -35,10 +37,15 @@ def site_line(record: Mapping[str, Any]) -> str:
     return text + "".join(f"  [{n}]" for n in record.get("notes", ()))
 
 
+def encoded(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Those records that tell of a site's format; others tell of what a pass did to dense tensors."""
+    return [r for r in records if "format" in r]
+
+
 def site_table(state: State, records: Sequence[Mapping[str, Any]]) -> tuple[list[Row], Row]:
-    """One row per changed site: format, bits, bytes, error, error of rounding."""
+    """One row per encoded site: format, bits, bytes, error, error of rounding."""
     rows: list[Row] = []
-    for r in records:
+    for r in encoded(records):
         site = state.graph[r["site"]]
         rows.append([r["site"], r["format"], f"{8 * r['bytes'] / site.numel:.3f}", f"{r['bytes']:,}",
                      number(r.get("error")), number(r.get("rounding")), "; ".join(r.get("notes", ()))])  # fmt: skip
@@ -154,7 +161,7 @@ class Report:
     def html(self) -> str:
         """One self-contained page: the figures, heat maps of bits and error over layers, steps, sites, recipe."""
         rows, head = site_table(self.state, self.records)
-        bits = {r["site"]: 8 * r["bytes"] / self.state.graph[r["site"]].numel for r in self.records}
+        bits = {r["site"]: 8 * r["bytes"] / self.state.graph[r["site"]].numel for r in encoded(self.records)}
         errors = {r["site"]: r["error"] for r in self.records if r.get("error") is not None}
         body = [f"<h1>{html.escape(self.title)}, compressed</h1>",
                 html_table(score_rows(self.scores, self.before, self.after), ["", "original", "compressed"]),
@@ -216,7 +223,7 @@ def card_writer(
         before = sizes(model.state, Layout.of(model.specs).tensor_bytes)
         after = sizes(state, tensor_bytes)
         rows, head = site_table(state, records)
-        formats = sorted({r["format"] for r in records})
+        formats = sorted({r["format"] for r in encoded(records)})
         name = model.folder.name if model.revision is None else model.name
         parts = [f"---\nlibrary_name: {extra['library']}\ntags:\n- {extra['tag']}\n- quantized\n---",
                  f"# {name}, quantized", f"Made from `{name}` with compress. Formats: {', '.join(formats) or 'none'}.",

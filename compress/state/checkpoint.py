@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from compress.documents import MOST_JSON, one_line, parse_json, read_bytes
 from compress.errors import ModelError, RunError
 
 INDEX = "model.safetensors.index.json"
@@ -54,12 +55,14 @@ class Spec:
 
 def read_header(path: Path) -> dict[str, Spec]:
     """The tensors of one safetensors file; ModelError if it is missing, truncated or no such file."""
+    if path.exists() and not path.is_file() and not path.is_dir():  # a pipe that nobody writes to would be waited for
+        raise ModelError(f"{path}: is no regular file")
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if length > min(path.stat().st_size - 8, 100_000_000):
                 raise ModelError(f"{path}: truncated or not a safetensors file; download it again")
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
         header.pop("__metadata__", None)
         specs = {n: Spec(n, DTYPES[t["dtype"]], tuple(t["shape"])) for n, t in header.items()}
         end = checked_end(specs, {n: t["data_offsets"] for n, t in header.items()})
@@ -95,31 +98,30 @@ class Checkpoint:
         self.folder = folder
         self.files: dict[str, Path] = {}
         self.specs: dict[str, Spec] = {}
-        for path in (*weight_files(folder), *beside):
+        for path in (*(within(folder, file) for file in weight_files(folder)), *beside):
             for name, spec in read_header(path).items():
                 self.files[name], self.specs[name] = path, spec
         self._check_index()
 
     def _check_index(self) -> None:
-        index = self.folder / INDEX
-        if not index.exists():
-            return
-        for name, file in json.loads(index.read_text())["weight_map"].items():
+        for name, file in (index_of(self.folder) or {}).items():
             if name not in self.specs:
-                raise ModelError(f"{index}: says that '{name}' is in {file}, which does not hold it; download it again")
+                raise ModelError(
+                    f"{self.folder / INDEX}: says that '{name}' is in {file}, which does not hold it; download it again"
+                )
+
+    @cached_property
+    def _hashed(self) -> dict[Path, tuple[tuple[int, ...], str]]:
+        """What a file was when it was hashed, and its hash; filled in by `fingerprint`."""
+        return {}
 
     def __contains__(self, name: str) -> bool:
         return name in self.specs
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, on CPU; ModelError naming the file when it cannot be read."""
-        path = self.files[name]
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensor: torch.Tensor = file.get_tensor(name)
-                return tensor
-        except (SafetensorError, OSError) as e:
-            raise ModelError(f"{path}: tensor '{name}' cannot be read ({e})") from None
+        self._unchanged(self.files[name])
+        return read_tensor(self.files[name], name)
 
     def read_finite(self, name: str) -> torch.Tensor:
         """As `read`; ModelError where the tensor holds a NaN or an infinity."""
@@ -132,9 +134,8 @@ class Checkpoint:
 
     def read_rows(self, name: str, index: int) -> torch.Tensor:
         """One slice along the first dimension (an expert of a 3-D tensor)."""
-        with safe_open(self.files[name], framework="pt") as file:
-            tensor: torch.Tensor = file.get_slice(name)[index]
-            return self._finite(name, tensor)
+        self._unchanged(self.files[name])
+        return self._finite(name, read_tensor(self.files[name], name, index))
 
     @cached_property
     def nbytes(self) -> int:
@@ -142,28 +143,83 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the weights: of every byte up to `HASHED_BYTES`, of headers and evenly spread pages of larger models."""
-        digest = hashlib.sha256()
-        paths = sorted(set(self.files.values()))
-        whole = sum(p.stat().st_size for p in paths) <= HASHED_BYTES
-        for path in paths:
-            size = path.stat().st_size
-            digest.update(f"{path.name}:{size}:{path.stat().st_mtime_ns if not whole else 0}".encode())
-            with path.open("rb") as file:
-                step = 1 << 20 if whole else max(4096, size // 256)
-                for start in range(0, size, step):
-                    file.seek(start)
-                    digest.update(file.read(step if whole else 4096))
+        """A hash of the weights: of every byte up to `HASHED_BYTES`, of headers and evenly spread pages of larger models.
+
+        From then on a tensor is only read from the bytes that were hashed: a file that was touched since is hashed again.
+        """
+        for path in sorted(set(self.files.values())):
+            self._hashed[path] = stamp(path), self._hash(path)
+        return hashlib.sha256("".join(known for _, known in self._hashed.values()).encode()).hexdigest()
+
+    def _hash(self, path: Path) -> str:
+        whole = sum(p.stat().st_size for p in set(self.files.values())) <= HASHED_BYTES
+        size, digest = path.stat().st_size, hashlib.sha256()
+        digest.update(f"{path.name}:{size}:{path.stat().st_mtime_ns if not whole else 0}".encode())
+        with path.open("rb") as file:
+            step = 1 << 20 if whole else max(4096, size // 256)
+            for start in range(0, size, step):
+                file.seek(start)
+                digest.update(file.read(step if whole else 4096))
         return digest.hexdigest()
+
+    def _unchanged(self, path: Path) -> None:
+        """ModelError where a file is no longer the one whose hash is known, such as one that was replaced while a run goes on."""
+        if path not in self._hashed or self._hashed[path][0] == stamp(path):
+            return
+        now, known = stamp(path), self._hashed[path][1]
+        if self._hash(path) != known:
+            raise ModelError(f"{path}: was changed while it was being read; finished blocks are kept, run again")
+        self._hashed[path] = now, known
+
+
+def stamp(path: Path) -> tuple[int, ...]:
+    """What changes when a file is replaced or written to; of the four only the last cannot be set back."""
+    try:
+        held = path.stat()
+    except OSError as e:
+        raise ModelError(f"{path}: {e.strerror}") from None
+    return held.st_ino, held.st_size, held.st_mtime_ns, held.st_ctime_ns
+
+
+def read_tensor(path: Path, name: str, index: int | None = None) -> torch.Tensor:
+    """A tensor of a safetensors file, or one slice of it along the first dimension; ModelError naming the file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name) if index is None else file.get_slice(name)[index]
+            return tensor
+    except (SafetensorError, OSError) as e:
+        raise ModelError(f"{path}: tensor '{name}' cannot be read ({e})") from None
+
+
+def within(folder: Path, path: Path, what: str = "model's folder") -> Path:
+    """The path; ModelError where it is a link that leads out of the folder, and not into the store of a hub cache that the folder
+    is a snapshot of: what lies behind would be published as a part of `what`."""
+    home, target = folder.resolve(), path.resolve()
+    store = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
+    if home not in target.parents and target.parent != store:
+        raise ModelError(f"{path}: is a link out of the {what}; copy the file itself")
+    return path
+
+
+def index_of(folder: Path) -> dict[str, str] | None:
+    """Tensor -> file, as the index of a folder says; None where there is none, ModelError where it is none."""
+    path = folder / INDEX
+    if not path.exists():
+        return None
+    try:
+        table = parse_json(read_bytes(path, MOST_JSON, ModelError))["weight_map"]
+        return {str(name): str(file) for name, file in table.items()}
+    except ModelError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError) as e:
+        raise ModelError(f"{path}: broken index ({one_line(str(e))}); download it again") from None
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that hold a model; ModelError says what was found instead."""
-    if (folder / INDEX).exists():
-        try:
-            names = sorted({str(name) for name in json.loads((folder / INDEX).read_text())["weight_map"].values()})
-        except (ValueError, LookupError, TypeError, AttributeError) as e:
-            raise ModelError(f"{folder / INDEX}: broken index ({e}); download it again") from None
+    table = index_of(folder)
+    if table is not None:
+        names = sorted(set(table.values()))
         if foreign := next((name for name in names if Path(name).name != name), None):
             raise ModelError(f"{folder / INDEX}: names '{foreign[:80]}', which is no file of this folder; download it again")
         return [folder / name for name in names]

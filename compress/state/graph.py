@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import torch
+
 from compress.errors import MatchError, nearest
 
 ATTENTION = ("q", "k", "v", "qkv", "o")
@@ -59,6 +61,35 @@ class Site:
     def stem(self) -> str:
         """The checkpoint's name of the module: `weight` without its last component."""
         return self.weight.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class Feed:
+    """A norm whose outputs, x̂ (offset + weight) + bias, matrices read directly.
+
+    weight, bias: names of its tensors in the checkpoint; a norm without a bias has None. offset: 1 in Gemma, 0 elsewhere.
+    readers: the sites that read it. others: tensors [.., in] of further matrices that do, such as a router's. obstacle: why no
+    factor can go from it into its readers; empty where one can.
+    """
+
+    weight: str
+    bias: str | None
+    offset: float
+    readers: tuple[str, ...]
+    others: tuple[str, ...]
+    obstacle: str
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The rows of a site that become the inputs of another: input k is row `rows[k]`, times what does not depend on the site.
+
+    obstacle: why no factor can go from the rows into the inputs; empty where one can.
+    """
+
+    site: str
+    rows: torch.Tensor
+    obstacle: str
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from compress.errors import CompressError, FormatError
 from compress.formats import Dense, Format, LowRank, parse
 from compress.state.graph import Graph, Site
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-_BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*(bits?|%|[KMG]?i?B)")
+_BUDGET = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(bits?|%|[KMG]?i?B)")
+MOST_BYTES, MOST_BITS = 2**60, 10**6  # of a budget: no model has more, and solvers count in 64 bits
 
 
 def size(n: float) -> str:
@@ -39,7 +41,11 @@ class Budget:
         if match is None or (match[2] not in UNITS and match[2] not in ("%", "bit", "bits")):
             raise FormatError(f"'{text}' is no budget; write bits per weight (3.0 bits), bytes of the file (1.2 GiB; units: "
                               f"{', '.join(UNITS)}) or a share of the original (45 %)")  # fmt: skip
-        return cls(float(match[1]), "bits" if match[2].startswith("bit") else match[2])
+        unit = "bits" if match[2].startswith("bit") else match[2]
+        amount, most = float(match[1]), MOST_BYTES // UNITS[unit] if unit in UNITS else MOST_BITS
+        if amount > most:
+            raise FormatError(f"'{str(text)[:40]}' is more than any model takes; a budget is at most {most:,} {unit}")
+        return cls(amount, unit)
 
     def __str__(self) -> str:
         return f"{self.amount:g} {self.unit}"
@@ -114,9 +120,8 @@ class Forecast:
 
     @classmethod
     def of_json(cls, d: Mapping[str, Any]) -> Forecast:
-        lists = {"frontier": tuple(Point(**p) for p in d["frontier"]), "trials": tuple(Trial(**t) for t in d["trials"]),
-                 "spent": tuple(Spent(**s) for s in d["spent"]), "notes": tuple(d["notes"])}  # fmt: skip
-        return cls(**{**d, **lists})
+        """ValueError where it is none."""
+        return TypeAdapter(cls).validate_python(d)
 
 
 @dataclass(frozen=True)

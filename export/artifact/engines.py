@@ -15,7 +15,10 @@ from torch import Tensor, nn
 
 from compress.errors import first_line
 from compress.model.model import Model
-from compress.model.skeleton import model_class
+from compress.model.skeleton import model_class, with_logits
+
+# What transformers may take from a folder: no code, and nothing that is unpickled.
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
 
 
 class EngineError(Exception):
@@ -41,7 +44,7 @@ class Transformers:
     """
 
     def __init__(self, model: nn.Module, name: str, remark: str = ""):
-        self.model, self.name, self.remark = model.eval(), name, remark
+        self.model, self.name, self.remark = with_logits(model.eval()), name, remark
 
     def prefill(self, tokens: Tensor) -> tuple[Tensor, Any]:
         return self._run(tokens)
@@ -73,7 +76,7 @@ def dense(model: Model, device: str) -> Engine:
     try:
         with redirect_stderr(io.StringIO()):  # progress bars
             kind = model_class(model.config)
-            found = kind.from_pretrained(model.folder, local_files_only=True, dtype=model.dtype).to(device)
+            found = kind.from_pretrained(model.folder, config=model.config, dtype=model.dtype, **LOCAL).to(device)
     except Exception as e:
         raise EngineError(f"transformers' {model_class(model.config).__name__} fails on it ({first_line(e)})") from e
     return Transformers(found, "transformers")

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from compress.model.model import Model
 from compress.state import State
+from compress.state.graph import Graph
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class Job:
     key: str
     card: Callable[[Mapping[str, Any]], str]
     device: str = "cpu"
+
+
+def headless(graph: Graph) -> bool:
+    """Whether a model predicts no tokens: an embedder, or a classifier."""
+    return not any(site.role == "head" for site in graph)
 
 
 class Files(Protocol):

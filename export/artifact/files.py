@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from compress.errors import ModelError
+from compress.errors import ModelError, one_line
+from compress.state import checkpoint
 from compress.state.checkpoint import HASHED_BYTES, INDEX, OWN, OWN_INDEX, SINGLE, Spec, read_header
 
 MARK = "compress.json"  # in every artifact: which run and settings it comes from
+WEIGHTS = {".safetensors", ".onnx", ".data", ".gguf"}
 _MOST_JSON = 100_000_000  # bytes
+_NOTED = {"schema": (int,), "exporter": (str,), "key": (str,), "proof": (dict,), "sizes": (dict,), "sha256": (dict,)}
+_PROOF = {"engine": (str,), "difference": (int, float), "remark": (str,), "greedy": (int,)}
 
 
 def shards(folder: Path) -> tuple[Path, ...]:
@@ -56,11 +59,7 @@ def contained(folder: Path) -> None:
 
 def within(folder: Path, path: Path) -> Path:
     """The path; ModelError where it is a link that leads out of the folder."""
-    home, target = folder.resolve(), path.resolve()
-    store = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
-    if home not in target.parents and target.parent != store:
-        raise ModelError(f"{path}: is a link out of the artifact; copy the file itself")
-    return path
+    return checkpoint.within(folder, path, "artifact")
 
 
 def headers(paths: Iterable[Path]) -> tuple[dict[str, Spec], dict[str, Path]]:
@@ -88,26 +87,58 @@ def check_index(folder: Path, files: Mapping[str, Path]) -> None:
         raise ModelError(f"{path}: says something else than the weight files themselves; export it again")
 
 
-def check_marks(folder: Path, paths: Iterable[Path]) -> None:
-    """ModelError for a file that is not the one that was written, by its size and, where that takes seconds, its hash."""
-    note, paths = json_of(folder / MARK), tuple(paths)
-    hashes, noted = note.get("sha256"), note.get("sizes")
-    small = sum(path.stat().st_size for path in paths) <= HASHED_BYTES
-    for path in (*paths, folder / "config.json"):
-        held = path.stat().st_size
-        name = path.relative_to(folder).as_posix()
-        size = noted.get(name, held) if isinstance(noted, dict) and path in paths else held
-        whole = hashes.get(name) if isinstance(hashes, dict) and small else None
-        if size != held or (whole is not None and whole != sha256(path)):
-            raise ModelError(f"{path}: is not the file that was written (see {MARK}); it is damaged, copy it again")
+def check_marks(folder: Path) -> None:
+    """ModelError where weights, config or tokenizer are not those that were written, by size and by hash: of weights, where that
+    takes seconds. Other files are their owner's to change. A folder without a note, such as other tools write, is not compared.
+    """
+    note = note_of(folder)
+    if note is None:
+        return
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    small = sum(path.stat().st_size for path in paths.values()) <= HASHED_BYTES
+    for name in sorted(name for name in paths.keys() & note["sizes"].keys() if is_compared(name)):
+        hashed = small or paths[name].suffix not in WEIGHTS
+        if paths[name].stat().st_size != note["sizes"][name] or (hashed and sha256(paths[name]) != note["sha256"][name]):
+            raise ModelError(f"{paths[name]}: is not the file that was written (see {MARK}); it is damaged, copy it again")
+
+
+def is_compared(name: str) -> bool:
+    return name == "config.json" or name.startswith("tokenizer") or Path(name).suffix in WEIGHTS
+
+
+def note_of(folder: Path) -> dict[str, Any] | None:
+    """What `MARK` says of an artifact; None where there is none. ModelError where it cannot be read or is not whole."""
+    path = folder / MARK
+    if not path.exists() and not path.is_symlink():
+        return None
+    note = document(within(folder, path))
+    wrong = next((key for key, kind in _NOTED.items() if not of_kind(note.get(key), kind)), None)
+    if wrong is None:
+        proof, kept, hashes = note["proof"], note["sizes"], note["sha256"]
+        whole = proof.keys() == _PROOF.keys() and all(of_kind(proof[key], kind) for key, kind in _PROOF.items())
+        alike = kept.keys() == hashes.keys() and all(type(n) is int for n in kept.values())
+        texts = all(isinstance(text, str) for text in hashes.values())
+        wrong = None if whole and alike and texts else "sizes and sha256" if whole else "proof"
+    if wrong is not None:
+        raise ModelError(f"{path}: is damaged: '{wrong}' is not what is written there; copy it again, or export again")
+    return note
+
+
+def of_kind(value: Any, kinds: tuple[type, ...]) -> bool:
+    return type(value) in kinds  # a bool is no number
 
 
 def json_of(path: Path) -> dict[str, Any]:
-    """A JSON mapping; empty where the file is absent, damaged, or holds something else."""
+    """A JSON mapping; empty where the file is absent, damaged, or holds something else: for what can do without it."""
     try:
         return document(path)
     except ModelError:
         return {}
+
+
+def optional(path: Path) -> dict[str, Any]:
+    """A JSON mapping; empty where the file is absent, ModelError where it is damaged, or holds something else."""
+    return document(path) if path.exists() else {}
 
 
 def document(path: Path) -> dict[str, Any]:
@@ -115,7 +146,7 @@ def document(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MOST_JSON:
             raise ValueError(f"{path.stat().st_size:,} bytes")
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise ModelError(f"{path}: {e.strerror}") from None
     except (ValueError, RecursionError) as e:
@@ -128,8 +159,3 @@ def document(path: Path) -> dict[str, Any]:
 def sha256(file: Path) -> str:
     with file.open("rb") as held:
         return hashlib.file_digest(held, "sha256").hexdigest()
-
-
-def one_line(text: str) -> str:
-    """Text of a foreign file for a message: without control characters, at most 200 characters."""
-    return re.sub(r"[^\S ]|[\x00-\x1f\x7f]", " ", text)[:200]

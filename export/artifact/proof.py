@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +41,7 @@ def proven(job: Job, written: State, run: Callable[[], Proof], tolerance: float 
     try:
         return run()
     except EngineError as e:
-        ours, theirs = (logits(s, job.model.config, [job.tokens], job.device)[0] for s in (job.state, written))
+        ours, theirs = (logits(s, [job.tokens], job.device)[0] for s in (job.state, written))
         difference, allowed = float((ours - theirs).abs().max()), tolerance * float(ours.abs().max())
         if not math.isfinite(difference) or difference > allowed:
             raise mismatch(OURS, difference, ours) from e
@@ -63,7 +62,7 @@ def prove(job: Job, engine: Engine, tolerance: float = TOLERANCE, remark: str = 
     state = state or job.state
     prompt = job.tokens[:1, :PROMPT]
     said = greedy(engine, prompt, NEW) if state.graph.causal else prompt[:, :0]
-    ours, path = logits(state, job.model.config, [job.tokens, torch.cat([prompt, said], 1)], job.device)
+    ours, path = logits(state, [job.tokens, torch.cat([prompt, said], 1)], job.device)
     theirs, _ = engine.prefill(job.tokens)
     allowed = tolerance * float(ours.abs().max())
     difference = float((ours - theirs).abs().max())
@@ -77,9 +76,9 @@ def prove(job: Job, engine: Engine, tolerance: float = TOLERANCE, remark: str = 
     return Proof(engine.name, difference, remark, int((steps.argmax(-1) == said[0]).sum()))
 
 
-def logits(state: State, config: Any, batches: list[Tensor], device: str) -> list[Tensor]:
+def logits(state: State, batches: list[Tensor], device: str) -> list[Tensor]:
     """The logits of a state, streamed, fp32 [b, t, vocabulary] on CPU, for each of the batches [b, t]."""
-    stream = Stream(state, config, device)
+    stream = Stream(state, device)
     found = stream.start(state, batches)
     for block in state.graph.blocks:
         stream.advance(state, block.index, found)

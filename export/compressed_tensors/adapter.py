@@ -21,14 +21,15 @@ import torch
 from torch import nn
 
 from compress.errors import CompressError, ExportError, ModelError, first_line
+from compress.export.artifact.config import matched
 from compress.export.artifact.engines import EngineError
-from compress.export.artifact.files import json_of
-from compress.export.artifact.tensors import Placed, formats_of
+from compress.export.artifact.files import optional
+from compress.export.artifact.tensors import Placed
 from compress.formats import Dense, LowRank, formats
 from compress.state import State, Stored
 from compress.state.checkpoint import Checkpoint, File, Spec
 from compress.state.graph import Site
-from compress.state.plan import BitPlan
+from compress.state.state import Part
 
 FOLDER = "adapter"
 WEIGHTS = f"{FOLDER}/adapter_model.safetensors"
@@ -36,18 +37,18 @@ CONFIG = f"{FOLDER}/adapter_config.json"
 SUFFIXES = ("lora_A.weight", "lora_B.weight")
 NEUTRAL = {"use_dora": False, "use_rslora": False, "use_qalora": False, "lora_bias": False, "bias": "none",
            "modules_to_save": None, "alora_invocation_tokens": None, "layer_replication": None, "target_parameters": None,
-           "trainable_token_indices": None}  # fmt: skip
+           "trainable_token_indices": None, "exclude_modules": None, "layers_to_transform": None,
+           "layers_pattern": None}  # fmt: skip
 
 
 def corrected(state: State) -> dict[str, LowRank]:
     """The sites that have factors, with their formats."""
-    return {name: fmt for name, fmt in formats_of(state).items() if isinstance(fmt, LowRank)}
+    return {name: fmt for name, fmt in state.formats.items() if isinstance(fmt, LowRank)}
 
 
 def base_of(state: State) -> State:
     """The state as it is without factors: every matrix in the format of its quantized part."""
-    uncorrected = {n: formats.base_of(f) for n, f in formats_of(state).items()}
-    return replace(state, plan=BitPlan(uncorrected)) if uncorrected else state
+    return replace(state, codes={n: replace(c, format=formats.base_of(c.format)) for n, c in state.codes.items()})
 
 
 def check(state: State) -> None:
@@ -85,7 +86,7 @@ def weights_file(state: State) -> File:
 def tensors(state: State) -> Iterator[tuple[str, torch.Tensor]]:
     """The factors, one matrix at a time."""
     for name in corrected(state):
-        held = state.changed[name].load().tensors
+        held = state.codes[name].load().tensors
         yield from ((tensor_name(state.graph[name], s), held[s]) for s in SUFFIXES)
 
 
@@ -99,7 +100,7 @@ def write_config(state: State, folder: Path) -> None:
               "target_modules": [site.module for site in found], "lora_dropout": 0.0, "bias": "none",
               "fan_in_fan_out": any(site.transposed for site in found), "init_lora_weights": True, "use_rslora": False,
               "use_dora": False, "modules_to_save": None}  # fmt: skip
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 # --- reading it back -------------------------------------------------------------------------------------------------
@@ -112,17 +113,17 @@ def present(folder: Path) -> bool:
 
 def read(folder: Path, state: State) -> State:
     """The state of the quantized matrices with their factors; ModelError for an adapter that does not belong to them."""
-    config = json_of(folder / CONFIG)
+    config = optional(folder / CONFIG)
     checkpoint = Checkpoint(folder, [folder / WEIGHTS])
     try:
         ranks = checked(config, folder)
-    except (LookupError, TypeError, ValueError, AttributeError, re.error) as e:
+    except (LookupError, TypeError, ValueError, AttributeError) as e:
         raise ModelError(f"{folder / CONFIG}: is broken ({type(e).__name__}: {first_line(e)})") from None
     sites = {s.module: s for s in state.graph if s.expert is None}
     stored: dict[str, Stored] = {}
     for module, rank in ranks.items():
         site = sites.get(module)
-        base = state.changed.get(site.name) if site else None
+        base = state.codes.get(site.name) if site else None
         if site is None or not isinstance(base, Placed):
             raise ModelError(f"{folder / CONFIG}: '{module}' is no quantized matrix of this model; it is another's adapter")
         stored[site.name] = placed(site, base, rank, checkpoint)
@@ -130,7 +131,7 @@ def read(folder: Path, state: State) -> State:
     extra = next((n for n, path in checkpoint.files.items() if path == folder / WEIGHTS and n not in held), None)
     if extra:
         raise ModelError(f"{folder / WEIGHTS}: holds '{extra}', which adapter_config.json does not name")
-    return replace(state, checkpoint=checkpoint).with_sites(stored)
+    return state.with_part(Part(stored))
 
 
 def checked(config: Mapping[str, Any], folder: Path) -> dict[str, int]:
@@ -146,11 +147,6 @@ def checked(config: Mapping[str, Any], folder: Path) -> dict[str, int]:
             raise ModelError(f"{folder / CONFIG}: scales '{module}' by another number than 1; this is no adapter of ours")
         ranks[module] = int(rank)
     return ranks
-
-
-def matched(patterns: Mapping[str, int], module: str, default: int) -> int:
-    """The value that PEFT takes for a module."""
-    return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", module)), default)
 
 
 def placed(site: Site, base: Placed, rank: int, checkpoint: Checkpoint) -> Placed:

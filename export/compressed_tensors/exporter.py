@@ -1,7 +1,8 @@
 """Export to `compressed-tensors` checkpoints, format ``pack-quantized``: what vLLM serves and transformers loads.
 
-The layout of tensors is that of formats.py (compressed-tensors >= 0.18, the dense bit stream). The config names every target
-by its exact module path, because engines disagree on which of two overlapping patterns wins. The known limits, as of
+The layout of tensors is that of formats.py (compressed-tensors >= 0.18, the dense bit stream). The config's targets are disjoint,
+because engines disagree on which of two overlapping patterns wins: names, and anchored patterns that fit a module's path in the
+model with its head and in the one without, which `AutoModel` loads. The known limits, as of
 compressed-tensors 0.20 and transformers 5.23, are told by `remarks`: asymmetric and Conv1D sites load in vLLM or through
 our own reader, not in stock transformers; stock transformers reads all experts of a model with one scheme.
 
@@ -21,24 +22,35 @@ from pydantic import Field
 
 from compress.errors import ExportError
 from compress.export.artifact.engines import EngineError
-from compress.export.artifact.exporter import Exporter, Job, Proof
+from compress.export.artifact.exporter import Exporter, Job, Proof, headless
 from compress.export.artifact.place import carry_over
 from compress.export.artifact.proof import FP32_TOLERANCE, TOLERANCE, prove, proven
-from compress.export.artifact.tensors import formats_of, same_tensors, tensors, write_config
+from compress.export.artifact.tensors import same_tensors, tensors, write_config
 from compress.export.compressed_tensors import adapter
-from compress.export.compressed_tensors.engines import RUNTIME, STOCK, VLLM, engine, lacking, stock_obstacles
+from compress.export.compressed_tensors.engines import (
+    RUNTIME,
+    STOCK,
+    STOCK_NAME,
+    VLLM,
+    engine,
+    lacking,
+    lost_without_head,
+    stock_obstacles,
+)
 from compress.export.compressed_tensors.reader import read
 from compress.formats import Dense, Format, Int
-from compress.model.model import Model
+from compress.model.model import Model, open_model
+from compress.model.skeleton import auto_class, base_prefix
 from compress.state import State
 from compress.state.checkpoint import Layout
 from compress.state.graph import Graph, Site
 
+NUMBERED = re.compile(r"(.+?)\.(\d+)\.(.+)")  # the path of a module in a numbered block
 USE_VLLM = "```bash\nvllm serve THIS_FOLDER\n```"
 USE_TRANSFORMERS = """\
 ```python
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")
+from transformers import {auto}
+model = {auto}.from_pretrained("THIS_FOLDER")
 ```"""
 USE_RUNTIME = """\
 ```python
@@ -50,15 +62,15 @@ USE_PEFT = """\
 ```python
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")
+from transformers import {auto}
+model = {auto}.from_pretrained("THIS_FOLDER")
 model(torch.tensor([[0]]))  # the first pass unpacks the matrices, which PEFT needs to see
 model = PeftModel.from_pretrained(model, "THIS_FOLDER/adapter")
 ```"""
 
 
 class CompressedTensors(Exporter):
-    """A quantized safetensors checkpoint that vLLM serves and transformers loads."""
+    """A safetensors checkpoint that vLLM serves and transformers loads; a plain one where nothing is quantized."""
 
     name: ClassVar[str] = "compressed_tensors"
 
@@ -66,7 +78,7 @@ class CompressedTensors(Exporter):
 
     def check(self, state: State) -> None:
         adapter.check(state)
-        formats = formats_of(adapter.base_of(state))
+        formats = adapter.base_of(state).formats
         for name, fmt in formats.items():
             if not isinstance(fmt, Int | Dense):
                 raise ExportError(f"compressed_tensors holds integers; '{name}' has {fmt}: export native instead, or use "
@@ -87,6 +99,9 @@ class CompressedTensors(Exporter):
     def remarks(self, state: State) -> list[str]:
         reasons = stock_obstacles(state)
         said = [f"compressed_tensors loads in stock transformers (compressed-tensors >= 0.18) and {VLLM}"]
+        if headless(state.graph):
+            said = ["compressed_tensors loads in stock transformers (compressed-tensors >= 0.18); the model predicts no tokens: "
+                    "figures and proofs compare its last hidden states, times the embedding"]  # fmt: skip
         if reasons:
             said = [f"compressed_tensors: stock transformers cannot load it today: {'; '.join(reasons)}; it is written for "
                     f"{VLLM} and our runtime"]  # fmt: skip
@@ -100,14 +115,15 @@ class CompressedTensors(Exporter):
         self.check(job.state)
         base = adapter.base_of(job.state)
         self.layout(job.model, job.state).write(folder, chain(tensors(base), adapter.tensors(job.state)))
-        write_config(job.model, folder, quantization_config(base))
+        config = quantization_config(base, base_prefix(job.state.config)) if base.codes else None
+        write_config(job, folder, config)
         if adapter.corrected(job.state):
             adapter.write_config(job.state, folder)
         carry_over(job.model.folder, folder)
-        write_card(job, folder, USE_RUNTIME if stock_obstacles(job.state) else stock_use(job.state))
+        write_card(job, folder, USE_RUNTIME if stock_obstacles(job.state) else stock_use(job))
 
     def prove(self, job: Job, folder: Path) -> Proof:
-        written = read(folder)
+        written = read(folder) if job.state.codes else open_model(str(folder)).state
         same_tensors(job.state, written)
         return proven(job, written, lambda: in_engine(job, folder))
 
@@ -126,7 +142,12 @@ def in_engine(job: Job, folder: Path) -> Proof:
     except EngineError:
         write_card(job, folder, None)
         raise
-    if found.name == RUNTIME and not lacking(state):
+    name = found.name
+    del found  # its memory, before the folder is loaded again
+    if name.startswith(STOCK_NAME) and (lost := lost_without_head(folder, state)):
+        raise ExportError(f"compressed_tensors: AutoModel, which embedders are loaded by, does not find '{lost[0]}' "
+                          f"({len(lost)} missing); the artifact is not kept")  # fmt: skip
+    if name == RUNTIME and not lacking(state):
         write_card(job, folder, USE_RUNTIME)
     return proof
 
@@ -140,30 +161,42 @@ def scheme(fmt: Int) -> dict[str, Any]:
             "strategy": "channel" if fmt.group is None else "group", "group_size": fmt.group}  # fmt: skip
 
 
-def quantization_config(state: State) -> dict[str, Any]:
-    """The `quantization_config` of config.json: one group per format, disjoint targets, everything else ignored."""
-    formats = {n: f for n, f in formats_of(state).items() if isinstance(f, Int)}
+def quantization_config(state: State, prefix: str) -> dict[str, Any]:
+    """The `quantization_config` of config.json: one group per format, disjoint targets, everything else ignored.
+    prefix: where a model with a head holds the one without."""
+    formats = {n: f for n, f in state.formats.items() if isinstance(f, Int)}
     groups: dict[str, Any] = {}
     for i, fmt in enumerate(dict.fromkeys(formats.values())):
         mine = [state.graph[n] for n, f in formats.items() if f == fmt]
-        groups[f"group_{i}"] = {"targets": targets(mine), "weights": scheme(fmt), "format": "pack-quantized",
+        groups[f"group_{i}"] = {"targets": targets(mine, prefix), "weights": scheme(fmt), "format": "pack-quantized",
                                 "input_activations": None, "output_activations": None}  # fmt: skip
     return {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
             "config_groups": groups, "ignore": ignored(state.graph, formats)}  # fmt: skip
 
 
-def targets(sites: list[Site]) -> list[str]:
-    """Exact module paths; the experts of all blocks as one anchored pattern over their names in the tree and on disk, since
-    some engines go by the one and some by the other."""
-    exact = [s.module for s in sites if s.expert is None]
+def targets(sites: list[Site], prefix: str) -> list[str]:
+    """Modules outside of the blocks by their names, those within by anchored patterns; the experts of all blocks as one pattern
+    over their names in the tree and on disk, since some engines go by the one and some by the other."""
+    plain = [s.module for s in sites if s.expert is None]
+    exact = [path for path in plain if not NUMBERED.match(path)]
+    found = exact + [f"{pattern}$" for pattern in patterns([path for path in plain if NUMBERED.match(path)], prefix)]
     experts = [s for s in sites if s.expert is not None]
-    if not experts:
-        return exact
-    paths = {p for s in experts for p in (s.module, s.stem.rsplit(".", 2)[0])}
-    split = [re.split(r"\.(\d+)\.", path, maxsplit=1) for path in sorted(paths)]
-    head, tails = re.escape(split[0][0]), "|".join(dict.fromkeys(re.escape(tail) for _, _, tail in split))
-    numbers = "|".join(dict.fromkeys(str(s.block) for s in experts))
-    return [*exact, rf"re:^{head}\.({numbers})\.({tails})\..+$"]
+    paths = [p for s in experts for p in (s.module, s.stem.rsplit(".", 2)[0])]
+    return found + [rf"{pattern}\..+$" for pattern in patterns(list(dict.fromkeys(paths)), prefix)]
+
+
+def patterns(paths: list[str], prefix: str) -> list[str]:
+    """The beginnings of patterns that fit these modules of numbered blocks and no others, with `prefix` and without."""
+    optional = rf"(?:{re.escape(prefix)}\.)?" if prefix else ""
+    blocks: dict[tuple[str, str], list[str]] = {}
+    for path in paths:
+        head, number, tail = NUMBERED.findall(path.removeprefix(f"{prefix}."))[0]
+        blocks.setdefault((head, tail), []).append(number)
+    tails: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for (head, tail), numbers in blocks.items():
+        tails.setdefault((head, tuple(dict.fromkeys(numbers))), []).append(tail)
+    return [rf"re:^{optional}{re.escape(head)}\.({'|'.join(numbers)})\.({'|'.join(map(re.escape, rest))})"
+            for (head, numbers), rest in tails.items()]  # fmt: skip
 
 
 def ignored(graph: Graph, formats: dict[str, Int]) -> list[str]:
@@ -197,15 +230,17 @@ def beside(state: State) -> list[str]:
             f"vLLM takes such adapters with --enable-lora and a --max-lora-rank of {most} or more (not tried)"]  # fmt: skip
 
 
-def stock_use(state: State) -> str:
+def stock_use(job: Job) -> str:
     """How to load the artifact in stock transformers."""
-    return USE_PEFT if adapter.corrected(state) else USE_TRANSFORMERS
+    return (USE_PEFT if adapter.corrected(job.state) else USE_TRANSFORMERS).format(auto=auto_class(job.state.config))
 
 
 def write_card(job: Job, folder: Path, use: str | None) -> None:
     """The model card, with vLLM and one way to load the artifact in transformers that is known to work, if there is one."""
-    first = USE_ADAPTER if adapter.corrected(job.state) else USE_VLLM
-    loads = {USE_RUNTIME: f"{VLLM}, {RUNTIME}", None: VLLM}.get(use, f"{STOCK}, {VLLM}")
+    bare = headless(job.state.graph)  # such models are served by vLLM in ways of their own, which were not tried
+    first = USE_ADAPTER if adapter.corrected(job.state) else None if bare else USE_VLLM
+    engines = {USE_RUNTIME: (VLLM, RUNTIME), None: (VLLM,)}.get(use, (STOCK, VLLM))
+    loads = ", ".join(engine for engine in engines if engine != VLLM or not bare) or "compress"
     facts = {"library": "transformers", "tag": "compressed-tensors", "loads in": loads,
              "use": "\n\n".join(filter(None, (first, use)))}  # fmt: skip
-    (folder / "README.md").write_text(job.card(facts))
+    (folder / "README.md").write_text(job.card(facts), encoding="utf-8")

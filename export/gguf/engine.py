@@ -29,10 +29,11 @@ def engine(folder: Path, state: State, device: str) -> Engine:
     missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
     if missing:
         raise EngineError(f"transformers needs {' and '.join(missing)} for it (pip install {' '.join(missing)})")
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if config.model_type != family_of(config.model_type).architecture:
         raise EngineError(f"transformers does not know '{config.model_type}' in GGUF, where it goes by another name")
-    options: dict[str, Any] = {"gguf_file": FILE, "config": config, "dtype": state.dtype, "local_files_only": True}
+    options: dict[str, Any] = {"gguf_file": FILE, "config": config, "dtype": state.dtype, "local_files_only": True,
+                               "trust_remote_code": False}  # fmt: skip
     if hasattr(transformers, "GgufConfig"):  # newer versions would fetch a kernel from the hub, which rounds otherwise
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:

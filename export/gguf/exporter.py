@@ -13,7 +13,6 @@ cannot tell from blocks, as JSON:
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,10 +22,10 @@ from typing import Any, ClassVar
 import torch
 
 from compress.errors import ExportError
-from compress.export.artifact.exporter import Exporter, Job, Proof
+from compress.export.artifact.exporter import Exporter, Job, Proof, headless
 from compress.export.artifact.place import carry_over
 from compress.export.artifact.proof import prove, proven
-from compress.export.artifact.tensors import formats_of, same_site
+from compress.export.artifact.tensors import same_site, write_config
 from compress.export.gguf import blocks
 from compress.export.gguf.engine import engine
 from compress.export.gguf.file import FILE, KINDS, File, Kind, Tensor, read_file
@@ -62,7 +61,10 @@ class Gguf(Exporter):
 
     def check(self, state: State) -> None:
         family = family_of(state.graph.family)
-        for name, fmt in formats_of(state).items():
+        if headless(state.graph):
+            raise ExportError("gguf: the model predicts no tokens, and how llama.cpp is to use it otherwise is not written; "
+                              "export compressed_tensors or native instead")  # fmt: skip
+        for name, fmt in state.formats.items():
             check_site(state.graph[name], fmt)
         for site in state.graph:
             if tensor_name(site.weight, family) is None:
@@ -74,14 +76,14 @@ class Gguf(Exporter):
             file_of(model, state)
 
     def remarks(self, state: State) -> list[str]:
-        formats = [fmt for fmt in dict.fromkeys(formats_of(state).values()) if isinstance(fmt, Int)]
+        formats = [fmt for fmt in dict.fromkeys(state.formats.values()) if isinstance(fmt, Int)]
         held = {fmt: kind for fmt in formats if (kind := blocks.container(fmt))}
         how = "; ".join(f"{fmt} as {kind.name}, {blocks.bits(kind):g} bits per weight" for fmt, kind in held.items())
         said = [f"gguf is for llama.cpp, whose blocks hold {how}"] if how else []
         model = source_of(state)
-        if model and (width := window(model.config)):
+        if model and (width := window(state.config)):
             said.append(f"gguf: llama.cpp has no sliding window of {width} tokens for '{state.graph.family}', so the file gives "
-                        f"the model a context of {context(model.config)}")  # fmt: skip
+                        f"the model a context of {context(state.config)}")  # fmt: skip
         return said
 
     def layout(self, model: Model, state: State) -> File:
@@ -90,10 +92,10 @@ class Gguf(Exporter):
     def write(self, job: Job, folder: Path) -> None:
         self.check(job.state)
         file_of(job.model, job.state).write(folder, contents(job.model, job.state))
-        shutil.copyfile(job.model.folder / "config.json", folder / "config.json")
+        write_config(job, folder)
         carry_over(job.model.folder, folder)
         facts = {"library": "gguf", "tag": "gguf", "loads in": "llama.cpp, transformers (with gguf, dequantized)", "use": USE}
-        (folder / "README.md").write_text(job.card(facts))
+        (folder / "README.md").write_text(job.card(facts), encoding="utf-8")
 
     def prove(self, job: Job, folder: Path) -> Proof:
         header = file_of(job.model, job.state).header
@@ -103,7 +105,7 @@ class Gguf(Exporter):
             raise ExportError(f"{FILE}: its keys or its table of tensors are not what was to be written; please report this")
         written = read(folder)
         same_weights(job.state, written)
-        factors = rope_factors(job.model.config)
+        factors = rope_factors(job.state.config)
         if factors is not None and not torch.equal(read_file(folder / FILE).read(FACTORS).view(torch.float32), factors):
             raise ExportError(f"'{FACTORS}' on disk is not what was to be written; please report this")
         return proven(job, written, lambda: prove(job, engine(folder, job.state, job.device)))
@@ -111,7 +113,7 @@ class Gguf(Exporter):
 
 def source_of(state: State) -> Model | None:
     """The model that a state was opened from; None where it has only a config."""
-    return open_model(str(state.checkpoint.folder)) if state.checkpoint else None
+    return open_model(str(state.dense.folder)) if state.dense.files else None
 
 
 def check_site(site: Site, fmt: Format) -> None:
@@ -130,17 +132,17 @@ def check_site(site: Site, fmt: Format) -> None:
 def same_weights(wanted: State, written: State) -> None:
     """ExportError naming the first matrix or vector that is not in the file as it should be."""
     family = family_of(wanted.graph.family)
-    for name, stored in wanted.changed.items():
+    for name, stored in wanted.codes.items():
         if isinstance(stored.format, Int) and not stored.format.symmetric:
-            ours, theirs = (state.changed[name].load().dequantize(torch.float32) for state in (wanted, written))
+            ours, theirs = (state.codes[name].load().dequantize(torch.float32) for state in (wanted, written))
             if not torch.equal(ours, theirs):
                 raise ExportError(f"'{name}': weights on disk differ from the run's; please report this")
         else:
             same_site(name, stored, written)
-    there = {tensor_name(name, family): name for name in written.checkpoint.specs}
+    there = {tensor_name(name, family): name for name in written.dense.specs}
     for entry in entries(wanted, family):
         if entry.site is None and entry.spec:
-            ours, theirs = wanted.checkpoint.read(entry.spec.name), written.checkpoint.read(there[entry.tensor.name])
+            ours, theirs = wanted.dense.read(entry.spec.name), written.dense.read(there[entry.tensor.name])
             if ours.dtype != theirs.dtype or not torch.equal(ours, theirs):
                 raise ExportError(f"'{entry.spec.name}' on disk differs from the source's; please report this")
 
@@ -159,7 +161,7 @@ class Entry:
 
 def entries(state: State, family: Family) -> Iterator[Entry]:
     """The tensors made of the source's, in its order; what the model does not use is left out."""
-    formats = formats_of(state)
+    formats = state.formats
     used = state.graph.parameters.keys() | {site.weight for site in state.graph if not site.tied}
     done: set[str] = set()
     for spec, site, _ in state.entries():
@@ -180,7 +182,7 @@ def kind_of(dtype: torch.dtype, shape: tuple[int, ...]) -> Kind:
 
 def table(model: Model, state: State) -> list[Entry]:
     found = list(entries(state, family_of(state.graph.family)))
-    factors = rope_factors(model.config)
+    factors = rope_factors(state.config)
     return found if factors is None else [Entry(Tensor(FACTORS, KINDS["F32"], tuple(factors.shape))), *found]
 
 
@@ -188,14 +190,14 @@ def file_of(model: Model, state: State) -> File:
     """The file to be; ExportError for a config or a tokenizer that llama.cpp has no keys for."""
     found = table(model, state)
     rows = state.graph["embed"].shape[0]
-    keys = model_keys(model.config, model.folder.name, Counter(e.tensor.kind for e in found if len(e.tensor.shape) > 1))
+    keys = model_keys(state.config, model.folder.name, Counter(e.tensor.kind for e in found if len(e.tensor.shape) > 1))
     note = {NOTE: json.dumps(noted(state, found))}
     return File({**keys, **vocabulary(model.folder, rows), **note}, tuple(entry.tensor for entry in found))
 
 
 def noted(state: State, found: list[Entry]) -> dict[str, Any]:
     """What `compress.formats` says."""
-    formats = {name: str(fmt) for name, fmt in formats_of(state).items() if isinstance(fmt, Int)}
+    formats = {name: str(fmt) for name, fmt in state.formats.items() if isinstance(fmt, Int)}
     others = {e.tensor.name: str(e.spec.dtype)[6:] for e in found if e.spec and e.spec.dtype != state.dtype}
     return {"version": VERSION, "dtype": str(state.dtype)[6:], "formats": formats, "dtypes": others}
 
@@ -206,14 +208,14 @@ def contents(model: Model, state: State) -> Iterator[torch.Tensor]:
     for entry in table(model, state):
         kind = entry.tensor.kind
         if entry.site is not None:
-            packed = state.changed[entry.site.name].load()
+            packed = state.codes[entry.site.name].load()
             data = packed.tensors["weight"] if isinstance(packed.format, Dense) else blocks.pack(packed, kind, entry.site.name)
         elif entry.spec is not None:
-            data = state.checkpoint.read(entry.spec.name)
+            data = state.dense.read_finite(entry.spec.name)
             data = data if len(data.shape) > 1 else data.float()
         else:
-            factors = rope_factors(model.config)
+            factors = rope_factors(state.config)
             assert factors is not None, "the one tensor that is not the source's"
             data = factors
-        rows = order(entry.tensor.name, family, model.config, len(data))
+        rows = order(entry.tensor.name, family, state.config, len(data))
         yield data if rows is None else data[rows]

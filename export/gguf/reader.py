@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 
 from compress.errors import FormatError, ModelError
 from compress.export.artifact.files import check_marks, contained
-from compress.export.artifact.tensors import Placed
+from compress.export.artifact.tensors import Placed, state_of
 from compress.export.artifact.view import Seen, View, Viewed
 from compress.export.gguf import blocks
 from compress.export.gguf.file import BLOCK, FILE, Found, Tensor, read_file
@@ -28,7 +28,7 @@ from compress.export.gguf.metadata import (
 )
 from compress.formats import Int, parse
 from compress.model.model import Model, open_model
-from compress.state import Fact, State
+from compress.state import State
 from compress.state.checkpoint import Spec
 from compress.state.graph import Site
 
@@ -167,13 +167,13 @@ def read(folder: Path) -> State:
         if fmt := note.formats.get(site.name):
             names = {suffix: f"{site.stem}.{suffix}" for suffix in fmt.tensors(site.shape)}
             stored[site.name] = Placed.of(site, fmt, model.checkpoint, names)
-    return State(model.graph, model.checkpoint, note.dtype, facts=Fact.QUANTIZED).with_sites(stored)
+    return replace(state_of(model, stored), dtype=note.dtype)
 
 
 def opened(folder: Path) -> tuple[Viewed, Note]:
     contained(folder)
     model, path = open_model(str(folder)), folder / FILE
-    check_marks(folder, (path,))
+    check_marks(folder)
     found = read_file(path)
     note = note_of(found)
     if model.config.model_type not in FAMILIES:

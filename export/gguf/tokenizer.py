@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from compress.errors import ExportError
-from compress.export.artifact.files import json_of
+from compress.export.artifact.files import optional
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SPACE = "\u2581"
@@ -36,7 +36,7 @@ class Vocabulary:
 
     def __init__(self, folder: Path, size: int):
         self.folder, self.size = folder, size
-        self.json, self.settings = json_of(folder / "tokenizer.json"), json_of(folder / "tokenizer_config.json")
+        self.json, self.settings = optional(folder / "tokenizer.json"), optional(folder / "tokenizer_config.json")
         self.model: dict[str, Any] = self.json.get("model") or {}
         if not self.json:
             self.refuse("is not there, and a GGUF file holds the vocabulary; save it with transformers' save_pretrained")
@@ -58,7 +58,7 @@ class Vocabulary:
         named = {f"tokenizer.ggml.{key}": value for key, value in found.items()}
         template = self.settings.get("chat_template")
         if (self.folder / "chat_template.jinja").exists():
-            template = (self.folder / "chat_template.jinja").read_text()
+            template = (self.folder / "chat_template.jinja").read_text(encoding="utf-8")
         return named | ({"tokenizer.chat_template": template} if isinstance(template, str) else {})
 
     def table(self) -> tuple[list[str], list[int]]:
@@ -88,7 +88,7 @@ class Vocabulary:
     def special(self, tokens: list[str]) -> dict[str, Any]:
         """Which tokens begin, end and pad a text, and whether encoding adds the first two."""
         ids = {text: i for i, text in enumerate(tokens)}
-        config = json_of(self.folder / "config.json")
+        config = optional(self.folder / "config.json")
         found: dict[str, Any] = {}
         for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
             said = self.settings.get(f"{ours}_token")

@@ -10,8 +10,7 @@ from pathlib import Path
 import transformers
 
 from compress.errors import first_line
-from compress.export.artifact.engines import Engine, EngineError, Transformers
-from compress.export.artifact.tensors import formats_of
+from compress.export.artifact.engines import LOCAL, Engine, EngineError, Transformers
 from compress.formats import Int
 from compress.model.skeleton import model_class
 from compress.state import State
@@ -28,7 +27,7 @@ FAMILIES = {  # that gptqmodel by itself does not load as transformers does
 
 def engines(state: State) -> dict[str, str]:
     """Every engine, with why it does not take the foreseen artifact; an empty text where it does."""
-    formats = {name: fmt for name, fmt in formats_of(state).items() if isinstance(fmt, Int)}
+    formats = {name: fmt for name, fmt in state.formats.items() if isinstance(fmt, Int)}
     groups = odd_groups(formats)
     return {GPTQMODEL: groups or FAMILIES.get(state.graph.family, ""), TRANSFORMERS: groups or mixture(state, formats),
             VLLM: vllm_obstacle(state, formats), GENAI: genai_obstacle(state, formats)}  # fmt: skip
@@ -81,10 +80,10 @@ def engine(folder: Path, state: State, device: str) -> Engine:
     missing = [name for name in ("gptqmodel", "optimum") if find_spec(name) is None]
     if missing:
         raise EngineError(f"transformers needs {' and '.join(missing)} for it (pip install {' '.join(missing)})")
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     try:
         with redirect_stderr(io.StringIO()):  # progress bars
-            model = model_class(config).from_pretrained(folder, local_files_only=True, dtype=state.dtype, device_map=device)
+            model = model_class(config).from_pretrained(folder, dtype=state.dtype, device_map=device, **LOCAL)
     except Exception as e:  # gptqmodel raises whatever its kernels raise
         raise EngineError(f"transformers' {model_class(config).__name__} fails on it ({first_line(e)})") from e
     return Transformers(model, "transformers with gptqmodel")

@@ -23,10 +23,10 @@ from pydantic import Field
 
 from compress.errors import ExportError
 from compress.export.artifact import tensors as common
-from compress.export.artifact.exporter import Exporter, Job, Proof
+from compress.export.artifact.exporter import Exporter, Job, Proof, headless
 from compress.export.artifact.place import carry_over
 from compress.export.artifact.proof import prove, proven
-from compress.export.artifact.tensors import formats_of, same_tensors, write_config
+from compress.export.artifact.tensors import same_tensors, write_config
 from compress.export.gptq.config import config_of
 from compress.export.gptq.engines import GENAI, GPTQMODEL, VLLM, engine, engines
 from compress.export.gptq.layout import BITS, shapes, turned
@@ -54,7 +54,10 @@ class Gptq(Exporter):
     shard_bytes: int = Field(5_000_000_000, ge=1_000_000, description="largest size of one safetensors file")
 
     def check(self, state: State) -> None:
-        formats = formats_of(state)
+        formats = state.formats
+        if headless(state.graph):
+            raise ExportError("gptq: the model predicts no tokens, and engines of this layout load such models with a head only; "
+                              "export compressed_tensors or native instead")  # fmt: skip
         if any(site.expert is not None for site in state.graph):
             raise ExportError(f"gptq: '{state.graph.family}' has experts, which engines of this layout read each in its own way; "
                               "export compressed_tensors or native instead")  # fmt: skip
@@ -78,12 +81,12 @@ class Gptq(Exporter):
     def write(self, job: Job, folder: Path) -> None:
         self.check(job.state)
         self.layout(job.model, job.state).write(folder, tensors(job.state))
-        write_config(job.model, folder, config_of(job.state.graph, formats_of(job.state)))
+        write_config(job, folder, config_of(job.state.graph, job.state.formats))
         carry_over(job.model.folder, folder)
         taken = [engine for engine, why in engines(job.state).items() if not why]
         ways = [USE[engine] for engine in taken if engine in USE]
         facts = {"library": "transformers", "tag": "gptq", "loads in": ", ".join(taken) or "compress", "use": "\n\n".join(ways)}
-        (folder / "README.md").write_text(job.card(facts))
+        (folder / "README.md").write_text(job.card(facts), encoding="utf-8")
 
     def prove(self, job: Job, folder: Path) -> Proof:
         written = read(folder)
@@ -111,7 +114,7 @@ def check_site(site: Site, fmt: Int) -> None:
 
 def specs(state: State) -> Iterator[Spec]:
     """Every tensor that is written, in the source's order."""
-    formats = formats_of(state)
+    formats = state.formats
     for spec, site, suffix in state.entries():
         fmt = formats.get(site.name) if site else None
         if site is None or not isinstance(fmt, Int):
@@ -122,7 +125,7 @@ def specs(state: State) -> Iterator[Spec]:
 
 def tensors(state: State) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of `specs`, one matrix at a time."""
-    formats, held = formats_of(state), dict[str, torch.Tensor]()
+    formats, held = state.formats, dict[str, torch.Tensor]()
     v1 = all(fmt.symmetric for fmt in formats.values() if isinstance(fmt, Int))
     for (_, site, suffix), (name, tensor) in zip(state.entries(), common.tensors(state), strict=True):
         fmt = formats.get(site.name) if site else None

@@ -9,17 +9,17 @@ from pathlib import Path
 import torch
 
 from compress.errors import FormatError, ModelError
-from compress.export.artifact import tensors as common
+from compress.export.artifact import checks
 from compress.export.artifact.config import declared
 from compress.export.artifact.files import check_marks, contained
-from compress.export.artifact.tensors import Placed
+from compress.export.artifact.tensors import Placed, state_of
 from compress.export.artifact.view import Seen, View, Viewed
 from compress.export.gptq.config import Scheme
 from compress.export.gptq.layout import SUFFIXES, group_index, middle, shapes
 from compress.formats import Int, bitpack
 from compress.model.model import Model, open_model
-from compress.state import Fact, State
-from compress.state.checkpoint import Checkpoint, Spec, weight_files
+from compress.state import State
+from compress.state.checkpoint import Checkpoint, Spec
 from compress.state.graph import Site
 
 READER = "our reader of GPTQ checkpoints, streamed"
@@ -48,7 +48,7 @@ def open_artifact(folder: Path) -> Model:
 
 def read(folder: Path) -> State:
     """The state that a GPTQ checkpoint holds; ModelError where its config and tensors disagree."""
-    check_marks(folder, weight_files(folder))
+    check_marks(folder)
     model, scheme = open_artifact(folder), Scheme.of(declared(folder), str(folder / "config.json"))
     stored = {}
     for site in model.graph:
@@ -56,7 +56,7 @@ def read(folder: Path) -> State:
         if fmt and f"{site.stem}.weight_packed" in model.checkpoint:
             names = {suffix: f"{site.stem}.{suffix}" for suffix in fmt.tensors(site.shape)}
             stored[site.name] = Placed.of(site, fmt, model.checkpoint, names)
-    return State(model.graph, model.checkpoint, model.dtype, facts=Fact.QUANTIZED).with_sites(stored)
+    return state_of(model, stored)
 
 
 def seen_of(module: str, scheme: Scheme, checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[Seen]:
@@ -73,12 +73,8 @@ def seen_of(module: str, scheme: Scheme, checkpoint: Checkpoint, dtype: torch.dt
         kinds, ours = shapes(site, fmt), fmt.tensors(site.shape, torch.float16 if dtype == torch.float16 else torch.bfloat16)
     except FormatError as e:
         raise ModelError(f"{path}: '{module}': {e}") from None
-    for suffix, kind in kinds.items():
-        spec = checkpoint.specs.get(f"{module}.{suffix}")
-        if spec is None or (spec.dtype, spec.shape) != kind:
-            found = "missing" if spec is None else common.text_of(spec.dtype, spec.shape)
-            raise ModelError(f"{path}: '{module}.{suffix}' is {found}, {fmt} needs {common.text_of(*kind)}; config and weights "
-                             "do not belong together")  # fmt: skip
+    wanted = {f"{module}.{suffix}": kind for suffix, kind in kinds.items()}
+    checks.require(path, fmt, wanted, checks.in_specs(checkpoint.specs))
     for suffix, (kept, shape) in ours.items():
         make = partial(back, site, fmt, scheme.v1, checkpoint, suffix, kept)
         yield Seen(Spec(f"{module}.{suffix}", kept, shape), path, make)

@@ -25,6 +25,9 @@ def engine(folder: Path, state: State, device: str) -> Engine:
         raise EngineError(f"the packed model needs {needed / 2**30:.1f} GiB of memory")
     try:
         with redirect_stderr(io.StringIO()):
-            return Transformers(load(folder, device, state.dtype), ENGINE)
+            model = load(folder, device, state.dtype)
+        if any(site.expert is not None for site in state.graph):  # grouped products round otherwise, which may route otherwise
+            model.set_experts_implementation("eager")
+        return Transformers(model, ENGINE)
     except ModelError as e:
         raise EngineError(first_line(e)) from e

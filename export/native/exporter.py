@@ -14,8 +14,8 @@ config.json is the source's, with a `quantization_config`:
 
 The reader asks for every tensor by name and shape, and for no tensor more; the runtime and it share their checks of a folder
 (artifact/files.py). No path comes from a file: the weights are what lies in the folder under the names above. Hashes (see
-artifact/place.py) are compared up to `HASHED_BYTES`, which takes seconds; of larger artifacts the sizes are, and `sha256sum` does
-the rest.
+artifact/place.py) are compared up to `HASHED_BYTES` of weights, which takes seconds; of larger artifacts the sizes are, and
+`sha256sum` does the rest.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ from compress.export.artifact.config import METHOD, VERSION
 from compress.export.artifact.exporter import Exporter, Job, Proof
 from compress.export.artifact.place import carry_over
 from compress.export.artifact.proof import FP32_TOLERANCE, TOLERANCE, prove, proven
-from compress.export.artifact.tensors import formats_of, same_tensors, tensors, write_config
+from compress.export.artifact.tensors import same_tensors, tensors, write_config
 from compress.export.native.engine import engine
 from compress.export.native.reader import belonging, read
 from compress.formats import Dense, LowRank
 from compress.model.model import Model
+from compress.model.skeleton import auto_class
 from compress.state import State
 from compress.state.checkpoint import OWN, Layout
 
@@ -72,13 +73,13 @@ class Native(Exporter):
 
     def write(self, job: Job, folder: Path) -> None:
         self.layout(job.model, job.state).write(folder, tensors(job.state))
-        write_config(job.model, folder, quantization_config(job.state))
+        write_config(job, folder, quantization_config(job.state))
         carry_over(job.model.folder, folder)
-        use = USE.format(auto="AutoModelForCausalLM" if job.state.graph.causal else "AutoModelForMaskedLM")
+        use = USE.format(auto=auto_class(job.state.config))
         facts = {"library": "transformers", "tag": METHOD, "loads in": "transformers with compress-pipeline", "use": use}
         if for_vllm(job.state):
             facts |= {"loads in": "transformers and vLLM with compress-pipeline", "use": f"{use}\n\n{USE_VLLM}"}
-        (folder / "README.md").write_text(job.card(facts))
+        (folder / "README.md").write_text(job.card(facts), encoding="utf-8")
 
     def prove(self, job: Job, folder: Path) -> Proof:
         written = read(folder)
@@ -88,7 +89,7 @@ class Native(Exporter):
 
 def for_vllm(state: State) -> bool:
     """Whether our plug-in serves it in vLLM: not masked models, not experts, and not a packed embedding."""
-    formats = formats_of(state)
+    formats = state.formats
     served = isinstance(formats.get("embed"), Dense | None)
     return state.graph.causal and served and all(state.graph[name].expert is None for name in formats)
 
@@ -97,7 +98,7 @@ def in_runtime(job: Job, folder: Path) -> Proof:
     """The proof by the runtime. Where there are factors it adds a product that we put in the matrix, and in 16 bits the two round
     differently: a CPU compares in fp32, for which the kernels of a GPU have no code."""
     state = job.state
-    if not any(isinstance(f, LowRank) for f in formats_of(state).values()):
+    if not any(isinstance(f, LowRank) for f in state.formats.values()):
         return prove(job, engine(folder, state, job.device))
     if job.device != "cpu":
         return prove(job, engine(folder, state, job.device), FACTORS_TOLERANCE)
@@ -107,7 +108,7 @@ def in_runtime(job: Job, folder: Path) -> Proof:
 
 def quantization_config(state: State) -> dict[str, Any]:
     """The `quantization_config` of config.json."""
-    formats = {state.graph[name].stem: str(fmt) for name, fmt in formats_of(state).items()}
+    formats = {state.graph[name].stem: str(fmt) for name, fmt in state.formats.items()}
     config: dict[str, Any] = {"quant_method": METHOD, "format_version": VERSION, "formats": formats}
     known = belonging(state.graph)
     others = [spec.name for spec, site, _ in state.entries() if site is None and spec.name not in known]

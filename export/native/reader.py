@@ -7,10 +7,10 @@ from pathlib import Path
 from compress.errors import FormatError, ModelError
 from compress.export.artifact import files
 from compress.export.artifact.config import METHOD, declared, formats
-from compress.export.artifact.tensors import Placed
+from compress.export.artifact.tensors import Placed, state_of
 from compress.formats import Format
 from compress.model.model import Model, open_model
-from compress.state import Fact, State
+from compress.state import State
 from compress.state.graph import Graph, Site
 
 READER = "our reader of native artifacts, streamed"
@@ -41,38 +41,37 @@ def read(folder: Path) -> State:
     """The state that a native artifact holds; ModelError where its files do not belong together."""
     model = open_artifact(folder)
     paths = files.shards(folder)
-    files.check_marks(folder, paths)
+    files.check_marks(folder)
     files.check_index(folder, files.headers(paths)[1])
     by_stem = {s.stem: s for s in model.graph if not s.tied}
-    state = State(model.graph, model.checkpoint, model.dtype, facts=Fact.QUANTIZED)
     stored: dict[str, Placed] = {}
     for module, fmt in formats(folder).items():
         if module not in by_stem:
             raise ModelError(f"{folder / 'config.json'}: gives a format to '{module}', which is no matrix of this model")
-        stored[by_stem[module].name] = placed(by_stem[module], fmt, state, folder)
-    check_names(folder, state, stored)
-    return state.with_sites(stored)
+        stored[by_stem[module].name] = placed(by_stem[module], fmt, model, folder)
+    check_names(folder, model, stored)
+    return state_of(model, stored)
 
 
-def placed(site: Site, fmt: Format, state: State, folder: Path) -> Placed:
+def placed(site: Site, fmt: Format, model: Model, folder: Path) -> Placed:
     """Where a site's tensors lie; ModelError unless they are there as the format says."""
     try:
         names = {suffix: f"{site.stem}.{suffix}" for suffix in fmt.tensors(site.shape)}
     except FormatError as e:
         raise ModelError(f"{folder / 'config.json'}: '{site.stem}': {e}") from None
-    return Placed.of(site, fmt, state.checkpoint, names, state.scale_dtype)
+    return Placed.of(site, fmt, model.checkpoint, names, model.scale_dtype)
 
 
-def check_names(folder: Path, state: State, stored: dict[str, Placed]) -> None:
+def check_names(folder: Path, model: Model, stored: dict[str, Placed]) -> None:
     """ModelError for a tensor that neither the model nor config.json knows, or a matrix that is there twice or not at all."""
-    known = belonging(state.graph) - {state.graph[n].weight for n in stored}
+    known = belonging(model.graph) - {model.graph[n].weight for n in stored}
     known |= {name for site in stored.values() for name in site.names.values()}
     others = declared(folder).get("others", [])
-    extra = sorted(state.checkpoint.specs.keys() - known - set(others if isinstance(others, list) else []))
+    extra = sorted(model.checkpoint.specs.keys() - known - set(others if isinstance(others, list) else []))
     if extra:
-        raise ModelError(f"{state.checkpoint.files[extra[0]]}: holds '{extra[0]}', which config.json does not account for; "
+        raise ModelError(f"{model.checkpoint.files[extra[0]]}: holds '{extra[0]}', which config.json does not account for; "
                          "config and weights do not belong together")  # fmt: skip
-    for site in state.graph:
-        held = site.name in stored or site.tied or site.weight in state.checkpoint or site.joined in state.checkpoint
+    for site in model.graph:
+        held = site.name in stored or site.tied or site.weight in model.checkpoint or site.joined in model.checkpoint
         if not held:
             raise ModelError(f"{folder}: '{site.weight}' is packed, but config.json names no format for it")

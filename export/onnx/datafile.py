@@ -16,7 +16,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from compress.export.artifact.tensors import formats_of
 from compress.export.onnx.encode import KINDS, Slot, encode, slots
 from compress.state import State
 from compress.state.checkpoint import tensor_bytes, write_all
@@ -80,7 +79,7 @@ def layout(state: State) -> DataLayout:
 
 def parts(state: State) -> Iterator[tuple[Site | str, list[Slot]]]:
     """Every matrix and every other parameter, in the source's order, with its tensors."""
-    formats = formats_of(state)
+    formats = state.formats
     sites = {site.weight: site for site in state.graph if not site.tied}
     for spec in state.specs:
         site = sites.get(spec.name)
@@ -92,7 +91,7 @@ def parts(state: State) -> Iterator[tuple[Site | str, list[Slot]]]:
 
 def site_slots(state: State, site: Site) -> list[Slot]:
     """The tensors of a matrix in a format; a dense one lies as the source's does, [in, out] where that is so."""
-    fmt = formats_of(state)[site.name]
+    fmt = state.formats[site.name]
     found = slots(fmt, site.shape, state.scale_dtype, f"{site.stem}.")
     flip = site.transposed and len(found) == 1
     return [Slot(s.name, s.kind, s.shape[::-1]) for s in found] if flip else found
@@ -102,9 +101,9 @@ def tensors(state: State) -> Iterator[tuple[str, Tensor]]:
     """The tensors of `parts`, one matrix in memory at a time."""
     for part, found in parts(state):
         if isinstance(part, str):
-            yield part, state.checkpoint.read(part)
+            yield part, state.dense.read_finite(part)
             continue
-        stored = state.changed[part.name]
+        stored = state.codes[part.name]
         coded = encode(stored.format, stored.shape, stored.load().tensors)
         for slot in found:
             tensor = coded[slot.name.removeprefix(f"{part.stem}.")]

@@ -13,9 +13,9 @@ from pydantic import Field
 from compress.errors import ExportError, FormatError
 from compress.export.artifact import proof
 from compress.export.artifact.engines import EngineError
-from compress.export.artifact.exporter import Exporter, Job, Proof
+from compress.export.artifact.exporter import Exporter, Job, Proof, headless
 from compress.export.artifact.place import carry_over
-from compress.export.artifact.tensors import formats_of, same_site, write_config
+from compress.export.artifact.tensors import same_site, write_config
 from compress.export.onnx import datafile
 from compress.export.onnx.datafile import GRAPH, METHOD, VERSION, DataLayout
 from compress.export.onnx.encode import NBits
@@ -43,7 +43,7 @@ class Onnx(Exporter):
 
     def check(self, state: State) -> None:
         refuse(state)
-        for name, fmt in formats_of(state).items():
+        for name, fmt in state.formats.items():
             base = base_of(fmt)
             try:
                 if isinstance(base, Int):
@@ -53,7 +53,7 @@ class Onnx(Exporter):
 
     def remarks(self, state: State) -> list[str]:
         kinds: dict[Format, list[Site]] = {}
-        formats = formats_of(state)
+        formats = state.formats
         for name, fmt in formats.items():
             if state.graph[name].role != "embed":
                 kinds.setdefault(fmt, []).append(state.graph[name])
@@ -73,14 +73,14 @@ class Onnx(Exporter):
 
         self.check(job.state)
         cached = self.kv_cache and job.state.graph.causal
-        made = graph.build(job.state, job.model.config, cached, self.dtype, self.accuracy_level)
+        made = graph.build(job.state, cached, self.dtype, self.accuracy_level)
         (folder / GRAPH).write_bytes(serialized(made))
         datafile.write(folder, datafile.layout(job.state).file, datafile.tensors(job.state))
-        write_config(job.model, folder, quantization_config(job.state))
+        write_config(job, folder, quantization_config(job.state))
         carry_over(job.model.folder, folder)
-        least = engines(formats_of(job.state))
+        least = engines(job.state.formats)
         facts = {"library": "onnxruntime", "tag": "onnx", "loads in": least, "use": use(cached, job.state)}
-        (folder / "README.md").write_text(job.card(facts))
+        (folder / "README.md").write_text(job.card(facts), encoding="utf-8")
 
     def prove(self, job: Job, folder: Path) -> Proof:
         import onnx
@@ -113,7 +113,7 @@ class Onnx(Exporter):
         from compress.export.onnx.session import Session
 
         state = replace(job.state, dtype=torch.float32)
-        integers = any(isinstance(base_of(f), Int) for f in formats_of(job.state).values())
+        integers = any(isinstance(base_of(f), Int) for f in job.state.formats.values())
         if not integers or self.accuracy_level < 2:
             return proof.prove(job, Session(folder, job.state), EXACT[self.dtype], "against the run's model in fp32", state)
         exact = proof.prove(job, Session(folder, job.state, level=1), EXACT[self.dtype], state=state)
@@ -125,6 +125,8 @@ class Onnx(Exporter):
 def refuse(state: State) -> None:
     """ExportError for an architecture that cannot be traced."""
     family, reason = state.graph.family, UNTRACED.get(state.graph.family)
+    if headless(state.graph):
+        reason = "it predicts no tokens, and graphs of other outputs are not written"
     if any(site.expert is not None for site in state.graph):
         reason = "its experts are chosen by data, token by token, which torch.onnx cannot trace"
     if reason:
@@ -133,18 +135,18 @@ def refuse(state: State) -> None:
 
 def quantization_config(state: State) -> dict[str, Any]:
     """The `quantization_config` of config.json."""
-    sites = {state.graph[name]: fmt for name, fmt in formats_of(state).items()}
+    sites = {state.graph[name]: fmt for name, fmt in state.formats.items()}
     return {"quant_method": METHOD, "format_version": VERSION, "formats": {s.stem: str(f) for s, f in sites.items()},
             "shapes": {s.stem: list(s.shape) for s in sites}}  # fmt: skip
 
 
 def same(wanted: State, written: State) -> None:
     """ExportError naming the first site, or other parameter, that is not on disk as the run has it."""
-    for name, stored in wanted.changed.items():
+    for name, stored in wanted.codes.items():
         same_site(name, stored, written)
-    kept = [s.weight for s in wanted.graph if not s.tied and s.name not in formats_of(wanted)]
+    kept = [s.weight for s in wanted.graph if not s.tied and s.name not in wanted.formats]
     for name in [*kept, *wanted.graph.parameters]:
-        if name not in written.checkpoint or not same_bytes(wanted.checkpoint.read(name), written.checkpoint.read(name)):
+        if name not in written.dense or not same_bytes(wanted.dense.read(name), written.dense.read(name)):
             raise ExportError(f"'{name}' on disk differs from the source's; please report this")
 
 

@@ -30,7 +30,6 @@ from onnx import ModelProto
 from torch import Tensor, nn
 
 from compress.errors import ExportError, ModelError, first_line
-from compress.export.artifact.tensors import formats_of
 from compress.export.onnx.datafile import layout
 from compress.export.onnx.nodes import Nodes, initializers, operators
 from compress.model.binding import Binding, kept_in_fp32
@@ -45,9 +44,9 @@ OPSET = 23  # has RMSNormalization, RotaryEmbedding and Attention
 BATCH, SEQUENCE, PAST = 2, 3, 5  # sizes to trace with: none is 0 or 1, which tracing takes for constants
 
 
-def build(state: State, config: Any, kv_cache: bool, dtype: str, accuracy_level: int) -> ModelProto:
+def build(state: State, kv_cache: bool, dtype: str, accuracy_level: int) -> ModelProto:
     """The whole graph of a state, its tensors in the data file that `layout` describes."""
-    traced, names = trace(state, config, kv_cache, DTYPES[dtype])
+    traced, names = trace(state, kv_cache, DTYPES[dtype])
     model = ir.to_proto(traced)
     file = layout(state).file
     nodes = Nodes(file.slots, dtype, accuracy_level)
@@ -86,9 +85,9 @@ def filled(past: list[tuple[Tensor, Tensor]]) -> transformers.DynamicCache:
     return cache
 
 
-def trace(state: State, config: Any, kv_cache: bool, dtype: torch.dtype) -> tuple[ir.Model, dict[str, str]]:
+def trace(state: State, kv_cache: bool, dtype: torch.dtype) -> tuple[ir.Model, dict[str, str]]:
     """The optimized graph with holes, and for each of its parameters, by its name there, the name in the checkpoint."""
-    model = skeleton(config)
+    model = skeleton(state.config)
     Binding(state, model).load_buffers(state, model)
     dig(model, state.graph, dtype)
     names = {f"model.{path}": name for path, name in parameters(model, state, dtype).items()}
@@ -200,10 +199,10 @@ def parameters(model: nn.Module, state: State, dtype: torch.dtype) -> dict[str, 
     for path, parameter in model.named_parameters(remove_duplicate=False):
         paths.setdefault(id(parameter), []).append(path)
     for same in paths.values():
-        held = next((n for path in same for n in candidates(path, state.graph.family) if n in state.checkpoint), None)
+        held = next((n for path in same for n in candidates(path, state.graph.family) if n in state.dense), None)
         if held is None:
-            raise ModelError(f"{state.checkpoint.folder}: no tensor for '{same[0]}'; config and weights do not belong together")
-        shape = state.checkpoint.specs[held].shape
+            raise ModelError(f"{state.dense.folder}: no tensor for '{same[0]}'; config and weights do not belong together")
+        shape = state.dense.specs[held].shape
         for path in same:
             parent, _, name = path.rpartition(".")
             kind = torch.float32 if any(part in path for part in precise) else dtype
@@ -240,7 +239,7 @@ def quiet() -> Iterator[None]:
 
 def fill(model: ModelProto, state: State, nodes: Nodes, names: dict[str, str]) -> None:
     """Put nodes in place of holes, and tensors of the data file in place of the parameters among the inputs."""
-    graph, formats = model.graph, formats_of(state)
+    graph, formats = model.graph, state.formats
     held = {i.name: nodes.number(names[i.name], i.type.tensor_type.elem_type) for i in graph.input if i.name in names}
     done = nodes.take()
     for node in graph.node:

@@ -21,11 +21,12 @@ import torch
 from google.protobuf.message import DecodeError, Message
 from onnx import ModelProto, TensorProto
 
-from compress.errors import FormatError, ModelError
+from compress.errors import FormatError, ModelError, one_line
+from compress.export.artifact.checks import Kind, require
 from compress.export.artifact.config import declared, formats
 from compress.export.artifact.engines import Engine
-from compress.export.artifact.files import check_marks, contained, one_line
-from compress.export.artifact.tensors import Placed
+from compress.export.artifact.files import check_marks, contained
+from compress.export.artifact.tensors import Placed, state_of
 from compress.export.artifact.view import Seen, View, Viewed
 from compress.export.native import reader as native_reader
 from compress.export.onnx.datafile import DATA, GRAPH, METHOD, DataFile, places
@@ -33,7 +34,7 @@ from compress.export.onnx.encode import DTYPES, WIDTHS, Slot, decode, slots
 from compress.export.onnx.nodes import code_of
 from compress.formats import Dense, Format
 from compress.model.model import Model, open_model
-from compress.state import Fact, State
+from compress.state import State
 from compress.state.checkpoint import Spec
 
 READER = "our reader of ONNX artifacts, streamed"
@@ -56,17 +57,16 @@ def open_artifact(folder: Path) -> Model:
 def read(folder: Path) -> State:
     """The state that an ONNX artifact holds; ModelError where its files do not belong together."""
     model = open_artifact(folder)
-    check_marks(folder, (folder / GRAPH, folder / DATA))
+    check_marks(folder)
     by_stem = {s.stem: s for s in model.graph if not s.tied}
-    state = State(model.graph, model.checkpoint, model.dtype, facts=Fact.QUANTIZED)
     stored: dict[str, Placed] = {}
     for module, fmt in formats(folder).items():
         if module not in by_stem:
             what = one_line(module)
             raise ModelError(f"{folder / 'config.json'}: gives a format to '{what}', which is no matrix of this model")
-        stored[by_stem[module].name] = native_reader.placed(by_stem[module], fmt, state, folder)
-    native_reader.check_names(folder, state, stored)
-    return state.with_sites(stored)
+        stored[by_stem[module].name] = native_reader.placed(by_stem[module], fmt, model, folder)
+    native_reader.check_names(folder, model, stored)
+    return state_of(model, stored)
 
 
 def engine(folder: Path, state: State, device: str) -> Engine:
@@ -149,6 +149,13 @@ class Data:
             )
         return cls(folder, {slot.name: (slot, start) for slot, start in found})
 
+    def kind_of(self, name: str) -> Kind | None:
+        """ONNX's word for the type of a tensor, and its shape; None where there is no such tensor."""
+        if name not in self.places:
+            return None
+        slot, _ = self.places[name]
+        return slot.kind, slot.shape
+
     def read(self, name: str) -> torch.Tensor:
         """A tensor as it lies in the file; numbers of 4 bits as bytes."""
         slot, start = self.places[name]
@@ -207,12 +214,8 @@ class Matrix:
             self.slots = slots(fmt, shape, self.scale_dtype, f"{module}.")
         except FormatError as e:
             raise ModelError(f"{data.folder / 'config.json'}: '{one_line(module)}': {e}") from None
-        for slot in self.slots:
-            found = data.places.get(slot.name, (None, 0))[0]
-            if found != slot:
-                said = "missing" if found is None else f"{found.kind} {list(found.shape)}"
-                raise ModelError(f"{data.folder / GRAPH}: '{one_line(slot.name)}' is {said}, {fmt} needs {slot.kind} "
-                                 f"{list(slot.shape)}; config and weights do not belong together")  # fmt: skip
+        wanted: dict[str, Kind] = {slot.name: (slot.kind, slot.shape) for slot in self.slots}
+        require(data.folder / GRAPH, fmt, wanted, data.kind_of)
 
     def tensor(self, suffix: str) -> torch.Tensor:
         """One tensor of the format. All are made at once, and kept until another matrix is read."""

@@ -6,7 +6,6 @@ users load the adapter themselves.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,9 @@ from typing import Any
 from safetensors import safe_open
 from torch import nn
 
-from compress.errors import CompressError, ModelError
+from compress.errors import CompressError, ModelError, one_line
 from compress.export.artifact import files
-from compress.export.artifact.files import one_line
+from compress.export.artifact.config import matched
 from compress.export.runtime.decode import format_of
 from compress.export.runtime.linear import PackedLinear
 from compress.formats import Dense, LowRank
@@ -25,8 +24,9 @@ from compress.state.checkpoint import Spec
 FOLDER, CONFIG, WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
 SUFFIXES = ("lora_A.weight", "lora_B.weight")
 _PREFIX = "base_model.model."
-_BEYOND = ("use_dora", "use_rslora", "use_qalora", "lora_bias", "modules_to_save", "alora_invocation_tokens", "layer_replication",
-           "target_parameters", "trainable_token_indices")  # fmt: skip
+_BEYOND = ("use_dora", "use_rslora", "use_qalora", "lora_bias", "modules_to_save", "alora_invocation_tokens",
+           "layer_replication", "target_parameters", "trainable_token_indices", "exclude_modules", "layers_to_transform",
+           "layers_pattern")  # fmt: skip
 
 
 def correct(model: nn.Module, folder: Path) -> None:
@@ -38,7 +38,7 @@ def correct(model: nn.Module, folder: Path) -> None:
     specs, _ = files.headers([path])
     try:
         ranks = ranks_of(config)
-    except (LookupError, TypeError, ValueError, AttributeError, re.error) as e:
+    except (LookupError, TypeError, ValueError, AttributeError) as e:
         raise ModelError(f"{folder / FOLDER / CONFIG}: {one_line(str(e))}; this is no adapter of ours") from None
     extra = specs.keys() - {f"{_PREFIX}{module}.{suffix}" for module in ranks for suffix in SUFFIXES}
     if extra:
@@ -65,11 +65,6 @@ def ranks_of(config: Mapping[str, Any]) -> dict[str, int]:
             raise ValueError(f"scales '{module}' by another number than 1")
         found[module] = int(rank)
     return found
-
-
-def matched(patterns: Mapping[str, int], module: str, default: int) -> int:
-    """The value that PEFT takes for a module."""
-    return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", module)), default)
 
 
 def corrected(module: PackedLinear, name: str, rank: int, specs: Mapping[str, Spec], path: Path) -> LowRank:

@@ -12,10 +12,9 @@ import transformers
 from transformers.quantizers import auto
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from compress.errors import CompressError, ModelError
+from compress.errors import CompressError, ModelError, one_line
 from compress.export.artifact import config as artifact_config
 from compress.export.artifact import files
-from compress.export.artifact.files import one_line
 from compress.export.runtime.correction import correct
 from compress.export.runtime.linear import prepare
 from compress.export.runtime.quantizer import DeclaredConfig, IntegerQuantizer, NativeQuantizer
@@ -33,6 +32,7 @@ class ChosenConfig:
 
     @staticmethod
     def from_dict(declared: Mapping[str, Any], **options: Any) -> QuantizationConfigMixin:
+        artifact_config.check_patterns(declared)
         try:
             artifact_config.integer_schemes(declared)
         except ModelError:
@@ -63,8 +63,16 @@ def keep_packed(on: bool = True) -> ExitStack:
     return undo
 
 
+def auto_class(named: Any) -> Any:
+    """What of transformers loads the class that a config names: a language model, unless it has another head, or none."""
+    name = str(named[0]) if isinstance(named, list) and named else ""
+    if name.endswith("Model") and not name.endswith("HeadModel"):
+        return transformers.AutoModel
+    return getattr(transformers, f"AutoModelFor{name.rpartition('For')[2]}", transformers.AutoModelForCausalLM)
+
+
 def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Any:
-    """The language model of a native artifact or a compressed-tensors folder, packed, on a device; in `dtype`, or its own.
+    """The model of a native artifact or a compressed-tensors folder, packed, on a device; in `dtype`, or its own.
 
     Low-rank factors that lie beside it in `adapter/` are applied. ModelError where the folder is damaged or cannot be loaded
     so; it is one line.
@@ -74,18 +82,21 @@ def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dt
     method = artifact_config.method(folder)
     if method not in (artifact_config.METHOD, INTEGERS):
         raise ModelError(f"{folder}: holds no packed matrices; load it with transformers alone")
-    named = config.get("architectures")
-    masked = isinstance(named, list) and any("MaskedLM" in str(name) for name in named)
-    kind = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
+    kind = auto_class(config.get("architectures"))
     with keep_packed():
         if method == INTEGERS:
-            artifact_config.integer_schemes(artifact_config.declared(folder))
+            artifact_config.integer_schemes(artifact_config.declared(folder), folder / "config.json")
         try:
-            model: Any = kind.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
+            model: Any = kind.from_pretrained(
+                folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False, use_safetensors=True
+            )
         except CompressError:
             raise
         except Exception as e:  # a config that its architecture's code cannot take
-            raise ModelError(f"{folder}: transformers cannot load it ({one_line(str(e) or type(e).__name__)})") from e
+            why = one_line(str(e) or type(e).__name__)
+            if config.get("auto_map"):
+                why = "its config.json asks for custom code (auto_map), which is not supported"
+            raise ModelError(f"{folder}: transformers cannot load it ({why})") from e
     if method == INTEGERS:
         correct(model, folder)
     return model.to(device)

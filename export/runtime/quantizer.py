@@ -22,9 +22,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import hub
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from compress.errors import ModelError
+from compress.errors import ModelError, one_line
 from compress.export.artifact import files as artifact_files
-from compress.export.artifact.files import one_line
 from compress.export.runtime import reading
 from compress.export.runtime.experts import ROLES, PackedExperts
 from compress.export.runtime.linear import PackedEmbedding, PackedLinear, prepare

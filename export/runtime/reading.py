@@ -1,8 +1,8 @@
 """An artifact's folder, read before a byte is allocated: what config.json says, compared with the headers of the weight files.
 
-Two kinds are read: native artifacts (export/native/), and compressed-tensors folders of integers, `pack-quantized`. Every
-check is here, for the runtime, the vLLM plug-in and `native.read`: versions, formats, names, dtypes and shapes of tensors,
-the hashes of compress.json. What is wrong is a ModelError of one line. No path comes from a file, and a link is followed only
+Two kinds are read: native artifacts (export/native/), and compressed-tensors folders of integers, `pack-quantized`. The checks
+are those of every reader (artifact/files.py, config.py, checks.py): versions, formats, names, dtypes and shapes of tensors, the
+hashes of compress.json. What is wrong is a ModelError of one line. No path comes from a file, and a link is followed only
 within the folder, or into the store of a hub cache that the folder is a snapshot of.
 """
 
@@ -15,13 +15,12 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from compress.errors import CompressError, ModelError
+from compress.errors import CompressError, ModelError, one_line
+from compress.export.artifact import checks
 from compress.export.artifact.config import declared, formats, integer_schemes, scheme_of
-from compress.export.artifact.files import check_index, check_marks, contained, headers, one_line, plain_files, shards
-from compress.formats import Dense, Format, LowRank
+from compress.export.artifact.files import check_index, check_marks, contained, headers, plain_files, shards
+from compress.formats import Dense, Format
 from compress.state.checkpoint import Spec
-
-_SCALES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def open_native(folder: Path) -> Artifact:
     """A native artifact, its hashes compared up to `HASHED_BYTES`."""
     contained(folder)
     texts, paths = formats(folder), shards(folder)
-    check_marks(folder, paths)
+    check_marks(folder)
     specs, files = headers(paths)
     check_index(folder, files)
     packed = {stem: fmt for stem, fmt in texts.items() if not isinstance(fmt, Dense)}
@@ -69,8 +68,8 @@ def open_native(folder: Path) -> Artifact:
 def open_packed(folder: Path, module_of: Callable[[str], str] = str) -> Artifact:
     """A compressed-tensors folder of integers; `module_of` gives the path in the module tree for a name on disk."""
     contained(folder)
-    schemes, paths = integer_schemes(declared(folder)), plain_files(folder)
-    check_marks(folder, paths)
+    schemes, paths = integer_schemes(declared(folder), folder / "config.json"), plain_files(folder)
+    check_marks(folder)
     specs, files = headers(paths)
     found: dict[str, Format] = {}
     for name in specs:
@@ -87,9 +86,7 @@ def matrices(
     shapes = read_shapes(packed, specs, files, folder)
     found = {}
     for stem, fmt in packed.items():
-        scale = specs.get(f"{stem}.weight_scale")
-        dtype = scale.dtype if scale and scale.dtype in _SCALES else torch.bfloat16
-        found[stem] = matrix(folder, stem, fmt, shapes, dtype, specs)
+        found[stem] = matrix(folder, stem, fmt, shapes, checks.scale_dtype(specs, f"{stem}.weight_scale"), specs)
     return found
 
 
@@ -97,23 +94,15 @@ def matrix(
     folder: Path, stem: str, fmt: Format, shapes: Mapping[str, tuple[int, int]], scale: torch.dtype, specs: Mapping[str, Spec]
 ) -> Matrix:
     """One matrix whose tensors are all there as its format says."""
-    n, k = shapes[f"{stem}.weight_shape"]
+    shape = shapes[f"{stem}.weight_shape"]
     try:
-        wanted = fmt.tensors((n, k), scale)
+        wanted = fmt.tensors(shape, scale)
     except CompressError as e:
         raise ModelError(f"{folder / 'config.json'}: '{one_line(stem)}': {e}") from None
-    for suffix, (dtype, shape) in wanted.items():
-        spec = specs.get(f"{stem}.{suffix}")
-        if spec is None or (spec.dtype, spec.shape) != (dtype, shape):
-            held = "missing" if spec is None else f"{str(spec.dtype)[6:]} {list(spec.shape)}"
-            raise ModelError(f"{folder}: '{one_line(stem)}.{suffix}' is {held}, {fmt} needs {str(dtype)[6:]} {list(shape)}; "
-                             "config and weights do not belong together")  # fmt: skip
-    sides = {"lora_A.weight_shape": (fmt.rank, k), "lora_B.weight_shape": (fmt.rank, n)} if isinstance(fmt, LowRank) else {}
-    for suffix, side in sides.items():
-        if suffix in wanted and shapes[f"{stem}.{suffix}"] != side:
-            said = list(shapes[f"{stem}.{suffix}"])
-            raise ModelError(f"{folder}: '{one_line(stem)}.{suffix}' says {said}, not {list(side)}; the file is damaged")
-    return Matrix(fmt, (n, k), scale, {suffix: f"{stem}.{suffix}" for suffix in wanted})
+    checks.require(folder, fmt, {f"{stem}.{suffix}": kind for suffix, kind in wanted.items()}, checks.in_specs(specs))
+    for suffix, side in checks.sides(fmt, shape).items():
+        checks.require_sides(folder, f"{stem}.{suffix}", shapes[f"{stem}.{suffix}"], side)
+    return Matrix(fmt, shape, scale, {suffix: f"{stem}.{suffix}" for suffix in wanted})
 
 
 def read_shapes(

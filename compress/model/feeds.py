@@ -1,0 +1,236 @@
+"""What feeds the inputs of the matrices: a norm, or the rows of another matrix.
+
+Which norm is read by which matrices, and whether anything else reads it, is not listed by family: the skeleton runs once on the
+meta device, and every operation that takes what a norm put out is noted with the module that it happens in. Views carry the
+mark on. A norm that the residual stream reads as well (a model of post-norms) shows by an addition outside of any matrix.
+
+How the rows of v and up become inputs of o and down is arithmetic on heads; layouts of joined matrices are in a table. Whoever
+folds something into a feed is to compare what the block computes, since a gate or a norm in between shows in neither."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from compress.errors import ModelError, first_line
+from compress.model.names import candidates
+from compress.model.skeleton import is_experts, is_matrix, skeleton
+from compress.state import State
+from compress.state.graph import Feed, Rows, Site
+
+VIEWS = ("view", "_unsafe_view", "reshape", "t", "transpose", "permute", "unsqueeze", "squeeze", "expand", "slice", "select",
+         "alias", "detach", "clone", "_to_copy", "_reshape_alias")  # fmt: skip
+STACKED = ("phi3", "gpt2")  # families whose joined matrix holds all of q, then k, then v
+BY_HEAD = ("gpt_neox", "bloom")  # and those that hold q, k and v of one head, then of the next
+Key = tuple[int | None, str]  # block and input_key
+
+
+def feeds(state: State) -> dict[Key, Feed]:
+    """(block, input_key) -> the norm that feeds it, for every input that one feeds directly."""
+    model = skeleton(state.config).to("meta")
+    readers = _trace(model)
+    graph, family = state.graph, state.graph.family
+    known = {spec.name for spec in state.specs}
+    sites: dict[str, list[Site]] = {}
+    for site in graph:
+        sites.setdefault(site.module, []).extend([site] if site.expert is None or site.role != "down" else [])
+    found: dict[Key, Feed] = {}
+    for norm, paths in readers.items():
+        mine = [s for path in paths for s in sites.get(path, [])]
+        others = [p for p in paths if p not in sites]
+        routers = {p: _held(f"{p}.weight", family, known) for p in others if _is_router(model, p)}
+        stray = next((p for p in others if not routers.get(p)), None)
+        if mine:
+            obstacle = f"'{stray or 'the model'}' reads what '{norm}' puts out as well" if stray is not None else ""
+            if any(s.tied or any(o.tied == s.name for o in graph) for s in mine):
+                obstacle = f"'{mine[0].name}' shares its matrix with another, which does not read '{norm}'"
+            offset = _offset(model.get_submodule(norm))
+            weight, bias = (_held(f"{norm}.{n}", family, known) for n in ("weight", "bias"))
+            if weight is None or offset is None:
+                obstacle = f"'{norm}' does not multiply by a weight of the checkpoint"
+            feed = Feed(weight or norm, bias, offset or 0.0, tuple(s.name for s in mine),
+                        tuple(name for name in routers.values() if name), obstacle)  # fmt: skip
+            found |= dict.fromkeys(((s.block, s.input_key) for s in mine), feed)
+    return found
+
+
+def _held(name: str, family: str, known: set[str]) -> str | None:
+    return next((n for n in candidates(name, family) if n in known), None)
+
+
+def _is_router(model: nn.Module, path: str) -> bool:
+    """Whether a module is one matrix that is no site: what chooses experts."""
+    held = dict(model.get_submodule(path).named_parameters()) if path else {}
+    return "weight" in held and held["weight"].ndim == 2 and all(p.ndim == 1 for n, p in held.items() if n != "weight")
+
+
+def _is_norm(module: nn.Module) -> bool:
+    held = dict(module.named_parameters(recurse=False))
+    alone = not any(True for _ in module.children())
+    return alone and "weight" in held and held.keys() <= {"weight", "bias"} and all(p.ndim == 1 for p in held.values())
+
+
+def _offset(norm: nn.Module) -> float | None:
+    """The number c for which the norm gives x̂ (c + weight) + bias; None where it is no such norm. It is tried out."""
+    tried: Any = deepcopy(norm).to_empty(device="cpu").float()
+    x = torch.randn(4, tried.weight.shape[0], generator=torch.Generator().manual_seed(0))
+    seen = []
+    for value in (0.0, 1.0, 2.0):
+        for name, p in tried.named_parameters():
+            p.data.fill_(value if name == "weight" else 0.0)
+        try:
+            seen.append(tried(x).float())
+        except Exception:  # a norm that wants more than its input
+            return None
+    step = seen[1] - seen[0]
+    if not torch.allclose(seen[2] - seen[1], step, atol=1e-4) or not bool(step.abs().amax() > 1e-3):
+        return None
+    return round(float((seen[0] * step).sum() / step.square().sum()), 4)
+
+
+# --- the trace -------------------------------------------------------------------------------------------------------
+
+
+def _trace(model: nn.Module) -> dict[str, list[str]]:
+    """Path of every norm -> paths of the modules in which what it puts out is read."""
+    with ExitStack() as stack:
+        watch = _Watch()
+        for path, module in model.named_modules():
+            if is_experts(module):
+                module.forward = lambda hidden, *_: torch.zeros_like(hidden)
+            if not path:
+                continue
+            handles = [module.register_forward_pre_hook(watch.entering(path), prepend=True, with_kwargs=True),
+                       module.register_forward_hook(watch.leaving(path, _is_norm(module) and not is_matrix(module)))]  # fmt: skip
+            for handle in handles:
+                stack.callback(handle.remove)
+        ids = torch.zeros(1, 8, dtype=torch.int64, device="meta")
+        for mask in ({"attention_mask": torch.zeros(1, 1, 8, 8, device="meta")}, {}):  # of four sides it is taken as it is
+            try:
+                with watch, torch.no_grad():
+                    model(input_ids=ids, use_cache=False, **mask)
+                return watch.readers
+            except Exception as e:  # whatever an architecture's code makes of tensors without content
+                reason = first_line(e)
+                watch.clear()
+    raise ModelError(
+        f"{type(model).__name__}: cannot be followed on the meta device ({reason}), so what feeds its matrices is unknown"
+    )
+
+
+@dataclass(eq=False)
+class _Watch(TorchDispatchMode):
+    """Notes which modules read what norms put out."""
+
+    readers: dict[str, list[str]] = field(default_factory=dict)
+    inside: list[str] = field(default_factory=list)
+    marked: dict[int, tuple[Tensor, str]] = field(default_factory=dict)  # the tensor is kept, lest another gets its number
+
+    def __post_init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def clear(self) -> None:
+        self.readers.clear()
+        self.inside.clear()
+        self.marked.clear()
+
+    def entering(self, path: str) -> Callable[..., None]:
+        return lambda *_: self.inside.append(path)
+
+    def leaving(self, path: str, norm: bool) -> Callable[..., None]:
+        def leave(_: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+            self.inside.pop()
+            if norm and isinstance(out, Tensor):
+                self.readers.setdefault(path, [])
+                self.marked[id(out)] = out, path
+
+        return leave
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        sources = {self.marked[id(a)][1] for a in _tensors((args, kwargs)) if id(a) in self.marked}
+        place = self.inside[-1] if self.inside else ""
+        if sources and func.__name__.partition(".")[0] in VIEWS and isinstance(out, Tensor):
+            self.marked[id(out)] = out, next(iter(sources))
+        else:
+            for source in sources:
+                if place not in self.readers[source]:
+                    self.readers[source].append(place)
+        return out
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+
+
+# --- rows of other matrices ------------------------------------------------------------------------------------------
+
+
+def rows(state: State) -> dict[Key, Rows]:
+    """(block, input_key) -> the rows that become its inputs: of v for o, of up for down."""
+    config = state.config.get_text_config()
+    found: dict[Key, Rows] = {}
+    for block in state.graph.blocks:
+        sites = state.graph.of_block(block.index)
+        for reader in sites:
+            mates = {s.role: s for s in sites if s.expert == reader.expert and _together(s, reader)}
+            if reader.role == "o":
+                found[block.index, reader.input_key] = _attention(reader, mates, config)
+            elif reader.role == "down":
+                found[block.index, reader.input_key] = _mlp(reader, mates, config)
+    return found
+
+
+def _together(one: Site, other: Site) -> bool:
+    """Whether two matrices are parts of one attention or one MLP."""
+    return one.expert is not None or one.name.rpartition(".")[0] == other.name.rpartition(".")[0]
+
+
+def _attention(o: Site, mates: Mapping[str, Site], config: Any) -> Rows:
+    heads = config.num_attention_heads
+    width = o.shape[1] // heads
+    source = mates.get("v") or mates.get("qkv")
+    if source is None or o.shape[1] % heads:
+        return Rows("", torch.empty(0, dtype=torch.int64), "its values come from no matrix of the block")
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    inputs = torch.arange(o.shape[1])
+    head, within = inputs // width, inputs % width
+    own = head // (heads // groups) * width + within
+    if source.role == "v":
+        return Rows(source.name, own, "")
+    if config.model_type in STACKED:
+        return Rows(source.name, source.shape[0] - groups * width + own, "")
+    if config.model_type in BY_HEAD:
+        return Rows(source.name, head * 3 * width + 2 * width + within, "")
+    return Rows(source.name, own, f"how '{config.model_type}' joins q, k and v is not known")
+
+
+def _mlp(down: Site, mates: Mapping[str, Site], config: Any) -> Rows:
+    inputs = torch.arange(down.shape[1])
+    act = next(
+        (str(a) for n in ("hidden_act", "activation_function", "hidden_activation") if (a := getattr(config, n, None))), ""
+    )
+    if "gate_up" in mates:
+        return Rows(mates["gate_up"].name, down.shape[1] + inputs, "")
+    if "up" not in mates:
+        return Rows("", inputs, "its inputs come from no matrix of the block")
+    linear = "gate" in mates or act == "relu"
+    return Rows(
+        mates["up"].name, inputs, "" if linear else f"'{act}' stands between up and down, and does not let a factor through"
+    )

@@ -1,0 +1,129 @@
+"""The pass `edit`: plain surgery on a model, with no calibration and no loss beyond what is cut away.
+
+No tensor is copied: what is kept lies where it lay, under the name that it has in the smaller model. The result is a model of the
+same architecture, or the pass refuses: the new config is built into a skeleton, and every kept layer must there be what it was.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from pydantic import Field
+from torch import nn
+
+from compress.errors import ModelError, RecipeError
+from compress.manager import Context, Pass
+from compress.model.discover import discover
+from compress.model.names import anchor, check_tensors
+from compress.model.skeleton import skeleton
+from compress.state import Aspect, Fact, State
+
+
+class Edit(Pass):
+    """Take layers away, or give a tied output head a matrix of its own."""
+
+    name: ClassVar[str] = "edit"
+    needs: ClassVar[Fact] = Fact.DENSE
+    writes: ClassVar[Aspect] = Aspect.STRUCTURE | Aspect.WEIGHTS
+
+    drop_layers: tuple[int, ...] = Field((), description="numbers of the layers to take away, from 0; the others close the gap")
+    untie: bool = Field(False, description="give the output head, where it shares the embedding's matrix, a copy of its own")
+
+    def check(self, calibrated: bool, following: Sequence[Pass] = ()) -> None:
+        if not self.drop_layers and not self.untie:
+            raise RecipeError("'edit' names nothing to change; give it drop_layers or untie, or leave it out")
+
+    def foresee(self, state: State) -> State:
+        config = deepcopy(state.config)
+        places = {spec.name: spec.name for spec in state.specs}  # name in the new checkpoint -> name in the old one
+        specs = list(state.specs)
+        if self.drop_layers:
+            kept = self._kept(state)
+            shorten(config, len(state.graph.blocks), kept)
+            names = renumbered([s.name for s in specs], state.graph.blocks[0].module, kept)
+            places = {new: old for old, new in names.items()}
+            specs = [replace(s, name=names[s.name]) for s in specs if s.name in names]
+            same_layers(state, config, kept)
+        if self.untie:
+            config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+            head, embed = untied(state, config)
+            specs += [replace(spec, name=head) for spec in specs if spec.name == embed]
+            places[head] = places[embed]
+        dense = state.dense.moved(places)
+        graph = anchor(discover(skeleton(config), config), dense)
+        check_tensors(graph, dense)
+        return replace(state, graph=graph, config=config, specs=tuple(specs), dense=dense)
+
+    def run(self, state: State, ctx: Context) -> State:
+        return self.foresee(state)
+
+    def _kept(self, state: State) -> list[int]:
+        """The numbers of the layers that stay."""
+        count = len(state.graph.blocks)
+        odd = next((i for i in self.drop_layers if not 0 <= i < count or self.drop_layers.count(i) > 1), None)
+        if odd is not None:
+            why = "is named twice" if 0 <= odd < count else f"is none of the layers, which are 0 to {count - 1}"
+            raise RecipeError(f"layer {odd} {why}", ("drop_layers",))
+        if len(self.drop_layers) == count:
+            raise RecipeError(f"these are all {count} layers; keep one", ("drop_layers",))
+        return [i for i in range(count) if i not in self.drop_layers]
+
+
+def shorten(config: Any, count: int, kept: list[int]) -> None:
+    """Make a config one of fewer layers: their number, and every list that has an entry for each layer."""
+    text = config.get_text_config()
+    for name, value in text.to_dict().items():
+        if isinstance(value, list | tuple) and len(value) == count and isinstance(getattr(text, name, None), list | tuple):
+            setattr(text, name, [value[i] for i in kept])
+    text.num_hidden_layers = len(kept)
+
+
+def renumbered(names: Sequence[str], block: str, kept: list[int]) -> dict[str, str]:
+    """Name of a tensor -> its name once only the `kept` layers are there; those of other layers are left out."""
+    stack = re.escape(block.split(".")[-2])
+    found = {}
+    for name in names:
+        match = re.search(rf"(?:^|\.){stack}\.(\d+)\.", name)
+        if match is None:
+            found[name] = name
+        elif int(match[1]) in kept:
+            start, end = match.span(1)
+            found[name] = f"{name[:start]}{kept.index(int(match[1]))}{name[end:]}"
+    return found
+
+
+def untied(state: State, config: Any) -> tuple[str, str]:
+    """The name of the head's own matrix once it has one, and the name of the embedding's."""
+    head = state.graph.sites.get("lm_head")
+    if head is None or head.tied is None:
+        raise RecipeError("the output head has a matrix of its own already; leave 'untie' out", ("untie",))
+    graph = discover(skeleton(config), config)
+    if graph["lm_head"].tied:
+        raise ModelError(f"'{state.graph.family}' ties its head to its embedding whatever the config says; it cannot be untied")
+    return graph["lm_head"].weight, state.graph["embed"].weight
+
+
+def same_layers(state: State, config: Any, kept: list[int]) -> None:
+    """ModelError where a kept layer would be another than it was, since the architecture decides something by its number."""
+    before, after = skeleton(state.config), skeleton(config)
+    for new, old in enumerate(kept):
+        path = state.graph.blocks[old].module
+        ours = before.get_submodule(path)
+        theirs = after.get_submodule(f"{path.rpartition('.')[0]}.{new}")
+        if traits(ours) != traits(theirs):
+            raise ModelError(f"layer {old} of '{state.graph.family}' would be another as layer {new}: this architecture decides "
+                             "by the number what a layer is; drop others, so that the kinds keep their places")  # fmt: skip
+
+
+def traits(block: nn.Module) -> dict[str, Any]:
+    """What a layer is, besides its weights: classes, shapes, and every plain number or word in its modules but its own number."""
+    found: dict[str, Any] = {}
+    for path, module in block.named_modules():
+        plain = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str) and k != "layer_idx"}
+        shapes = {n: tuple(p.shape) for n, p in module.named_parameters(recurse=False)}
+        found[path] = type(module).__name__, plain, shapes
+    return found
