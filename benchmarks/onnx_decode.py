@@ -127,7 +127,7 @@ def stock(folder: Path, state: State, dtype: torch.dtype) -> Engine:
     logging.disable_progress_bar()
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     state = replace(state, dtype=dtype)
-    for name in state.changed:
+    for name in state.codes:
         model.get_submodule(state.graph[name].module).weight.copy_(state.weight(state.graph[name]))
     return Transformers(model, "transformers")
 

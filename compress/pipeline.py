@@ -320,9 +320,9 @@ def scores_of(file: Path) -> dict[str, Any]:
     """What an evaluation.json says; empty where it is absent or damaged, for then the figures are measured again."""
     try:
         known = json_mapping(file, RunError)
-        for which in ("original", "compressed"):
-            TypeAdapter(evaluate.Scores).validate_python(known[which])
-        return known if isinstance(known["text"], str) else {}
+        before, after = (TypeAdapter(evaluate.Scores).validate_python(known[n]) for n in ("original", "compressed"))
+        compared = None not in (after.kl, after.agreement) and (before.perplexity is None) == (after.perplexity is None)
+        return known if compared and isinstance(known["text"], str) else {}
     except (ValueError, LookupError, TypeError):
         return {}
 

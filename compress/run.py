@@ -33,7 +33,7 @@ import torch
 from pydantic import BaseModel
 
 from compress.documents import json_mapping
-from compress.errors import RunError
+from compress.errors import ContractError, RunError
 from compress.formats import Packed
 from compress.manager import Context, Pass, Record
 from compress.parts import SUFFIX, part_bytes, read_part
@@ -182,6 +182,8 @@ class Parts:
         records: Sequence[Record] = (),
         serving: Mapping[str, Any] = MappingProxyType({}),
     ) -> Part:
+        if any(not isinstance(record.get("site"), str) for record in records):
+            raise ContractError(f"pass author: a record of part '{part}' does not say under 'site' what it is about")
         with writing(self.root):
             self.partial.mkdir(parents=True, exist_ok=True)
         path = self.partial / f"{part}{SUFFIX}"

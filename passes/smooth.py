@@ -221,6 +221,7 @@ class _Block:
         return self.matrices[site.name] if site.name in self.matrices else self.state.reference(site)
 
     def _fold_into_norm(self, feed: Feed, s_k: Tensor) -> None:
+        assert feed.offset is not None, "else there is an obstacle"
         dense = self.state.dense
         self.others[feed.weight] = core.divided_norm(dense.read_finite(feed.weight), s_k, feed.offset)
         if feed.bias:

@@ -198,6 +198,7 @@ def written(path: Path, value: Any) -> None:
 
 
 EVALUATION = [*DAMAGES[:-1], lambda d: {k: v for k, v in d.items() if k != "original"}, lambda d: d | {"compressed": {"kl": "x"}},
+              *(lambda d, n=n: d | {"compressed": d["compressed"] | {n: None}} for n in ("kl", "agreement", "perplexity")),
               lambda d: d | {"original": 3}, lambda d: d | {"text": None}]  # fmt: skip
 
 
@@ -212,7 +213,7 @@ def test_damaged_figures_are_measured_again(finished: Project):
 
 RECORD = [*DAMAGES[:-1], lambda d: d | {"seconds": "x"}, lambda d: d | {"peak_bytes": None}, lambda d: d | {"plan": {}},
           lambda d: d | {"plan": {"formats": {"a": "int99"}}}, lambda d: d | {"plan": {"formats": {}, "forecast": {"metric": 3}}},
-          lambda d: d | {"sites": [{"site": s["site"]} for s in d["sites"]]}, lambda d: d | {"sites": {}},
+          lambda d: d | {"sites": [{"site": s["site"], "format": 3} for s in d["sites"]]}, lambda d: d | {"sites": {}},
           lambda d: d | {"sites": [s | {"error": "x"} for s in d["sites"]]}, lambda d: d | {"made_of": 3}]  # fmt: skip
 
 

@@ -61,7 +61,7 @@ PLAN, RUN, EVAL = ("plan", "recipe.yaml"), ("run", "recipe.yaml"), ("eval", "out
 ERRORS, INSPECT = ("inspect", "out", "--errors"), ("inspect", "model")
 KINDS = {
     "recipe": Kind("recipe.yaml", (PLAN,), yaml=True),
-    "config": Kind("model/config.json", (PLAN, INSPECT), lost=("out",)),
+    "config": Kind("model/config.json", (PLAN, INSPECT, RUN), lost=("out",)),
     "tokenizer": Kind("model/tokenizer.json", (PLAN,), lost=("out",)),
     "tokenizer config": Kind("model/tokenizer_config.json", (PLAN,), lost=("out",)),
     "generation config": Kind("model/generation_config.json", (RUN,), lost=("out",)),
@@ -161,8 +161,8 @@ def try_one(folder: Path, kind: Kind, draw: Draw) -> None:
     command(folder, words)
 
 
-QUICK = settings(max_examples=8, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-LONG = settings(max_examples=400, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+QUICK = settings(max_examples=4, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+LONG = settings(max_examples=200, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.mark.parametrize("name", KINDS)

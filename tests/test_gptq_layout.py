@@ -114,7 +114,9 @@ def test_the_definition_gives_the_weights(made: Any, kind: str) -> None:
     assert held["model.layers.1.mlp.down_proj.weight"].dtype == torch.float16
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "opt", "phi3"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "phi3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "qwen2", "opt"))]
+)
 def test_what_is_written_is_read_back(family: Any, text: Path, tmp_path: Path, name: str) -> None:
     pins = {"layers.1.*.o": "bf16", "layers.0.mlp.*": "int8:channel"}
     done = bake(tmp_path, family(name), text, "gptq", rounded("int3:g32:asym", pins))

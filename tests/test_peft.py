@@ -82,10 +82,10 @@ def wanted(source: Path, state: State, dtype: torch.dtype, **options: Any) -> Te
 
 @pytest.mark.parametrize(("name", "options"), [
     ("llama", STEP["lqlora"]),
-    ("qwen3", {"format": "int4:g32", "rank": 4}),
+    pytest.param("qwen3", {"format": "int4:g32", "rank": 4}, marks=pytest.mark.slow),
     ("opt", {"format": "int4:g32", "rank": 4, "factors": "fp32"}),
     ("gpt_neox", {"format": "int8:channel", "rank": 3, "factors": "fp16", "pins": {"lm_head": "int4:g32+r2"}}),
-    ("phi3", {"format": "int4:g32", "rank": 4}),
+    pytest.param("phi3", {"format": "int4:g32", "rank": 4}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_peft_computes_what_our_matrices_give(
     peft: Any, family: Any, text: Path, tmp_path: Path, name: str, options: dict[str, Any]

@@ -12,6 +12,7 @@ The kernel holds the limit, so a child outlives a killed parent by no more than 
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import os
 import resource
@@ -87,6 +88,7 @@ def answer_all(pipe: Connection, serve: Callable[..., Any]) -> NoReturn:
     """Answer until the parent closes the pipe. Nothing of the parent's runs behind this, not even what runs at exit."""
     try:
         gc.disable()  # what lies around is the parent's to end
+        faulthandler.disable()  # it may write to a copy of standard error
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
         nowhere = os.open(os.devnull, os.O_RDWR)
         for descriptor in (0, 1, 2):  # a panic prints, and a question would wait for an answer

@@ -23,7 +23,7 @@ from compress.errors import ModelError, first_line
 from compress.model.names import candidates
 from compress.model.skeleton import is_experts, is_matrix, skeleton
 from compress.state import State
-from compress.state.graph import Feed, Rows, Site
+from compress.state.graph import Feed, Norm, Rows, Site
 
 VIEWS = ("view", "_unsafe_view", "reshape", "t", "transpose", "permute", "unsqueeze", "squeeze", "expand", "slice", "select",
          "alias", "detach", "clone", "_to_copy", "_reshape_alias")  # fmt: skip
@@ -32,33 +32,51 @@ BY_HEAD = ("gpt_neox", "bloom")  # and those that hold q, k and v of one head, t
 Key = tuple[int | None, str]  # block and input_key
 
 
+def norms(state: State) -> dict[str, Norm]:
+    """Every norm of the model, by its path in the module tree, in the order of its modules."""
+    return _norms(state, skeleton(state.config))
+
+
+def _norms(state: State, model: nn.Module) -> dict[str, Norm]:
+    known, family = {spec.name for spec in state.specs}, state.graph.family
+    found: dict[str, Norm] = {}
+    for path, module in model.named_modules():
+        weight = _held(f"{path}.weight", family, known) if _is_norm(module) and not is_matrix(module) else None
+        if weight is not None:
+            block = next((b.index for b in state.graph.blocks if path.startswith(f"{b.module}.")), None)
+            found[path] = Norm(block, weight, _held(f"{path}.bias", family, known), _offset(module))
+    return found
+
+
 def feeds(state: State) -> dict[Key, Feed]:
     """(block, input_key) -> the norm that feeds it, for every input that one feeds directly."""
-    model = skeleton(state.config).to("meta")
-    readers = _trace(model)
-    graph, family = state.graph, state.graph.family
-    known = {spec.name for spec in state.specs}
+    model = skeleton(state.config)
+    held = _norms(state, model)
     sites: dict[str, list[Site]] = {}
-    for site in graph:
+    for site in state.graph:
         sites.setdefault(site.module, []).extend([site] if site.expert is None or site.role != "down" else [])
     found: dict[Key, Feed] = {}
-    for norm, paths in readers.items():
-        mine = [s for path in paths for s in sites.get(path, [])]
-        others = [p for p in paths if p not in sites]
-        routers = {p: _held(f"{p}.weight", family, known) for p in others if _is_router(model, p)}
-        stray = next((p for p in others if not routers.get(p)), None)
-        if mine:
-            obstacle = f"'{stray or 'the model'}' reads what '{norm}' puts out as well" if stray is not None else ""
-            if any(s.tied or any(o.tied == s.name for o in graph) for s in mine):
-                obstacle = f"'{mine[0].name}' shares its matrix with another, which does not read '{norm}'"
-            offset = _offset(model.get_submodule(norm))
-            weight, bias = (_held(f"{norm}.{n}", family, known) for n in ("weight", "bias"))
-            if weight is None or offset is None:
-                obstacle = f"'{norm}' does not multiply by a weight of the checkpoint"
-            feed = Feed(weight or norm, bias, offset or 0.0, tuple(s.name for s in mine),
-                        tuple(name for name in routers.values() if name), obstacle)  # fmt: skip
+    for path, readers in _trace(model.to("meta")).items():
+        mine = [s for reader in readers for s in sites.get(reader, [])]
+        if mine and path in held:
+            feed = _feed(state, model, held[path], path, mine, [r for r in readers if r not in sites])
             found |= dict.fromkeys(((s.block, s.input_key) for s in mine), feed)
     return found
+
+
+def _feed(state: State, model: nn.Module, norm: Norm, path: str, mine: list[Site], others: list[str]) -> Feed:
+    """What is known of a norm that the sites `mine` read, and the modules `others`."""
+    known = {spec.name for spec in state.specs}
+    routers = {p: _held(f"{p}.weight", state.graph.family, known) for p in others if _is_router(model, p)}
+    stray, obstacle = next((p for p in others if not routers.get(p)), None), ""
+    if norm.offset is None:
+        obstacle = f"'{path}' does not multiply by its weight"
+    elif any(s.tied or any(o.tied == s.name for o in state.graph) for s in mine):
+        obstacle = f"'{mine[0].name}' shares its matrix with another, which does not read '{path}'"
+    elif stray is not None:
+        obstacle = f"'{stray or 'the model'}' reads what '{path}' puts out as well"
+    names = tuple(name for name in routers.values() if name)
+    return Feed(norm.weight, norm.bias, norm.offset, tuple(s.name for s in mine), names, obstacle)
 
 
 def _held(name: str, family: str, known: set[str]) -> str | None:

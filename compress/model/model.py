@@ -70,9 +70,7 @@ class Model:
 
     @cached_property
     def graph(self) -> Graph:
-        with believed(self.folder / "config.json", "no model can be made of it"):
-            rehearse(self.skeleton, self.folder / "config.json")
-            graph = discover(self.skeleton(), self.config)
+        graph = structure(self.config, self.folder)
         if self.has_weights:
             graph = anchor(graph, self.checkpoint)
             check_tensors(graph, self.checkpoint)
@@ -124,7 +122,14 @@ def open_model(name: str, base: Path = Path()) -> Model:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as e:  # transformers raises whatever the config's author's code raises
         raise ModelError(f"{path}: transformers cannot read it ({first_line(e)})") from e
+    rehearse(lambda: skeleton(config), path)
     return Model(folder, as_stored(config, folder), name, revision, config.to_dict())
+
+
+def structure(config: Any, folder: Path) -> Graph:
+    """The graph of a config's architecture; a ModelError that names the config where it gives none."""
+    with believed(folder / "config.json", "no model can be made of it"):
+        return discover(skeleton(config), config)
 
 
 def as_stored(config: Any, folder: Path) -> Any:
@@ -135,7 +140,7 @@ def as_stored(config: Any, folder: Path) -> Any:
     text = config.get_text_config()
     if not getattr(text, "tie_word_embeddings", False) or not any((folder / name).exists() for name in (INDEX, SINGLE)):
         return config
-    graph, checkpoint = discover(skeleton(config), config), Checkpoint(folder)
+    graph, checkpoint = structure(config, folder), Checkpoint(folder)
     if "lm_head" not in graph.sites or not graph["lm_head"].tied:
         return config
     embed, head = (held(graph[name], graph.family, checkpoint) for name in ("embed", "lm_head"))

@@ -26,7 +26,7 @@ SECONDS_PER_WEIGHT = 1e-7  # of the search for ranges and the column loop, measu
 def site_line(record: Mapping[str, Any]) -> str:
     """What became of one site, in one line."""
     if "format" not in record:
-        return f"{record['site']:<24} {'; '.join(record.get('notes', ()))}"
+        return f"{record.get('site', '?'):<24} {'; '.join(record.get('notes', ()))}"
     text = f"{record['site']:<24} {record['format']:<14}"
     if record.get("error") is not None and "rounding" in record:
         ratio = record["error"] / record["rounding"] if record["rounding"] else 1.0
@@ -135,7 +135,7 @@ class Report:
         parts = [f"# {self.title}, compressed",
                  pipes(score_rows(self.scores, self.before, self.after), ["", "original", "compressed"]),
                  "Errors are relative and weighted by the Hessian of the inputs: tr(ΔHΔᵀ) / tr(WHWᵀ).",
-                 pipes(rows, head), "## Steps", pipes(self.step_rows, ["step", "time", "peak memory"]),
+                 pipes(rows, head), *self._others(), "## Steps", pipes(self.step_rows, ["step", "time", "peak memory"]),
                  "## Artifacts", *[f"- `{a['path']}`: {a['proof']}" for a in self.artifacts],
                  "## Recipe", f"```yaml\n{self.recipe}```"]  # fmt: skip
         if self.scores:
@@ -145,6 +145,11 @@ class Report:
             parts[at:at] = ["## Allocation", "\n".join(f"- {line}" for line in self.allocation),
                             f"```\n{allocation.frontier_table(self.forecast)}\n```"]  # fmt: skip
         return "\n\n".join(parts) + "\n"
+
+    def _others(self) -> list[str]:
+        """What passes did to dense tensors, where they told of it."""
+        told = [f"- {r['site']}: {'; '.join(r.get('notes', ()))}" for r in self.records if "format" not in r]
+        return ["## Dense tensors", "\n".join(told)] if told else []
 
     @property
     def forecast(self) -> Forecast:

@@ -64,17 +64,31 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Norm:
+    """A norm, x̂ (offset + weight) + bias.
+
+    block: that it lies in, or None. weight, bias: names of its tensors in the checkpoint; a norm without a bias has None. offset:
+    1 in Gemma, 0 elsewhere; None where it could not be told.
+    """
+
+    block: int | None
+    weight: str
+    bias: str | None
+    offset: float | None
+
+
+@dataclass(frozen=True)
 class Feed:
     """A norm whose outputs, x̂ (offset + weight) + bias, matrices read directly.
 
-    weight, bias: names of its tensors in the checkpoint; a norm without a bias has None. offset: 1 in Gemma, 0 elsewhere.
+    weight, bias, offset: as in `Norm`.
     readers: the sites that read it. others: tensors [.., in] of further matrices that do, such as a router's. obstacle: why no
     factor can go from it into its readers; empty where one can.
     """
 
     weight: str
     bias: str | None
-    offset: float
+    offset: float | None
     readers: tuple[str, ...]
     others: tuple[str, ...]
     obstacle: str

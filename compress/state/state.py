@@ -240,6 +240,8 @@ def broken_promises(foreseen: State, made: State) -> list[str]:
         if held != spec:
             what = "missing" if held is None else f"{str(held.dtype)[6:]} {list(held.shape)}"
             found.append(f"'{spec.name}' is {what}, it foresaw {str(spec.dtype)[6:]} {list(spec.shape)}")
+    known = {spec.name for spec in made.specs}
+    found += [f"'{name}' was written, and is no tensor that it foresaw" for name in made.dense.written if name not in known]
     if foreseen.serving.keys() != made.serving.keys():
         found.append(f"serving has {sorted(made.serving)}, it foresaw {sorted(foreseen.serving)}")
     for name in foreseen.formats.keys() | made.formats.keys():
