@@ -23,6 +23,7 @@ from compress import bench, evaluate, pipeline
 from compress.errors import CompressError, MatchError, ModelError, RecipeError, RunError, did_you_mean
 from compress.export.artifact.engines import Engine, EngineError, dense
 from compress.export.artifact.files import check_marks
+from compress.export.artifact.tensors import bytes_on_disk
 from compress.export.compressed_tensors import adapter
 from compress.export.compressed_tensors.exporter import CompressedTensors
 from compress.export.native.exporter import Native
@@ -167,7 +168,7 @@ def eval_command(options: argparse.Namespace) -> None:
     engine, said = engine_of(kind, model, state, options.device)
     ask = (lambda ids: engine.prefill(ids)[0]) if engine else None
     _, scores = evaluate.compare(original.state if original else None, state, tokens, options.device, ask)
-    figures = evaluate.sizes(state, model.checkpoint.nbytes)
+    figures = evaluate.sizes(state, bytes_on_disk(model, state))
     if options.json:
         print(json.dumps({**scores.json(), **figures.json(), "text": tokens.place, "engine": said}, indent=1))
         return
@@ -299,7 +300,7 @@ def inspect_command(options: argparse.Namespace) -> None:
         rows.append({"site": s.name, "role": s.role, "shape": list(s.shape), "format": str(fmt or "as it is"),
                      "bytes": stored, "bits": round(8 * stored / s.numel, 4), "tensor": s.weight})  # fmt: skip
     if options.json:
-        print(json.dumps({"sites": rows, "tensor_bytes": model.checkpoint.nbytes}, indent=1))
+        print(json.dumps({"sites": rows, "tensor_bytes": bytes_on_disk(model, state)}, indent=1))
         return
     shown = rows if options.site else rows[:SHOWN_SITES]
     table = [[r["site"], f"{r['shape'][0]}x{r['shape'][1]}", r["format"], f"{r['bits']:.3f}", f"{r['bytes']:,}"] for r in shown]
@@ -307,7 +308,7 @@ def inspect_command(options: argparse.Namespace) -> None:
     if len(shown) < len(rows):
         print(f"… {len(rows) - len(shown)} more; name a site or a pattern to see it")
     counts = f"{len(state.graph.blocks)} blocks, {len(state.graph.sites)} sites"
-    print(f"\n{state.graph.family}, {counts}, {size(model.checkpoint.nbytes)} of tensors")
+    print(f"\n{state.graph.family}, {counts}, {size(bytes_on_disk(model, state))} of tensors")
     if len(sites) == 1:
         print(histogram(state, sites[0]))
 

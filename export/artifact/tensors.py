@@ -96,6 +96,13 @@ class Placed(Stored):
         return Packed(self.format, self.shape, found)
 
 
+def bytes_on_disk(model: Model, state: State) -> int:
+    """Bytes of the tensors of a model or an artifact, also of those beside its checkpoint, such as an adapter's."""
+    beside = {name: stored.checkpoint.specs[name].nbytes for stored in state.codes.values() if isinstance(stored, Placed)
+              for name in stored.names.values() if name not in model.checkpoint}  # fmt: skip
+    return model.checkpoint.nbytes + sum(beside.values())
+
+
 # --- proving it ------------------------------------------------------------------------------------------------------
 
 
