@@ -68,7 +68,7 @@ def prepare(path: Path, overrides: Sequence[str] = ()) -> Prepared:
         _ = model.graph
     except CompressError as e:
         raise type(e)(f"{recipe.place(('model',))}  {e}") from None
-    start = model.state
+    start = model.state if model.has_weights else model.bare
     if recipe.exports and model.has_weights:
         carried(model.folder)  # whether all that goes along into artifacts can, before anything is computed
     try:

@@ -22,7 +22,7 @@ from torch import Tensor
 from compress.errors import ModelError, RecipeError
 from compress.formats import Dense, Format
 from compress.manager import Context, Cost, Pass, Record, foresee
-from compress.model.feeds import Key, feeds, rows
+from compress.model.feeds import Key, Rows, feeds, rows
 from compress.model.lockstep import Batch, Inputs
 from compress.model.stream import Stream
 from compress.passes import gptq_core
@@ -30,7 +30,7 @@ from compress.passes import smooth_core as core
 from compress.passes.quantize import Quantize
 from compress.passes.solver import Case, precision, stage_bytes
 from compress.state import Aspect, Fact, State
-from compress.state.graph import Feed, Rows, Site
+from compress.state.graph import Feed, Site
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 TRIED_ROWS = 128  # of each reader, evenly spread: the search compares strengths, it does not report errors

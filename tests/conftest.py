@@ -52,8 +52,6 @@ def make_model(folder: Path, config: Any, dtype: torch.dtype = torch.bfloat16, s
     model = kind.from_config(config)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if p.ndim == 1:  # norms and biases: a pass that changes one is to be seen in what the model computes
-                p.add_(0.2 * torch.randn_like(p))
             if p.ndim >= 2:
                 p.copy_(torch.randn_like(p) * (0.6 if "embed" in name or "wte" in name else 1.5 * p.shape[-1] ** -0.5))
     model.to(dtype).save_pretrained(folder, **save)

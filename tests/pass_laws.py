@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pytest
 import torch
 import yaml
 from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
 
 from compress.errors import ExportError
 from compress.export.artifact.exporter import Job
@@ -36,11 +38,15 @@ TOKENS = Tokens(torch.randint(0, 256, (6, 32), generator=torch.Generator().manua
 def check_pass(p: Pass, source: Path, folder: Path, following: tuple[Pass, ...] = ()) -> None:
     """Every law of a pass, on one small model. Fails by assertion; writes into `folder`."""
     _check_options(p)
+    source = lively(source, folder / "model")
     model = open_model(str(source))
     _check_foresight(p, model)
     before, files = model.state, contents(source)
     after = attempt(p, model, folder / "whole" / "steps", following)
     _check_promises(p, before, after)
+    if Aspect.WEIGHTS in p.writes:
+        ours, theirs = tensors_of(before), tensors_of(after)
+        assert ours.keys() != theirs.keys() or any(not torch.equal(ours[k], theirs[k]) for k in ours), "it does something"
     _check_view(after)
     assert contents(source) == files, "a pass only reads its source"
     assert before == model.state, "a state is immutable"
@@ -52,6 +58,17 @@ def check_pass(p: Pass, source: Path, folder: Path, following: tuple[Pass, ...] 
         _check_artifacts(model, after, folder)
     if p.writes & ~Aspect.PLAN and Fact.DENSE in after.facts:
         _check_composition(after, folder)
+
+
+def lively(source: Path, folder: Path) -> Path:
+    """A copy of a model in which no norm and no bias is all ones or zeros, so that a change of one is seen."""
+    shutil.copytree(source, folder)
+    tensors, generator = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(3)
+    for tensor in tensors.values():
+        if tensor.ndim == 1:
+            tensor.add_((0.2 * torch.randn(tensor.shape, generator=generator)).to(tensor.dtype))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 def step_of(p: Pass, model: Model, folder: Path, following: tuple[Pass, ...] = ()) -> Step:

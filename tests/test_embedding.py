@@ -120,8 +120,8 @@ def test_a_run_that_stops_goes_on(
     """The part that is finished is read, not made again, and the artifact has the same bytes."""
     commit = Parts.commit
 
-    def stopping(self: Parts, part: str, *rest: Any) -> Any:
-        found = commit(self, part, *rest)
+    def stopping(self: Parts, part: str, *rest: Any, **more: Any) -> Any:
+        found = commit(self, part, *rest, **more)
         if part == stop:
             raise KeyboardInterrupt
         return found
@@ -133,7 +133,9 @@ def test_a_run_that_stops_goes_on(
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(path)
     stop, parts = "", []
-    monkeypatch.setattr(Parts, "commit", lambda self, part, *rest: parts.append(part) or commit(self, part, *rest))
+    monkeypatch.setattr(
+        Parts, "commit", lambda self, part, *rest, **more: parts.append(part) or commit(self, part, *rest, **more)
+    )
     done = pipeline.run(path)
     assert "embedding" not in parts
     assert weights(folder_of(done, "native")) == weights(folder_of(made, "native"))
@@ -264,7 +266,7 @@ def test_tied_models_and_ranks_are_refused(family: Any) -> None:
     for name in ("qwen2", "gpt2"):
         with pytest.raises(FormatError, match=re.escape(SHARES)):
             planned(family(name), "int8:g32")
-        assert "embed" not in planned(family(name), "bf16").plan.formats  # type: ignore[union-attr]
+        assert "embed" not in planned(family(name), "bf16").formats
     with pytest.raises(FormatError, match="no inputs that a low-rank correction could be fitted to: pin it to int4:g32"):
         planned(family("llama"), "int4:g32+r4")
     with pytest.raises(FormatError, match="groups of 48 do not divide 64"):

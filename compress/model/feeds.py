@@ -23,7 +23,7 @@ from compress.errors import ModelError, first_line
 from compress.model.names import candidates
 from compress.model.skeleton import is_experts, is_matrix, skeleton
 from compress.state import State
-from compress.state.graph import Feed, Norm, Rows, Site
+from compress.state.graph import Feed, Norm, Site
 
 VIEWS = ("view", "_unsafe_view", "reshape", "t", "transpose", "permute", "unsqueeze", "squeeze", "expand", "slice", "select",
          "alias", "detach", "clone", "_to_copy", "_reshape_alias")  # fmt: skip
@@ -198,6 +198,18 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 # --- rows of other matrices ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The rows of a site that become the inputs of another: input k is row `rows[k]`, times what does not depend on the site.
+
+    obstacle: why no factor can go from the rows into the inputs; empty where one can.
+    """
+
+    site: str
+    rows: Tensor
+    obstacle: str
 
 
 def rows(state: State) -> dict[Key, Rows]:

@@ -97,8 +97,12 @@ class Model:
             known = quantized if isinstance(quantized, dict) else vars(quantized)
             method = one_line(str(known.get("quant_method", "?")), 60)
             raise ModelError(f"{self.folder}: is quantized already ({method}); name the original model")
-        base = self.checkpoint if self.has_weights else Bare(self.folder, self.specs)
-        return State(self.graph, self.config, self.dtype, tuple(self.specs), Overlay(base))
+        return State(self.graph, self.config, self.dtype, tuple(self.specs), Overlay(self.checkpoint))
+
+    @property
+    def bare(self) -> State:
+        """The same of a config alone, for what is foreseen: there are names and shapes, and nothing can be read."""
+        return State(self.graph, self.config, self.dtype, tuple(self.specs), Overlay(Bare(self.folder, self.specs)))
 
     def identity(self) -> dict[str, str]:
         """What makes two models the same, wherever they lie: config and weights by hash."""

@@ -12,8 +12,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
-import torch
-
 from compress.errors import MatchError, nearest
 
 ATTENTION = ("q", "k", "v", "qkv", "o")
@@ -91,18 +89,6 @@ class Feed:
     offset: float | None
     readers: tuple[str, ...]
     others: tuple[str, ...]
-    obstacle: str
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """The rows of a site that become the inputs of another: input k is row `rows[k]`, times what does not depend on the site.
-
-    obstacle: why no factor can go from the rows into the inputs; empty where one can.
-    """
-
-    site: str
-    rows: torch.Tensor
     obstacle: str
 
 

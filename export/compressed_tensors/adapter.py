@@ -28,6 +28,7 @@ from compress.formats import Dense, LowRank, formats
 from compress.state import State, Stored
 from compress.state.checkpoint import Checkpoint, File, Spec
 from compress.state.graph import Site
+from compress.state.overlay import Overlay
 from compress.state.state import Part
 
 FOLDER = "adapter"
@@ -129,7 +130,7 @@ def read(folder: Path, state: State) -> State:
     extra = next((n for n, path in checkpoint.files.items() if path == folder / WEIGHTS and n not in held), None)
     if extra:
         raise ModelError(f"{folder / WEIGHTS}: holds '{extra}', which adapter_config.json does not name")
-    return state.with_part(Part(stored))
+    return replace(state, dense=Overlay(checkpoint, state.dense.names)).with_part(Part(stored))
 
 
 def placed(site: Site, base: Placed, rank: int, checkpoint: Checkpoint) -> Placed:
