@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -183,6 +185,31 @@ def assets() -> Path:
 def _quiet_transformers() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _texts_are_tokenized_once() -> Iterator[None]:
+    """Windows are a function of text, tokenizer and options; most tests ask for the same ones, each time in a child process."""
+    from compress.prepare import Prepared
+
+    read, known = Prepared._tokens, {}
+
+    def remembered(self: Prepared, which: str) -> Any:
+        windows = getattr(self.recipe.document.data, which)
+        if windows is None or not all(source.text for source in windows.sources or [windows]):
+            return read(self, which)
+        texts = [self.recipe.base / source.text for source in windows.sources or [windows]]
+        files = [*texts, *(self.model.folder / name for name in ("tokenizer.json", "tokenizer_config.json", "config.json"))]
+        if not all(file.is_file() and not file.is_symlink() for file in files):
+            return read(self, which)
+        key = repr(windows), *(hashlib.sha256(file.read_bytes()).digest() for file in files)
+        if key not in known:
+            known[key] = read(self, which)
+        return known[key]
+
+    Prepared._tokens = remembered  # type: ignore[method-assign]
+    yield
+    Prepared._tokens = read  # type: ignore[method-assign]
 
 
 # --- the command line on a folder of its own --------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 
 from compress.model.model import open_model
 from tests.conftest import ROOT
-from tests.pass_laws import attempt, check_pass
+from tests.pass_laws import attempt, check_pass, lively
 
 
 def test_the_examples_of_the_format_specification_run() -> None:
@@ -30,8 +30,8 @@ def test_the_pass_of_the_page_on_passes_keeps_the_laws(family: Any, tmp_path: Pa
     code = "\n".join(textwrap.indent(b, "    ") if b.startswith("def ") else b for b in blocks)
     space: dict[str, Any] = {"__name__": "temper"}
     exec(compile(code, "writing-a-pass.md", "exec"), space)
-    temper, model = space["Temper"](share=0.5), open_model(str(family(name)))
+    temper, model = space["Temper"](share=0.5), open_model(str(lively(family(name), tmp_path / "model")))
     after = attempt(temper, model, tmp_path / "run")
     assert sum(not torch.equal(after.dense.read(n), model.checkpoint.read(n)) for n in after.dense.written) >= 4
     if name == "llama":
-        check_pass(temper, family(name), tmp_path)
+        check_pass(temper, family(name), tmp_path / "laws")

@@ -96,7 +96,7 @@ def test_a_pass_that_changes_shapes_and_config_keeps_the_laws(family: Any, tmp_p
     check_pass(Narrow(), family("llama"), tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["compressed_tensors", "native", "onnx", "gguf"])
+@pytest.mark.parametrize("kind", ["compressed_tensors", "native", pytest.param("onnx", marks=pytest.mark.slow), "gguf"])
 def test_a_changed_norm_and_shape_are_in_the_artifact(
     family: Any, tmp_path: Path, text: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,7 +223,7 @@ def test_weights_that_are_replaced_while_a_run_goes_on_end_it(family: Any, tmp_p
 # --- what is not finite ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["native", "compressed_tensors", "onnx", "gguf"])
+@pytest.mark.parametrize("kind", ["native", "compressed_tensors", pytest.param("onnx", marks=pytest.mark.slow), "gguf"])
 def test_nan_outside_of_matrices_is_named_without_data(family: Any, tmp_path: Path, kind: str) -> None:
     folder = Path(shutil.copytree(family("llama"), tmp_path / "model"))
     tensors = load_file(folder / "model.safetensors")
@@ -266,7 +266,7 @@ def test_a_head_of_its_own_is_read_though_the_config_ties(own_head: Path) -> Non
     torch.testing.assert_close(logits(state, [TOKENS.ids[:1]], "cpu")[0], theirs.float(), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["compressed_tensors", "gptq", "gguf", "native", "onnx"])
+@pytest.mark.parametrize("kind", ["compressed_tensors", "gptq", "gguf", "native", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_an_own_head_goes_into_every_artifact(own_head: Path, tmp_path: Path, text: Path, kind: str) -> None:
     done = bake(tmp_path, own_head, text, kind, {"quantize": {"format": "int8:g32"}})
     place, _ = done.artifacts[kind]
