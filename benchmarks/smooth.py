@@ -1,6 +1,6 @@
 """What `smooth` is worth in front of rounding and of GPTQ: KL on held-out text with and without it, in one run.
 
-    python benchmarks/smooth.py --model MODEL --calibration TEXT --evaluation TEXT [--bits 4 3] [--bos] [--save DIR]
+python benchmarks/smooth.py --model MODEL --calibration TEXT --evaluation TEXT [--bits 4 3] [--bos] [--save DIR]
 """
 
 from __future__ import annotations
