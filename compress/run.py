@@ -243,9 +243,10 @@ class Step(Parts):
         record = read_record(self.folder)
         if record is None or any(not (self.folder / f"{name}{SUFFIX}").exists() for name in record["parts"]):
             raise RunError(f"{self.folder}: its files are damaged or missing; delete this folder and run again")
-        state, self.noted = foreseen, {"": record["sites"]}
+        state, self.noted = foreseen, {}
         for name in record["parts"]:
-            state = state.with_part(read_part(self.folder / f"{name}{SUFFIX}")[0])
+            part, self.noted[name] = read_part(self.folder / f"{name}{SUFFIX}")  # its hash holds the records too
+            state = state.with_part(part)
         plan = None if record["plan"] is None else BitPlan.of_json(record["plan"])
         return replace(state, plan=plan)
 
@@ -327,7 +328,8 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     """What `finish` noted about a step; None where it is damaged."""
     try:
         record = json_mapping(folder / "record.json", RunError)
-        Finished.model_validate(record)
+        if any(Path(part).name != part for part in Finished.model_validate(record).parts):
+            return None  # a name that leads out of the folder
         if record["plan"] is not None:
             BitPlan.of_json(record["plan"])
         return record
