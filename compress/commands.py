@@ -20,6 +20,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from compress import bench, evaluate, pipeline
+from compress.documents import json_mapping
 from compress.errors import CompressError, MatchError, ModelError, RecipeError, RunError, did_you_mean
 from compress.export.artifact.engines import Engine, EngineError, dense
 from compress.export.artifact.files import check_marks
@@ -37,7 +38,7 @@ from compress.passes import PASSES
 from compress.recipe import Recipe, load, schema
 from compress.report import allocation, page
 from compress.report.console import Console
-from compress.run import is_run
+from compress.run import digest, is_run
 from compress.state import State
 from compress.state.plan import BitPlan, size
 
@@ -126,10 +127,11 @@ def run_command(options: argparse.Namespace) -> None:
 def opened(path: Path) -> tuple[Model, State, Kind | None]:
     """A run's artifact, an artifact, or a model folder: its model, its state, and the kind of artifact it is."""
     if is_run(path):
-        found = [path / name for name in EXPORTERS if (path / name / "config.json").exists()]
-        if not found:
+        names = run_facts(path).get("artifacts")
+        own = [name for name in names if name in EXPORTERS] if isinstance(names, list) else []
+        if not own:
             raise ModelError(f"{path}: this run has no artifact yet; run its recipe to the end")
-        path = found[0]
+        path = path / own[0]
     if not path.is_dir():
         raise ModelError(f"{path}: {'is a file, not a folder' if path.exists() else 'no such folder'}")
     kind = next((k for k in KINDS if k.is_artifact(path)), None)
@@ -233,11 +235,25 @@ def recipe_of(path: Path) -> Recipe | None:
     return None
 
 
+def run_facts(folder: Path) -> dict[str, Any]:
+    """What the run.json of a run folder says."""
+    return json_mapping(folder / "run.json", RunError)
+
+
 def original_of(options: argparse.Namespace) -> Model | None:
+    """The model to compare with; ModelError where it is that of a run and has changed since."""
     if options.against:
         return open_model(str(options.against))
     recipe = recipe_of(options.what)
-    return open_model(recipe.document.model, recipe.base) if recipe else None
+    if recipe is None:
+        return None
+    model = open_model(recipe.document.model, recipe.base)
+    folder = next(f for f in (options.what, Path(os.path.realpath(options.what)).parent) if is_run(f))
+    if digest(model.identity()) != run_facts(folder).get("root"):
+        raise ModelError(
+            f"{model.folder}: is no longer the model that {folder} was made from; name what to compare with: --against"
+        )
+    return model
 
 
 def hand_over(options: argparse.Namespace) -> None:

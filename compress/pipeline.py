@@ -20,7 +20,9 @@ from pydantic import TypeAdapter
 from compress import evaluate, manager
 from compress.documents import json_mapping
 from compress.errors import RecipeError, RunError, first_line
+from compress.export.artifact.carried import carried
 from compress.export.artifact.exporter import Files, Job, Proof
+from compress.export.artifact.files import sha256
 from compress.export.artifact.place import place, refuse_foreign
 from compress.manager import Context, Pass
 from compress.model import data
@@ -218,10 +220,12 @@ def run(
         return execute(ready, out, last, device, console)
 
 
-def run_record(ready: Prepared) -> dict[str, Any]:
+def run_record(ready: Prepared, artifacts: Sequence[str] = ()) -> dict[str, Any]:
+    """What run.json says: what the run is made of, and which artifacts are its own, once they are proven."""
     hashes = {n: t.hash for n, t in (("calibration", ready.calibration), ("evaluation", ready.evaluation)) if t}
     return {"folder": MARK, "versions": versions(), "seed": ready.seed, "model": ready.model.name,
-            "revision": ready.model.revision, "weights": ready.model.checkpoint.fingerprint, "data": hashes}  # fmt: skip
+            "revision": ready.model.revision, "weights": ready.model.checkpoint.fingerprint, "root": ready.root_key,
+            "data": hashes, "artifacts": list(artifacts)}  # fmt: skip
 
 
 def last_step(recipe: Recipe, until: str | None) -> int:
@@ -282,6 +286,7 @@ def execute(ready: Prepared, out: Path, last: int, device: str, console: Console
                              result_bytes(ready, made.state))  # fmt: skip
     write_atomic(out / "report.md", sheet.markdown().encode())
     write_atomic(out / "report.html", sheet.html().encode())
+    write_atomic(out / "run.json", json.dumps(run_record(ready, tuple(artifacts)), indent=1).encode())
     return Outcome(out, made.state, scores, artifacts, sheet)
 
 
@@ -333,12 +338,13 @@ def exported(
     """Every artifact of the recipe, with its proof."""
     tokens = ready.evaluation or ready.calibration
     sample = None if tokens is None else tokens.ids[: PROOF_TOKENS[0], : PROOF_TOKENS[1]]
+    beside = [[name, sha256(ready.model.folder / name)] for name in carried(ready.model.folder)] if ready.exports else []
     found = {}
     for exporter in ready.exports:
         console.note(f"writing {exporter.name}")
         size = exporter.layout(ready.model, made.state).tensor_bytes
         card = report.card_writer(ready.recipe, ready.model, made.state, made.records, scores, size)
-        key = digest(made.key, exporter.name, exporter.model_dump(mode="json"), scores.get("key"))
+        key = digest(made.key, exporter.name, exporter.model_dump(mode="json"), scores.get("key"), beside)
         job = Job(ready.model, made.state, sample, key, card, device)
         found[exporter.name] = place(exporter, job, out / exporter.name, console.note)
     return found

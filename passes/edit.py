@@ -12,7 +12,7 @@ from copy import deepcopy
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, StrictInt
 from torch import nn
 
 from compress.errors import ModelError, RecipeError
@@ -22,6 +22,8 @@ from compress.model.names import anchor, check_tensors
 from compress.model.skeleton import skeleton
 from compress.state import Aspect, Fact, State
 
+BY_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers")  # config values with an entry for each layer
+
 
 class Edit(Pass):
     """Take layers away, or give a tied output head a matrix of its own."""
@@ -30,7 +32,9 @@ class Edit(Pass):
     needs: ClassVar[Fact] = Fact.DENSE
     writes: ClassVar[Aspect] = Aspect.STRUCTURE | Aspect.WEIGHTS
 
-    drop_layers: tuple[int, ...] = Field((), description="numbers of the layers to take away, from 0; the others close the gap")
+    drop_layers: tuple[StrictInt, ...] = Field(
+        (), description="numbers of the layers to take away, from 0; the others close the gap"
+    )
     untie: bool = Field(False, description="give the output head, where it shares the embedding's matrix, a copy of its own")
 
     def check(self, calibrated: bool, following: Sequence[Pass] = ()) -> None:
@@ -38,20 +42,23 @@ class Edit(Pass):
             raise RecipeError("'edit' names nothing to change; give it drop_layers or untie, or leave it out")
 
     def foresee(self, state: State) -> State:
+        if state.plan is not None:
+            raise RecipeError("an earlier step has planned formats for layers by their numbers; move 'edit' in front of it")
         config = deepcopy(state.config)
         places = {spec.name: spec.name for spec in state.specs}  # name in the new checkpoint -> name in the old one
         specs = list(state.specs)
         if self.drop_layers:
             kept = self._kept(state)
             shorten(config, len(state.graph.blocks), kept)
-            names = renumbered([s.name for s in specs], state.graph.blocks[0].module, kept)
+            names = renumbered([s.name for s in specs], stack_of(state), kept)
             places = {new: old for old, new in names.items()}
             specs = [replace(s, name=names[s.name]) for s in specs if s.name in names]
             same_layers(state, config, kept)
         if self.untie:
             config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
             head, embed = untied(state, config)
-            specs += [replace(spec, name=head) for spec in specs if spec.name == embed]
+            if head not in places:  # a file may hold an equal head, which was not read so far
+                specs += [replace(spec, name=head) for spec in specs if spec.name == embed]
             places[head] = places[embed]
         dense = state.dense.moved(places)
         graph = anchor(discover(skeleton(config), config), dense)
@@ -74,20 +81,26 @@ class Edit(Pass):
 
 
 def shorten(config: Any, count: int, kept: list[int]) -> None:
-    """Make a config one of fewer layers: their number, and every list that has an entry for each layer."""
+    """Make a config one of fewer layers: their number, and the lists that are known to have an entry for each layer."""
     text = config.get_text_config()
-    for name, value in text.to_dict().items():
-        if isinstance(value, list | tuple) and len(value) == count and isinstance(getattr(text, name, None), list | tuple):
+    for name in BY_LAYER:
+        value = getattr(text, name, None)
+        if isinstance(value, list | tuple) and len(value) == count:
             setattr(text, name, [value[i] for i in kept])
     text.num_hidden_layers = len(kept)
 
 
-def renumbered(names: Sequence[str], block: str, kept: list[int]) -> dict[str, str]:
-    """Name of a tensor -> its name once only the `kept` layers are there; those of other layers are left out."""
-    stack = re.escape(block.split(".")[-2])
+def stack_of(state: State) -> str:
+    """What the names of all tensors in blocks begin with in the checkpoint, up to the number."""
+    site = next(s for s in state.graph.linear if s.block == 0)
+    return site.weight.partition(".0.")[0]
+
+
+def renumbered(names: Sequence[str], stack: str, kept: list[int]) -> dict[str, str]:
+    """Name of a tensor -> its name once only the `kept` layers of a stack are there; those of its other layers are left out."""
     found = {}
     for name in names:
-        match = re.search(rf"(?:^|\.){stack}\.(\d+)\.", name)
+        match = re.match(rf"{re.escape(stack)}\.(\d+)\.", name)
         if match is None:
             found[name] = name
         elif int(match[1]) in kept:

@@ -59,7 +59,7 @@ class Smooth(Pass):
     writes: ClassVar[Aspect] = Aspect.WEIGHTS
     looks_ahead: ClassVar[bool] = True
 
-    strength: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = Field(
+    strength: Annotated[float, Field(ge=0, le=1, strict=True)] | Literal["search"] = Field(
         "search", description="exponent of the activations; search: the best of 0 to 1 for each input, by the quantizer behind"
     )
     pairs: Literal["all", "norms"] = Field("all", description="all: norms, v and up give factors away; norms: only they do")
@@ -120,7 +120,9 @@ class Smooth(Pass):
                 work.see(stream, block.index, batches)
                 done = ctx.store.commit(part, dense=work.tensors(), records=work.records)
                 state = state.with_part(done)
-                same(stream, state, block.index, replace(batches[0], hidden=hidden[0]), batches[0].hidden)
+                dtypes = {state.dtype, *(written.spec.dtype for written in done.dense.values())}
+                allowed = max(SAME[dtype] for dtype in dtypes)
+                same(stream, state, block.index, replace(batches[0], hidden=hidden[0]), batches[0].hidden, allowed)
             else:
                 state = state.with_part(done)
                 stream.advance(before, block.index, batches)
@@ -249,11 +251,11 @@ class _Block:
         return record
 
 
-def same(stream: Stream, state: State, index: int, batch: Batch, wanted: Tensor) -> None:
+def same(stream: Stream, state: State, index: int, batch: Batch, wanted: Tensor, allowed: float) -> None:
     """ModelError where a block no longer computes what it did: then something stands between a feed and its readers."""
     with stream.block(state, index) as block:
         found = stream.call(block, batch, index)
     off = float((found.float() - wanted.float()).abs().max() / wanted.float().abs().max().clamp(min=1e-9))
-    if not off <= SAME[state.dtype]:
+    if not off <= allowed:
         raise ModelError(f"{state.graph.blocks[index].module}: factors folded into norms and rows change what it computes, by "
-                         f"{off:.0%}; 'smooth' does not know '{state.graph.family}': use pairs: norms or no smooth")  # fmt: skip
+                         f"{off:.2%}; 'smooth' does not know '{state.graph.family}': use pairs: norms or no smooth")  # fmt: skip

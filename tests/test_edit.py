@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from compress.errors import CompressError, ModelError
 from compress.export.artifact.proof import logits
@@ -108,6 +109,7 @@ def test_layers_that_would_change_their_kind_are_refused(tmp_path: Path) -> None
     ("drop_layers: [-1]", "layer -1 is none of the layers"),
     ("drop_layers: [1, 1]", "layer 1 is named twice"),
     ("drop_layers: [0, 1]", "these are all 2 layers; keep one"),
+    ("drop_layers: [true]", "item 1 of 'drop_layers' needs a whole number, not 'True'"),
     ("untie: true", "has a matrix of its own already; leave 'untie' out"),
     ("", "'edit' names nothing to change"),
 ])  # fmt: skip
@@ -118,15 +120,51 @@ def test_what_cannot_be_is_one_line(project: Project, options: str, says: str) -
     assert line.startswith(str(project.recipe))
 
 
+def test_behind_a_plan_it_is_out_of_order(project: Project) -> None:
+    """Which names layers by the numbers that they had."""
+    project.edit(
+        "passes:\n",
+        'passes:\n  - allocate: {budget: 4 bits, formats: ["int3:g32", "int4:g32"], trials: 0}\n  - edit: {drop_layers: [1]}\n',
+    )
+    project.edit('      format: "int4:g32"\n      pins: {"lm_head": "int8:g32"}\n', "      method: gptq\n")
+    assert "an earlier step has planned formats for layers by their numbers; move 'edit' in front of it" in project.plan().line
+
+
 def test_behind_quantize_it_is_out_of_order(project: Project) -> None:
     project.edit("export:", "  - edit: {untie: true}\nexport:")
     assert "needs DENSE weights" in project.plan().line
 
 
 def test_names_are_renumbered_by_the_list_of_layers_alone() -> None:
-    names = ["h.0.ln.weight", "h.1.x.h.0.weight", "h.2.ln.h.0.weight", "wte.weight"]
-    found: dict[str, Any] = renumbered(names, "transformer.h.0", [0, 2])
-    assert found == {"h.0.ln.weight": "h.0.ln.weight", "h.2.ln.h.0.weight": "h.1.ln.h.0.weight", "wte.weight": "wte.weight"}
+    """Other stacks, such as those of an encoder beside it, keep their numbers."""
+    names = ["h.0.ln.weight", "h.1.x.h.0.weight", "h.2.ln.h.0.weight", "wte.weight", "mtp.h.1.w"]
+    found: dict[str, Any] = renumbered(names, "h", [0, 2])
+    assert found == {"h.0.ln.weight": "h.0.ln.weight", "h.2.ln.h.0.weight": "h.1.ln.h.0.weight", "wte.weight": "wte.weight",
+                     "mtp.h.1.w": "mtp.h.1.w"}  # fmt: skip
+
+
+def test_lists_that_are_as_long_as_the_model_is_deep_by_chance_stay(tmp_path: Path) -> None:
+    folder = deep(tmp_path, "llama")
+    said = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(said | {"eos_token_id": [1, 2, 3, 4], "my_list": [1, 2, 3, 4]}))
+    config = Edit(drop_layers=(1,)).foresee(open_model(str(folder)).state).config
+    assert (config.eos_token_id, config.my_list, config.num_hidden_layers) == ([1, 2, 3, 4], [1, 2, 3, 4], 3)
+
+
+def test_an_equal_head_in_the_file_of_a_tied_model_can_be_untied(tmp_path: Path, text: Path) -> None:
+    folder = deep(tmp_path / "model", "qwen2", 2)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    done = bake(
+        tmp_path,
+        folder,
+        text,
+        "compressed_tensors",
+        {"edit": {"untie": True}},
+        {"quantize": {"pins": {"lm_head": "int8:g32"}, "format": "int4:g32"}},
+    )
+    assert str(done.state.format(done.state.graph["lm_head"])) == "int8:g32"
 
 
 def test_a_tied_head_stays_tied_where_nobody_asks(tmp_path: Path) -> None:

@@ -229,3 +229,44 @@ def test_tasks_are_handed_to_lm_eval(project: Project, monkeypatch: pytest.Monke
                             "--tasks", "piqa,arc_easy", "--device", "cpu"]  # fmt: skip
     Done.returncode = 3
     assert project("eval", project.model, "--tasks", "piqa").line == "lm-eval ended with exit code 3"
+
+
+# --- what is measured is what the run made -----------------------------------------------------------------------------
+
+
+def test_eval_of_a_run_measures_what_it_exported_last(project: Project) -> None:
+    assert project.run("quantize.format=int2:g32").code == 0
+    project.edit("  - compressed_tensors: {}", "  - native: {}")
+    assert project.run("quantize.format=int8:g32").code == 0
+    found = json.loads(project("eval", project.out, "--json").out)
+    assert found["linear_bits"] > 8
+    project.edit("passes:\n", "passes:\n  - smooth: {strength: 0.5}\n")
+    assert project("run", project.recipe, "--until", "smooth").code == 0
+    assert "this run has no artifact yet" in project("eval", project.out).line
+
+
+@pytest.mark.parametrize("what", ["weights", "config"])
+def test_another_model_in_the_place_of_the_original_is_noticed(project: Project, what: str) -> None:
+    assert project.run().code == 0
+    config, weights = project.model / "config.json", project.model / "model.safetensors"
+    if what == "config":
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 0.1}))
+    else:
+        data = bytearray(weights.read_bytes())
+        data[-10] ^= 1
+        weights.write_bytes(data)
+    assert "is no longer the model that" in project("eval", project.artifact).line
+    assert project("eval", project.artifact, "--against", project.model).code == 0
+
+
+def test_what_goes_along_is_renewed(project: Project) -> None:
+    assert project.run().code == 0
+    (project.model / "chat_template.jinja").write_text("{{ messages }}")
+    assert project.run().code == 0
+    assert (project.artifact / "chat_template.jinja").read_text() == "{{ messages }}"
+
+
+def test_a_single_file_beside_shards_is_ambiguous(project: Project) -> None:
+    index = {"weight_map": {"model.norm.weight": "other.safetensors"}}
+    (project.model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "engines differ in which they read" in project.plan().line

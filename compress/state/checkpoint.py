@@ -220,6 +220,9 @@ def weight_files(folder: Path) -> list[Path]:
         names = sorted(set(table.values()))
         if foreign := next((name for name in names if Path(name).name != name), None):
             raise ModelError(f"{folder / INDEX}: names '{foreign[:80]}', which is no file of this folder; download it again")
+        if (folder / SINGLE).exists() and SINGLE not in names:
+            raise ModelError(f"{folder}: holds {SINGLE}, and other weights that {INDEX} names, and engines differ in which they "
+                             "read; take one of them away")  # fmt: skip
         return [folder / name for name in names]
     if (folder / SINGLE).exists():
         return [folder / SINGLE]
