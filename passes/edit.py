@@ -7,6 +7,7 @@ same architecture, or the pass refuses: the new config is built into a skeleton,
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -71,13 +72,14 @@ class Edit(Pass):
     def _kept(self, state: State) -> list[int]:
         """The numbers of the layers that stay."""
         count = len(state.graph.blocks)
-        odd = next((i for i in self.drop_layers if not 0 <= i < count or self.drop_layers.count(i) > 1), None)
+        named = Counter(self.drop_layers)
+        odd = next((i for i, times in named.items() if not 0 <= i < count or times > 1), None)
         if odd is not None:
             why = "is named twice" if 0 <= odd < count else f"is none of the layers, which are 0 to {count - 1}"
             raise RecipeError(f"layer {odd} {why}", ("drop_layers",))
-        if len(self.drop_layers) == count:
+        if len(named) == count:
             raise RecipeError(f"these are all {count} layers; keep one", ("drop_layers",))
-        return [i for i in range(count) if i not in self.drop_layers]
+        return [i for i in range(count) if i not in named]
 
 
 def shorten(config: Any, count: int, kept: list[int]) -> None:

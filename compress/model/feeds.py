@@ -5,7 +5,8 @@ meta device, and every operation that takes what a norm put out is noted with th
 mark on. A norm that the residual stream reads as well (a model of post-norms) shows by an addition outside of any matrix.
 
 How the rows of v and up become inputs of o and down is arithmetic on heads; layouts of joined matrices are in a table. Whoever
-folds something into a feed is to compare what the block computes, since a gate or a norm in between shows in neither."""
+folds something into a feed is to compare what the block computes, since a gate or a norm in between shows in neither.
+"""
 
 from __future__ import annotations
 
