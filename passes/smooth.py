@@ -7,7 +7,8 @@ alone and the record says why; a model in which no pair is left is refused.
 
 How strongly is searched for each pair, with "not at all" among the answers, by the error that the quantizer behind this pass
 leaves on some rows of each reader, under the Hessian of the calibration text. All Hessians and the walk are those of the model
-as it was: what a block computes stays the same, which is compared on the first batch."""
+as it was: what a block computes stays the same, which is compared on the first batch.
+"""
 
 from __future__ import annotations
 
