@@ -40,7 +40,6 @@ def place(exporter: Exporter, job: Job, out: Path, say: Callable[[str], None] = 
         move_aside(out, key_of(out))
         before.rename(out)
     if key_of(out) == job.key:
-        (out / UNFINISHED).unlink(missing_ok=True)
         return out, Proof(**mark(out)["proof"])  # `damage` has looked at it
     return out, written(exporter, job, out)
 
@@ -58,9 +57,9 @@ def written(exporter: Exporter, job: Job, out: Path) -> Proof:
         note = {"schema": 1, "exporter": exporter.name, "key": job.key, "proof": asdict(proof), "sizes": held,
                 "sha256": {name: sha256(partial / name) for name in held}}  # fmt: skip
         (partial / MARK).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+        (partial / UNFINISHED).unlink()  # from here on it is known by its note, in either place
         move_aside(out, key_of(out))
         partial.rename(out)
-        (out / UNFINISHED).unlink()
     except BaseException as e:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(e, OSError):
@@ -112,7 +111,8 @@ def refuse_foreign(out: Path) -> None:
     if os.path.lexists(out) and not (out / MARK).is_file():
         raise ExportError(f"{out}: exists and is no artifact of this tool; move it away or choose another --out")
     partial = partial_of(out)
-    ours = partial.is_dir() and not partial.is_symlink() and ((partial / UNFINISHED).is_file() or not any(partial.iterdir()))
+    marked = any((partial / name).is_file() for name in (UNFINISHED, MARK))
+    ours = partial.is_dir() and not partial.is_symlink() and (marked or not any(partial.iterdir()))
     if os.path.lexists(partial) and not ours:
         raise ExportError(f"{partial}: exists, and an artifact is to be written there before it gets its name; move it away or "
                           "choose another --out")  # fmt: skip
