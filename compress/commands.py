@@ -13,6 +13,7 @@ import sys
 import types
 import typing
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from compress.export.table import EXPORTERS, KINDS, Kind
 from compress.formats import Dense, Format
 from compress.model import data
 from compress.model.model import Model, open_model
+from compress.model.vocabulary import source_ids
 from compress.nodes import load_yaml
 from compress.parts import read_part
 from compress.passes import PASSES
@@ -165,8 +167,8 @@ def eval_command(options: argparse.Namespace) -> None:
     data.check_length(windows.length, model.config)
     tokens = data.read(windows, model.folder, base, state.graph["embed"].shape[0])
     original = original_of(options)
-    if original and original.graph["embed"].shape[0] != state.graph["embed"].shape[0]:
-        raise ModelError(f"{original.folder}: has another vocabulary than {options.what}; KL needs the model it was made from")
+    if original:
+        state, tokens = as_of(original, model, state, tokens)
     engine, said = engine_of(kind, model, state, options.device)
     ask = (lambda ids: engine.prefill(ids)[0]) if engine else None
     _, scores = evaluate.compare(original.state if original else None, state, tokens, options.device, ask)
@@ -182,6 +184,17 @@ def eval_command(options: argparse.Namespace) -> None:
             ["bits per weight, whole file", f"{figures.file_bits:.3f}"]]  # fmt: skip
     print(page.columns(rows, right=(1,)))
     print(f"\n{scores.tokens:,} tokens of {tokens.place}, context {scores.length}; through {said}")
+
+
+def as_of(original: Model, model: Model, state: State, tokens: data.Tokens) -> tuple[State, data.Tokens]:
+    """The state of an artifact, and tokens, as those of the model it was made from; ModelError where that has other tokens."""
+    theirs, ours = (m.graph["embed"].shape[0] for m in (original, state))
+    if theirs == ours:
+        return state, tokens
+    vocabulary = source_ids(model.folder, ours)
+    if vocabulary is None or max(vocabulary) >= theirs:
+        raise ModelError(f"{original.folder}: has another vocabulary than {model.folder}; KL needs the model it was made from")
+    return replace(state, vocabulary=vocabulary), replace(tokens, ids=torch.tensor(vocabulary)[tokens.ids])
 
 
 def bench_command(options: argparse.Namespace) -> None:

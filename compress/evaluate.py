@@ -57,7 +57,7 @@ Ask = Callable[[Tensor], Tensor]  # windows of token ids [b, t] -> their logits 
 def streamed(state: State, tokens: Tokens, device: str) -> Iterator[Tensor]:
     """The logits of every batch, in the order of `tokens.batches()`, with one block's weights in memory."""
     stream = Stream(state, device)
-    batches = stream.start(state, tokens.batches())
+    batches = stream.start(state, [state.ids(batch) for batch in tokens.batches()])
     for block in state.graph.blocks:
         stream.advance(state, block.index, batches)
     yield from stream.logits(state, batches)
@@ -67,18 +67,23 @@ def compare(
     original: State | None, state: State, tokens: Tokens, device: str = "cpu", ask: Ask | None = None
 ) -> tuple[Scores | None, Scores]:
     """The scores of the original (None without one) and of `state`, on the same tokens; with `ask`, those of its answers instead
-    of the state's own logits."""
-    batches, causal = tokens.batches(), state.graph.causal
+    of the state's own logits.
+
+    Where the state knows some of the original's tokens only, both are asked about those: the original's probabilities are those
+    under the condition that one of them comes.
+    """
+    batches, causal = [state.ids(batch) for batch in tokens.batches()], state.graph.causal
     before, after = (Sums(int(tokens.ids.shape[1]), causal) for _ in range(2))
     found = map(ask, batches) if ask else streamed(state, tokens, device)
     theirs: Iterable[Tensor | None] = [None] * len(batches)
+    known = None if state.vocabulary is None else list(state.vocabulary)
     if original is not None:
         theirs = streamed(original, tokens, device)
     with torch.no_grad():
         for batch, logits, reference in zip(batches, found, theirs, strict=True):
             log_q, log_p = predictions(logits, causal), None
             if reference is not None:
-                log_p = predictions(reference, causal).to(log_q.device)
+                log_p = predictions(reference if known is None else reference[..., known], causal).to(log_q.device)
                 before.add(batch, log_p, None)
             after.add(batch, log_q, log_p)
     return before.scores if original is not None else None, after.scores

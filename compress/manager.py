@@ -61,9 +61,9 @@ class Store(Protocol):
 class Context:
     """All that a pass may use besides the state and its options.
 
-    calibration: the recipe's calibration tokens, or None. device: where the block in hand lies. store: finished parts of this
-    step. say: a site's record, shown to the user. progress: called with (done, total, what) as work proceeds. following: the
-    passes that come after this one.
+    calibration: the recipe's calibration tokens, or None; in the source's ids, see `State.ids`. device: where the block in hand
+    lies. store: finished parts of this step. say: a site's record, shown to the user. progress: called with (done, total, what)
+    as work proceeds. following: the passes that come after this one.
     """
 
     seed: int
@@ -83,7 +83,7 @@ class Context:
         """The model and the calibration batches, embedded and in front of the first block."""
         assert self.calibration is not None, "a pass that streams checks for calibration data in `check`"
         stream = Stream(state, self.device)
-        return stream, stream.start(state, self.calibration.batches())
+        return stream, stream.start(state, [state.ids(batch) for batch in self.calibration.batches()])
 
 
 @dataclass(frozen=True)

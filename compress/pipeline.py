@@ -152,6 +152,8 @@ def make_steps(ready: Prepared, out: Path) -> list[Step | None]:
 def steps_of(ready: Prepared, out: Path, context_of: Any) -> list[Step]:
     key = ready.root_key
     hashed = ready.calibration.hash if ready.calibration else None
+    if ready.foreseen.vocabulary is not None:  # a file that no option holds decides on it
+        hashed = digest(hashed, ready.foreseen.vocabulary)
     steps = []
     for number, p in enumerate(ready.recipe.passes, 1):
         made_of = step_inputs(p, key, hashed, ready.seed, ready.recipe.passes[number:])
@@ -337,7 +339,7 @@ def exported(
 ) -> dict[str, tuple[Path, Proof]]:
     """Every artifact of the recipe, with its proof."""
     tokens = ready.evaluation or ready.calibration
-    sample = None if tokens is None else tokens.ids[: PROOF_TOKENS[0], : PROOF_TOKENS[1]]
+    sample = None if tokens is None else made.state.ids(tokens.ids[: PROOF_TOKENS[0], : PROOF_TOKENS[1]])
     beside = [[name, sha256(ready.model.folder / name)] for name in carried(ready.model.folder)] if ready.exports else []
     found = {}
     for exporter in ready.exports:

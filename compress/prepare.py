@@ -51,7 +51,8 @@ class Prepared:
             return None
         try:
             data.check_length(windows.length, self.model.config)
-            return data.read(windows, self.model.folder, self.recipe.base, self.start.graph["embed"].shape[0])
+            vocabulary = self.foreseen.vocabulary
+            return data.read(windows, self.model.folder, self.recipe.base, self.start.graph["embed"].shape[0], vocabulary)
         except CompressError as e:
             raise type(e)(f"{self.recipe.place(('data', which))}  {e}") from None
 

@@ -281,7 +281,7 @@ class Step(Parts):
         if theirs.get("parent") != self.made_of["parent"]:
             return "the model's weights or config changed" if self.number == 1 else f"step {self.number - 1} changed"
         if theirs.get("data") != self.made_of["data"]:
-            return "the calibration text, or how it is cut into windows, changed"
+            return "the calibration text, how it is cut into windows, or the vocabulary changed"
         return first_difference(dict(theirs), dict(self.made_of))
 
 

@@ -222,7 +222,8 @@ class Allocate(Pass):
             return self.foresee(state)
         chain = self.chain(ctx.following)
         sp, limits = self._space(state)
-        sample, rest = split(ctx.calibration, self.probe)
+        held, rest = split(ctx.calibration, self.probe)
+        sample = [state.ids(batch) for batch in held]
         inner = replace(ctx, calibration=rest)
         table, damage, floor = self._damage(state, inner, chain, sp, sample)
         name = keep(table, damage, state, ctx)

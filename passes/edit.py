@@ -1,27 +1,35 @@
 """The pass `edit`: plain surgery on a model, with no calibration and no loss beyond what is cut away.
 
-No tensor is copied: what is kept lies where it lay, under the name that it has in the smaller model. The result is a model of the
-same architecture, or the pass refuses: the new config is built into a skeleton, and every kept layer must there be what it was.
+What is kept lies where it lay, under the name that it has in the smaller model; only tables that lose some of their rows are
+written. The result is a model of the same architecture, or the pass refuses: the new config is built into a skeleton, and every
+kept layer must there be what it was. Which tokens a smaller vocabulary holds, and what becomes of the tokenizer, is in
+model/vocabulary.py.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import Field, StrictInt
+from pydantic import Field, StrictInt, ValidationInfo, field_validator
 from torch import nn
 
-from compress.errors import ModelError, RecipeError
+from compress.documents import local_path
+from compress.errors import CompressError, ModelError, RecipeError
 from compress.manager import Context, Pass
 from compress.model.discover import discover
 from compress.model.names import anchor, check_tensors
 from compress.model.skeleton import skeleton
+from compress.model.tokenizer import tokenizer_of
+from compress.model.vocabulary import NAMES_IDS, closed, keep_list, numbers, with_new_ids
 from compress.state import Aspect, Fact, State
+from compress.state.overlay import Bare
 
 BY_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers")  # config values with an entry for each layer
 
@@ -37,14 +45,25 @@ class Edit(Pass):
         (), description="numbers of the layers to take away, from 0; the others close the gap"
     )
     untie: bool = Field(False, description="give the output head, where it shares the embedding's matrix, a copy of its own")
+    vocab: str | None = Field(
+        None, description="path of a list of token ids, one on a line: the tokens to keep, and what they need"
+    )
+
+    @field_validator("vocab")
+    @classmethod
+    def _located(cls, path: str | None, info: ValidationInfo) -> str | None:
+        base = (info.context or {}).get("base", Path())
+        return None if path is None else os.path.abspath(base / local_path(path))
 
     def check(self, calibrated: bool, following: Sequence[Pass] = ()) -> None:
-        if not self.drop_layers and not self.untie:
-            raise RecipeError("'edit' names nothing to change; give it drop_layers or untie, or leave it out")
+        if not self.drop_layers and not self.untie and self.vocab is None:
+            raise RecipeError("'edit' names nothing to change; give it drop_layers, untie or vocab, or leave it out")
 
     def foresee(self, state: State) -> State:
         if state.plan is not None:
             raise RecipeError("an earlier step has planned formats for layers by their numbers; move 'edit' in front of it")
+        if state.vocabulary is not None:
+            raise RecipeError("an earlier step has cut the vocabulary; make one 'edit' of the two")
         config = deepcopy(state.config)
         places = {spec.name: spec.name for spec in state.specs}  # name in the new checkpoint -> name in the old one
         specs = list(state.specs)
@@ -64,10 +83,30 @@ class Edit(Pass):
         dense = state.dense.moved(places)
         graph = anchor(discover(skeleton(config), config), dense)
         check_tensors(graph, dense)
-        return replace(state, graph=graph, config=config, specs=tuple(specs), dense=dense)
+        state = replace(state, graph=graph, config=config, specs=tuple(specs), dense=dense)
+        return state if self.vocab is None else with_tokens(state, self._tokens(state))
 
     def run(self, state: State, ctx: Context) -> State:
-        return self.foresee(state)
+        foreseen = self.foresee(state)
+        if self.vocab is None:
+            return foreseen
+        cut = {spec.name: spec for spec in foreseen.specs if spec != foreseen.dense.specs[spec.name]}
+        with tokenizer_of(state.dense.folder, foreseen.vocabulary):
+            pass  # it can be opened, and numbers its tokens like the rows
+        rows = list(self._tokens(state))
+        tensors = {name: foreseen.dense.read(name)[rows] for name in cut}
+        count, known = len(rows), state.graph["embed"].shape[0]
+        record = {"site": "embed", "notes": [f"{count:,} of {known:,} tokens kept"]}
+        ctx.say(record)
+        return foreseen.with_part(ctx.store.commit("vocabulary", dense=tensors, records=[record]))
+
+    def _tokens(self, state: State) -> tuple[int, ...]:
+        """The tokens that stay, by the ids that they have in the source."""
+        assert self.vocab is not None
+        try:
+            return closed(state.dense.folder, keep_list(Path(self.vocab)), state.config.to_dict())
+        except CompressError as e:
+            raise type(e)(str(e), ("vocab",)) from None
 
     def _kept(self, state: State) -> list[int]:
         """The numbers of the layers that stay."""
@@ -120,6 +159,35 @@ def untied(state: State, config: Any) -> tuple[str, str]:
     if graph["lm_head"].tied:
         raise ModelError(f"'{state.graph.family}' ties its head to its embedding whatever the config says; it cannot be untied")
     return graph["lm_head"].weight, state.graph["embed"].weight
+
+
+def with_tokens(state: State, kept: tuple[int, ...]) -> State:
+    """The state with some tokens only. Which tables lose rows shows in the skeleton of the new config."""
+    config, size = deepcopy(state.config), state.graph["embed"].shape[0]
+    if hasattr(config.get_text_config(), "vocab_size_per_layer_input"):
+        raise ModelError(f"'{state.graph.family}' looks tokens up in every layer; its vocabulary cannot be cut")
+    if kept[-1] >= size:
+        raise ModelError(f"the tokenizer has a token {kept[-1]}, the model only {size}; they do not belong together")
+    number = numbers(kept)
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        for name, value in with_new_ids(part.to_dict(), number).items():
+            if NAMES_IDS.search(name):
+                setattr(part, name, value)
+        if hasattr(part, "vocab_size"):
+            part.vocab_size = len(kept)
+    if "roberta" in config.model_type and config.pad_token_id != state.config.pad_token_id:
+        raise ModelError(
+            "its positions count from the number of the padding token, which would be another; keep all tokens below it"
+        )
+    graph = discover(skeleton(config), config)
+    shapes = {**graph.parameters, **{s.weight: s.shape[::-1] if s.transposed else s.shape for s in graph}}
+    specs = tuple(replace(spec, shape=shapes.get(spec.name, spec.shape)) for spec in state.specs)
+    for ours, theirs in zip(specs, state.specs, strict=True):
+        if ours.shape != theirs.shape and (theirs.shape[0], ours.shape) != (size, (len(kept), *theirs.shape[1:])):
+            raise ModelError(f"with other tokens '{ours.name}' would not only lose rows; this vocabulary cannot be cut")
+    anchored = anchor(graph, Bare(state.dense.folder, specs))
+    check_tensors(anchored, Bare(state.dense.folder, specs))
+    return replace(state, graph=anchored, config=config, specs=specs, vocabulary=kept)
 
 
 def same_layers(state: State, config: Any, kept: list[int]) -> None:

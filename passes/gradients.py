@@ -59,7 +59,7 @@ def _known(state: State, ctx: Context, name: str, squares: Squares, only: Site |
 def _measure(state: State, ctx: Context, store: Store, squares: Squares) -> None:
     assert ctx.calibration is not None
     stream = Stream(state, ctx.device)
-    batches = stream.start(state, list(ctx.calibration.ids.split(1)))
+    batches = stream.start(state, list(state.ids(ctx.calibration.ids).split(1)))
     inputs = forward(stream, state, batches, ctx.progress)
     generator = torch.Generator().manual_seed(ctx.seed)
     above = behind(stream, state, batches, lambda _, logits: drawn_likelihood(logits, generator))

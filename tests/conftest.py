@@ -202,7 +202,7 @@ def _texts_are_tokenized_once() -> Iterator[None]:
         files = [*texts, *(self.model.folder / name for name in ("tokenizer.json", "tokenizer_config.json", "config.json"))]
         if not all(file.is_file() and not file.is_symlink() and file.stat().st_size < 1 << 20 for file in files):
             return read(self, which)
-        key = repr(windows), *(hashlib.sha256(file.read_bytes()).digest() for file in files)
+        key = repr(windows), self.foreseen.vocabulary, *(hashlib.sha256(file.read_bytes()).digest() for file in files)
         if key not in known:
             known[key] = read(self, which)
         return known[key]

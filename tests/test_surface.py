@@ -40,7 +40,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "allocate": {"budget": "4.0 bits", "formats": ["int2:g64", "int3:g64", "int4:g64", "int8:g64"], "ranks": [0],
                  "factors": "bf16", "pins": {}, "limits": {}, "together": "engine", "metric": "kl", "probe": 4096, "trials": 4,
                  "time_limit": 60.0, "plan": None},
-    "edit": {"drop_layers": [], "untie": False},
+    "edit": {"drop_layers": [], "untie": False, "vocab": None},
     "smooth": {"strength": "search", "pairs": "all"},
     "quantize": QUANTIZE,
     "lqlora": {**QUANTIZE, "rank": 16, "factors": "bf16", "init": "closed_form", "rounds": 2, "fisher": False},

@@ -107,22 +107,25 @@ class Tokens:
         return list(self.ids.split(max(1, tokens // self.ids.shape[1])))
 
 
-def read(windows: Windows, model: Path, base: Path, vocabulary: int) -> Tokens:
-    """The windows as token ids; relative paths count from `base`.
+def read(windows: Windows, model: Path, base: Path, size: int, vocabulary: tuple[int, ...] | None = None) -> Tokens:
+    """The windows as token ids of a model that has `size` of them; relative paths count from `base`. With a
+    `vocabulary`, texts are made of the tokens in it alone; the ids are the model's all the same.
 
     Raises DataError where a source is missing, has no such field, is shorter than asked, or does not fit the model.
     """
     sources = windows.sources or (windows,)
     length = windows.length - windows.bos
     counts = shares(windows.sequences, [s.weight for s in sources])
-    with tokenizer_of(model) as tokenizer:
+    with tokenizer_of(model, vocabulary) as tokenizer:
         ids = torch.cat([cut(tokenizer, source, base, n, length) for source, n in zip(sources, counts, strict=True)])
     if windows.bos:
         if tokenizer.begin is None:
             raise DataError("data: bos is true, but the tokenizer has no begin-of-text token; remove it")
         ids = torch.cat([torch.full((len(ids), 1), tokenizer.begin), ids], 1)
-    if int(ids.max()) >= vocabulary:
-        raise DataError(f"{model}: the tokenizer gives token {int(ids.max())}, the model knows only {vocabulary}; "
+    if vocabulary is not None:
+        ids = torch.tensor(vocabulary)[ids]
+    if int(ids.max()) >= size:
+        raise DataError(f"{model}: the tokenizer gives token {int(ids.max())}, the model knows only {size}; "
                         "they do not belong together")  # fmt: skip
     return Tokens(ids, ", ".join(s.place for s in sources))
 

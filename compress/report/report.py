@@ -108,7 +108,9 @@ class Report:
 
     @property
     def measured(self) -> str:
-        return f"Measured on {self.scores['compressed']['tokens']:,} tokens of {self.scores['text']}."
+        kept = self.state.vocabulary
+        among = f", among the {len(kept):,} tokens that were kept" if kept else ""
+        return f"Measured on {self.scores['compressed']['tokens']:,} tokens of {self.scores['text']}{among}."
 
     @property
     def step_rows(self) -> list[Row]:

@@ -94,7 +94,8 @@ class State:
     graph: structure. config: transformers' config, as it now is; never changed in place. dtype: what the model computes in.
     specs: every dense tensor as it is to be, in the order of a checkpoint. dense: where the dense tensors lie: the source's
     checkpoint, overlaid by the files of steps. codes: site -> its tensors in a format, for encoded sites only. serving: site or
-    "model" -> JSON that an engine must know besides weights. plan: what each site is meant to become. facts: what holds.
+    "model" -> JSON that an engine must know besides weights. vocabulary: the source's ids of the tokens that are still there, in
+    the order of their new ids; None where all are. plan: what each site is meant to become. facts: what holds.
     history: the text of every pass so far.
     """
 
@@ -105,6 +106,7 @@ class State:
     dense: Overlay
     codes: Mapping[str, Promised] = field(default_factory=dict)
     serving: Mapping[str, Any] = field(default_factory=dict)
+    vocabulary: tuple[int, ...] | None = None
     plan: BitPlan | None = None
     facts: Fact = Fact.DENSE
     history: tuple[str, ...] = ()
@@ -122,6 +124,18 @@ class State:
         return replace(self, codes={**self.codes, **new})
 
     # --- what is asked ---
+
+    def ids(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Token ids of the source (int64, any shape) as this state numbers them; IndexError for one that is there no longer."""
+        return tokens if self._numbers is None else self._numbers[tokens]
+
+    @cached_property
+    def _numbers(self) -> torch.Tensor | None:
+        if self.vocabulary is None:
+            return None
+        found = torch.full((max(self.vocabulary) + 1,), -1)
+        found[list(self.vocabulary)] = torch.arange(len(self.vocabulary))
+        return found
 
     @cached_property
     def formats(self) -> dict[str, Format]:
@@ -209,7 +223,8 @@ def site_entries(site: Site, fmt: Format | None, dtype: torch.dtype, scale: torc
 def changed(before: State, after: State) -> Aspect:
     """What really differs between two states."""
     aspect = Aspect.NONE
-    if (before.graph, before.specs) != (after.graph, after.specs) or config_of(before) != config_of(after):
+    structure = [(state.graph, state.specs, state.vocabulary) for state in (before, after)]
+    if structure[0] != structure[1] or config_of(before) != config_of(after):
         aspect |= Aspect.STRUCTURE
     if before.dense != after.dense or dict(before.codes) != dict(after.codes):
         aspect |= Aspect.WEIGHTS
@@ -231,7 +246,7 @@ def config_of(state: State) -> dict[str, Any]:
 def broken_promises(foreseen: State, made: State) -> list[str]:
     """In words, where a state is not what was foreseen of it: structure, config, the tensors that are there and their shapes,
     formats. Empty where it is."""
-    found = [f"{name} is not what it foresaw" for name in ("graph", "specs", "dtype") if
+    found = [f"{name} is not what it foresaw" for name in ("graph", "specs", "dtype", "vocabulary") if
              getattr(foreseen, name) != getattr(made, name)]  # fmt: skip
     ours, theirs = config_of(foreseen), config_of(made)
     found += [f"config.{k} is not what it foresaw" for k in sorted(ours.keys() | theirs.keys()) if ours.get(k) != theirs.get(k)]

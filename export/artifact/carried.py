@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from compress.errors import ExportError, one_line
 from compress.export.artifact.files import MARK
+from compress.model.vocabulary import SOURCE_IDS, rewritten
 from compress.state.checkpoint import within
 
 CARRIED = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
@@ -37,11 +38,18 @@ def carried(source: Path) -> list[str]:
     return names
 
 
-def carry_over(source: Path, folder: Path) -> None:
-    """Copy them; a request for code, which stays behind, is taken out of what asks for it."""
+def carry_over(source: Path, folder: Path, vocabulary: tuple[int, ...] | None = None) -> None:
+    """Copy them, those of the tokenizer as they are with the tokens in `vocabulary` only; a request for code, which stays behind,
+    is taken out of what asks for it."""
+    others = {} if vocabulary is None else rewritten(source, vocabulary)
     for name in subfolders(source):
         (folder / name).mkdir(parents=True, exist_ok=True)
+    for name, content in others.items():
+        if content is not None:
+            (folder / name).write_bytes(content)
     for name in carried(source):
+        if name in others:
+            continue
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         copy_file(source / name, folder / name)
 
@@ -61,7 +69,11 @@ def copy_file(source: Path, place: Path) -> None:
 
 def goes_along(path: Path) -> bool:
     """Whether a file that lies beside the weights is carried over."""
-    ours = path.name.startswith(".") or path.name in ("config.json", MARK) or path.name.endswith((".index.json", "SOURCE.txt"))
+    ours = (
+        path.name.startswith(".")
+        or path.name in ("config.json", MARK, SOURCE_IDS)
+        or path.name.endswith((".index.json", "SOURCE.txt"))
+    )
     wanted = path.suffix in CARRIED or (LEGAL.match(path.name) and path.suffix not in CODE | PICKLES)
     return bool(wanted) and not ours and path.is_file()
 

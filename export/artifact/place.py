@@ -47,7 +47,7 @@ def place(exporter: Exporter, job: Job, out: Path, say: Callable[[str], None] = 
 def written(exporter: Exporter, job: Job, out: Path) -> Proof:
     """A new artifact, in its place, and its proof."""
     partial = partial_of(out)
-    shutil.rmtree(partial, ignore_errors=True)  # `refuse_foreign` has looked at it
+    discard(partial)  # `refuse_foreign` has looked at it
     try:
         partial.mkdir(parents=True)
         (partial / UNFINISHED).touch()
@@ -61,11 +61,23 @@ def written(exporter: Exporter, job: Job, out: Path) -> Proof:
         move_aside(out, key_of(out))
         partial.rename(out)
     except BaseException as e:
-        shutil.rmtree(partial, ignore_errors=True)
+        discard(partial)
         if isinstance(e, OSError):
             raise disk_error(e, out.parent) from None
         raise
     return proof
+
+
+def discard(partial: Path) -> None:
+    """Remove what was being written, its mark last: if this is cut short, what is left is still known as ours."""
+    if partial.is_dir():
+        (partial / UNFINISHED).touch()
+        for entry in partial.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry, ignore_errors=True)
+            elif entry.name != UNFINISHED:
+                entry.unlink()
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def sizes(folder: Path) -> dict[str, int]:
@@ -111,7 +123,7 @@ def refuse_foreign(out: Path) -> None:
     if os.path.lexists(out) and not (out / MARK).is_file():
         raise ExportError(f"{out}: exists and is no artifact of this tool; move it away or choose another --out")
     partial = partial_of(out)
-    marked = any((partial / name).is_file() for name in (UNFINISHED, MARK))
+    marked = (partial / UNFINISHED).is_file() or key_of(partial) is not None
     ours = partial.is_dir() and not partial.is_symlink() and (marked or not any(partial.iterdir()))
     if os.path.lexists(partial) and not ours:
         raise ExportError(f"{partial}: exists, and an artifact is to be written there before it gets its name; move it away or "

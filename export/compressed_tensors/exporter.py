@@ -115,7 +115,7 @@ class CompressedTensors(Exporter):
         write_config(job, folder, config)
         if adapter.corrected(job.state):
             adapter.write_config(job.state, folder)
-        carry_over(job.model.folder, folder)
+        carry_over(job.model.folder, folder, job.state.vocabulary)
         write_card(job, folder, USE_RUNTIME if stock_obstacles(job.state) else stock_use(job))
 
     def prove(self, job: Job, folder: Path) -> Proof:

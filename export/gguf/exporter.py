@@ -93,7 +93,7 @@ class Gguf(Exporter):
         self.check(job.state)
         file_of(job.model, job.state).write(folder, contents(job.model, job.state))
         write_config(job, folder)
-        carry_over(job.model.folder, folder)
+        carry_over(job.model.folder, folder, job.state.vocabulary)
         facts = {"library": "gguf", "tag": "gguf", "loads in": "llama.cpp, transformers (with gguf, dequantized)", "use": USE}
         (folder / "README.md").write_text(job.card(facts), encoding="utf-8")
 
@@ -206,7 +206,7 @@ def file_of(model: Model, state: State) -> File:
     rows = state.graph["embed"].shape[0]
     keys = model_keys(state.config, model.folder.name, Counter(e.tensor.kind for e in found if len(e.tensor.shape) > 1))
     note = {NOTE: json.dumps(noted(state, found))}
-    return File({**keys, **vocabulary(model.folder, rows), **note}, tuple(entry.tensor for entry in found))
+    return File({**keys, **vocabulary(model.folder, rows, state.vocabulary), **note}, tuple(entry.tensor for entry in found))
 
 
 def noted(state: State, found: list[Entry]) -> dict[str, Any]:

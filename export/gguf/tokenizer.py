@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from compress.errors import ExportError
 from compress.export.artifact.files import optional
+from compress.model.vocabulary import numbers, smaller_settings, smaller_tokenizer, with_new_ids
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SPACE = "\u2581"
@@ -21,10 +22,13 @@ _LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?
 WORDS = {_LLAMA3: "llama-bpe", _LLAMA3.replace("{1,3}", ""): "qwen2"}
 
 
-def vocabulary(folder: Path, size: int) -> dict[str, Any]:
-    """All keys of the tokenizer in a folder, for a model whose embedding has `size` rows; ExportError where it cannot be told."""
+def vocabulary(folder: Path, size: int, kept: tuple[int, ...] | None = None) -> dict[str, Any]:
+    """All keys of the tokenizer in a folder, for a model whose embedding has `size` rows; ExportError where it cannot be told.
+
+    kept: the only tokens that are left of it, see `State`.
+    """
     try:
-        return Vocabulary(folder, size).keys()
+        return Vocabulary(folder, size, kept).keys()
     except ExportError:
         raise
     except (LookupError, TypeError, AttributeError, ValueError) as e:
@@ -34,9 +38,14 @@ def vocabulary(folder: Path, size: int) -> dict[str, Any]:
 class Vocabulary:
     """A tokenizer.json with what its neighbours say of special tokens."""
 
-    def __init__(self, folder: Path, size: int):
+    def __init__(self, folder: Path, size: int, kept: tuple[int, ...] | None = None):
         self.folder, self.size = folder, size
-        self.json, self.settings = optional(folder / "tokenizer.json"), optional(folder / "tokenizer_config.json")
+        names = ("tokenizer.json", "tokenizer_config.json", "config.json")
+        self.json, self.settings, self.config = (optional(folder / name) for name in names)
+        if kept is not None and self.json:
+            number = numbers(kept)
+            self.json, self.settings = smaller_tokenizer(self.json, number), smaller_settings(self.settings, number)
+            self.config = with_new_ids(self.config, number)
         self.model: dict[str, Any] = self.json.get("model") or {}
         if not self.json:
             self.refuse("is not there, and a GGUF file holds the vocabulary; save it with transformers' save_pretrained")
@@ -88,7 +97,7 @@ class Vocabulary:
     def special(self, tokens: list[str]) -> dict[str, Any]:
         """Which tokens begin, end and pad a text, and whether encoding adds the first two."""
         ids = {text: i for i, text in enumerate(tokens)}
-        config = optional(self.folder / "config.json")
+        config = self.config
         found: dict[str, Any] = {}
         for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
             said = self.settings.get(f"{ours}_token")

@@ -79,7 +79,7 @@ class Gptq(Exporter):
         self.check(job.state)
         self.layout(job.model, job.state).write(folder, tensors(job.state))
         write_config(job, folder, config_of(job.state.graph, job.state.formats))
-        carry_over(job.model.folder, folder)
+        carry_over(job.model.folder, folder, job.state.vocabulary)
         taken = [engine for engine, why in engines(job.state).items() if not why]
         ways = [USE[engine] for engine in taken if engine in USE]
         facts = {"library": "transformers", "tag": "gptq", "loads in": ", ".join(taken) or "compress", "use": "\n\n".join(ways)}

@@ -74,7 +74,7 @@ class Native(Exporter):
     def write(self, job: Job, folder: Path) -> None:
         self.layout(job.model, job.state).write(folder, tensors(job.state))
         write_config(job, folder, quantization_config(job.state))
-        carry_over(job.model.folder, folder)
+        carry_over(job.model.folder, folder, job.state.vocabulary)
         use = USE.format(auto=auto_class(job.state.config))
         facts = {"library": "transformers", "tag": METHOD, "loads in": "transformers with compress-pipeline", "use": use}
         if for_vllm(job.state):

@@ -77,7 +77,7 @@ class Onnx(Exporter):
         (folder / GRAPH).write_bytes(serialized(made))
         datafile.write(folder, datafile.layout(job.state).file, datafile.tensors(job.state))
         write_config(job, folder, quantization_config(job.state))
-        carry_over(job.model.folder, folder)
+        carry_over(job.model.folder, folder, job.state.vocabulary)
         least = engines(job.state.formats)
         facts = {"library": "onnxruntime", "tag": "onnx", "loads in": least, "use": use(cached, job.state)}
         (folder / "README.md").write_text(job.card(facts), encoding="utf-8")
