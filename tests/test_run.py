@@ -84,7 +84,7 @@ def test_equal_settings_are_a_hit_and_nothing_is_touched(finished: Project, monk
     assert stamps(finished.out / "evaluation.json") == evaluation
 
 
-TEXT_CHANGED = "the calibration text, or how it is cut into windows, changed"
+TEXT_CHANGED = "the calibration text, how it is cut into windows, or the vocabulary changed"
 CHANGES: dict[str, tuple[Callable[[Project], Any], str]] = {
     "seed": (lambda p: p.edit("seed: 0", "seed: 3"), "seed 0 → 3"),
     "format": (lambda p: p.edit("int4:g32", "int3:g16"), "options.format int4:g32 → int3:g16"),

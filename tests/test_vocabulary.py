@@ -51,7 +51,7 @@ def encoded(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(seed=st.integers(0, 10**6), words=st.integers(1, 60))
 def test_what_was_made_of_kept_tokens_is_made_of_the_same(
     whole: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory, seed: int, words: int
