@@ -1,6 +1,6 @@
 """How good a model is, and how far from its original: perplexity, KL divergence, top-1 agreement.
 
-A state is streamed block by block; an engine is asked.
+A state is streamed block by block, and its logits are never all there (model/head.py); an engine is asked.
 
 KL is KL(original || compressed) in nats, the mean over predicted tokens. Perplexity is exp of the mean negative
 log-likelihood of each window's tokens after its first, so it depends on the window's length, which is always stated.
@@ -9,7 +9,8 @@ log-likelihood of each window's tokens after its first, so it depends on the win
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from compress.formats import Dense
 from compress.model.data import Tokens
+from compress.model.head import Head, Piece, Softmax, cut, parts
+from compress.model.lockstep import Batch
 from compress.model.stream import Stream
 from compress.state import State
 from compress.state.graph import total
@@ -54,15 +57,6 @@ class Sizes:
 Ask = Callable[[Tensor], Tensor]  # windows of token ids [b, t] -> their logits [b, t, vocabulary]
 
 
-def streamed(state: State, tokens: Tokens, device: str) -> Iterator[Tensor]:
-    """The logits of every batch, in the order of `tokens.batches()`, with one block's weights in memory."""
-    stream = Stream(state, device)
-    batches = stream.start(state, [state.ids(batch) for batch in tokens.batches()])
-    for block in state.graph.blocks:
-        stream.advance(state, block.index, batches)
-    yield from stream.logits(state, batches)
-
-
 def compare(
     original: State | None, state: State, tokens: Tokens, device: str = "cpu", ask: Ask | None = None
 ) -> tuple[Scores | None, Scores]:
@@ -72,57 +66,109 @@ def compare(
     Where the state knows some of the original's tokens only, both are asked about those: the original's probabilities are those
     under the condition that one of them comes.
     """
-    batches, causal = [state.ids(batch) for batch in tokens.batches()], state.graph.causal
-    before, after = (Sums(int(tokens.ids.shape[1]), causal) for _ in range(2))
-    found = map(ask, batches) if ask else streamed(state, tokens, device)
-    theirs: Iterable[Tensor | None] = [None] * len(batches)
     known = None if state.vocabulary is None else list(state.vocabulary)
-    if original is not None:
-        theirs = streamed(original, tokens, device)
+    theirs = None if original is None else Streamed.of(original, tokens, device)
     with torch.no_grad():
-        for batch, logits, reference in zip(batches, found, theirs, strict=True):
-            log_q, log_p = predictions(logits, causal), None
-            if reference is not None:
-                log_p = predictions(reference if known is None else reference[..., known], causal).to(log_q.device)
-                before.add(batch, log_p, None)
-            after.add(batch, log_q, log_p)
-    return before.scores if original is not None else None, after.scores
+        if ask is None:
+            found = both(theirs, Streamed.of(state, tokens, device), known)
+        else:
+            found = asked(theirs, ask, state.ids(tokens.ids), state.graph.causal, known)
+        length = int(tokens.ids.shape[1])
+        return None if theirs is None else original_scores(found, length), scores(found, length)
 
 
-def predictions(logits: Tensor, causal: bool) -> Tensor:
-    """Log-probabilities, fp32; of a causal model without the last position, which has nothing to predict here."""
-    return (logits[:, :-1] if causal else logits).float().log_softmax(-1)
+@dataclass(frozen=True)
+class Streamed:
+    """A model behind all its blocks: its head, and pieces of what the last block put out."""
+
+    head: Head
+    pieces: list[Piece]
+
+    @classmethod
+    def of(cls, state: State, tokens: Tokens, device: str) -> Streamed:
+        """Pass all tokens through a state's blocks, with one block's weights in memory."""
+        stream = Stream(state, device)
+        batches = stream.start(state, [state.ids(batch) for batch in tokens.batches()])
+        for block in state.graph.blocks:
+            stream.advance(state, block.index, batches)
+        return cls(Head(stream, state), cut(batches, state.graph.causal))
+
+    @contextmanager
+    def part(self, rows: slice, known: list[int] | None = None) -> Iterator[Callable[[int], Tensor]]:
+        """Inside, the logits [n, rows] of a piece by its number; with `known`, rows are of this list."""
+        with self.head.part(rows if known is None else known[rows]) as ask:
+            yield lambda i: ask(self.pieces[i])
 
 
-@dataclass
-class Sums:
-    """What is summed over batches on the way to `Scores`."""
+def both(theirs: Streamed | None, ours: Streamed, known: list[int] | None) -> list[Compared]:
+    """The vocabulary in parts, each met by all predictions of both models."""
+    found = [Compared(piece.targets) for piece in ours.pieces]
+    for rows in parts(ours.head.size):
+        with ours.part(rows) as q, theirs.part(rows, known) if theirs else nullcontext() as p:
+            for i, compared in enumerate(found):
+                compared.add(rows.start or 0, p(i) if p else None, q(i))
+    return found
 
-    length: int
-    causal: bool
-    nll: float = 0.0
-    kl: float = 0.0
-    agree: float = 0.0
-    count: int = 0
-    compared: int = 0
 
-    def add(self, tokens: Tensor, log_q: Tensor, log_p: Tensor | None) -> None:
-        """One batch: tokens [b, t], log-probabilities of the model in hand, and of the original where there is one."""
-        places = log_q.shape[0] * log_q.shape[1]
-        self.count += places
-        if self.causal:
-            self.nll -= float(log_q.gather(-1, tokens[:, 1:, None].to(log_q.device)).sum(dtype=torch.float64))
-        if log_p is not None:
-            self.kl += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
-            self.agree += float((log_p.argmax(-1) == log_q.argmax(-1)).sum())
-            self.compared += places
+def asked(theirs: Streamed | None, ask: Ask, ids: Tensor, causal: bool, known: list[int] | None) -> list[Compared]:
+    """An engine gives all logits of a window at once: window by window, each then in the same parts as the original's."""
+    found: list[Compared] = []
+    for window in ids.split(1):
+        logits = ask(window)
+        mine = cut([Batch(window, logits, [])], causal)
+        compared = [Compared(piece.targets) for piece in mine]
+        for rows in parts(logits.shape[-1] if theirs is None or theirs.head.size else None):
+            with theirs.part(rows, known) if theirs else nullcontext() as p:
+                for i, (piece, sums) in enumerate(zip(mine, compared, strict=True)):
+                    q_nv = piece.hidden[0, :, rows].float()
+                    sums.add(rows.start or 0, p(len(found) + i).to(q_nv.device) if p else None, q_nv)
+        found += compared
+    return found
+
+
+class Compared:
+    """The predictions of a piece by two models, summed up over the vocabulary: q is the model in hand, p the original."""
+
+    def __init__(self, targets: Tensor | None):
+        self.p, self.q = Softmax(targets), Softmax(targets)
+        self.difference: Tensor | float = 0.0  # sum over the vocabulary of exp(p - top of p) (p - q) [n]
+        self.compared = False
+
+    def add(self, start: int, p_nv: Tensor | None, q_nv: Tensor) -> None:
+        """The logits [n, v] of the tokens from `start` on."""
+        self.q.add(start, q_nv)
+        if p_nv is not None:
+            decay, e_nv = self.p.add(start, p_nv)
+            self.difference = self.difference * decay + (e_nv * (p_nv - q_nv)).sum(-1, dtype=torch.float64)
+            self.compared = True
 
     @property
-    def scores(self) -> Scores:
-        perplexity = math.exp(min(self.nll / self.count, 700.0)) if self.causal else None
-        kl = self.kl / self.compared if self.compared else None
-        agreement = self.agree / self.compared if self.compared else None
-        return Scores(perplexity, kl, agreement, self.count, self.length)
+    def kl(self) -> Tensor:
+        """KL(p || q) of each prediction [n], nats: E_p[p - q] less the difference of the two normalizations."""
+        return self.difference / self.p.total - (self.p.log_total - self.q.log_total)
+
+
+def scores(found: list[Compared], length: int) -> Scores:
+    """The scores of the model in hand."""
+    count = sum(len(each.q.total) for each in found)
+    compared = all(each.compared for each in found)
+    kl = sum(float(each.kl.sum()) for each in found) / count if compared else None
+    agree = sum(int((each.p.best == each.q.best).sum()) for each in found) / count if compared else None
+    return Scores(perplexity([each.q for each in found], count), kl, agree, count, length)
+
+
+def original_scores(found: list[Compared], length: int) -> Scores:
+    """The scores of the original, which has no distance to be told."""
+    count = sum(len(each.p.total) for each in found)
+    return Scores(perplexity([each.p for each in found], count), None, None, count, length)
+
+
+def perplexity(found: list[Softmax], count: int) -> float | None:
+    """exp of the mean negative log-likelihood, no more than exp(700); None where nothing came to be predicted."""
+    if found[0].targets is None:
+        return None
+    nll = sum(float((each.log_total - each.target).sum()) for each in found)
+    return math.exp(min(nll / count, 700.0))
 
 
 def sizes(state: State, tensor_bytes: int) -> Sizes:

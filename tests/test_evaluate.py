@@ -13,9 +13,10 @@ import torch
 import transformers
 
 from compress import evaluate
+from compress.model import head
 from compress.model.data import Tokens
 from compress.model.model import open_model
-from tests.conftest import Project, make_model
+from tests.conftest import IDS, SMALL, Project, make_model
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +56,18 @@ def plain(original: torch.Tensor, ours: torch.Tensor, ids: torch.Tensor) -> tupl
     return math.exp(nll), float(kl), float((p.argmax(-1) == q.argmax(-1)).double().mean())
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "opt", "qwen3_moe"])
-def test_figures_are_those_of_a_plain_forward(family: Any, tokens: Tokens, tmp_path: Path, name: str):
-    source = family(name, torch.float32)
+@pytest.mark.parametrize("sizes", [None, (7, 50)])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "opt", "qwen3_moe", "qwen2", "granite"])
+def test_figures_are_those_of_a_plain_forward(
+    family: Any, tokens: Tokens, tmp_path: Path, name: str, sizes: Any, monkeypatch: Any
+):
+    """However few predictions, and rows of the vocabulary, are looked at at once."""
+    if sizes:
+        monkeypatch.setattr(head, "PIECE", sizes[0])
+        monkeypatch.setattr(head, "ROWS", sizes[1])
+    source = family(name, torch.float32) if name != "granite" else make_model(
+        tmp_path / "source", transformers.GraniteConfig(**SMALL, **IDS, logits_scaling=3.0), torch.float32
+    )  # fmt: skip
     other = disturbed(source, tmp_path / name)
     one, two = open_model(str(source)), open_model(str(other))
     base, new = evaluate.compare(one.state, two.state, tokens)
@@ -111,11 +121,9 @@ def test_an_encoder_has_distances_but_no_perplexity(family: Any, tokens: Tokens,
 
 def test_a_perplexity_beyond_all_numbers_stays_a_number():
     """exp(700) is near the largest float; what is worse is cut there."""
-    ids = torch.tensor([[0, 1, 1]])
-    logits = torch.tensor([[[0.0, -2000.0]] * 3])
-    sums = evaluate.Sums(length=3, causal=True)
-    sums.add(ids, evaluate.predictions(logits, causal=True), None)
-    assert sums.scores.perplexity == math.exp(700)
+    found = evaluate.Compared(torch.tensor([1, 1]))
+    found.add(0, None, torch.tensor([[0.0, -2000.0]] * 2))
+    assert evaluate.scores([found], 3) == evaluate.Scores(math.exp(700), None, None, 2, 3)
 
 
 def test_sizes_count_scales_and_everything_else(family: Any):

@@ -77,12 +77,30 @@ class Binding:
             elif sites:
                 put_matrix(module, sites[0], state.weight(sites[0]).to(device))
             else:
-                names = [n for n, p in self.meta.items() if p is meta]  # a tied parameter has several
-                tensor = self._read(state, *names)
+                tensor = self._read(state, *self._names_of(f"{path}.{name}"))
                 if tensor is None:
                     raise ModelError(f"{state.dense.folder}: no tensor for '{path}.{name}'; config and weights do not "
                                      "belong together")  # fmt: skip
                 module._parameters[name] = nn.Parameter(tensor.to(device), requires_grad=False)
+
+    def load_rows(
+        self, state: State, site: Site, module: nn.Module, rows: slice | list[int], matrix: Tensor | None, device: torch.device
+    ) -> None:
+        """Give a module, one whose parameters all have a row for each output, some of these rows; of `matrix`, where given."""
+        for name in list(module._parameters):
+            if f"{site.module}.{name}" not in self.meta:
+                continue
+            if name == "weight":
+                found = state.rows(site, rows) if matrix is None else matrix[rows]
+            else:
+                whole = self._read(state, *self._names_of(f"{site.module}.{name}"))
+                assert whole is not None, "what the head needs was found when the graph was made"
+                found = whole[rows]
+            module._parameters[name] = nn.Parameter(found.to(device), requires_grad=False)
+
+    def _names_of(self, name: str) -> list[str]:
+        """All names of a parameter of the module tree; a tied one has several."""
+        return [n for n, p in self.meta.items() if p is self.meta[name]]
 
     def load_buffers(self, state: State, model: nn.Module) -> None:
         """Give a module tree the buffers that the checkpoint holds, such as a router's learnt correction of its scores."""

@@ -154,6 +154,10 @@ class Stream:
             for batch in batches:
                 yield self.head(batch)
 
+    def load_rows(self, state: State, site: Site, rows: slice | list[int], matrix: Tensor | None) -> None:
+        """Give the module of a head some rows of its matrix, and of a bias; `matrix` stands for the one that the state has."""
+        self._names.load_rows(state, site, self.model.get_submodule(site.module), rows, matrix, self.device)
+
     def watch_head(self, state: State, batches: Sequence[Batch], head: Site, observe: Observe) -> None:
         """Show `observe` what the output head is given, for every batch."""
 

@@ -37,6 +37,8 @@ DTYPES = {
 }  # fmt: skip
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
+Rows = int | slice | list[int]  # along the first dimension
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -130,8 +132,8 @@ class Checkpoint:
             raise ModelError(f"{self.files[name]}: '{name}' holds NaN or infinite values; the model is damaged")
         return tensor
 
-    def read_rows(self, name: str, index: int) -> torch.Tensor:
-        """One slice along the first dimension (an expert of a 3-D tensor)."""
+    def read_rows(self, name: str, index: Rows) -> torch.Tensor:
+        """A part along the first dimension, such as an expert of a 3-D tensor; no other is read."""
         self._unchanged(self.files[name])
         return self._finite(name, read_tensor(self.files[name], name, index))
 
@@ -179,10 +181,12 @@ def stamp(path: Path) -> tuple[int, ...]:
     return held.st_ino, held.st_size, held.st_mtime_ns, held.st_ctime_ns
 
 
-def read_tensor(path: Path, name: str, index: int | None = None) -> torch.Tensor:
-    """A tensor of a safetensors file, or one slice of it along the first dimension; ModelError naming the file."""
+def read_tensor(path: Path, name: str, index: Rows | None = None) -> torch.Tensor:
+    """A tensor of a safetensors file, or a part of it along the first dimension; ModelError naming the file."""
     try:
         with safe_open(path, framework="pt") as file:
+            if isinstance(index, list):  # a view of the file: only what is taken is read
+                return file.get_tensor(name)[index]  # type: ignore[no-any-return]
             tensor: torch.Tensor = file.get_tensor(name) if index is None else file.get_slice(name)[index]
             return tensor
     except (SafetensorError, OSError) as e:

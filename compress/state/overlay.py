@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from compress.errors import ModelError
-from compress.state.checkpoint import Checkpoint, Spec, read_tensor
+from compress.state.checkpoint import Checkpoint, Rows, Spec, read_tensor
 
 
 class Bare(Checkpoint):
@@ -61,7 +61,7 @@ class Overlay(Checkpoint):
             return self.written[name].load()
         return self.base.read(self.names[name])
 
-    def read_rows(self, name: str, index: int) -> torch.Tensor:
+    def read_rows(self, name: str, index: Rows) -> torch.Tensor:
         if name in self.written:
             return self._finite(name, read_tensor(self.written[name].path, self.written[name].key, index))
         return self.base.read_rows(self.names[name], index)

@@ -155,6 +155,12 @@ class State:
             return self.codes[site.name].load().dequantize(self.dtype)
         return self.reference(site).to(self.dtype)
 
+    def rows(self, site: Site, rows: slice | list[int]) -> torch.Tensor:
+        """Some rows of the matrix of a site that is dense, and no expert's, in the model's dtype: no other is read."""
+        if site.tied:
+            return self.rows(self.graph[site.tied], rows)
+        return self.dense.read_rows(site.weight, rows).to(self.dtype)
+
     def reference(self, site: Site) -> torch.Tensor:
         """The site's matrix [out, in] as the last dense step left it, whatever codes there are; ModelError where it holds a NaN
         or an infinity."""

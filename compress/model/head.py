@@ -1,0 +1,126 @@
+"""The output head of a model, piece by piece: logits of some predictions for a part of the vocabulary at a time.
+
+Logits of real models are larger than anything else in a run: 4,096 tokens of Gemma 3 make 4.3 GB of them in fp32. But what is
+asked of them (their maximum, the logarithm of their sum, the expectation of a difference) can be summed up over the vocabulary.
+So the head's matrix goes through memory in parts of `ROWS` rows, each met by all predictions, `PIECE` of them at once. The module
+itself is called, with a part of its matrix, so that what an architecture does to logits one by one (a scale, a soft cap) stays.
+
+A model without a head of its own (an embedder, a classifier; see `with_logits`) gives all that stands for logits at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compress.model.lockstep import Batch
+from compress.model.stream import Stream
+from compress.state import State
+
+ROWS = 8192  # of the vocabulary
+PIECE = 256  # predictions
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some predictions of one window: token ids [1, n], what stands behind the last block [1, n, d], and, where a model predicts
+    the next token, those that came [n]."""
+
+    tokens: Tensor
+    hidden: Tensor
+    targets: Tensor | None
+
+
+class Head:
+    """The head of a state whose batches have passed all blocks. size: rows of its matrix; None where all logits come at once."""
+
+    def __init__(self, stream: Stream, state: State):
+        self.stream, self.state = stream, state
+        self.site = next((site for site in state.graph if site.role == "head"), None)
+        self.size = None if self.site is None else self.site.shape[0]
+        held = None if self.site is None else state.graph[self.site.tied or self.site.name]
+        packed = held is not None and (held.name in state.codes or held.transposed)
+        self._matrix = state.weight(held) if held and packed else None  # unpacked once; a dense one is read by its rows
+
+    @contextmanager
+    def part(self, rows: slice | list[int]) -> Iterator[Callable[[Piece], Tensor]]:
+        """Inside, what gives the logits [n, rows] of a piece, fp32, for some rows of the vocabulary: a range or a list."""
+        if self.site is None:
+            with self.stream.outer(self.state):
+                yield lambda piece: self._logits(piece)[:, rows]
+            return
+        module = self.stream.model.get_submodule(self.site.module)
+        whole = dict(module._parameters)
+        try:
+            self.stream.load_rows(self.state, self.site, rows, self._matrix)
+            with self.stream.outer(self.state):
+                yield self._logits
+        finally:
+            module._parameters.update(whole)
+
+    def _logits(self, piece: Piece) -> Tensor:
+        found = self.stream.head(Batch(piece.tokens, piece.hidden, []))
+        return found.reshape(-1, found.shape[-1]).float()
+
+
+def cut(batches: Sequence[Batch], causal: bool) -> list[Piece]:
+    """The predictions of batches, `PIECE` of them at once; of a causal model without the last place of each window, which has
+    nothing to predict."""
+    found = []
+    for batch in batches:
+        length = batch.tokens.shape[1] - causal
+        for tokens, hidden in zip(batch.tokens.split(1), batch.hidden.split(1), strict=True):
+            for start in range(0, length, PIECE):
+                end = min(start + PIECE, length)
+                targets = tokens[0, start + 1 : end + 1].to(hidden.device) if causal else None
+                found.append(Piece(tokens[:, start:end], hidden[:, start:end], targets))
+    return found
+
+
+def parts(size: int | None) -> Iterator[slice]:
+    """The rows of a vocabulary, `ROWS` at a time; all of them at once where their number is not known."""
+    if size is None:
+        yield slice(None)
+        return
+    for start in range(0, size, ROWS):
+        yield slice(start, min(start + ROWS, size))
+
+
+class Softmax:
+    """What is known of the softmax of n predictions once parts of the vocabulary have been seen.
+
+    targets [n]: the tokens that came, or None. top [n]: the largest logit; best [n]: its token; total [n], fp64: the sum of
+    exp(z - top); target [n]: the logit of the token that came.
+    """
+
+    def __init__(self, targets: Tensor | None):
+        self.targets = targets
+        self.best = self.total = self.target = torch.zeros(0)
+        self.top: Tensor | None = None
+
+    def add(self, start: int, z_nv: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the tokens from `start` on. Returns what to multiply earlier sums by [n], and exp(z - top) [n, v]."""
+        if self.top is None:
+            self.top = z_nv.new_full((len(z_nv),), -torch.inf)
+            self.best = torch.zeros_like(self.top, dtype=torch.int64)
+            self.total = self.target = torch.zeros_like(self.top, dtype=torch.float64)
+        highest, where = z_nv.max(-1)
+        self.best = torch.where(highest > self.top, where + start, self.best)
+        top = torch.maximum(self.top, highest)
+        decay, e_nv = (self.top - top).exp().double(), (z_nv - top[:, None]).exp_()
+        self.top, self.total = top, self.total * decay + e_nv.sum(-1, dtype=torch.float64)
+        if self.targets is not None:
+            inside = (self.targets >= start) & (self.targets < start + z_nv.shape[1])
+            index = (self.targets - start).clamp(0, z_nv.shape[1] - 1)
+            self.target = torch.where(inside, z_nv.gather(-1, index[:, None])[:, 0].double(), self.target)
+        return decay, e_nv
+
+    @property
+    def log_total(self) -> Tensor:
+        """The logarithm of the sum of exponentials [n], fp64."""
+        assert self.top is not None
+        return self.top.double() + self.total.log()
