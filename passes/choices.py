@@ -139,8 +139,8 @@ def pinned(
         if isinstance(pin, str):
             fmt = parse(pin)
             for site in sites:
-                check_fits(graph, site, fmt, own, at)
-            return {s.name: [fmt] for s in sites}
+                check_fits(graph[site.tied or site.name], fmt, at)
+            return {s.tied or s.name: [fmt] for s in sites}
         low, high = (None if text is None else parse(text) for text in (pin.min, pin.max))
     except CompressError as e:
         raise type(e)(str(e), at) from None

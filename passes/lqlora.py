@@ -93,7 +93,7 @@ class LqLora(Quantize):
         if site.block is None or not isinstance(fmt, Quantized):
             return fmt
         corrected = LowRank(fmt, self.rank, self.factors)  # type: ignore[arg-type]  # LowRank itself refuses others
-        check_fits(state.graph, site, corrected, Dense(state.dtype), ("rank",))
+        check_fits(site, corrected, ("rank",))
         return corrected
 
     def cost(self, state: State, tokens: int) -> Cost:

@@ -175,7 +175,7 @@ class Quantize(Pass):
         return self._head(state, ctx, stream, batches)
 
     def _embedding(self, state: State, ctx: Context) -> State:
-        """The token embedding where a pin names it, before anything streams, so that the inputs of all blocks carry its error."""
+        """The token embedding where a pin names it, before the blocks, so that the inputs of all of them carry its error."""
         solver = Solver(self, state, ctx)
         tables = solver.sites([s.name for s in state.graph if s.role == "embed"])
         if not tables:
@@ -183,9 +183,22 @@ class Quantize(Pass):
         ctx.progress(0, len(state.graph.blocks), tables[0].module)
         done = ctx.store.committed(EMBEDDING)
         if done is None:
-            solver.solve_together(tables, Shared(notes=(UNSEEN,)))
+            head = next((s for s in state.graph if s.tied == tables[0].name), None)
+            if head is None or self.method != "gptq" or ctx.calibration is None:
+                solver.solve_together(tables, Shared(notes=(UNSEEN,)))
+            else:
+                self._as_head(state, ctx, head, solver, tables[0].stage)
             done = ctx.store.commit(EMBEDDING, solver.packed, records=solver.records)
         return state.with_part(done)
+
+    def _as_head(self, state: State, ctx: Context, head: Site, solver: Solver, stage: str) -> None:
+        """A table that is the output head as well: solved for what the head is given, by the model as it is so far."""
+        stream, batches = ctx.stream(state)
+        for block in state.graph.blocks:
+            ctx.progress(block.index, len(state.graph.blocks), f"{block.module}, for {head.module}")
+            stream.advance(state, block.index, batches)
+        stream.watch_head(state, batches, head, lambda _, inputs, clean: solver.observe(stage, inputs, clean))
+        solver.solve_stage(stage)
 
     def _twin(self, state: State, ctx: Context) -> Twin | None:
         if not self.corrects:

@@ -20,7 +20,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from compress.formats import Dense, Format, LowRank, Packed
+from compress.formats import Dense, Format, Int, LowRank, Packed
+from compress.formats.codebooks import NF, Lut
 from compress.formats.grid import Quantized
 from compress.manager import Context, Record
 from compress.model.lockstep import Inputs
@@ -28,6 +29,7 @@ from compress.passes import gptq_core as core
 from compress.state import State
 from compress.state.graph import Site
 
+TABLE = 1 << 24  # weights of a table that are solved at a time
 TOKENS_PER_INPUT = 2  # below this, an expert's own Hessian is too poor to stand alone
 
 
@@ -139,10 +141,15 @@ class Solver:
 
     def solve(self, stage: str) -> dict[str, Tensor]:
         """Solve every site of a stage; the new matrices [out, in] by name."""
-        with precision("ieee"):
-            return self._solve(stage)
+        self.solve_stage(stage)
+        return {s.name: self.packed[s.name].dequantize(self.state.dtype) for s in self._active[stage] if s.name in self.packed}
 
-    def _solve(self, stage: str) -> dict[str, Tensor]:
+    def solve_stage(self, stage: str) -> None:
+        """Solve every site of a stage, and leave it at that."""
+        with precision("ieee"):
+            self._solve(stage)
+
+    def _solve(self, stage: str) -> None:
         sites = self._active[stage]
         pooled = self._pool(stage) if len(self._hessians) > 1 else None
         for expert in sorted(self._hessians, key=lambda e: -1 if e is None else e):
@@ -156,7 +163,6 @@ class Solver:
         self._hessians.clear()
         self._tokens.clear()
         self._drift = None
-        return {s.name: self.packed[s.name].dequantize(self.state.dtype) for s in sites if s.name in self.packed}
 
     def _together(self, sites: Sequence[Site]) -> Iterator[list[Site]]:
         """Sites of one Hessian that can be solved as one matrix: of one format, unless its parameters are a whole matrix's."""
@@ -186,6 +192,9 @@ class Solver:
         """Solve sites of one Hessian and one format as one matrix, and keep the parts."""
         start, factor, tokens = time.perf_counter(), shared.factor, shared.tokens
         fmt = self.formats[sites[0].name]
+        if len(sites) == 1 and is_table(sites[0]) and isinstance(fmt, Int | NF | Lut) and not fmt.joint:
+            self._solve_table(sites[0], fmt, shared)
+            return
         weights = [self.state.reference(s) for s in sites]
         if isinstance(fmt, Dense):
             for site, weight in zip(sites, weights, strict=True):
@@ -208,11 +217,51 @@ class Solver:
                 "notes": [*shared.notes, *answer.notes],
             })  # fmt: skip
 
+    def _solve_table(self, site: Site, fmt: Int | NF | Lut, shared: Shared) -> None:
+        """A matrix with a row for every token, some rows at a time: they are independent, and all of them at once would be the
+        largest thing in the run."""
+        start, case, parts = time.perf_counter(), Case(site, self.state, self.ctx), []
+        W_nk, sums, notes = self.state.reference(site), torch.zeros(4, dtype=torch.float64), shared.notes
+        step = max(1, TABLE // site.shape[1] // 32) * 32  # codes of zero points fill words
+        for row in range(0, len(W_nk), step):
+            self.ctx.progress(row, len(W_nk), site.module)
+            part = W_nk[row : row + step].to(self.ctx.device, torch.float32)
+            answer = self.options.solve(part, shared.factor, fmt, case)
+            parts.append(answer.pack(slice(0, len(part))))
+            off = fmt.dequantize(parts[-1], torch.float32) - part.cpu()
+            losses = (answer.loss_n, answer.rounding_loss_n, answer.energy_n)
+            sums += torch.stack([*(t.sum(dtype=torch.float64).cpu() for t in losses), off.square().sum(dtype=torch.float64)])
+            notes = tuple(dict.fromkeys((*notes, *answer.notes)))
+        whole = W_nk.float().square().sum(dtype=torch.float64) if shared.factor and site.role == "embed" else None
+        looked_up = () if whole is None else (f"rows looked up are off by {float(sums[3] / whole):.2e}",)
+        energy = float(sums[2]) or 1.0
+        self._keep(site, Packed(fmt, site.shape, joined(fmt, site, parts, self.state.scale_dtype)), {
+            "error": float(sums[0]) / energy, "rounding": float(sums[1]) / energy, "damping": damping(shared.factor),
+            "tokens": shared.tokens, "seconds": shared.seconds + time.perf_counter() - start, "notes": [*notes, *looked_up],
+        })  # fmt: skip
+
     def _keep(self, site: Site, packed: Packed, measured: Record) -> None:
         self.packed[site.name] = packed
         record = {"site": site.name, "format": str(packed.format), "bytes": packed.nbytes, **measured}
         self.records.append(record)
         self.ctx.say(record)
+
+
+def is_table(site: Site) -> bool:
+    """Whether a matrix has a row for every token: an embedding, a head."""
+    return site.block is None and site.expert is None and not site.transposed
+
+
+def joined(fmt: Quantized, site: Site, parts: Sequence[dict[str, Tensor]], scale: torch.dtype) -> dict[str, Tensor]:
+    """The packed tensors of a matrix from those of its rows; what is no row's stands in each part alike."""
+    found = {}
+    for suffix, (dtype, shape) in fmt.tensors(site.shape, scale).items():
+        if suffix == "weight_shape":
+            found[suffix] = torch.tensor(site.shape, dtype=dtype)
+        else:
+            same = parts[0][suffix].shape == shape
+            found[suffix] = parts[0][suffix] if same else torch.cat([part[suffix] for part in parts])
+    return found
 
 
 @contextmanager

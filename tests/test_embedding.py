@@ -32,6 +32,7 @@ from compress.export.table import EXPORTERS
 from compress.formats import Int, parse
 from compress.manager import Cost
 from compress.model.model import open_model
+from compress.passes import solver
 from compress.passes.quantize import UNSEEN, Quantize
 from compress.run import Parts
 from compress.state import State
@@ -44,7 +45,6 @@ from tests.test_runtime import with_packed
 
 FORM = "int4:g32"
 READ: dict[str, Callable[[Path], State]] = {"native": native_reader.read, "onnx": reader.read, "gguf": gguf.read}
-SHARES = "'embed' shares its matrix with 'lm_head', and packed modules share none, so it stays as it is: pin it to bf16 or"
 
 
 def steps(form: str, **options: Any) -> dict[str, Any]:
@@ -243,15 +243,63 @@ def test_other_formats_and_families_in_onnx(family: Any, text: Path, tmp_path: P
     assert f"onnxruntime >= {least}" in (folder_of(done, "onnx") / "README.md").read_text()
 
 
-def test_a_scaled_embedding_our_own_reader_proves(text: Path, tmp_path: Path) -> None:
-    """The runtime does not look up scaled rows; the artifact holds them all the same."""
+def test_a_scaled_embedding_is_looked_up_too(text: Path, tmp_path: Path) -> None:
     config = FAMILIES["gemma3"]()
     config.tie_word_embeddings = False
     done = bake(tmp_path / "run", make_model(tmp_path / "model", config), text, "native", steps("int8:g32"))
     proof = done.artifacts["native"][1]
-    assert proof.engine == "our own reader"
-    assert "is a Gemma3TextScaledWordEmbedding, which the runtime keeps dense" in proof.remark
+    assert (proof.engine, proof.difference, proof.greedy) == ("compress runtime", 0, 16)
     same_state(done.state, native_reader.read(folder_of(done, "native")))
+
+
+# --- a matrix that embedding and head share ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "kind"), [("qwen2", "native"), ("gemma3", "native"), ("gpt2", "native"), ("qwen2", "onnx"),
+                                            ("gemma3", "onnx"), ("qwen2", "gguf")])  # fmt: skip
+def test_a_tied_table_is_held_once_and_serves_both(family: Any, text: Path, tmp_path: Path, name: str, kind: str) -> None:
+    options = {"pins": {"lm_head": "int4:g32"}, "format": "int4:g32"}
+    done = bake(tmp_path, family(name), text, kind, {"quantize": options})
+    folder, proof = done.artifacts[kind]
+    assert proof.engine.startswith({"native": "compress runtime", "onnx": "onnxruntime", "gguf": "transformers"}[kind])
+    assert {n: str(f) for n, f in done.state.formats.items() if n in ("embed", "lm_head")} == {"embed": "int4:g32"}
+    again = READ[kind](folder)
+    same_state(done.state, again)
+    first = records(done)[0]
+    assert first["site"] == "embed"
+    assert first["tokens"] == 6 * 32
+    assert any(note.startswith("rows looked up are off by ") for note in first["notes"])
+    assert first["error"] < first["rounding"]  # it was solved for what the head is given
+    layout = pipeline.plan(done.out.parent / "recipe.yaml").layouts[kind]
+    assert {f.name: f.nbytes for f in layout.files} == {f.name: (folder / f.name).stat().st_size for f in layout.files}
+    site, whole = done.state.graph["embed"], sum(f.nbytes for f in layout.files)
+    assert whole < (family(name) / "model.safetensors").stat().st_size - 0.6 * site.numel * 2 or kind == "onnx"
+    if kind == "native":
+        peer = runtime.load(folder)
+        head, table = peer.get_output_embeddings(), peer.get_input_embeddings()
+        assert [p.data_ptr() for p in head.parts] == [p.data_ptr() for p in table.parts]
+
+
+def test_a_table_in_pieces_is_the_same(family: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are independent, zero points too, though their codes share words."""
+    made = []
+    for i, weights in enumerate((1 << 24, 32 * 64)):
+        monkeypatch.setattr(solver, "TABLE", weights)
+        options = {"format": "int4:g32", "pins": {"embed": "int3:g32:asym", "layers.*": "bf16"}}
+        made.append(bake(tmp_path / str(i), family("qwen2", torch.float32), text, "native", {"quantize": options}).state)
+    one, two = (s.codes["embed"].load().dequantize(torch.float32) for s in made)
+    torch.testing.assert_close(one, two)
+
+
+def test_either_name_is_the_table_and_two_formats_are_none(family: Any) -> None:
+    graph = open_model(str(family("qwen2"))).graph
+    plans = [BitPlan.of(graph, parse("int4:g32"), pins, torch.bfloat16).formats for pins in (
+        {"embed": "int8:g32"}, {"lm_head": "int8:g32"}, {"embed": "int8:g32", "lm_head": "int8:g32"})]  # fmt: skip
+    assert plans[0] == plans[1] == plans[2]
+    assert "lm_head" not in plans[0]
+    with pytest.raises(FormatError, match="'embed' and 'lm_head' are one matrix, and the pins give it int8:g32 and bf16"):
+        BitPlan.of(graph, parse("int4:g32"), {"embed": "int8:g32", "lm_head": "bf16"}, torch.bfloat16)
+    assert "embed" not in planned(family("qwen2"), "bf16").formats
 
 
 # --- refusals and what is said beforehand -----------------------------------------------------------------------------
@@ -262,11 +310,7 @@ def planned(source: Path, form: str) -> State:
     return state.promising(BitPlan.of(state.graph, parse("int4:g32"), {"embed": form}, state.dtype).formats)
 
 
-def test_tied_models_and_ranks_are_refused(family: Any) -> None:
-    for name in ("qwen2", "gpt2"):
-        with pytest.raises(FormatError, match=re.escape(SHARES)):
-            planned(family(name), "int8:g32")
-        assert "embed" not in planned(family(name), "bf16").formats
+def test_ranks_are_refused(family: Any) -> None:
     with pytest.raises(FormatError, match="no inputs that a low-rank correction could be fitted to: pin it to int4:g32"):
         planned(family("llama"), "int4:g32+r4")
     with pytest.raises(FormatError, match="groups of 48 do not divide 64"):
@@ -279,6 +323,10 @@ def test_engines_that_look_up_dense_rows_only(family: Any, name: str) -> None:
     with pytest.raises(CompressError, match=says):
         EXPORTERS[name]().check(planned(family("llama"), "int8:g32"))
     EXPORTERS[name]().check(planned(family("llama"), "fp16"))
+    with pytest.raises(
+        CompressError, match=r"edit: \{untie: true\}' in front and pin 'lm_head' alone: the dense table then takes 34"
+    ):
+        EXPORTERS[name]().check(planned(family("qwen2"), "int8:g32"))
 
 
 def test_blocks_that_gguf_lacks(family: Any) -> None:

@@ -28,6 +28,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 OWN = "compress"  # weight files of our own formats: a name that no other tool takes for a model's
 OWN_INDEX = f"{OWN}.safetensors.index.json"  # of several such files
+SUMMED = 1 << 22  # numbers that are looked at at once: torch converts all of what it sums
 HASHED_BYTES = 2 << 30  # a few seconds of hashing
 
 DTYPES = {
@@ -128,7 +129,8 @@ class Checkpoint:
         return self._finite(name, self.read(name))
 
     def _finite(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.is_floating_point() and not bool(tensor.sum(dtype=torch.float32).isfinite()):
+        parts = tensor.flatten().split(SUMMED) if tensor.is_floating_point() else ()
+        if not all(bool(part.sum(dtype=torch.float32).isfinite()) for part in parts):
             raise ModelError(f"{self.files[name]}: '{name}' holds NaN or infinite values; the model is damaged")
         return tensor
 

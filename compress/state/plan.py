@@ -136,7 +136,8 @@ class BitPlan:
     def of(cls, graph: Graph, default: Format, pins: Mapping[str, str], dtype: torch.dtype) -> BitPlan:
         """`default` for every matrix in a block, then each pin in order, the later one winning.
 
-        A dense pin of the model's own `dtype` leaves its site as it is.
+        A dense pin of the model's own `dtype` leaves its site as it is. A matrix that two sites share is planned under the name
+        of the one that owns it, whichever is pinned.
 
         Raises MatchError for a pattern that matches nothing and FormatError for a format
         that does not fit its matrix.
@@ -152,9 +153,15 @@ class BitPlan:
                 raise type(e)(str(e), at) from None
             chosen |= {site.name: pinned for site in sites}
             source |= {site.name: at for site in sites}
+        for site in [s for s in graph if s.tied and s.name in chosen]:
+            tied, owner, place = chosen.pop(site.name), site.tied or "", source[site.name]
+            if chosen.setdefault(owner, tied) != tied:
+                raise FormatError(f"'{owner}' and '{site.name}' are one matrix, and the pins give it {chosen[owner]} and {tied}; "
+                                  "pin one of them", place)  # fmt: skip
+            source.setdefault(owner, place)
         ordered = {s.name: chosen[s.name] for s in graph if s.name in chosen}
         for name, fmt in ordered.items():
-            check_fits(graph, graph[name], fmt, Dense(dtype), source[name])
+            check_fits(graph[name], fmt, source[name])
         return cls({n: f for n, f in ordered.items() if f != Dense(dtype)})
 
     @classmethod
@@ -183,12 +190,8 @@ class BitPlan:
         return site.numel * dense_bytes if fmt is None else fmt.nbytes(site.shape)
 
 
-def check_fits(graph: Graph, site: Site, fmt: Format, own: Format, at: tuple[str, ...]) -> None:
-    """FormatError where a site cannot have a format, in words that name the site; `own` is the one it has."""
-    sharer = site.tied or next((s.name for s in graph if s.tied == site.name), None)
-    if fmt != own and sharer:
-        raise FormatError(f"'{site.name}' shares its matrix with '{sharer}', and packed modules share none, so it stays as it "
-                          f"is: pin it to {own} or leave it out", at)  # fmt: skip
+def check_fits(site: Site, fmt: Format, at: tuple[str, ...]) -> None:
+    """FormatError where a site cannot have a format, in words that name the site."""
     if site.role == "embed" and isinstance(fmt, LowRank):
         raise FormatError(f"'{site.name}' is a token embedding, which has no inputs that a low-rank correction could be fitted "
                           f"to: pin it to {fmt.base}", at)  # fmt: skip

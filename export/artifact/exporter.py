@@ -17,10 +17,11 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from compress.errors import ExportError
-from compress.formats import Format
+from compress.formats import Dense, Format
 from compress.model.model import Model
 from compress.state import State
 from compress.state.graph import Graph
+from compress.state.plan import size
 
 Way = TypeVar("Way")
 
@@ -53,6 +54,18 @@ def way_for(ways: Mapping[type, Way], exporter: str, site: str, fmt: Format) -> 
     if type(fmt) not in ways:
         raise ExportError(f"{exporter} holds integers; '{site}' has {fmt}: export native instead, or use int formats only")
     return ways[type(fmt)]
+
+
+def refuse_packed_table(exporter: str, state: State, name: str, fmt: Format) -> None:
+    """ExportError for an embedding that is to be packed, which the engines of an exporter cannot look rows up in."""
+    site = state.graph[name]
+    if site.role != "embed" or isinstance(fmt, Dense):
+        return
+    todo = "leave it out of 'pins', or export native, onnx or gguf"
+    if any(other.tied == name for other in state.graph):
+        todo = (f"export native, onnx or gguf, or put 'edit: {{untie: true}}' in front and pin 'lm_head' alone: the dense table "
+                f"then takes {size(site.numel * state.dtype.itemsize)} beside the head")  # fmt: skip
+    raise ExportError(f"{exporter}: '{name}' has {fmt}, and engines of this layout look rows up in dense tables only; {todo}")
 
 
 def headless(graph: Graph) -> bool:

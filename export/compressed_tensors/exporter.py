@@ -23,7 +23,7 @@ from pydantic import Field
 
 from compress.errors import ExportError
 from compress.export.artifact.engines import EngineError
-from compress.export.artifact.exporter import Exporter, Job, Proof, headless, way_for
+from compress.export.artifact.exporter import Exporter, Job, Proof, headless, refuse_packed_table, way_for
 from compress.export.artifact.place import carry_over
 from compress.export.artifact.proof import FP32_TOLERANCE, TOLERANCE, prove, proven
 from compress.export.artifact.tensors import same_tensors, tensors, write_config
@@ -81,6 +81,7 @@ class CompressedTensors(Exporter):
         adapter.check(state)
         formats = adapter.base_of(state).formats
         for name, fmt in formats.items():
+            refuse_packed_table("compressed_tensors", state, name, fmt)
             way_for(CHECKS, "compressed_tensors", name, fmt)(state.graph[name], fmt)
         for group in state.graph.fused():
             kinds = {str(formats.get(s.name, "as it is")) for s in group}
@@ -148,14 +149,7 @@ def in_engine(job: Job, folder: Path) -> Proof:
     return proof
 
 
-def check_integers(site: Site, fmt: Int) -> None:
-    """ExportError for an embedding."""
-    if site.role == "embed":
-        raise ExportError(f"compressed_tensors: '{site.name}' has {fmt}, and engines look rows up in dense tables only; leave "
-                          "it out of 'pins', or export native, onnx or gguf")  # fmt: skip
-
-
-CHECKS: Mapping[type, Callable[[Site, Any], None]] = {Dense: lambda site, fmt: None, Int: check_integers}
+CHECKS: Mapping[type, Callable[[Site, Any], None]] = {Dense: lambda site, fmt: None, Int: lambda site, fmt: None}
 
 
 # --- what is written -------------------------------------------------------------------------------------------------

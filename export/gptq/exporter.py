@@ -23,7 +23,7 @@ from pydantic import Field
 
 from compress.errors import ExportError
 from compress.export.artifact import tensors as common
-from compress.export.artifact.exporter import Exporter, Job, Proof, headless, way_for
+from compress.export.artifact.exporter import Exporter, Job, Proof, headless, refuse_packed_table, way_for
 from compress.export.artifact.place import carry_over
 from compress.export.artifact.proof import prove, proven
 from compress.export.artifact.tensors import same_tensors, write_config
@@ -62,6 +62,7 @@ class Gptq(Exporter):
             raise ExportError(f"gptq: '{state.graph.family}' has experts, which engines of this layout read each in its own way; "
                               "export compressed_tensors or native instead")  # fmt: skip
         for name, fmt in formats.items():
+            refuse_packed_table("gptq", state, name, fmt)
             way_for(CHECKS, "gptq", name, fmt)(state.graph[name], fmt)
         if not integers(formats):
             raise ExportError("gptq: no matrix is to become integers; add a 'quantize' pass, or leave this exporter out")
@@ -93,9 +94,6 @@ class Gptq(Exporter):
 
 def check_integers(site: Site, fmt: Int) -> None:
     """ExportError where a matrix has no form in this layout."""
-    if site.role == "embed":
-        raise ExportError(f"gptq: '{site.name}' has {fmt}, and engines of this layout look rows up in dense tables only; leave "
-                          "it out of 'pins', or export native, onnx or gguf")  # fmt: skip
     if fmt.bits not in BITS:
         raise ExportError(f"gptq: '{site.name}' has {fmt}, and engines of this layout read {', '.join(map(str, BITS))} bits; pin "
                           "it to one of these, or export compressed_tensors")  # fmt: skip

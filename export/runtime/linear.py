@@ -182,20 +182,47 @@ class PackedEmbedding(Packed, nn.Embedding):  # type: ignore[override]
     """An embedding whose table stays packed, on any device in the tensors of its format; rows are decoded when asked for."""
 
     def __init__(
-        self, format: str, shape: Shape, dtype: torch.dtype, padding: int | None = None, scale_dtype: torch.dtype = torch.bfloat16
+        self,
+        format: str,
+        shape: Shape,
+        dtype: torch.dtype,
+        padding: int | None = None,
+        scale_dtype: torch.dtype = torch.bfloat16,
+        factor: float = 1.0,
     ):
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim = shape
-        self.padding_idx = padding
+        self.padding_idx, self.factor = padding, factor
         self._hold(format, shape, dtype, scale_dtype)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids [...] -> [..., embedding_dim] in the module's dtype."""
+        """ids [...] -> [..., embedding_dim] in the module's dtype, times what the architecture scales rows by."""
         rows: Tensor = torch.ops.compress.embedding(ids, self.parts, self.format, *self.shape, self.dtype)
-        return rows
+        return rows if self.factor == 1 else rows * torch.tensor(self.factor).to(rows.dtype)
 
     def prepare(self) -> None:
         """Nothing: the kernels multiply, and do not take rows."""
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, format={self.format}"
+
+
+class PackedHead(PackedLinear):
+    """An output head that shares the table of a packed embedding: its very tensors on a CPU, tiles made of them on CUDA."""
+
+    def __init__(self, table: PackedEmbedding, bias: bool = False):
+        nn.Module.__init__(self)
+        self._table = (table,)  # in a tuple, since it is a part of the model elsewhere
+        self.out_features, self.in_features = self.shape = table.shape
+        self.format, self.layout, self.dtype = table.format, "canonical", table.dtype
+        held = nn.Parameter(torch.empty(self.shape[0], dtype=self.dtype, device="meta"), requires_grad=False) if bias else None
+        self.register_parameter("bias", held)
+        self._is_hf_initialized = True
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """The tensors that the operators take: the table's own, until there are tiles."""
+        return self._table[0].parts if self.layout == "canonical" else super().parts
+
+    def _drop(self) -> None:
+        """Nothing: rows are still looked up in the tensors of the format."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from compress.errors import ModelError, one_line
 from compress.export.artifact import files as artifact_files
 from compress.export.runtime import reading
 from compress.export.runtime.experts import ROLES, PackedExperts
-from compress.export.runtime.linear import PackedEmbedding, PackedLinear, prepare
+from compress.export.runtime.linear import PackedEmbedding, PackedHead, PackedLinear, prepare
 from compress.export.runtime.reading import Artifact, Matrix
 from compress.state.checkpoint import OWN, OWN_INDEX
 
@@ -72,6 +73,8 @@ class PackedQuantizer(HfQuantizer):
         self.table = replace(model, self.artifact, names)
         self.kept = {name for matrix in self.artifact.matrices.values() for name in matrix.names.values()}
         check_names(model, self.artifact, self.table)
+        for name in [n for n in model.all_tied_weights_keys if isinstance(holder(model, n), PackedHead)]:
+            del model.all_tied_weights_keys[name]  # there is no parameter to tie: they share a table
 
     def open(self, files: list[Path], names: Names) -> None:
         """Set `artifact`, unless it is known already."""
@@ -221,25 +224,60 @@ def replace(model: Any, artifact: Artifact, names: Names) -> dict[str, str]:
             path = f"{path}.{role}.{number}"
         else:
             path = found.removesuffix(".weight")
-            shared = found in {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
-            model.set_submodule(path, packed(model.get_submodule(path), matrix, stem, shared))
+            model.set_submodule(path, packed(model.get_submodule(path), matrix, stem))
+            share(model, path, found)
         table |= {name: f"{path}.{suffix}" for suffix, name in matrix.names.items()}
     for path, held in experts.items():
         model.set_submodule(path, complete(model.get_submodule(path), path, held, artifact, names, table))
     return table
 
 
-def packed(module: nn.Module, matrix: Matrix, stem: str, shared: bool) -> nn.Module:
-    """The packed module in the place of a Linear, of GPT-2's Conv1D, or an embedding; ModelError for others, or one `shared`."""
-    plain = isinstance(module, Conv1D) or type(module).forward in (nn.Linear.forward, nn.Embedding.forward)
-    if not plain or shared:
-        what = "shares its matrix with another module" if plain else f"is a {type(module).__name__}"
-        raise ModelError(f"'{one_line(stem)}' is packed, but {what}, which the runtime keeps dense; use 'compress eval'")
+def holder(model: Any, name: str) -> nn.Module:
+    """The module that a tensor belongs to."""
+    found: nn.Module = model.get_submodule(name.rpartition(".")[0])
+    return found
+
+
+def share(model: Any, path: str, name: str) -> None:
+    """Give the modules that share an embedding's matrix, which has been packed, its table; ModelError for others than a head."""
+    table = model.get_submodule(path)
+    tied = [(target, source) for target, source in model.all_tied_weights_keys.items() if name in (target, source)]
+    for pair in tied:
+        other = pair[0] if pair[1] == name else pair[1]
+        place = other.removesuffix(".weight")
+        head = model.get_submodule(place)
+        if not isinstance(table, PackedEmbedding) or type(head).forward is not nn.Linear.forward:
+            raise ModelError(f"'{one_line(path)}' is packed; how '{one_line(place)}' shares its matrix is not known here, use "
+                             "'compress eval'")  # fmt: skip
+        model.set_submodule(place, PackedHead(table, head.bias is not None))
+
+
+def factor_of(module: nn.Embedding) -> float | None:
+    """What an embedding multiplies the rows by that it looks up; None where it does something else with them."""
+    if type(module).forward is nn.Embedding.forward:
+        return 1.0
+    held: Any = getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", None))
+    if not isinstance(held, float | int):
+        return None
+    rows, ids = torch.rand(3, 4, device="cpu"), torch.arange(3, device="cpu")
+    buffers = {name: torch.tensor(float(held), device="cpu") for name in module._buffers}
+    trial = copy(module)
+    trial.__dict__ = {**module.__dict__, "padding_idx": None, "_parameters": {"weight": nn.Parameter(rows)}, "_buffers": buffers}
+    return float(held) if torch.equal(trial(ids), rows * held) else None
+
+
+def packed(module: nn.Module, matrix: Matrix, stem: str) -> nn.Module:
+    """The packed module in the place of a Linear, of GPT-2's Conv1D, or an embedding; ModelError for others."""
+    factor = factor_of(module) if isinstance(module, nn.Embedding) else None
+    if not isinstance(module, Conv1D) and type(module).forward is not nn.Linear.forward and factor is None:
+        raise ModelError(f"'{one_line(stem)}' is packed, but is a {type(module).__name__}, which the runtime keeps dense; use "
+                         "'compress eval'")  # fmt: skip
     weight: Any = module.weight
     shape = tuple(weight.shape[::-1] if isinstance(module, Conv1D) else weight.shape)
     same_shape(stem, shape, matrix)
     if isinstance(module, nn.Embedding):
-        return PackedEmbedding(str(matrix.format), matrix.shape, weight.dtype, module.padding_idx, matrix.scale_dtype)
+        padding = module.padding_idx
+        return PackedEmbedding(str(matrix.format), matrix.shape, weight.dtype, padding, matrix.scale_dtype, factor or 1.0)
     return PackedLinear(str(matrix.format), matrix.shape, weight.dtype, module.bias is not None, matrix.scale_dtype)
 
 
