@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,8 +27,7 @@ from compress.manager import Context, Pass
 from compress.model.discover import discover
 from compress.model.names import anchor, check_tensors
 from compress.model.skeleton import skeleton
-from compress.model.tokenizer import tokenizer_of
-from compress.model.vocabulary import NAMES_IDS, closed, keep_list, numbers, with_new_ids
+from compress.model.vocabulary import NAMES_IDS, closed, cut_tokenizer, keep_list, numbers, with_new_ids
 from compress.state import Aspect, Fact, State
 from compress.state.overlay import Bare
 
@@ -91,10 +91,10 @@ class Edit(Pass):
         if self.vocab is None:
             return foreseen
         cut = {spec.name: spec for spec in foreseen.specs if spec != foreseen.dense.specs[spec.name]}
-        with tokenizer_of(state.dense.folder, foreseen.vocabulary):
+        rows = self._tokens(state)
+        with cut_tokenizer(state.dense.folder, rows):
             pass  # it can be opened, and numbers its tokens like the rows
-        rows = list(self._tokens(state))
-        tensors = {name: foreseen.dense.read(name)[rows] for name in cut}
+        tensors = {name: foreseen.dense.read(name)[list(rows)] for name in cut}
         count, known = len(rows), state.graph["embed"].shape[0]
         record = {"site": "embed", "notes": [f"{count:,} of {known:,} tokens kept"]}
         ctx.say(record)
@@ -103,10 +103,19 @@ class Edit(Pass):
     def _tokens(self, state: State) -> tuple[int, ...]:
         """The tokens that stay, by the ids that they have in the source."""
         assert self.vocab is not None
-        try:
-            return closed(state.dense.folder, keep_list(Path(self.vocab)), state.config.to_dict())
-        except CompressError as e:
-            raise type(e)(str(e), ("vocab",)) from None
+        folder = state.dense.folder
+        if folder not in self._listed:
+            try:
+                named, rows = keep_list(Path(self.vocab)), state.graph["embed"].shape[0]
+                self._listed[folder] = closed(folder, named, state.config.to_dict(), rows)
+            except CompressError as e:
+                raise type(e)(str(e), ("vocab",)) from None
+        return self._listed[folder]
+
+    @cached_property
+    def _listed(self) -> dict[Path, tuple[int, ...]]:
+        """What the list says, by the folder of the model: read once, so that a file that changes meanwhile changes nothing."""
+        return {}
 
     def _kept(self, state: State) -> list[int]:
         """The numbers of the layers that stay."""
@@ -175,11 +184,12 @@ def with_tokens(state: State, kept: tuple[int, ...]) -> State:
                 setattr(part, name, value)
         if hasattr(part, "vocab_size"):
             part.vocab_size = len(kept)
-    if "roberta" in config.model_type and config.pad_token_id != state.config.pad_token_id:
-        raise ModelError(
-            "its positions count from the number of the padding token, which would be another; keep all tokens below it"
-        )
-    graph = discover(skeleton(config), config)
+    model = skeleton(config)
+    graph = discover(model, config)
+    tables = [m for p, m in model.named_modules() if isinstance(m, nn.Embedding) and p != graph["embed"].module]
+    counted = any(table.padding_idx is not None for table in tables)
+    if counted and config.pad_token_id != state.config.pad_token_id:
+        raise ModelError("positions count from the number of the padding token, which would be another; keep all tokens below it")
     shapes = {**graph.parameters, **{s.weight: s.shape[::-1] if s.transposed else s.shape for s in graph}}
     specs = tuple(replace(spec, shape=shapes.get(spec.name, spec.shape)) for spec in state.specs)
     for ours, theirs in zip(specs, state.specs, strict=True):

@@ -26,6 +26,7 @@ from compress.documents import local_path
 from compress.errors import DataError
 from compress.model import texts
 from compress.model.tokenizer import Tokenizer, tokenizer_of
+from compress.model.vocabulary import cut_tokenizer
 
 START = 1 << 16  # characters that are tokenized at first
 MARGIN = 256  # tokens behind the windows
@@ -116,7 +117,7 @@ def read(windows: Windows, model: Path, base: Path, size: int, vocabulary: tuple
     sources = windows.sources or (windows,)
     length = windows.length - windows.bos
     counts = shares(windows.sequences, [s.weight for s in sources])
-    with tokenizer_of(model, vocabulary) as tokenizer:
+    with tokenizer_of(model) if vocabulary is None else cut_tokenizer(model, vocabulary) as tokenizer:
         ids = torch.cat([cut(tokenizer, source, base, n, length) for source, n in zip(sources, counts, strict=True)])
     if windows.bos:
         if tokenizer.begin is None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import transformers
@@ -17,7 +15,6 @@ from compress.documents import one_line
 from compress.errors import DataError
 from compress.model.apart import Apart, Failed
 from compress.model.custom import refuse_tokenizer_code
-from compress.model.vocabulary import ids_of, read_tokenizer, rewritten
 
 OPENING = 60.0  # seconds of CPU time
 ENCODING, SPEED = 20.0, 20_000  # seconds for a text, and one more for so many characters; usual are a million
@@ -44,6 +41,16 @@ class Tokenizer:
         text: str = self._ask("the tokenizer's chat template fails on the messages", len(repr(messages)), "chat", messages)
         return text
 
+    def whole(self) -> tuple[str, list[int]]:
+        """The tokenizer as a tokenizer.json, with all that its class made of the files, and the ids of its special tokens."""
+        found: tuple[str, list[int]] = self._ask("the tokenizer cannot be written down", 0, "whole")
+        return found
+
+    def ids(self) -> dict[str, int]:
+        """Text of every token -> its id."""
+        found: dict[str, int] = self._ask("the tokenizer cannot tell its tokens", 0, "ids")
+        return found
+
     def _ask(self, failure: str, length: int, *request: Any) -> Any:
         try:
             return self.apart.ask(ENCODING + length / SPEED, *request)
@@ -52,14 +59,14 @@ class Tokenizer:
 
 
 @contextmanager
-def tokenizer_of(model: Path, vocabulary: tuple[int, ...] | None = None) -> Iterator[Tokenizer]:
-    """Inside, the tokenizer of a model's folder answers, or what it is with the tokens in `vocabulary` only;
-    DataError where there is none that transformers can read."""
+def tokenizer_of(model: Path, folder: Path | None = None) -> Iterator[Tokenizer]:
+    """Inside, the tokenizer of a model's folder answers, or another one of it, in `folder`; DataError where there is none that
+    transformers can read."""
     strange = next((p for p in sorted(model.iterdir()) if p.exists() and not p.is_file() and not p.is_dir()), None)
     if strange:  # opening a pipe would wait for somebody who writes to it
         raise DataError(f"{strange}: is no regular file")
     _ = transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast  # imported here, once, and not in every child
-    with opened_in(model, vocabulary) as folder, Apart(Server(folder, vocabulary)) as apart:
+    with Apart(Server(folder or model)) as apart:
         try:
             begin, end, has_template = apart.ask(OPENING, "open")
         except Failed as e:
@@ -67,28 +74,11 @@ def tokenizer_of(model: Path, vocabulary: tuple[int, ...] | None = None) -> Iter
         yield Tokenizer(model, apart, begin, end, has_template)
 
 
-@contextmanager
-def opened_in(model: Path, vocabulary: tuple[int, ...] | None) -> Iterator[Path]:
-    """The folder that a tokenizer is opened in: the model's, or one that goes again, with the files of a smaller vocabulary."""
-    if vocabulary is None:
-        yield model
-        return
-    with TemporaryDirectory() as folder:
-        others = rewritten(model, vocabulary)
-        for name, content in others.items():
-            if content is not None:
-                (Path(folder) / name).write_bytes(content)
-        for path in model.iterdir():
-            if path.suffix in (".json", ".jinja") and path.name not in others and path.is_file():
-                shutil.copyfile(path, Path(folder) / path.name)
-        yield Path(folder)
-
-
 class Server:
     """The other side: answers in the child."""
 
-    def __init__(self, model: Path, vocabulary: tuple[int, ...] | None = None):
-        self.model, self.vocabulary = model, vocabulary
+    def __init__(self, model: Path):
+        self.model = model
         self.tokenizer: Any = None
 
     def __call__(self, what: str, *content: Any) -> Any:
@@ -96,10 +86,14 @@ class Server:
 
     def _open(self) -> tuple[int | None, int | None, bool]:
         self.tokenizer = open_tokenizer(self.model)
-        if self.vocabulary is not None and self.tokenizer.get_vocab() != ids_of(read_tokenizer(self.model)):
-            raise ValueError("with some tokens only, their ids are not those of the rows")
         begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         return begin if type(begin) is int else None, end if type(end) is int else None, bool(self.tokenizer.chat_template)
+
+    def _whole(self) -> tuple[str, list[int]]:
+        return self.tokenizer.backend_tokenizer.to_str(), [int(i) for i in self.tokenizer.all_special_ids]
+
+    def _ids(self) -> dict[str, int]:
+        return dict(self.tokenizer.get_vocab())
 
     def _encode(self, text: str) -> bytes:
         found = self.tokenizer(text, add_special_tokens=False, verbose=False, return_attention_mask=False)

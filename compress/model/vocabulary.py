@@ -11,33 +11,45 @@ of the same tokens by the smaller tokenizer*. What that takes depends on the kin
   what comes up on the way stays too. Merges whose parts and result all stay are kept, in their order: at every moment the one
   that would have been next is still there, and the others were never taken.
 
-Besides: special tokens, those that the chat template writes and those that configs name; and bytes where a tokenizer falls back
-on them, so that it can still say everything.
+Besides: special tokens, those that configs name, and, where there is a chat template, all that were added, since a template can
+put their names together; and bytes where a tokenizer falls back on them, so that it can still say everything.
 
-Limits: the tokenizer is a tokenizer.json (files of other libraries are left out of what is written, they would be the old ones),
-and its ids have to stay those of the rows when they close up, which is looked at when it is opened (tokenizer.py).
+What a tokenizer is, transformers says when it has opened it: its classes make of the files what they see fit. It is written as a
+tokenizer.json; files of other libraries are left out, they would be the old ones. When it is opened again, its ids have to be
+those of the rows, else the vocabulary cannot be cut (`cut_tokenizer`).
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tokenizers.pre_tokenizers import ByteLevel
 
 from compress.documents import json_mapping, one_line, read_text
-from compress.errors import CompressError, ModelError, RecipeError
+from compress.errors import CompressError, DataError, ModelError, RecipeError
+from compress.model.tokenizer import Tokenizer, tokenizer_of
 
 TOKENIZER, SETTINGS, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
 SOURCE_IDS = "tokenizer.source_ids.json"  # in an artifact: `kept`
-OTHERS = {"vocab.json", "merges.txt", "vocab.txt", "added_tokens.json"}  # vocabularies as other libraries hold them
+OTHERS = {
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "added_tokens.json",
+    "tekken.json",
+    "encoder.json",
+    "bpe.codes",
+}  # vocabularies as other libraries hold them
 OTHER_KINDS = {".model", ".tiktoken"}
-NAMES_IDS = re.compile(r"(token_id|token_ids|token_index|suppress_tokens|bad_words_ids|forced_decoder_ids)$")
+NAMES_IDS = re.compile(r"(token_id|token_ids|token_index|suppress_tokens)$")
 MOST_LIST = 100_000_000  # bytes
 
 Kept = tuple[int, ...]  # new id -> old id
@@ -51,7 +63,7 @@ Stamp = tuple[int, ...]  # of the files that something was read from
 def keep_list(path: Path) -> list[int]:
     """The ids of a list, one on a line; empty lines, and what follows a '#', count for nothing. RecipeError where it is none."""
     found = []
-    for number, line in enumerate(read_text(path, MOST_LIST, RecipeError).splitlines(), 1):
+    for number, line in enumerate(read_text(path, MOST_LIST, RecipeError).removeprefix("\ufeff").splitlines(), 1):
         text = line.partition("#")[0].strip()
         if text and not (text.isascii() and text.isdecimal() and len(text) < 10):
             raise RecipeError(f"{path}:{number}: '{one_line(text, 40)}' is no token id; give one whole number on a line")
@@ -61,23 +73,23 @@ def keep_list(path: Path) -> list[int]:
     return found
 
 
-def closed(folder: Path, named: Iterable[int], config: Mapping[str, Any]) -> Kept:
-    """The tokens to keep where those in `named` are asked for, and `config` names others; ModelError where a tokenizer cannot be
-    cut, or has no such token."""
-    tokens = frozenset(named)
-    return _closed(folder, tokens, frozenset(ids_in(config)), stamp(folder))
+def closed(folder: Path, named: Iterable[int], config: Mapping[str, Any], rows: int) -> Kept:
+    """The tokens to keep where those in `named` are asked for, and `config` names others, of a model that has `rows` of them;
+    ModelError where a tokenizer cannot be cut, or has no such token."""
+    return _closed(folder, frozenset(named), frozenset(ids_in(config)), rows, stamp(folder))
 
 
 @lru_cache(maxsize=8)
-def _closed(folder: Path, named: frozenset[int], configured: frozenset[int], _: Stamp) -> Kept:
-    file = read_tokenizer(folder)
+def _closed(folder: Path, named: frozenset[int], configured: frozenset[int], rows: int, _: Stamp) -> Kept:
+    file, special = whole_tokenizer(folder)
     with readable(folder):
         ids = ids_of(file)
         known = set(ids.values())
         odd = min(named - known, default=None)
         if odd is not None:
-            raise ModelError(f"{folder / TOKENIZER}: has no token {odd}; leave it out of the list")
-        kept = named | (configured & known) | (set(ids_in(optional(folder / GENERATION))) & known)
+            raise ModelError(f"{folder}: the tokenizer has no token {odd}; leave it out of the list")
+        configured |= set(ids_in(optional(folder / GENERATION)))
+        kept = named | special | (configured & known) | {i for i in configured if max(known) < i < rows}  # such as a padding row
         kept |= {ids[text] for text in essential(folder, file) if text in ids} | set(template_ids(file.get("post_processor")))
         if file["model"]["type"] == "BPE":
             kept |= {ids[text] for text in merged_from(folder, file["model"], {t for t, i in ids.items() if i in kept})}
@@ -87,9 +99,9 @@ def _closed(folder: Path, named: frozenset[int], configured: frozenset[int], _: 
 def essential(folder: Path, file: Mapping[str, Any]) -> Iterator[str]:
     """Tokens that stay whatever is asked for."""
     model = file["model"]
-    templates = chat_templates(folder)
+    composed = has_template(folder)
     for token in file.get("added_tokens") or ():
-        if token.get("special") or token["content"] in templates:
+        if token.get("special") or composed:
             yield token["content"]
     if isinstance(model.get("unk_token"), str):
         yield model["unk_token"]
@@ -139,9 +151,8 @@ def _rewritten(folder: Path, kept: Kept, _: Stamp) -> Mapping[str, bytes | None]
     number = numbers(kept)
     found: dict[str, bytes | None] = {p.name: None for p in folder.iterdir() if p.name in OTHERS or p.suffix in OTHER_KINDS}
     with readable(folder):
-        changes: dict[str, Callable[[dict[str, Any], Number], dict[str, Any]]] = {
-            TOKENIZER: smaller_tokenizer, SETTINGS: smaller_settings, GENERATION: with_new_ids}  # fmt: skip
-        for name, change in changes.items():
+        found[TOKENIZER] = as_json(smaller_tokenizer(whole_tokenizer(folder)[0], number))
+        for name, change in ((SETTINGS, smaller_settings), (GENERATION, with_new_ids)):
             if held := optional(folder / name):
                 found[name] = as_json(change(held, number))
     found[SOURCE_IDS] = as_json(list(kept))
@@ -200,14 +211,35 @@ def renumbered_template(processor: Any, number: Number) -> Any:
 
 
 def with_new_ids(config: Mapping[str, Any], number: Number) -> dict[str, Any]:
-    """A config, or a generation config, whose token ids are new ones; those that are gone are left out of lists."""
-    return {name: new_ids(value, number) if NAMES_IDS.search(str(name)) else value for name, value in config.items()}
+    """A config, or a generation config, whose token ids are new ones. Of a list, ids that are gone are left out; of a list of
+    sequences, those that one of their tokens is gone of."""
+    found = dict(config)
+    for name, value in config.items():
+        if name in SEQUENCES and isinstance(value, list):
+            found[name] = [new for entry in value if (new := SEQUENCES[name](entry, number)) is not None] or None
+        elif NAMES_IDS.search(str(name)):
+            found[name] = new_ids(value, number)
+    return found
 
 
 def new_ids(value: Any, number: Number) -> Any:
     if isinstance(value, list | tuple):
-        return [new_ids(v, number) for v in value if not is_id(v) or v in number]
+        return [number[i] for i in value if i in number]
     return number.get(value, value) if is_id(value) else value
+
+
+def new_sequence(entry: Any, number: Number) -> Any:
+    """A sequence of tokens, or a list of alternatives; None where a token is gone."""
+    new = [new_sequence(part, number) if isinstance(part, list) else number.get(part) for part in entry]
+    return None if None in new else new
+
+
+SEQUENCES: Mapping[str, Callable[[Any, Number], Any]] = {  # of a generation config: how an entry of each list is renumbered
+    "bad_words_ids": new_sequence,
+    "force_words_ids": new_sequence,
+    "sequence_bias": lambda entry, number: (new := new_sequence(entry[0], number)) and [new, *entry[1:]],
+    "forced_decoder_ids": lambda entry, number: [entry[0], number[entry[1]]] if entry[1] in number else None,
+}
 
 
 def source_ids(folder: Path, size: int) -> Kept | None:
@@ -227,19 +259,42 @@ def source_ids(folder: Path, size: int) -> Kept | None:
 # --- what a tokenizer.json says ------------------------------------------------------------------------------------------
 
 
-def read_tokenizer(folder: Path) -> dict[str, Any]:
-    """The tokenizer.json of a folder; ModelError where there is none, or it is of a kind that cannot be cut."""
-    path = folder / TOKENIZER
-    if not path.exists():
-        raise ModelError(f"{path}: is not there, and a vocabulary is cut by it; save it with transformers' save_pretrained")
-    file = json_mapping(path, ModelError)
-    kind = file["model"].get("type", "BPE") if isinstance(file.get("model"), dict) else None
+def whole_tokenizer(folder: Path) -> tuple[dict[str, Any], set[int]]:
+    """The tokenizer of a folder as a tokenizer.json, and the ids of its special tokens; ModelError where it cannot be cut."""
+    text, special = _whole_tokenizer(folder, stamp(folder))
+    file = json.loads(text)
+    kind = file["model"]["type"]
     if kind not in ("BPE", "Unigram", "WordPiece", "WordLevel"):
-        raise ModelError(
-            f"{path}: is of the type {one_line(str(kind), 40)}, which is not known here; its vocabulary cannot be cut"
-        )
-    file["model"]["type"] = kind
-    return file
+        raise ModelError(f"{folder}: the tokenizer is of the type {one_line(str(kind), 40)}, which is not known here; its "
+                         "vocabulary cannot be cut")  # fmt: skip
+    return file, special
+
+
+@lru_cache(maxsize=2)
+def _whole_tokenizer(folder: Path, _: Stamp) -> tuple[str, set[int]]:
+    with tokenizer_of(folder) as tokenizer:
+        text, special = tokenizer.whole()
+    return text, set(special)
+
+
+@contextmanager
+def cut_tokenizer(folder: Path, kept: Kept) -> Iterator[Tokenizer]:
+    """Inside, a folder's tokenizer with some tokens only; DataError where it does not number them like the rows."""
+    with TemporaryDirectory() as place:
+        others = rewritten(folder, kept)
+        for name, content in others.items():
+            if content is not None:
+                (Path(place) / name).write_bytes(content)
+        for path in folder.iterdir():
+            if path.suffix in (".json", ".jinja") and path.name not in others and path.is_file():
+                shutil.copyfile(path, Path(place) / path.name)
+        with tokenizer_of(folder, Path(place)) as tokenizer:
+            wanted = ids_of(smaller_tokenizer(whole_tokenizer(folder)[0], numbers(kept)))
+            odd = sorted(wanted.items() ^ tokenizer.ids().items(), key=lambda item: item[1])
+            if odd:
+                raise DataError(f"{folder}: with some tokens only, the tokenizer gives '{one_line(odd[0][0], 40)}' another "
+                                "number than its row; the vocabulary cannot be cut")  # fmt: skip
+            yield tokenizer
 
 
 def ids_of(file: Mapping[str, Any]) -> dict[str, int]:
@@ -273,11 +328,8 @@ def ids_in(config: Mapping[str, Any]) -> Iterator[int]:
             yield from filter(is_id, value if isinstance(value, list | tuple) else [value])
 
 
-def chat_templates(folder: Path) -> str:
-    """The text of all chat templates, which write tokens by their names."""
-    held = optional(folder / SETTINGS).get("chat_template") or ()
-    texts = [held] if isinstance(held, str) else [str(part.get("template")) for part in held]
-    return "".join([*texts, *(path.read_text(encoding="utf-8") for path in template_files(folder))])
+def has_template(folder: Path) -> bool:
+    return bool(template_files(folder) or optional(folder / SETTINGS).get("chat_template"))
 
 
 def template_files(folder: Path) -> list[Path]:

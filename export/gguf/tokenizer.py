@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from compress.errors import ExportError
 from compress.export.artifact.files import optional
-from compress.model.vocabulary import numbers, smaller_settings, smaller_tokenizer, with_new_ids
+from compress.model.vocabulary import numbers, smaller_settings, smaller_tokenizer, whole_tokenizer, with_new_ids
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SPACE = "\u2581"
@@ -42,9 +42,12 @@ class Vocabulary:
         self.folder, self.size = folder, size
         names = ("tokenizer.json", "tokenizer_config.json", "config.json")
         self.json, self.settings, self.config = (optional(folder / name) for name in names)
-        if kept is not None and self.json:
+        if kept is not None:
             number = numbers(kept)
-            self.json, self.settings = smaller_tokenizer(self.json, number), smaller_settings(self.settings, number)
+            self.json, self.settings = (
+                smaller_tokenizer(whole_tokenizer(folder)[0], number),
+                smaller_settings(self.settings, number),
+            )
             self.config = with_new_ids(self.config, number)
         self.model: dict[str, Any] = self.json.get("model") or {}
         if not self.json:
