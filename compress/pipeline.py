@@ -7,10 +7,8 @@ recipe is checked against its model in prepare.py.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +23,9 @@ from compress.export.artifact.exporter import Files, Job, Proof
 from compress.export.artifact.files import sha256
 from compress.export.artifact.place import place, refuse_foreign
 from compress.manager import Context, Pass
-from compress.model import data
+from compress.model import data, speed
 from compress.model.custom import code_passed_over
+from compress.model.speed import computing
 from compress.prepare import Prepared, prepare
 from compress.recipe import Recipe
 from compress.report import allocation, page, report
@@ -87,7 +86,7 @@ def plan(
     remarks += over_budget(ready.foreseen, layouts)
     return Planned(
         prepared=ready,
-        steps=step_states(ready, out),
+        steps=step_states(ready, out, device),
         layouts=layouts,
         original=Layout.of(ready.model.specs),
         peak_bytes=BASELINE_BYTES + max((c.peak_bytes for c in costs), default=0),
@@ -109,7 +108,7 @@ def over_budget(state: State, layouts: Mapping[str, Files]) -> list[str]:
 
 def decided(ready: Prepared, out: Path, measure: bool, device: str, console: Console) -> Prepared:
     """The same with what its first passes decide, if nothing but deciding and finished steps stand before that."""
-    steps = steps_of(ready, out, lambda step: context_of(ready, step, device, console))
+    steps = steps_of(ready, out, device, lambda step: context_of(ready, step, device, console))
     known = [step.finished or (p.decides and measure) for p, step in zip(ready.recipe.passes, steps, strict=True)]
     reach = known.index(False) if False in known else len(known)
     last = max((i + 1 for i, p in enumerate(ready.recipe.passes[:reach]) if p.decides), default=0)
@@ -131,10 +130,10 @@ def save_plan(state: State, out: Path) -> None:
         write_atomic(out / "plan.yaml", allocation.plan_yaml(state.plan).encode())
 
 
-def step_states(ready: Prepared, out: Path) -> list[tuple[str, str, str]]:
+def step_states(ready: Prepared, out: Path, device: str) -> list[tuple[str, str, str]]:
     """(pass, options that are not default, whether it is cached) for every step."""
     rows = []
-    for p, step in zip(ready.recipe.passes, make_steps(ready, out), strict=True):
+    for p, step in zip(ready.recipe.passes, make_steps(ready, out, device), strict=True):
         chosen = {k: v for k, v in p.model_dump(mode="json").items() if k in p.model_fields_set}
         options = ", ".join(f"{k} {page.brief(v)}" for k, v in chosen.items())
         status = "?" if step is None else "cached" if step.finished else "in part" if step.partial.exists() else "to do"
@@ -142,21 +141,21 @@ def step_states(ready: Prepared, out: Path) -> list[tuple[str, str, str]]:
     return rows
 
 
-def make_steps(ready: Prepared, out: Path) -> list[Step | None]:
+def make_steps(ready: Prepared, out: Path, device: str) -> list[Step | None]:
     """The steps with their keys; None where there are no weights to take a key from."""
     if not ready.model.has_weights:
         return [None] * len(ready.recipe.passes)
-    return list(steps_of(ready, out, lambda _: None))
+    return list(steps_of(ready, out, device, lambda _: None))
 
 
-def steps_of(ready: Prepared, out: Path, context_of: Any) -> list[Step]:
+def steps_of(ready: Prepared, out: Path, device: str, context_of: Any) -> list[Step]:
     key = ready.root_key
     hashed = ready.calibration.hash if ready.calibration else None
     if ready.foreseen.vocabulary is not None:  # a file that no option holds decides on it
         hashed = digest(hashed, ready.foreseen.vocabulary)
-    steps = []
+    steps, computes = [], str(computing(ready.start.dtype, device))[6:]
     for number, p in enumerate(ready.recipe.passes, 1):
-        made_of = step_inputs(p, key, hashed, ready.seed, ready.recipe.passes[number:])
+        made_of = step_inputs(p, key, hashed, ready.seed, ready.recipe.passes[number:], computes)
         step = Step.of(out / "steps", number, made_of, context_of)
         steps.append(step)
         key = step.key
@@ -167,20 +166,8 @@ def estimate(ready: Prepared, costs: Sequence[manager.Cost]) -> float:
     """Seconds, from this machine's matrix speed (a tenth of a second to measure each) and the passes' own counts."""
     if not costs:
         return 0.0
-    fast, exact = matrix_speed(ready.start.dtype), matrix_speed(torch.float32)
+    fast, exact = speed.matrix_speed(computing(ready.start.dtype)), speed.matrix_speed(torch.float32)
     return sum(c.model_flops / fast + c.exact_flops / exact + c.weights * report.SECONDS_PER_WEIGHT for c in costs)
-
-
-@cache
-def matrix_speed(dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a 768-wide product in `dtype`, measured once in a process."""
-    a = torch.ones(768, 768, dtype=dtype)
-    a @ a
-    start, n = time.perf_counter(), 0
-    while time.perf_counter() - start < 0.1:
-        a @ a
-        n += 1
-    return 2 * 768**3 * n / (time.perf_counter() - start)
 
 
 # --- run -------------------------------------------------------------------------------------------------------------
@@ -294,7 +281,7 @@ def execute(ready: Prepared, out: Path, last: int, device: str, console: Console
 
 def folded(ready: Prepared, out: Path, last: int, device: str, console: Console) -> Folded:
     """The first `last` passes, restored or run."""
-    steps = steps_of(ready, out, lambda step: context_of(ready, step, device, console))
+    steps = steps_of(ready, out, device, lambda step: context_of(ready, step, device, console))
     state = fold(ready, steps, last, console)
     save_plan(state, out)
     records = [r for step in steps[:last] for r in step.records]

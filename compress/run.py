@@ -230,7 +230,7 @@ class Step(Parts):
 
     def analysis(self, name: str, of: object) -> Parts:
         """The parts of an analysis of the state that this step starts from, shared by all steps that ask for the same."""
-        source = [self.made_of[n] for n in ("parent", "data", "seed")]
+        source = [self.made_of[n] for n in ("parent", "data", "seed", "computes")]
         return Parts(self.root.with_name("analyses"), name, digest(SCHEMA, source, of))
 
     def restore(self, foreseen: State) -> State | None:
@@ -337,10 +337,12 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def step_inputs(p: Pass, parent: str, data: str | None, seed: int, following: Sequence[Pass] = ()) -> dict[str, Any]:
-    """Everything that a step's result depends on, as JSON."""
+def step_inputs(
+    p: Pass, parent: str, data: str | None, seed: int, following: Sequence[Pass] = (), computes: str = ""
+) -> dict[str, Any]:
+    """Everything that a step's result depends on, as JSON; `computes` is what its blocks compute in."""
     made_of = {"parent": parent, "name": p.name, "version": p.version, "options": p.model_dump(mode="json"),
-               "data": data, "seed": seed}  # fmt: skip
+               "data": data, "seed": seed, "computes": computes}  # fmt: skip
     return made_of | {"following": [q.text() for q in following]} if p.looks_ahead else made_of
 
 

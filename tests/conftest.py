@@ -188,6 +188,17 @@ def _quiet_transformers() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _every_machine_computes_alike() -> Iterator[None]:
+    """Here a model is computed in its own dtype, whatever the machine is fast at; test_speed.py lets it choose."""
+    from compress.model import speed
+
+    measured = speed.matrix_speed
+    speed.matrix_speed = lambda dtype: 1e11  # type: ignore[assignment]
+    yield
+    speed.matrix_speed = measured
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _texts_are_tokenized_once() -> Iterator[None]:
     """Windows are a function of text, tokenizer and options; most tests ask for the same ones, each time in a child process."""
     from compress.prepare import Prepared

@@ -21,8 +21,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from compress import pipeline
 from compress.cli import main
+from compress.model import speed
 from tests.conftest import Project
 
 Draw = Callable[[Any], Any]
@@ -76,7 +76,7 @@ KINDS = {
 
 @pytest.fixture(autouse=True)
 def _no_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "matrix_speed", lambda dtype: 1e10)
+    monkeypatch.setattr(speed, "matrix_speed", lambda dtype: 1e10)
 
 
 @pytest.fixture(scope="module")

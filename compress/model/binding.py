@@ -50,9 +50,11 @@ def kept_in_fp32(model: nn.Module, dtype: torch.dtype) -> tuple[str, ...]:
 
 
 class Binding:
-    """Where each parameter of the module tree comes from: a site of the state, or a tensor of the checkpoint."""
+    """Where each parameter of the module tree comes from: a site of the state, or a tensor of the checkpoint. dtype: to give them
+    in, whatever they are stored in."""
 
-    def __init__(self, state: State, model: nn.Module):
+    def __init__(self, state: State, model: nn.Module, dtype: torch.dtype):
+        self.dtype = dtype
         self.precise = kept_in_fp32(model, state.dtype)
         self.meta = {name: p for name, p in model.named_parameters(remove_duplicate=False)}
         self.sites: dict[str, list[Site]] = {}
@@ -71,11 +73,11 @@ class Binding:
                 continue
             sites = self.sites.get(f"{path}.{name}")
             if sites and sites[0].expert is not None:
-                module._parameters[name] = nn.Parameter(meta.new_empty(meta.shape, device=device, dtype=state.dtype), False)
+                module._parameters[name] = nn.Parameter(meta.new_empty(meta.shape, device=device, dtype=self.dtype), False)
                 for site in sites:
-                    put_matrix(module, site, state.weight(site).to(device))
+                    put_matrix(module, site, state.weight(site).to(device, self.dtype))
             elif sites:
-                put_matrix(module, sites[0], state.weight(sites[0]).to(device))
+                put_matrix(module, sites[0], state.weight(sites[0]).to(device, self.dtype))
             else:
                 tensor = self._read(state, *self._names_of(f"{path}.{name}"))
                 if tensor is None:
@@ -96,7 +98,7 @@ class Binding:
                 whole = self._read(state, *self._names_of(f"{site.module}.{name}"))
                 assert whole is not None, "what the head needs was found when the graph was made"
                 found = whole[rows]
-            module._parameters[name] = nn.Parameter(found.to(device), requires_grad=False)
+            module._parameters[name] = nn.Parameter(found.to(device, self.dtype), requires_grad=False)
 
     def _names_of(self, name: str) -> list[str]:
         """All names of a parameter of the module tree; a tied one has several."""
@@ -117,7 +119,7 @@ class Binding:
             return None
         tensor = state.dense.read_finite(found[0])
         precise = any(part in names[0] for part in self.precise)
-        return tensor.to(torch.float32 if precise else state.dtype) if tensor.is_floating_point() else tensor
+        return tensor.to(torch.float32 if precise else self.dtype) if tensor.is_floating_point() else tensor
 
     def drop(self, path: str, module: nn.Module) -> None:
         for name in list(module._parameters):

@@ -30,6 +30,7 @@ from compress.model.binding import Binding, get_matrix, put_matrix, within
 from compress.model.experts import run_experts_one_by_one
 from compress.model.lockstep import Batch, Inputs, Lockstep
 from compress.model.skeleton import skeleton
+from compress.model.speed import computing
 from compress.state import State
 from compress.state.graph import Site
 
@@ -74,16 +75,19 @@ class Twin:
 
 
 class Stream:
-    """A state's model, streamed. `device` holds the block in hand and the activations."""
+    """A state's model, streamed. `device` holds the block in hand and the activations.
 
-    def __init__(self, state: State, device: str = "cpu"):
+    dtype: what blocks compute in, which is the model's own where that is fast, or where it is to be `exact` (see speed.py).
+    """
+
+    def __init__(self, state: State, device: str = "cpu", exact: bool = False):
         self.device = torch.device(device)
-        self.dtype = state.dtype
+        self.dtype = state.dtype if exact else computing(state.dtype, device)
         self.graph = state.graph
         self.model = skeleton(state.config)
         self.blocks: list[nn.Module] = [self.model.get_submodule(b.module) for b in self.graph.blocks]
         self.probes = [Probe(block) for block in self.blocks]
-        self._names = Binding(state, self.model)
+        self._names = Binding(state, self.model, self.dtype)
         self._names.load_buffers(state, self.model)
         self._put(self.probes)
         _move_buffers(self.model, self.device)

@@ -78,7 +78,7 @@ def prove(job: Job, engine: Engine, tolerance: float = TOLERANCE, remark: str = 
 
 def logits(state: State, batches: list[Tensor], device: str) -> list[Tensor]:
     """The logits of a state, streamed, fp32 [b, t, vocabulary] on CPU, for each of the batches [b, t]."""
-    stream = Stream(state, device)
+    stream = Stream(state, device, exact=True)
     found = stream.start(state, batches)
     for block in state.graph.blocks:
         stream.advance(state, block.index, found)

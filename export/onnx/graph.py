@@ -88,7 +88,7 @@ def filled(past: list[tuple[Tensor, Tensor]]) -> transformers.DynamicCache:
 def trace(state: State, kv_cache: bool, dtype: torch.dtype) -> tuple[ir.Model, dict[str, str]]:
     """The optimized graph with holes, and for each of its parameters, by its name there, the name in the checkpoint."""
     model = skeleton(state.config)
-    Binding(state, model).load_buffers(state, model)
+    Binding(state, model, state.dtype).load_buffers(state, model)
     dig(model, state.graph, dtype)
     names = {f"model.{path}": name for path, name in parameters(model, state, dtype).items()}
     try:
