@@ -2,7 +2,7 @@
 
 The layout of tensors is that of formats.py (compressed-tensors >= 0.18, the dense bit stream). The config's targets are disjoint,
 because engines disagree on which of two overlapping patterns wins: names, and anchored patterns that fit a module's path in the
-model with its head and in the one without, which `AutoModel` loads. The known limits, as of
+model with its head, in the one without, which `AutoModel` loads, and under `model`, where vLLM puts it. The known limits, as of
 compressed-tensors 0.20 and transformers 5.23, are told by `remarks`: asymmetric and Conv1D sites load in vLLM or through
 our own reader, not in stock transformers; stock transformers reads all experts of a model with one scheme.
 
@@ -46,6 +46,7 @@ from compress.state import State
 from compress.state.checkpoint import Layout
 from compress.state.graph import Graph, Site
 
+VLLM_PREFIX = "model"  # what vLLM calls the model in a model whose own name for it is another; it renames names, not patterns
 NUMBERED = re.compile(r"(.+?)\.(\d+)\.(.+)")  # the path of a module in a numbered block
 USE_VLLM = "```bash\nvllm serve THIS_FOLDER\n```"
 USE_TRANSFORMERS = """\
@@ -192,8 +193,9 @@ def targets(sites: list[Site], prefix: str) -> list[str]:
 
 
 def patterns(paths: list[str], prefix: str) -> list[str]:
-    """The beginnings of patterns that fit these modules of numbered blocks and no others, with `prefix` and without."""
-    optional = rf"(?:{re.escape(prefix)}\.)?" if prefix else ""
+    """The beginnings of patterns that fit these modules of numbered blocks and no others, with `prefix`, vLLM's, and without."""
+    held = [rf"{re.escape(name)}\." for name in dict.fromkeys((prefix, VLLM_PREFIX)) if name]
+    optional = f"(?:{'|'.join(held)})?"
     blocks: dict[tuple[str, str], list[str]] = {}
     for path in paths:
         head, number, tail = NUMBERED.findall(path.removeprefix(f"{prefix}."))[0]
