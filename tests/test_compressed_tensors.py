@@ -261,6 +261,15 @@ def test_an_architecture_that_stock_fails_on_is_kept_and_said_so(text: Path, tmp
     assert "transformers" not in next(line for line in (artifact / "README.md").read_text().splitlines() if "Loads in" in line)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "roberta"])
+def test_vllm_is_named_where_a_model_predicts_the_next_token(cooked: Any, name: str) -> None:
+    """It does not find the attention of RoBERTa."""
+    made = cooked(name)
+    said = ct.CompressedTensors().remarks(made.state)
+    card = (artifact_of(made) / "README.md").read_text()
+    assert ("vLLM" in said[0], "vLLM" in card, "vllm serve" in card) == (name != "roberta",) * 3
+
+
 # --- the config -------------------------------------------------------------------------------------------------------
 
 

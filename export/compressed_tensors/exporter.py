@@ -95,13 +95,14 @@ class CompressedTensors(Exporter):
 
     def remarks(self, state: State) -> list[str]:
         reasons = stock_obstacles(state)
-        said = [f"compressed_tensors loads in stock transformers (compressed-tensors >= 0.18) and {VLLM}"]
+        vllm = f" and {VLLM}" if state.graph.causal else ""  # others it serves in ways of their own: not tried, or not loaded
+        said = [f"compressed_tensors loads in stock transformers (compressed-tensors >= 0.18){vllm}"]
         if headless(state.graph):
             said = ["compressed_tensors loads in stock transformers (compressed-tensors >= 0.18); the model predicts no tokens: "
                     "figures and proofs compare its last hidden states, times the embedding"]  # fmt: skip
         if reasons:
             said = [f"compressed_tensors: stock transformers cannot load it today: {'; '.join(reasons)}; it is written for "
-                    f"{VLLM} and our runtime"]  # fmt: skip
+                    f"our runtime{vllm}"]  # fmt: skip
         return said + beside(state)
 
     def layout(self, model: Model, state: State) -> Layout:
@@ -245,10 +246,10 @@ def stock_use(job: Job) -> str:
 
 def write_card(job: Job, folder: Path, use: str | None) -> None:
     """The model card, with vLLM and one way to load the artifact in transformers that is known to work, if there is one."""
-    bare = headless(job.state.graph)  # such models are served by vLLM in ways of their own, which were not tried
-    first = USE_ADAPTER if adapter.corrected(job.state) else None if bare else USE_VLLM
+    causal = job.state.graph.causal
+    first = USE_ADAPTER if adapter.corrected(job.state) else USE_VLLM if causal else None
     engines = {USE_RUNTIME: (VLLM, RUNTIME), None: (VLLM,)}.get(use, (STOCK, VLLM))
-    loads = ", ".join(engine for engine in engines if engine != VLLM or not bare) or "compress"
+    loads = ", ".join(engine for engine in engines if engine != VLLM or causal) or "compress"
     facts = {"library": "transformers", "tag": "compressed-tensors", "loads in": loads,
              "use": "\n\n".join(filter(None, (first, use)))}  # fmt: skip
     (folder / "README.md").write_text(job.card(facts), encoding="utf-8")
