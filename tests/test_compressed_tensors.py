@@ -261,6 +261,15 @@ def test_an_architecture_that_stock_fails_on_is_kept_and_said_so(text: Path, tmp
     assert "transformers" not in next(line for line in (artifact / "README.md").read_text().splitlines() if "Loads in" in line)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "roberta"])
+def test_vllm_is_named_where_a_model_predicts_the_next_token(cooked: Any, name: str) -> None:
+    """It does not find the attention of RoBERTa."""
+    made = cooked(name)
+    said = ct.CompressedTensors().remarks(made.state)
+    card = (artifact_of(made) / "README.md").read_text()
+    assert ("vLLM" in said[0], "vLLM" in card, "vllm serve" in card) == (name != "roberta",) * 3
+
+
 # --- the config -------------------------------------------------------------------------------------------------------
 
 
@@ -295,6 +304,7 @@ def test_every_quantized_module_is_named_by_exactly_one_target_and_no_other_is(c
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_quantized_module_is_named_in_the_model_without_a_head_too(cooked: Any, family: Any, name: str) -> None:
+    """And under `model`, which is vLLM's name for the model without a head, whatever its own is."""
     made = cooked(name)
     groups = json.loads((artifact_of(made) / "config.json").read_text())["quantization_config"]["config_groups"].values()
     prefix = stock.load(family(name)).base_model_prefix
@@ -303,8 +313,9 @@ def test_every_quantized_module_is_named_in_the_model_without_a_head_too(cooked:
         if isinstance(fmt, Int) and site.block is not None:
             module = site.module if site.expert is None else f"{site.module}.{site.expert}.{site.role}_proj"
             assert module.startswith(f"{prefix}.")
-            named = [g["weights"] for g in groups for t in g["targets"] if hits(t, module.removeprefix(f"{prefix}."))]
-            assert [(w["num_bits"], w["group_size"], w["symmetric"]) for w in named] == [(fmt.bits, fmt.group, fmt.symmetric)]
+            for path in (bare := module.removeprefix(f"{prefix}."), f"model.{bare}"):
+                named = [g["weights"] for g in groups for t in g["targets"] if hits(t, path)]
+                assert [(w["num_bits"], w["group_size"], w["symmetric"]) for w in named] == [(fmt.bits, fmt.group, fmt.symmetric)]
 
 
 @pytest.mark.parametrize("name", ["llama", "roberta", "mixtral", "opt"])

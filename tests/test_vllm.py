@@ -23,8 +23,10 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from compress.export.artifact.proof import logits
 from compress.formats import parse
 from tests.conftest import ROOT, make_model
+from tests.cooking import bake, steps
 
 pytestmark = pytest.mark.slow
 
@@ -86,6 +88,37 @@ def test_vllm_computes_with_the_dequantized_weights(
     noise, loss = (got - wanted).abs().mean().item(), (got - before).abs().mean().item()
     assert noise < 0.08, f"vLLM is {noise:.4f} from the dequantized model, {loss:.4f} from the original"
     assert loss > 5 * noise, f"vLLM is {noise:.4f} from the dequantized model, only {loss:.4f} from the original"
+
+
+TOKENS = {"vocab_size": VOCABULARY, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
+SMALL = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "max_position_embeddings": 256, **TOKENS}  # fmt: skip
+GROUPED = {"num_key_value_heads": 2}
+SLIDING = {"head_dim": 32, "sliding_window": 16}
+FAMILIES = {
+    "mistral": lambda: transformers.MistralConfig(**SMALL, **GROUPED, **SLIDING),
+    "qwen3": lambda: transformers.Qwen3Config(**SMALL, **GROUPED, head_dim=32),
+    "gemma2": lambda: transformers.Gemma2Config(**SMALL, **GROUPED, **SLIDING, query_pre_attn_scalar=32),
+    "gemma3": lambda: transformers.Gemma3TextConfig(**SMALL, **GROUPED, **SLIDING, query_pre_attn_scalar=32),
+    "phi3": lambda: transformers.Phi3Config(**SMALL, **GROUPED),
+    "opt": lambda: transformers.OPTConfig(hidden_size=128, ffn_dim=256, num_hidden_layers=2, num_attention_heads=4,
+                                          word_embed_proj_dim=128, max_position_embeddings=256, **TOKENS),
+    "gpt2": lambda: transformers.GPT2Config(n_embd=128, n_layer=2, n_head=4, n_positions=256, **TOKENS),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**SMALL),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_vllm_finds_the_format_of_every_matrix(name: str, text: Path, vllm_python: str, tmp_path: Path) -> None:
+    """Each block has a format of its own. vLLM has its own model of each family but gpt_neox: that is transformers'."""
+    source = make_model(tmp_path / "model", FAMILIES[name]())
+    done = bake(tmp_path / "run", source, text, "compressed_tensors", steps("int4:g32", pins={"layers.0.*": "int4:g64:asym"}))
+    (ours,) = logits(done.state, [IDS[None]], "cpu")
+    before = log_probabilities(transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).eval())
+    got = vllm_log_probabilities(vllm_python, done.artifacts["compressed_tensors"][0], tmp_path / "logprobs.json")
+    noise, loss = (got - ours[0, :-1].log_softmax(-1)).abs().mean().item(), (got - before).abs().mean().item()
+    assert noise < 0.08, f"vLLM is {noise:.4f} from the run's model, {loss:.4f} from the original"
+    assert loss > 5 * noise, f"vLLM is {noise:.4f} from the run's model, only {loss:.4f} from the original"
 
 
 def compress_run(model: Path, text: Path, folder: Path, form: str, pins: dict[str, str]) -> Path:

@@ -2,7 +2,7 @@
 
 The layout of tensors is that of formats.py (compressed-tensors >= 0.18, the dense bit stream). The config's targets are disjoint,
 because engines disagree on which of two overlapping patterns wins: names, and anchored patterns that fit a module's path in the
-model with its head and in the one without, which `AutoModel` loads. The known limits, as of
+model with its head, in the one without, which `AutoModel` loads, and under `model`, where vLLM puts it. The known limits, as of
 compressed-tensors 0.20 and transformers 5.23, are told by `remarks`: asymmetric and Conv1D sites load in vLLM or through
 our own reader, not in stock transformers; stock transformers reads all experts of a model with one scheme.
 
@@ -46,6 +46,7 @@ from compress.state import State
 from compress.state.checkpoint import Layout
 from compress.state.graph import Graph, Site
 
+VLLM_PREFIX = "model"  # what vLLM calls the model in a model whose own name for it is another; it renames names, not patterns
 NUMBERED = re.compile(r"(.+?)\.(\d+)\.(.+)")  # the path of a module in a numbered block
 USE_VLLM = "```bash\nvllm serve THIS_FOLDER\n```"
 USE_TRANSFORMERS = """\
@@ -95,13 +96,14 @@ class CompressedTensors(Exporter):
 
     def remarks(self, state: State) -> list[str]:
         reasons = stock_obstacles(state)
-        said = [f"compressed_tensors loads in stock transformers (compressed-tensors >= 0.18) and {VLLM}"]
+        vllm = f" and {VLLM}" if state.graph.causal else ""  # others it serves in ways of their own: not tried, or not loaded
+        said = [f"compressed_tensors loads in stock transformers (compressed-tensors >= 0.18){vllm}"]
         if headless(state.graph):
             said = ["compressed_tensors loads in stock transformers (compressed-tensors >= 0.18); the model predicts no tokens: "
                     "figures and proofs compare its last hidden states, times the embedding"]  # fmt: skip
         if reasons:
             said = [f"compressed_tensors: stock transformers cannot load it today: {'; '.join(reasons)}; it is written for "
-                    f"{VLLM} and our runtime"]  # fmt: skip
+                    f"our runtime{vllm}"]  # fmt: skip
         return said + beside(state)
 
     def layout(self, model: Model, state: State) -> Layout:
@@ -186,8 +188,9 @@ def targets(sites: list[Site], prefix: str) -> list[str]:
 
 
 def patterns(paths: list[str], prefix: str) -> list[str]:
-    """The beginnings of patterns that fit these modules of numbered blocks and no others, with `prefix` and without."""
-    optional = rf"(?:{re.escape(prefix)}\.)?" if prefix else ""
+    """The beginnings of patterns that fit these modules of numbered blocks and no others, with `prefix`, vLLM's, and without."""
+    held = [rf"{re.escape(name)}\." for name in dict.fromkeys((prefix, VLLM_PREFIX)) if name]
+    optional = f"(?:{'|'.join(held)})?"
     blocks: dict[tuple[str, str], list[str]] = {}
     for path in paths:
         head, number, tail = NUMBERED.findall(path.removeprefix(f"{prefix}."))[0]
@@ -237,10 +240,10 @@ def stock_use(job: Job) -> str:
 
 def write_card(job: Job, folder: Path, use: str | None) -> None:
     """The model card, with vLLM and one way to load the artifact in transformers that is known to work, if there is one."""
-    bare = headless(job.state.graph)  # such models are served by vLLM in ways of their own, which were not tried
-    first = USE_ADAPTER if adapter.corrected(job.state) else None if bare else USE_VLLM
+    causal = job.state.graph.causal
+    first = USE_ADAPTER if adapter.corrected(job.state) else USE_VLLM if causal else None
     engines = {USE_RUNTIME: (VLLM, RUNTIME), None: (VLLM,)}.get(use, (STOCK, VLLM))
-    loads = ", ".join(engine for engine in engines if engine != VLLM or not bare) or "compress"
+    loads = ", ".join(engine for engine in engines if engine != VLLM or causal) or "compress"
     facts = {"library": "transformers", "tag": "compressed-tensors", "loads in": loads,
              "use": "\n\n".join(filter(None, (first, use)))}  # fmt: skip
     (folder / "README.md").write_text(job.card(facts), encoding="utf-8")
