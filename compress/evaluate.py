@@ -139,7 +139,7 @@ class Compared:
         self.q.add(start, q_nv)
         if p_nv is not None:
             decay, e_nv = self.p.add(start, p_nv)
-            self.difference = self.difference * decay + (e_nv * (p_nv - q_nv)).sum(-1, dtype=torch.float64)
+            self.difference = self.difference * decay + e_nv.mul_(p_nv - q_nv).sum(-1).double()
             self.compared = True
 
     @property
