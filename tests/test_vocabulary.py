@@ -212,6 +212,11 @@ def test_the_laws_of_passes(family: Any, tmp_path: Path) -> None:
     check_pass(Edit(vocab=str(keep)), family("llama"), tmp_path / "laws")
 
 
+def test_the_mark_of_utf8_in_front_of_a_list_is_none_of_its_numbers(tmp_path: Path) -> None:
+    (tmp_path / "keep.txt").write_bytes(b"\xef\xbb\xbf1\n2\n")
+    assert keep_list(tmp_path / "keep.txt") == [1, 2]
+
+
 @pytest.mark.parametrize(("given", "says"), [
     ("", "names no token; give their ids, one on a line"),
     ("1\nthe\n", "2: 'the' is no token id; give one whole number on a line"),

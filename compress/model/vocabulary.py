@@ -51,7 +51,7 @@ Stamp = tuple[int, ...]  # of the files that something was read from
 def keep_list(path: Path) -> list[int]:
     """The ids of a list, one on a line; empty lines, and what follows a '#', count for nothing. RecipeError where it is none."""
     found = []
-    for number, line in enumerate(read_text(path, MOST_LIST, RecipeError).splitlines(), 1):
+    for number, line in enumerate(read_text(path, MOST_LIST, RecipeError).removeprefix("\ufeff").splitlines(), 1):
         text = line.partition("#")[0].strip()
         if text and not (text.isascii() and text.isdecimal() and len(text) < 10):
             raise RecipeError(f"{path}:{number}: '{one_line(text, 40)}' is no token id; give one whole number on a line")
