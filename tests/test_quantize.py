@@ -193,8 +193,8 @@ def test_experts_that_saw_too_little_are_a_warning(solved: pipeline.Outcome, idl
     found = records(solved)
     seen = [found[f"layers.{block}.experts.{e}.down"]["tokens"] for block in range(2) for e in range(5)]
     few = sum(tokens < 128 for tokens in seen)
-    said = (f"{few} of 10 experts saw fewer than 128 tokens of the calibration text, as many as they have inputs, 2 of them none at "
-            "all: what they need was taken from the mean of the others. Ask for more sequences than 6, or give text")  # fmt: skip
+    said = (f"{few} of 10 experts saw fewer than 128 tokens of the calibration text, as many as they have inputs, 2 of them "
+            "none at all: what they need was taken from the mean of the others. Ask for more sequences than 6")  # fmt: skip
     shown = [solved.report.summary(), *((solved.out / f"report.{kind}").read_text() for kind in ("md", "html"))]
     assert [text.count(said) for text in shown] == [1, 1, 1]
     assert f"\nwarning: {said}" in shown[0]

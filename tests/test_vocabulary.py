@@ -20,7 +20,7 @@ from compress.export.artifact.proof import logits
 from compress.export.table import KINDS
 from compress.model.model import open_model
 from compress.model.tokenizer import open_tokenizer
-from compress.model.vocabulary import closed, rewritten
+from compress.model.vocabulary import closed, keep_list, rewritten
 from compress.passes.edit import Edit
 from tests.conftest import FAMILIES, Project, make_model
 from tests.cooking import bake, recipe

@@ -23,6 +23,7 @@ def starved(graph: Graph, records: Sequence[Mapping[str, Any]], windows: Windows
     if not few or windows is None:
         return []
     least, none = max(inputs[expert] for expert in few), sum(not seen[expert] for expert in few)
-    return [f"{len(few):,} of {len(seen):,} experts saw fewer than {least:,} tokens of the calibration text, as many as they have "
-            f"inputs{f', {none:,} of them none at all' if none else ''}: what they need was taken from the mean of the others. "
-            f"Ask for more sequences than {windows.sequences:,}, or give text that is more like what the model will read"]  # fmt: skip
+    return [f"{len(few):,} of {len(seen):,} experts saw fewer than {least:,} tokens of the calibration text, as many as they "
+            f"have inputs{f', {none:,} of them none at all' if none else ''}: what they need was taken from the mean of the "
+            f"others. Ask for more sequences than {windows.sequences:,}, or give text that is more like what the model will "
+            "read"]  # fmt: skip
