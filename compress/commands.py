@@ -82,7 +82,7 @@ def opened(path: Path) -> tuple[Model, State, Kind | None]:
         if not own:
             raise ModelError(f"{path}: this run has no artifact yet; run its recipe to the end")
         path = path / own[0]
-    if path.suffix == SUFFIX and path.is_file():
+    if path.suffix.lower() == SUFFIX and path.is_file():
         model = open_model(str(path), say=tell)
         return model, model.state, None
     if not path.is_dir():

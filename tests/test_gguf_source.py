@@ -101,6 +101,27 @@ def test_what_a_kill_left_is_made_anew_and_what_was_damaged_is_said(tiny: Path, 
     assert project("inspect", tiny).code == 0
 
 
+def test_what_lies_beside_the_file_is_none_of_its_business(tiny: Path, project: Project, family: Any) -> None:
+    """Folders of such files hold configs and tokenizers of all kinds."""
+    alone = contents(open_model(str(tiny)).folder)
+    shutil.rmtree(gguf_source.cache())
+    (tiny.parent / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "bos_token": "no"}')
+    (tiny.parent / "generation_config.json").write_text('{"temperature": 7.0}')
+    shutil.copyfile(family("gpt2") / "config.json", tiny.parent / "config.json")
+    assert "llama, 2 blocks" in project("plan", tiny).out
+    assert contents(open_model(str(tiny)).folder) == alone
+
+
+def test_made_again_it_is_the_same_model(of_file: Project, cache: Path) -> None:
+    """Also to a key that holds times, as those of large files do."""
+    assert of_file.run().code == 0
+    (stamp,) = (p.stat().st_mtime_ns for p in cache.rglob("model.safetensors"))
+    shutil.rmtree(cache)
+    again = of_file.run()
+    assert "(finished before)" in again.out
+    assert [p.stat().st_mtime_ns for p in cache.rglob("model.safetensors")] == [stamp]
+
+
 def test_nothing_is_left_of_a_failure(tiny: Path, cache: Path, project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(path: Path, folder: Path) -> None:
         (folder / "half").write_bytes(b"half")
@@ -148,6 +169,14 @@ def test_an_absent_file_and_a_folder_of_files(project: Project, tmp_path: Path, 
     (tmp_path / "only").mkdir()
     shutil.move(tiny, tmp_path / "only")
     assert f"no config.json; name the GGUF file, {tmp_path / 'only' / 'tiny.gguf'}" in project("inspect", tmp_path / "only").line
+
+
+def test_a_relative_path_and_capitals(tiny: Path, project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.rename(tiny.with_name("TINY.GGUF"))
+    monkeypatch.chdir(tiny.parent)
+    project.edit("model: ./model", "model: ./TINY.GGUF")
+    for words in (("plan", "TINY.GGUF"), ("inspect", "TINY.GGUF"), ("plan", project.recipe)):
+        assert "note: TINY.GGUF was quantized before" in project(*words).out
 
 
 def test_without_the_packages(tiny: Path, project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

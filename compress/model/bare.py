@@ -15,7 +15,7 @@ CONFIG = "config.json"
 
 def names_model(path: Path) -> bool:
     """Whether an argument names a model, and not a recipe: a folder, its config, a GGUF file, or what can only be a hub id."""
-    if path.is_dir() or path.name == CONFIG or path.suffix == SUFFIX:
+    if path.is_dir() or path.name == CONFIG or path.suffix.lower() == SUFFIX:
         return True
     return not path.exists() and path.suffix not in (".yaml", ".yml") and HUB_ID.fullmatch(str(path)) is not None
 

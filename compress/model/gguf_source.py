@@ -22,6 +22,7 @@ from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
@@ -63,7 +64,7 @@ def source_of(name: str, base: Path, say: Say) -> Source | None:
 
 def gguf_file(name: str, base: Path) -> Path | None:
     """The file that a model's name stands for, if that is a GGUF file; ModelError where it should be one and is not there."""
-    if not name.endswith(SUFFIX):
+    if not name.lower().endswith(SUFFIX):
         return None
     try:
         path = base / local_path(name)
@@ -149,13 +150,15 @@ def make(path: Path, place: Path, say: Say) -> None:
     try:
         folder = beside / path.stem
         folder.mkdir(parents=True)
-        write_model(path, folder, dtype)
-        write_tokenizer(path, folder)
+        with by_itself(path) as source:
+            write_model(source, folder, dtype)
+            write_tokenizer(source, folder)
         files = {str(p.relative_to(beside)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
         (beside / SOURCE).write_text(json.dumps({"version": VERSION, "types": types, "files": files}, indent=1), encoding="utf-8")
         for name in [*files, SOURCE]:
             with (beside / name).open("rb") as file:
                 os.fsync(file.fileno())
+            os.utime(beside / name, (0, 0))  # of large files a key holds this, and made again they are the same
         beside.rename(place)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
@@ -191,6 +194,18 @@ def check_room(path: Path, nbytes: int, where: Path) -> None:
     if ROOM * nbytes > memory:
         raise ModelError(f"{path}: to make it dense takes {ROOM * nbytes / 2**30:.1f} GiB of memory, {memory / 2**30:.1f} are "
                          f"free; {ELSE}")  # fmt: skip
+
+
+@contextmanager
+def by_itself(path: Path) -> Iterator[Path]:
+    """The file in a folder with nothing else, for of what lies beside it transformers would believe some."""
+    with TemporaryDirectory() as folder:
+        link = Path(folder) / path.name
+        link.symlink_to(path.resolve())
+        try:
+            yield link
+        except ModelError as e:
+            raise ModelError(str(e).replace(str(link), str(path))) from e
 
 
 def options(path: Path) -> dict[str, Any]:
@@ -231,11 +246,11 @@ def write_tokenizer(path: Path, folder: Path) -> None:
 
 def write_config(path: Path, folder: Path) -> None:
     """config.json alone, of the file's header; ModelError where transformers cannot read it."""
-    try:
-        config = transformers.AutoConfig.from_pretrained(path.parent, **options(path))
-        config.save_pretrained(folder)
-    except Exception as e:
-        raise failed(path, e) from e
+    with by_itself(path) as source:
+        try:
+            transformers.AutoConfig.from_pretrained(source.parent, **options(source)).save_pretrained(folder)
+        except Exception as e:
+            raise failed(source, e) from e
 
 
 def failed(path: Path, error: Exception) -> ModelError:
