@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import shutil
 import struct
@@ -14,6 +15,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from compress.errors import ModelError
 from compress.export.table import KINDS
 from compress.model import gguf_source
 from compress.model.gguf_header import read_header
@@ -160,6 +162,24 @@ def test_a_file_that_cannot_be_read(tiny: Path, cache: Path, project: Project, c
         if expected == r"tiny.gguf: ":
             break  # its header is whole, and of a plan nothing more is read
     assert not cache.exists() or [p for p in cache.iterdir() if p.is_dir()] == []
+
+
+def test_a_header_with_any_bytes_changed_is_read_or_refused(artifact: Path, tmp_path: Path) -> None:
+    """In no time, and with no memory of what it only says."""
+    whole = (artifact / "model.gguf").read_bytes()
+    generator = random.Random(0)
+    path, said = tmp_path / "a.gguf", []
+    for _ in range(300):
+        data = bytearray(whole[: generator.choice([len(whole), 20_000])])
+        for _ in range(generator.randint(1, 3)):
+            data[generator.randrange(12_000)] = generator.choice([0, 1, 8, 9, 10, 127, 255])
+        path.write_bytes(data)
+        try:
+            assert read_header(path).weights >= 0
+        except ModelError as e:
+            said.append(str(e))
+    assert len(said) > 100
+    assert all(line.startswith(f"{path}: broken GGUF file (") and line.isprintable() for line in said)
 
 
 def test_an_absent_file_and_a_folder_of_files(project: Project, tmp_path: Path, tiny: Path) -> None:

@@ -17,6 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from compress.documents import one_line
 from compress.errors import ModelError
 
 STRING, ARRAY = 8, 9
@@ -41,7 +42,7 @@ def read_header(path: Path) -> Header:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return Cursor(data).header()
     except (ValueError, struct.error) as e:  # mmap refuses an empty file; the cursor says what it met
-        raise ModelError(f"{path}: broken GGUF file ({e}); download it again") from None
+        raise ModelError(f"{path}: broken GGUF file ({one_line(str(e))}); download it again") from None
 
 
 class Cursor:
