@@ -49,11 +49,11 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("-v", "--verbose", action="store_true", help="show the traceback of an error")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, text in (
-        ("plan", "say what a recipe will do and cost; measures what an allocation needs, changes nothing"),
+        ("plan", "say what a recipe will do and cost, or what each width of a model would; changes nothing"),
         ("run", "run a recipe; resumes"),
     ):
         p = verbs.add_parser(name, help=text, description=text)
-        p.add_argument("recipe", type=file_name)
+        p.add_argument("recipe", type=file_name, metavar="RECIPE|MODEL" if name == "plan" else None)
         p.add_argument("--out", type=file_name, help="the run folder, instead of the recipe's")
         p.add_argument(
             "--set", action="append", default=[], metavar="NAME.OPTION=VALUE", help="override an option", dest="overrides"

@@ -30,19 +30,21 @@ from compress.export.compressed_tensors import adapter
 from compress.export.compressed_tensors.exporter import CompressedTensors
 from compress.export.native.exporter import Native
 from compress.export.table import EXPORTERS, KINDS, Kind
-from compress.formats import Dense, Format
+from compress.formats import Format
 from compress.model import data
+from compress.model.gguf_source import SUFFIX
 from compress.model.model import Model, open_model
 from compress.model.vocabulary import source_ids
 from compress.nodes import load_yaml
 from compress.parts import read_part
 from compress.passes import PASSES
+from compress.planning import plan_command as plan_command
 from compress.recipe import Recipe, load, schema
-from compress.report import allocation, page
+from compress.report import page
 from compress.report.console import Console
 from compress.run import digest, is_run
 from compress.state import State
-from compress.state.plan import BitPlan, size
+from compress.state.plan import size
 
 SHOWN_SITES = 40
 
@@ -58,60 +60,6 @@ class Measured(BaseModel):
     output: float
     weight: float
     damage: float
-
-
-def plan_command(options: argparse.Namespace) -> None:
-    console = Console(stream=sys.stderr)
-    try:
-        planned = pipeline.plan(options.recipe, options.overrides, options.out, not options.no_measure, options.device, console)
-    finally:
-        console.close()
-    ready = planned.prepared
-    rows = [[str(i), *row] for i, row in enumerate(planned.steps, 1)]
-    print(page.columns(rows, ["", "step", "options", "state"]))
-    graph, bits = ready.foreseen.graph, ready.foreseen.plan
-    if bits and bits.forecast:
-        print("\n" + allocated(bits, ready.foreseen))
-    print()
-    print(page.columns(format_rows(ready.foreseen), ["format", "sites", "weights", "bytes"], right=(1, 2, 3)))
-    linear = evaluate.sizes(ready.foreseen, 0).linear_bits
-    changed = len(ready.foreseen.codes)
-    print(f"\n{len(graph.sites)} sites, {changed} change; {linear:.3f} bits per weight in linear layers; "
-          f"original {size(planned.original.nbytes)}")  # fmt: skip
-    for name, layout in planned.layouts.items():
-        share = layout.nbytes / planned.original.nbytes
-        print(f"{name}: {layout.nbytes:,} bytes in {len(layout.files)} file{'s' * (len(layout.files) > 1)}"
-              f" ({size(layout.nbytes)}, {share:.0%} of the original; "
-              f"{evaluate.sizes(ready.foreseen, layout.tensor_bytes).file_bits:.3f} bits per weight)")  # fmt: skip
-    print(f"peak memory about {size(planned.peak_bytes)}, time about {page.span(planned.seconds)} on this machine's CPU")
-    for remark in planned.remarks:
-        print(f"note: {remark}")
-
-
-def allocated(bits: BitPlan, state: State) -> str:
-    """The allocation, what is expected of it, and what other budgets would buy."""
-    f = bits.forecast
-    assert f is not None
-    parts = [allocation.grid(bits, state.graph, str(Dense(state.dtype)))]
-    if f.measured:
-        parts += ["\n".join(allocation.summary(f)), allocation.frontier_table(f), allocation.plot(f)]
-    else:
-        parts += ["This allocation is a guess: every weight counts alike until 'plan' or 'run' measures damage on the model's\n"
-                  "weights. What fits the budget is exact."]  # fmt: skip
-    return "\n\n".join(parts)
-
-
-def format_rows(state: State) -> list[list[str]]:
-    formats = state.formats
-    groups: dict[str, list[Any]] = {}
-    for site in state.graph:
-        if site.tied is None:
-            groups.setdefault(str(formats.get(site.name, "as it is")), []).append(site)
-    rows = []
-    for text, sites in groups.items():
-        stored = sum(formats[s.name].nbytes(s.shape) if s.name in formats else s.numel * state.dtype.itemsize for s in sites)
-        rows.append([text, str(len(sites)), f"{sum(s.numel for s in sites):,}", f"{stored:,}"])
-    return rows
 
 
 def run_command(options: argparse.Namespace) -> None:
@@ -134,6 +82,9 @@ def opened(path: Path) -> tuple[Model, State, Kind | None]:
         if not own:
             raise ModelError(f"{path}: this run has no artifact yet; run its recipe to the end")
         path = path / own[0]
+    if path.suffix.lower() == SUFFIX and path.is_file():
+        model = open_model(str(path), say=tell)
+        return model, model.state, None
     if not path.is_dir():
         raise ModelError(f"{path}: {'is a file, not a folder' if path.exists() else 'no such folder'}")
     kind = next((k for k in KINDS if k.is_artifact(path)), None)
@@ -142,6 +93,11 @@ def opened(path: Path) -> tuple[Model, State, Kind | None]:
     check_marks(path)  # what is no kind of artifact may have been one
     model = open_model(str(path))
     return model, model.state, None
+
+
+def tell(line: str) -> None:
+    """Say what takes long, where figures do not go."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def engine_of(kind: Kind | None, model: Model, state: State, device: str) -> tuple[Engine | None, str]:
@@ -173,8 +129,10 @@ def eval_command(options: argparse.Namespace) -> None:
     ask = (lambda ids: engine.prefill(ids)[0]) if engine else None
     _, scores = evaluate.compare(original.state if original else None, state, tokens, options.device, ask)
     figures = evaluate.sizes(state, bytes_on_disk(model, state))
+    known = list(dict.fromkeys((*model.remarks, *(original.remarks if original else ()))))
     if options.json:
-        print(json.dumps({**scores.json(), **figures.json(), "text": tokens.place, "engine": said}, indent=1))
+        remarks = {"remarks": known} if known else {}
+        print(json.dumps({**scores.json(), **figures.json(), "text": tokens.place, "engine": said, **remarks}, indent=1))
         return
     rows = [["perplexity", "-" if scores.perplexity is None else f"{scores.perplexity:.4f}"],
             ["KL from the original (nats)", "-" if scores.kl is None else f"{scores.kl:.5f}"],
@@ -184,6 +142,8 @@ def eval_command(options: argparse.Namespace) -> None:
             ["bits per weight, whole file", f"{figures.file_bits:.3f}"]]  # fmt: skip
     print(page.columns(rows, right=(1,)))
     print(f"\n{scores.tokens:,} tokens of {tokens.place}, context {scores.length}; through {said}")
+    for remark in known:
+        print(f"note: {remark}")
 
 
 def as_of(original: Model, model: Model, state: State, tokens: data.Tokens) -> tuple[State, data.Tokens]:
@@ -256,11 +216,11 @@ def run_facts(folder: Path) -> dict[str, Any]:
 def original_of(options: argparse.Namespace) -> Model | None:
     """The model to compare with; ModelError where it is that of a run and has changed since."""
     if options.against:
-        return open_model(str(options.against))
+        return open_model(str(options.against), say=tell)
     recipe = recipe_of(options.what)
     if recipe is None:
         return None
-    model = open_model(recipe.document.model, recipe.base)
+    model = open_model(recipe.document.model, recipe.base, tell)
     folder = next(f for f in (options.what, Path(os.path.realpath(options.what)).parent) if is_run(f))
     if digest(model.identity()) != run_facts(folder).get("root"):
         raise ModelError(
@@ -338,6 +298,8 @@ def inspect_command(options: argparse.Namespace) -> None:
         print(f"… {len(rows) - len(shown)} more; name a site or a pattern to see it")
     counts = f"{len(state.graph.blocks)} blocks, {len(state.graph.sites)} sites"
     print(f"\n{state.graph.family}, {counts}, {size(bytes_on_disk(model, state))} of tensors")
+    for remark in model.remarks:
+        print(f"note: {remark}")
     if len(sites) == 1:
         print(histogram(state, sites[0]))
 

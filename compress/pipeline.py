@@ -68,17 +68,18 @@ def plan(
     What a pass decides by measuring (an allocation) is measured now and kept for the run; with `measure` false only what
     is known from before is used, else a guess.
     """
-    ready = prepare(path, overrides)
+    console = console or Console(quiet=True)
+    ready = prepare(path, overrides, console.note)
     out = out or ready.recipe.out
     if ready.model.has_weights:
         _ = ready.model.state, ready.calibration, ready.evaluation  # their mistakes are known now, not after hours
         RunFolder(out).refuse_foreign()
-        ready = decided(ready, out, measure, device, console or Console(quiet=True))
+        ready = decided(ready, out, measure, device, console)
     document = ready.recipe.document
     windows = document.data.calibration
     tokens = windows.sequences * windows.length if windows else 0
     costs = [p.cost(ready.foreseen, tokens) for p in ready.recipe.passes]
-    remarks = code_passed_over(ready.model.folder)
+    remarks = [*ready.model.remarks, *code_passed_over(ready.model.folder)]
     remarks += [r for e in ready.exports for r in e.remarks(ready.foreseen)]
     if not ready.model.has_weights:
         remarks.append(f"{ready.model.folder} holds no weights: sizes are those of the config in {str(ready.start.dtype)[6:]}")
@@ -193,8 +194,8 @@ def run(
     console: Console | None = None,
 ) -> Outcome:
     """Run a recipe, resuming what its folder holds. `until`: stop after this step, by number or pass name."""
-    ready = prepare(path, overrides)
     console = console or Console(quiet=True)
+    ready = prepare(path, overrides, console.note)
     last = last_step(ready.recipe, until)
     check_device(device)
     out = out or ready.recipe.out
@@ -202,7 +203,7 @@ def run(
     for exporter in ready.exports:
         refuse_foreign(out / exporter.name)
     with RunFolder(out).held():
-        for remark in code_passed_over(ready.model.folder):
+        for remark in (*ready.model.remarks, *code_passed_over(ready.model.folder)):
             console.note(f"note: {remark}")
         write_atomic(out / "recipe.resolved.yaml", ready.recipe.resolved(ready.recipe.base, out).encode())
         write_atomic(out / "run.json", json.dumps(run_record(ready), indent=1).encode())

@@ -13,6 +13,7 @@ from compress.export.artifact.carried import carried
 from compress.export.artifact.exporter import Exporter
 from compress.export.table import EXPORTERS
 from compress.model import data
+from compress.model.gguf_source import Say, silent
 from compress.model.model import Model, open_model
 from compress.passes import PASSES
 from compress.recipe import Recipe, load
@@ -61,11 +62,11 @@ class Prepared:
         return digest(self.model.identity())
 
 
-def prepare(path: Path, overrides: Sequence[str] = ()) -> Prepared:
+def prepare(path: Path, overrides: Sequence[str] = (), say: Say = silent) -> Prepared:
     """Read a recipe and check it: options, order, patterns, formats against shapes, exporters against formats."""
     recipe = load(path, PASSES, EXPORTERS, overrides)
     try:
-        model = open_model(recipe.document.model, recipe.base)
+        model = open_model(recipe.document.model, recipe.base, say)
         _ = model.graph
     except CompressError as e:
         raise type(e)(f"{recipe.place(('model',))}  {e}") from None

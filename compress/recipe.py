@@ -29,7 +29,7 @@ class Document(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    model: str = Field(description="a local folder, or a hub id, optionally id@revision")
+    model: str = Field(description="a local folder, a GGUF file, or a hub id, optionally id@revision")
     out: str | None = Field(None, description="the run folder; default: runs/ beside where you are, named like the recipe")
     seed: int = Field(0, ge=0, description="seed of everything random")
     data: Data = Field(Data(calibration=None, evaluation=None), description="texts to calibrate and to evaluate on")

@@ -129,14 +129,17 @@ def test_batches_hold_whole_windows_and_lose_none():
         ("a.txt", b"x" * 63, {}, "a.txt: holds 63 tokens, 4 windows of 16 need 64; give more text or "
          "ask for at most 3 sequences"),
         ("a.txt", b"x" * 9 + b"\xff" * 90, {}, "{path}: is no UTF-8 text (invalid start byte at byte 9)"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": \n', {}, "{path}:2: this line is no JSON"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', {}, "{path}:2: this line is no JSON; records stand one "
+         "a line, or in one JSON array"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', {}, "{path}:2: this line is no UTF-8 text "
          "(invalid start byte at byte 10 of it)"),
-        ("a.jsonl", b'{"body": "a", "id": 3}\n', {}, "{path}:1: has no text field 'text'; found: body, id"),
-        ("a.jsonl", b'{"text": ["a"]}\n', {}, "{path}:1: has no text field 'text'; found: text"),
+        ("a.jsonl", b'{"body": "a", "id": 3}\n', {}, "{path}:1: has no text field 'text'; found: body, id; "
+         "name one of them, as field: body"),
+        ("a.jsonl", b'{"text": ["a"]}\n', {}, "{path}:1: has no text field 'text'; found: text; 'text' holds a list, "
+         "neither a text nor messages"),
         ("a.jsonl", b"{}\n", {}, "{path}:1: has no text field 'text'; found: none"),
-        ("a.jsonl", b"\n\n3\n", {}, "{path}:3: has no text field 'text'; found: int"),
-        ("a.jsonl", b"[" * 9000, {}, "{path}:1: this line is no JSON"),
+        ("a.jsonl", b"\n\n3\n", {}, "{path}:3: has no text field 'text'; found: a number, where a record is a mapping"),
+        ("a.jsonl", b"[" * 90_000, {}, "{path}: record 1: is no JSON (nested without end)"),
         ("a.jsonl", b'{"text": "ab"}\n', {"sequences": 1, "length": 3}, "a.jsonl: holds 2 tokens, 1 windows of 3 need 3; "
          "give more text or ask for shorter windows"),
     ],
@@ -210,7 +213,7 @@ def test_a_data_set_without_the_field(tokens: Any, monkeypatch: pytest.MonkeyPat
     fake_datasets(monkeypatch, [{"body": "abcd"}])
     with pytest.raises(DataError) as caught:
         tokens(dataset="c4", sequences=1, length=4)
-    assert str(caught.value) == "data set 'c4': has no text field 'text'; found: body"
+    assert str(caught.value) == "data set 'c4': has no text field 'text'; found: body; name one of them, as field: body"
 
 
 def test_a_data_set_that_fails(tokens: Any, monkeypatch: pytest.MonkeyPatch):

@@ -188,6 +188,31 @@ def test_an_expert_without_tokens_is_quantized_no_worse_than_by_rounding_alone(
     assert made["gptq"].artifacts["compressed_tensors"][1].engine == "transformers"  # type: ignore[union-attr]
 
 
+def test_experts_that_saw_too_little_are_a_warning(solved: pipeline.Outcome, idle: Path, text: Path, tmp_path: Path) -> None:
+    """On the last screen and in both reports; of all experts of all blocks, by the inputs of the widest of their matrices."""
+    found = records(solved)
+    seen = [found[f"layers.{block}.experts.{e}.down"]["tokens"] for block in range(2) for e in range(5)]
+    few = sum(tokens < 128 for tokens in seen)
+    said = (f"{few} of 10 experts saw fewer than 128 tokens of the calibration text, as many as they have inputs, 2 of them "
+            "none at all: what they need was taken from the mean of the others. Ask for more sequences than 6")  # fmt: skip
+    shown = [solved.report.summary(), *((solved.out / f"report.{kind}").read_text() for kind in ("md", "html"))]
+    assert [text.count(said) for text in shown] == [1, 1, 1]
+    assert f"\nwarning: {said}" in shown[0]
+    enough = recipe(tmp_path, idle, text, exports=False, method="rtn", format="int4:g32")
+    outcome = pipeline.run(enough, ["data.calibration.sequences=40"])
+    (line,) = outcome.report.warnings
+    assert line.startswith(
+        "2 of 10 experts saw fewer than 128 tokens of the calibration text, as many as they have inputs, 2 of "
+    )
+
+
+def test_no_warning_of_experts_without_experts_or_data(family: Any, idle: Path, text: Path, tmp_path: Path) -> None:
+    for folder, model, given in (("a", idle, None), ("b", family("llama", blocks=1), text)):
+        made = cook(tmp_path / folder, model, given, exports=False, method="rtn", format="int4:g32")
+        assert made.report.warnings == []
+        assert "experts saw" not in (made.out / "report.md").read_text()
+
+
 # --- one result -------------------------------------------------------------------------------------------------------
 
 

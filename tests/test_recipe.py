@@ -30,7 +30,7 @@ NO_FIT = "groups of 48 do not divide 64 inputs; groups that do: g16, g32, g64, o
 # A part of RECIPE, what stands there instead, and the line it earns, after the file's name.
 EDITS = [
     ("out:", "otu:", f":2:1  a recipe has no option 'otu'; did you mean 'out'?   options: {TOP}"),
-    ("model: ./model\n", "", ":1:1  a recipe needs 'model': a local folder, or a hub id, optionally id@revision"),
+    ("model: ./model\n", "", ":1:1  a recipe needs 'model': a local folder, a GGUF file, or a hub id, optionally id@revision"),
     ("model: ./model", "model: [a]", ":1:1  'model' needs text, not a list"),
     ("model: ./model", "model: a\nmodel: b", ":2:1  'model' is given twice; keep one"),
     ("seed: 0", "seed: none", ":3:1  'seed' needs a whole number, not 'none'"),
@@ -143,8 +143,8 @@ def test_a_mistake_that_only_the_model_shows(project: Project, old: str, new: st
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
-        (b"", ":1:1  a recipe needs 'model': a local folder, or a hub id, optionally id@revision"),
-        (b"# nothing yet\n", ":1:1  a recipe needs 'model': a local folder, or a hub id, optionally id@revision"),
+        (b"", ":1:1  a recipe needs 'model': a local folder, a GGUF file, or a hub id, optionally id@revision"),
+        (b"# nothing yet\n", ":1:1  a recipe needs 'model': a local folder, a GGUF file, or a hub id, optionally id@revision"),
         (b"- a\n- b\n", f":1:1  a recipe is a mapping: {TOP}"),
         (b"compress it", f":1:1  a recipe is a mapping: {TOP}"),
         (b"model: \xff\xfe", ":1:8  is no UTF-8 text"),

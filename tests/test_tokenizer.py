@@ -19,7 +19,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, tra
 from tokenizers import Tokenizer as Rust
 
 from compress.errors import DataError
-from compress.model import apart, data, texts
+from compress.model import apart, data, records, texts
 from compress.model.apart import Apart, Failed
 from compress.model.data import Windows, read
 from compress.model.tokenizer import Tokenizer, open_tokenizer
@@ -266,7 +266,8 @@ def test_chat_records_go_through_the_template(talker: Path, tmp_path: Path):
          "and value"),
         ({"messages": [TURNS[0], 3]}, "{path}:1: item 2 of 'messages' is no chat message; needs role and content, or from and "
          "value"),
-        ({"messages": []}, "{path}:1: has no text field 'messages'; found: messages"),
+        ({"messages": []}, "{path}:1: has no text field 'messages'; found: messages; 'messages' holds a list, "
+         "neither a text nor messages"),
         ({"text": "a \ud83d b"}, "{path}:1: holds half a character (\\ud83d); the text was cut inside an emoji, leave the "
          "line out"),
         ({"messages": [{"role": "user", "content": "\udc00"}]}, "{path}:1: holds half a character (\\udc00); the text was cut "
@@ -296,7 +297,7 @@ def test_an_emoji_in_two_escapes_is_one(talker: Path, tmp_path: Path):
 
 
 def test_a_record_without_end_is_no_record(family: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(texts, "LONGEST_LINE", 1000)
+    monkeypatch.setattr(records, "LONGEST", 1000)
     with pytest.raises(DataError, match=r"a.jsonl:1: this line has more than 1,000 bytes; write one record a line"):
         first_words(family("llama"), tmp_path, {"text": "x" * 1000})
 

@@ -20,7 +20,7 @@ from compress.export.artifact.proof import logits
 from compress.export.table import KINDS
 from compress.model.model import open_model
 from compress.model.tokenizer import open_tokenizer
-from compress.model.vocabulary import closed, rewritten
+from compress.model.vocabulary import closed, keep_list, rewritten
 from compress.passes.edit import Edit
 from tests.conftest import FAMILIES, Project, make_model
 from tests.cooking import bake, recipe
@@ -265,6 +265,11 @@ def test_the_laws_of_passes(family: Any, tmp_path: Path) -> None:
     keep = tmp_path / "keep.txt"
     keep.write_text("\n".join(map(str, range(256))))
     check_pass(Edit(vocab=str(keep)), family("llama"), tmp_path / "laws")
+
+
+def test_the_mark_of_utf8_in_front_of_a_list_is_none_of_its_numbers(tmp_path: Path) -> None:
+    (tmp_path / "keep.txt").write_bytes(b"\xef\xbb\xbf1\n2\n")
+    assert keep_list(tmp_path / "keep.txt") == [1, 2]
 
 
 @pytest.mark.parametrize(("given", "says"), [

@@ -1,7 +1,7 @@
 """Token batches: the same recipe gives the same tokens, and a hash of them goes into every key that depends on them.
 
 A text is tokenized without special tokens and cut into windows of `length` tokens that do not overlap; the first `sequences`
-windows are used. Documents of a JSONL file or a hub data set are joined by the tokenizer's end-of-text token.
+windows are used. Documents of a file of records or a hub data set are joined by the tokenizer's end-of-text token.
 
 The windows are those of the whole text, and cost what they hold: a text is tokenized from its start to somewhat behind the last
 window, and what follows is never looked at. That gives the same tokens because tokenizers look ahead no further than a word, a
@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from compress.documents import local_path
 from compress.errors import DataError
-from compress.model import texts
+from compress.model import records, texts
 from compress.model.tokenizer import Tokenizer, tokenizer_of
 from compress.model.vocabulary import cut_tokenizer
 
@@ -38,9 +38,10 @@ class Text(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    text: str | None = Field(None, description="path of a plain text file (UTF-8)")
+    text: str | None = Field(None, description="path of a text file in UTF-8; gzip, bzip2 and xz are unpacked")
     jsonl: str | None = Field(
-        None, description="path of a JSONL file; `field` names the text, or the chat messages, in each line"
+        None,
+        description="path of a file of records: JSONL, a JSON array, or parquet; `field` names the text, or the chat messages",
     )
     dataset: str | None = Field(None, description="a hub data set, `name` or `name:config`; needs the extra `datasets`")
     field: str = Field("text", description="the field that holds the text or messages, for jsonl and dataset")
@@ -184,9 +185,9 @@ def documents(tokenizer: Tokenizer, source: Text, base: Path) -> Iterator[texts.
         yield texts.file_text(texts.located(base, source.text))
         return
     if source.dataset is not None:
-        found = texts.rows(source.dataset, source.split, source.field, chat)
+        found = records.rows(source.dataset, source.split, source.field, chat)
     else:
-        found = texts.records(texts.located(base, source.place), source.field, chat)
+        found = records.records(texts.located(base, source.place), source.field, chat)
     for text in found:
         yield texts.Text(iter([text]))
 

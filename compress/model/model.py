@@ -25,6 +25,7 @@ from compress.errors import ModelError, first_line
 from compress.model.config import believed, checked_config, rehearse
 from compress.model.custom import refuse_code
 from compress.model.discover import discover
+from compress.model.gguf_source import Say, Source, silent, source_of
 from compress.model.names import anchor, check_tensors, held
 from compress.model.skeleton import skeleton
 from compress.state import State
@@ -32,17 +33,20 @@ from compress.state.checkpoint import INDEX, SINGLE, Checkpoint, Spec, within
 from compress.state.graph import Graph
 from compress.state.overlay import Bare, Overlay
 
+HUB_ID = re.compile(r"(?!\.)[\w.-]+/[\w.-]+(@[\w./-]+)?")
+
 
 @dataclass(frozen=True)
 class Model:
     """An opened model: its folder and config; weights stay on disk. declared: the config's values as config.json has them, where
-    `config` has others because the weights say so."""
+    `config` has others because the weights say so. remarks: what a user should know of its weights."""
 
     folder: Path
     config: Any
     name: str
     revision: str | None = None
     declared: dict[str, Any] = field(default_factory=dict, compare=False)
+    remarks: tuple[str, ...] = field(default=(), compare=False)
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -110,15 +114,19 @@ class Model:
         return {"config": json.dumps(config, sort_keys=True, default=str), "weights": self.checkpoint.fingerprint}
 
 
-def open_model(name: str, base: Path = Path()) -> Model:
-    """A local folder (or its config.json), or a hub id, optionally ``id@revision``.
+def open_model(name: str, base: Path = Path(), say: Say = silent) -> Model:
+    """A local folder (or its config.json), a GGUF file, or a hub id, optionally ``id@revision``.
 
-    A relative path is looked up from `base`. Raises ModelError when nothing is there or the config cannot be read.
+    A relative path is looked up from `base`; `say` is told what takes long. Raises ModelError when nothing is there or the config
+    cannot be read.
     """
-    folder, revision = folder_of(name, base)
+    source = source_of(name, base, say) or Source(*folder_of(name, base))
+    folder = source.folder
     path = folder / "config.json"
     if not path.exists():
-        raise ModelError(f"{folder}: no config.json; is this the folder of a transformers model?")
+        files = sorted(folder.glob("*.gguf"))
+        todo = f"name the GGUF file, {files[0]}" if files else "is this the folder of a transformers model?"
+        raise ModelError(f"{folder}: no config.json; {todo}")
     within(folder, path)
     refuse_code(path)
     checked_config(path)
@@ -127,7 +135,7 @@ def open_model(name: str, base: Path = Path()) -> Model:
     except Exception as e:  # transformers raises whatever the config's author's code raises
         raise ModelError(f"{path}: transformers cannot read it ({first_line(e)})") from e
     rehearse(lambda: skeleton(config), path)
-    return Model(folder, as_stored(config, folder), name, revision, config.to_dict())
+    return Model(folder, as_stored(config, folder), name, source.revision, config.to_dict(), source.remarks)
 
 
 def structure(config: Any, folder: Path) -> Graph:
@@ -175,7 +183,7 @@ def folder_of(name: str, base: Path) -> tuple[Path, str | None]:
 
 def download(name: str, folder: Path) -> tuple[Path, str]:
     """Fetch a hub id into the hub's cache; the commit it resolved to is the revision."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name) or name.startswith("."):
+    if not HUB_ID.fullmatch(name):
         raise ModelError(f"model '{name}': no folder {folder}, and no hub id either (owner/name or owner/name@revision)")
     from huggingface_hub import snapshot_download
 

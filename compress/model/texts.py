@@ -1,23 +1,22 @@
-"""Texts to make tokens of: files, JSONL, data sets of the hub. Each is read as far as it is asked for, and no further.
+"""Texts to make tokens of: a file, or what a record holds. Each is read as far as it is asked for, and no further.
 
-A record of JSONL or of a data set is a text, or a conversation: a list of messages, which the tokenizer's chat template makes a
-text of. What cannot be read is a DataError that names the file, and the line where there is one.
+A record (records.py says where they come from) holds a text, or a conversation: a list of messages, which the tokenizer's chat
+template makes a text of. What cannot be read is a DataError that names the file, and the line where there is one.
 """
 
 from __future__ import annotations
 
 import codecs
 import io
-import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from compress.documents import local_path, one_line, parse_json
-from compress.errors import DataError, first_line
+from compress.documents import kind, local_path, one_line
+from compress.errors import DataError
+from compress.model.unpacked import opened
 
 PIECE = 1 << 20  # bytes read at once
-LONGEST_LINE = 100_000_000  # bytes of one record
 CONVERSATIONS = ("messages", "conversations")  # fields that hold messages where no other is named
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}  # as others name them
 
@@ -52,7 +51,7 @@ def file_text(path: Path) -> Text:
 
 
 def decoded(path: Path) -> Iterator[str]:
-    """The characters of a file in pieces, line ends as \\n; DataError with the byte where it is no UTF-8."""
+    """The characters of a file in pieces, line ends as \\n; DataError with the byte of the unpacked text where it is no UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     lines = io.IncrementalNewlineDecoder(None, translate=True)
     at = 0
@@ -68,67 +67,31 @@ def decoded(path: Path) -> Iterator[str]:
                 return
 
 
-def opened(path: Path) -> BinaryIO:
-    """A regular file to read; DataError where it is none."""
-    try:
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a text is read again whenever a run goes on
-            raise DataError(f"{path}: is no regular file; save the text to one")
-        return path.open("rb")
-    except OSError as e:
-        raise DataError(f"{path}: {e.strerror}") from None
-
-
-def records(path: Path, field: str, chat: Chat) -> Iterator[str]:
-    """The texts of a JSONL file, one a line."""
-    number = 0
-    with opened(path) as file:
-        while line := file.readline(LONGEST_LINE + 1):
-            number += 1
-            if len(line) > LONGEST_LINE:
-                raise DataError(f"{path}:{number}: this line has more than {LONGEST_LINE:,} bytes; write one record a line")
-            if line.strip():
-                yield text_of(record_of(line, f"{path}:{number}"), field, f"{path}:{number}", chat)
-
-
-def record_of(line: bytes, where: str) -> Any:
-    try:
-        return parse_json(line.decode("utf-8"))
-    except UnicodeDecodeError as e:
-        raise DataError(f"{where}: this line is no UTF-8 text ({e.reason} at byte {e.start} of it)") from None
-    except ValueError:
-        raise DataError(f"{where}: this line is no JSON") from None
-
-
-def rows(dataset: str, split: str, field: str, chat: Chat) -> Iterator[str]:
-    """The texts of a data set of the hub, streamed."""
-    try:
-        import datasets
-    except ImportError:
-        raise DataError("data: 'dataset' needs the extra 'datasets':  pip install 'compress-pipeline[datasets]'") from None
-    name, _, config = dataset.partition(":")
-    try:
-        for row in datasets.load_dataset(name, config or None, split=split, streaming=True):
-            yield text_of(row, field, f"data set '{dataset}'", chat)
-    except DataError:
-        raise
-    except Exception as e:  # the library raises its own, the network's and the author's errors
-        raise DataError(f"data set '{dataset}': {one_line(first_line(e))}") from e
-
-
 def text_of(record: Any, field: str, where: str, chat: Chat) -> str:
     """The text of one record: what its field says, or what the chat template makes of the messages there."""
     if not isinstance(record, dict):
-        raise DataError(f"{where}: has no text field '{field}'; found: {type(record).__name__}")
+        raise DataError(f"{where}: has no text field '{field}'; found: {kind(record)}, where a record is a mapping")
     if field == "text" and field not in record:
         field = next((name for name in CONVERSATIONS if name in record), field)
     value = record.get(field)
-    if isinstance(value, list) and value and isinstance(value[0], dict):
+    if isinstance(value, list) and is_conversation(value):
         value = chat(conversation(value, field, where), where)
     if not isinstance(value, str):
-        found = ", ".join(map(str, record)) or "none"
-        raise DataError(f"{where}: has no text field '{field}'; found: {one_line(found)}")
+        raise DataError(f"{where}: has no text field '{field}'; found: {found_in(record, field)}")
     return whole(value, where)
+
+
+def is_conversation(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def found_in(record: dict[str, Any], field: str) -> str:
+    """The fields of a record, and what to do: which of them to name, the one with most to read; or what is wrong with the one."""
+    names = one_line(", ".join(map(str, record)) or "none")
+    sizes = {name: len(str(value)) for name, value in record.items() if isinstance(value, str) or is_conversation(value)}
+    if field in record:
+        names += f"; '{field}' holds {kind(record[field])}, neither a text nor messages"
+    return names + (f"; name one of them, as field: {one_line(max(sizes, key=lambda name: sizes[name]))}" if sizes else "")
 
 
 def whole(text: str, where: str) -> str:
@@ -149,7 +112,8 @@ def conversation(turns: list[Any], field: str, where: str) -> list[dict[str, Any
     for number, turn in enumerate(turns, 1):
         known = dict(turn) if isinstance(turn, dict) else {}
         role, content = known.pop("role", known.pop("from", None)), known.pop("content", known.pop("value", None))
-        if not isinstance(role, str) or not isinstance(content, str | list):
+        silent = content is None and known.get("tool_calls")  # a call of a tool need say nothing
+        if not isinstance(role, str) or not (isinstance(content, str | list) or silent):
             raise DataError(f"{where}: item {number} of '{field}' is no chat message; needs role and content, or from and value")
         found.append({**known, "role": ROLES.get(role, role), "content": content})
     return found

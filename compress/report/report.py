@@ -14,6 +14,7 @@ from compress.evaluate import Sizes, sizes
 from compress.model.model import Model
 from compress.recipe import Recipe
 from compress.report import allocation
+from compress.report.experts import starved
 from compress.report.page import Row, columns, html_table, number, pipes, span
 from compress.state import State
 from compress.state.checkpoint import Layout
@@ -88,6 +89,7 @@ class Report:
     after: Sizes
     steps: list[dict[str, Any]]
     artifacts: list[dict[str, str]]
+    warnings: list[str]
 
     @classmethod
     def of(
@@ -104,7 +106,8 @@ class Report:
         artifacts = [{"name": name, "path": str(path), "proof": proof_line(proof)} for name, (path, proof) in made.items()]
         original = Layout.of(model.specs).tensor_bytes
         return cls(model.name, recipe.resolved(), state, records, scores, sizes(model.state, original),
-                   sizes(state, tensor_bytes), [dict(s) for s in steps], artifacts)  # fmt: skip
+                   sizes(state, tensor_bytes), [dict(s) for s in steps], artifacts,
+                   [*model.remarks, *starved(state.graph, records, recipe.document.data.calibration)])  # fmt: skip
 
     @property
     def measured(self) -> str:
@@ -121,7 +124,8 @@ class Report:
         text = columns(score_rows(self.scores, self.before, self.after), ["", "original", "compressed"], right=(1, 2))
         if self.scores:
             text += f"\n\n{self.measured}"
-        return text + "".join(f"\n{a['name']}: {a['path']}\n  {a['proof']}" for a in self.artifacts)
+        text += "".join(f"\n{a['name']}: {a['path']}\n  {a['proof']}" for a in self.artifacts)
+        return text + "".join(f"\nwarning: {line}" for line in self.warnings)
 
     @property
     def allocation(self) -> list[str]:
@@ -136,6 +140,7 @@ class Report:
         rows, head = site_table(self.state, self.records)
         parts = [f"# {self.title}, compressed",
                  pipes(score_rows(self.scores, self.before, self.after), ["", "original", "compressed"]),
+                 *(f"**Warning:** {line}." for line in self.warnings),
                  "Errors are relative and weighted by the Hessian of the inputs: tr(ΔHΔᵀ) / tr(WHWᵀ).",
                  pipes(rows, head), *self._others(), "## Steps", pipes(self.step_rows, ["step", "time", "peak memory"]),
                  "## Artifacts", *[f"- `{a['path']}`: {a['proof']}" for a in self.artifacts],
@@ -173,6 +178,7 @@ class Report:
         body = [f"<h1>{html.escape(self.title)}, compressed</h1>",
                 html_table(score_rows(self.scores, self.before, self.after), ["", "original", "compressed"]),
                 *([f"<p>{html.escape(self.measured)}</p>"] if self.scores else []),
+                *(f"<p><strong>Warning:</strong> {html.escape(line)}.</p>" for line in self.warnings),
                 *self._allocated(),
                 "<h2>Bits per weight</h2>", heat_map(self.state.graph, bits, "{:.2f}"),
                 "<h2>Error of each matrix, relative, weighted by its inputs</h2>",
@@ -235,6 +241,7 @@ def card_writer(
         parts = [f"---\nlibrary_name: {extra['library']}\ntags:\n- {extra['tag']}\n- quantized\n---",
                  f"# {name}, quantized", f"Made from `{name}` with compress. Formats: {', '.join(formats) or 'none'}.",
                  pipes(score_rows(scores, before, after), ["", "original", "this"]),
+                 *(f"{remark}." for remark in model.remarks),
                  *([f"Perplexity and KL on {scores['compressed']['tokens']:,} tokens, windows of "
                     f"{scores['compressed']['length']}."] if scores else []),
                  "## Use", f"Loads in: {extra['loads in']}.", extra["use"],
