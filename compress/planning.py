@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from compress import evaluate, pipeline
-from compress.errors import CompressError, FormatError, ModelError, RecipeError
+from compress.errors import FormatError, ModelError, RecipeError
 from compress.export.artifact.files import check_marks
 from compress.export.native.exporter import Native
 from compress.export.table import KINDS
@@ -17,7 +17,6 @@ from compress.formats import Dense, parse
 from compress.model.bare import bare_model, names_model
 from compress.model.data import Windows
 from compress.model.model import Model
-from compress.passes.edit import Edit
 from compress.passes.quantize import Quantize
 from compress.report import allocation, page
 from compress.report.console import Console
@@ -111,40 +110,25 @@ def plan_model(path: Path) -> None:
 
 def survey(model: Model, start: State) -> str:
     """The table, and what it is of."""
-    full = with_own_head(start)
-    tables = [site.name for site in full.graph if site.role in ("embed", "head")] if full else []
+    tables = [site.name for site in start.graph if site.role in ("embed", "head") and not site.tied]
     rows, unfit = [], []
     for text in WIDTHS:
         try:
-            rows.append(
-                [text, *cost_of(model, start, text, []), *(cost_of(model, full, text, tables)[1:] if full else ["-"] * 3)]
-            )
+            rows.append([text, *cost_of(model, start, text, []), *cost_of(model, start, text, tables)[1:]])
         except FormatError as e:
             unfit.append((text, str(e)))
     head = ["format", "bits", "file", "", "bits of it", "all packed", "", "bits of it"]
     graph, count = start.graph, sum(site.numel for site in start.graph if not site.tied)
-    untied = "; the two are one matrix now, which 'edit: {untie: true}' ends" if full is not start else ""
-    packed = f"{' and '.join(tables)} in the format too, by pins{untied}" if full else "embedding and head stay one matrix here"
+    one = ", which embedding and head share" if any(site.tied for site in graph) else ""
     lines = [page.columns(rows, head, right=range(1, len(head))) if rows else "none of the usual widths fits this model", "",
              f"{model.name}: {graph.family}, {len(graph.blocks)} blocks, {count:,} weights in matrices, "
              f"{size(Layout.of(model.specs).nbytes)} in {str(start.dtype)[6:]}",
              "bits are per weight, of the linear layers and of the whole file; files are as 'native' writes them",
-             f"all packed: {packed}"]  # fmt: skip
+             f"all packed: {' and '.join(tables)}{one}, in the format too, by pins"]  # fmt: skip
     lines += [memory(start, rows[0][0])] if rows else []
     if unfit:
         lines.append(f"left out: {', '.join(text for text, _ in unfit)}; {unfit[0][1].partition('  (')[0]}")
     return "\n".join(lines)
-
-
-def with_own_head(start: State) -> State | None:
-    """The state with a head of its own, where it shares the embedding's matrix, for only then the two can be packed; None where
-    it cannot have one."""
-    if not any(site.tied for site in start.graph):
-        return start
-    try:
-        return Edit(untie=True).foresee(start)
-    except CompressError:
-        return None
 
 
 def cost_of(model: Model, start: State, text: str, tables: list[str]) -> list[str]:
