@@ -37,6 +37,7 @@ from compress.state.plan import size
 
 BASELINE_BYTES = 450 * 2**20  # Python, torch and transformers, imported
 PROOF_TOKENS = (2, 64)  # windows and tokens on which an artifact's logits are compared
+PROOF_LOGITS = 1 << 24  # numbers that these may be
 
 
 # --- plan ------------------------------------------------------------------------------------------------------------
@@ -322,12 +323,18 @@ def scores_of(file: Path) -> dict[str, Any]:
         return {}
 
 
+def proof_tokens(ids: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """The windows to prove an artifact on: shorter ones where the vocabulary is so large that logits would take much memory."""
+    windows, length = PROOF_TOKENS
+    return ids[:windows, : max(16, min(length, PROOF_LOGITS // (windows * vocabulary)))]
+
+
 def exported(
     ready: Prepared, made: Folded, scores: dict[str, Any], out: Path, device: str, console: Console
 ) -> dict[str, tuple[Path, Proof]]:
     """Every artifact of the recipe, with its proof."""
     tokens = ready.evaluation or ready.calibration
-    sample = None if tokens is None else made.state.ids(tokens.ids[: PROOF_TOKENS[0], : PROOF_TOKENS[1]])
+    sample = None if tokens is None else made.state.ids(proof_tokens(tokens.ids, made.state.graph["embed"].shape[0]))
     beside = [[name, sha256(ready.model.folder / name)] for name in carried(ready.model.folder)] if ready.exports else []
     found = {}
     for exporter in ready.exports:

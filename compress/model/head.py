@@ -50,14 +50,14 @@ class Head:
     def part(self, rows: slice | list[int]) -> Iterator[Callable[[Piece], Tensor]]:
         """Inside, what gives the logits [n, rows] of a piece, fp32, for some rows of the vocabulary: a range or a list."""
         if self.site is None:
-            with self.stream.outer(self.state):
+            with self.stream.behind(self.state):
                 yield lambda piece: self._logits(piece)[:, rows]
             return
         module = self.stream.model.get_submodule(self.site.module)
         whole = dict(module._parameters)
         try:
             self.stream.load_rows(self.state, self.site, rows, self._matrix)
-            with self.stream.outer(self.state):
+            with self.stream.behind(self.state):
                 yield self._logits
         finally:
             module._parameters.update(whole)

@@ -103,9 +103,26 @@ class Stream:
     # --- outside the blocks ---
 
     @contextmanager
-    def outer(self, state: State) -> Iterator[None]:
+    def behind(self, state: State) -> Iterator[None]:
+        """As `outer`, for what stands behind the blocks: where a head makes logits, the embedding, which is called in vain, gives
+        zeros, and its table is not read."""
+        if not any(site.role == "head" for site in self.graph):  # the embedding stands for a head then
+            with self.outer(state):
+                yield
+            return
+        site = self.graph["embed"]
+        module = self.model.get_submodule(site.module)
+        module.forward = lambda ids, *_: torch.zeros(*ids.shape, site.shape[1], dtype=self.dtype, device=self.device)
+        try:
+            with self.outer(state, without=module):
+                yield
+        finally:
+            del module.forward
+
+    @contextmanager
+    def outer(self, state: State, without: nn.Module | None = None) -> Iterator[None]:
         """Inside, every module outside the blocks loads its own parameters when it is first called; then they go."""
-        inside = {id(m) for block in self.probes for m in block.modules()}
+        inside = {id(m) for block in self.probes for m in block.modules()} | {id(without)}
         modules = [(p, m) for p, m in self.model.named_modules() if m._parameters and id(m) not in inside]
         hooks = [m.register_forward_pre_hook(self._loader(state, p), prepend=True) for p, m in modules]
         try:
@@ -154,7 +171,7 @@ class Stream:
 
     def logits(self, state: State, batches: Sequence[Batch]) -> Iterator[Tensor]:
         """The logits [b, t, vocabulary] of each batch, whose hidden states have passed all blocks."""
-        with self.outer(state):
+        with self.behind(state):
             for batch in batches:
                 yield self.head(batch)
 
@@ -171,7 +188,7 @@ class Stream:
 
         hook = self.model.get_submodule(head.module).register_forward_pre_hook(note, prepend=True)
         try:
-            with self.outer(state):
+            with self.behind(state):
                 for batch in batches:
                     with suppress(_Stop):
                         self.head(batch)
@@ -179,7 +196,7 @@ class Stream:
             hook.remove()
 
     def head(self, batch: Batch) -> Tensor:
-        """The logits of a batch that has passed all blocks; inside `outer`."""
+        """The logits of a batch that has passed all blocks; inside `behind`."""
         self.probes[-1].output = batch.hidden
         try:
             out: Tensor = self.model(input_ids=batch.tokens.to(self.device), use_cache=False).logits

@@ -65,7 +65,7 @@ def prove(job: Job, engine: Engine, tolerance: float = TOLERANCE, remark: str = 
     ours, path = logits(state, [job.tokens, torch.cat([prompt, said], 1)], job.device)
     theirs, _ = engine.prefill(job.tokens)
     allowed = tolerance * float(ours.abs().max())
-    difference = float((ours - theirs).abs().max())
+    difference = float((ours - theirs).abs_().max())
     if not math.isfinite(difference) or difference > allowed:
         raise mismatch(engine.name, difference, ours, where(engine, state, job.tokens))
     steps = path[0, prompt.shape[1] - 1 : -1]
