@@ -7,12 +7,14 @@ folder if it is there under the same key, else run it; then compare what it prom
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import resource
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -91,13 +93,16 @@ class Cost:
     """What a pass is expected to take.
 
     model_flops: operations of matrix products in the model's dtype. exact_flops: the same in fp32. weights: matrix entries
-    that are searched and solved. peak_bytes: of memory, beyond an idle process.
+    that are searched and solved. logits: numbers that softmaxes are taken of. bytes: of files that are written and proven.
+    peak_bytes: of memory, beyond an idle process.
     """
 
     model_flops: float = 0.0
     exact_flops: float = 0.0
     weights: int = 0
     peak_bytes: int = 0
+    logits: float = 0.0
+    bytes: int = 0
 
 
 class Pass(BaseModel, ABC):
@@ -206,10 +211,17 @@ def fold(passes: Sequence[Pass], state: State, open_step: Callable[[int, Pass], 
             start = time.perf_counter()
             made = kept(p, foreseen, settle(p, state, p.run(state, step.context())))
             step.finish(time.perf_counter() - start, peak_memory(), made.plan)
+            give_back()
             done = step.restore(foreseen)  # finished files lie elsewhere than the ones in hand did
             assert done is not None, "a step that was just finished can be restored"
         state = kept(p, foreseen, settle(p, state, done))
     return state
+
+
+def give_back() -> None:
+    """Return to the system what has been freed: glibc keeps it, and the next stage would come on top."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_memory() -> int:

@@ -23,35 +23,32 @@ from compress.export.artifact.exporter import Files, Job, Proof
 from compress.export.artifact.files import sha256
 from compress.export.artifact.place import place, refuse_foreign
 from compress.manager import Context, Pass
-from compress.model import data, speed
+from compress.model import data
 from compress.model.custom import code_passed_over
 from compress.model.speed import computing
-from compress.prepare import Prepared, prepare
+from compress.prepare import Prepared, prepare, proof_tokens
 from compress.recipe import Recipe
 from compress.report import allocation, page, report
 from compress.report.console import Console
 from compress.run import MARK, RunFolder, Step, digest, read_record, step_inputs, versions, write_atomic
+from compress.stages import Stage, largest, stages, too_large
 from compress.state import State
 from compress.state.checkpoint import Layout
 from compress.state.plan import size
-
-BASELINE_BYTES = 450 * 2**20  # Python, torch and transformers, imported
-PROOF_TOKENS = (2, 64)  # windows and tokens on which an artifact's logits are compared
-PROOF_LOGITS = 1 << 24  # numbers that these may be
-
 
 # --- plan ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Planned:
-    """What `run` would do. steps: (pass, options, status). layouts: exporter name -> exact files."""
+    """What `run` would do. steps: (pass, options, status). layouts: exporter name -> exact files. largest: the stage that takes
+    the most memory."""
 
     prepared: Prepared
     steps: list[tuple[str, str, str]]
     layouts: dict[str, Files]
     original: Layout
-    peak_bytes: int
+    largest: Stage
     seconds: float
     remarks: list[str] = field(default_factory=list)
 
@@ -76,23 +73,21 @@ def plan(
         _ = ready.model.state, ready.calibration, ready.evaluation  # their mistakes are known now, not after hours
         RunFolder(out).refuse_foreign()
         ready = decided(ready, out, measure, device, console)
-    document = ready.recipe.document
-    windows = document.data.calibration
-    tokens = windows.sequences * windows.length if windows else 0
-    costs = [p.cost(ready.foreseen, tokens) for p in ready.recipe.passes]
     remarks = [*ready.model.remarks, *code_passed_over(ready.model.folder)]
     remarks += [r for e in ready.exports for r in e.remarks(ready.foreseen)]
     if not ready.model.has_weights:
         remarks.append(f"{ready.model.folder} holds no weights: sizes are those of the config in {str(ready.start.dtype)[6:]}")
     layouts = {e.name: e.layout(ready.model, ready.foreseen) for e in ready.exports}
     remarks += over_budget(ready.foreseen, layouts)
+    todo = stages(ready, layouts)
+    remarks += filter(None, [too_large(largest(todo))])
     return Planned(
         prepared=ready,
         steps=step_states(ready, out, device),
         layouts=layouts,
         original=Layout.of(ready.model.specs),
-        peak_bytes=BASELINE_BYTES + max((c.peak_bytes for c in costs), default=0),
-        seconds=estimate(ready, costs),
+        largest=largest(todo),
+        seconds=sum(stage.seconds(ready.start.dtype) for stage in todo),
         remarks=remarks,
     )
 
@@ -162,14 +157,6 @@ def steps_of(ready: Prepared, out: Path, device: str, context_of: Any) -> list[S
         steps.append(step)
         key = step.key
     return steps
-
-
-def estimate(ready: Prepared, costs: Sequence[manager.Cost]) -> float:
-    """Seconds, from this machine's matrix speed (a tenth of a second to measure each) and the passes' own counts."""
-    if not costs:
-        return 0.0
-    fast, exact = speed.matrix_speed(computing(ready.start.dtype)), speed.matrix_speed(torch.float32)
-    return sum(c.model_flops / fast + c.exact_flops / exact + c.weights * report.SECONDS_PER_WEIGHT for c in costs)
 
 
 # --- run -------------------------------------------------------------------------------------------------------------
@@ -323,12 +310,6 @@ def scores_of(file: Path) -> dict[str, Any]:
         return {}
 
 
-def proof_tokens(ids: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    """The windows to prove an artifact on: shorter ones where the vocabulary is so large that logits would take much memory."""
-    windows, length = PROOF_TOKENS
-    return ids[:windows, : max(16, min(length, PROOF_LOGITS // (windows * vocabulary)))]
-
-
 def exported(
     ready: Prepared, made: Folded, scores: dict[str, Any], out: Path, device: str, console: Console
 ) -> dict[str, tuple[Path, Proof]]:
@@ -339,6 +320,7 @@ def exported(
     found = {}
     for exporter in ready.exports:
         console.note(f"writing {exporter.name}")
+        manager.give_back()
         size = exporter.layout(ready.model, made.state).tensor_bytes
         card = report.card_writer(ready.recipe, ready.model, made.state, made.records, scores, size)
         key = digest(made.key, exporter.name, exporter.model_dump(mode="json"), scores.get("key"), beside)

@@ -21,6 +21,7 @@ from compress.passes.quantize import Quantize
 from compress.report import allocation, page
 from compress.report.console import Console
 from compress.run import is_run
+from compress.stages import BASELINE_BYTES
 from compress.state import State
 from compress.state.checkpoint import Layout
 from compress.state.plan import BitPlan, size
@@ -58,7 +59,9 @@ def plan_command(options: argparse.Namespace) -> None:
         print(f"{name}: {layout.nbytes:,} bytes in {len(layout.files)} file{'s' * (len(layout.files) > 1)}"
               f" ({size(layout.nbytes)}, {share:.0%} of the original; "
               f"{evaluate.sizes(ready.foreseen, layout.tensor_bytes).file_bits:.3f} bits per weight)")  # fmt: skip
-    print(f"peak memory about {size(planned.peak_bytes)}, time about {page.span(planned.seconds)} on this machine's CPU")
+    most = planned.largest
+    print(f"peak memory about {size(most.peak_bytes)}, in '{most.name}'; time about {page.span(planned.seconds)} on this "
+          "machine's CPU")  # fmt: skip
     for remark in planned.remarks:
         print(f"note: {remark}")
 
@@ -145,5 +148,5 @@ def memory(start: State, text: str) -> str:
     ways = ((Quantize(format=parse(text)), windows.sequences * windows.length,
              f"gptq on {windows.sequences} windows of {windows.length:,} tokens"),
             (Quantize(method="rtn", format=parse(text)), 0, "rounding without data"))  # fmt: skip
-    peaks = [pipeline.BASELINE_BYTES + step.cost(step.foresee(start), tokens).peak_bytes for step, tokens, _ in ways]
+    peaks = [BASELINE_BYTES + step.cost(step.foresee(start), tokens).peak_bytes for step, tokens, _ in ways]
     return "memory of a run: " + ", ".join(f"{how} about {size(peak)}" for (_, _, how), peak in zip(ways, peaks, strict=True))

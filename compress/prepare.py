@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import torch
+
 from compress import manager
 from compress.errors import CompressError, ExportError
 from compress.export.artifact.carried import carried
@@ -19,6 +21,9 @@ from compress.passes import PASSES
 from compress.recipe import Recipe, load
 from compress.run import digest
 from compress.state import State
+
+PROOF_TOKENS = (2, 64)  # windows and tokens on which an artifact's logits are compared
+PROOF_LOGITS = 1 << 24  # numbers that these may be
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,12 @@ def prepare(path: Path, overrides: Sequence[str] = (), say: Say = silent) -> Pre
             check_exports(recipe, manager.foresee(recipe.passes[i + 1 :], outcome))
     check_exports(recipe, foreseen)
     return Prepared(recipe, model, start, foreseen)
+
+
+def proof_tokens(ids: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """The windows to prove an artifact on: shorter ones where the vocabulary is so large that logits would take much memory."""
+    windows, length = PROOF_TOKENS
+    return ids[:windows, : max(16, min(length, PROOF_LOGITS // (windows * vocabulary)))]
 
 
 def check_exports(recipe: Recipe, state: State) -> None:

@@ -119,7 +119,7 @@ def test_the_planned_peak_is_near_the_real_one(text: Path, tmp_path: Path, metho
     """Not more than a third above what was said; mapped files and the imported libraries count."""
     source = deep_model(tmp_path / "model", 6)
     path = recipe(tmp_path / "run", source, text, exports=False, method=method, format="int4:g32")
-    planned = pipeline.plan(path).peak_bytes
+    planned = pipeline.plan(path).largest.peak_bytes
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PEAK, str(path)], cwd=ROOT, capture_output=True, text=True, check=True
     )

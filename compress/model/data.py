@@ -29,6 +29,7 @@ from compress.model.tokenizer import Tokenizer, tokenizer_of
 from compress.model.vocabulary import cut_tokenizer
 
 START = 1 << 16  # characters that are tokenized at first
+BATCH = 4096  # tokens that go through a model at once, or one window
 MARGIN = 256  # tokens behind the windows
 MOST = 2**40  # tokens that anybody may ask for
 
@@ -104,7 +105,7 @@ class Tokens:
         shape = f"{tuple(self.ids.shape)}".encode()
         return hashlib.sha256(shape + self.ids.numpy().tobytes()).hexdigest()
 
-    def batches(self, tokens: int = 4096) -> list[torch.Tensor]:
+    def batches(self, tokens: int = BATCH) -> list[torch.Tensor]:
         """Batches of whole windows, about `tokens` tokens each and at least one window."""
         return list(self.ids.split(max(1, tokens // self.ids.shape[1])))
 

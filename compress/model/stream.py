@@ -88,6 +88,7 @@ class Stream:
         self.blocks: list[nn.Module] = [self.model.get_submodule(b.module) for b in self.graph.blocks]
         self.probes = [Probe(block) for block in self.blocks]
         self._names = Binding(state, self.model, self.dtype)
+        self._spared: nn.Module | None = None  # a module outside the blocks that is not to be loaded
         self._names.load_buffers(state, self.model)
         self._put(self.probes)
         _move_buffers(self.model, self.device)
@@ -113,16 +114,18 @@ class Stream:
         site = self.graph["embed"]
         module = self.model.get_submodule(site.module)
         module.forward = lambda ids, *_: torch.zeros(*ids.shape, site.shape[1], dtype=self.dtype, device=self.device)
+        self._spared = module
         try:
-            with self.outer(state, without=module):
+            with self.outer(state):
                 yield
         finally:
+            self._spared = None
             del module.forward
 
     @contextmanager
-    def outer(self, state: State, without: nn.Module | None = None) -> Iterator[None]:
+    def outer(self, state: State) -> Iterator[None]:
         """Inside, every module outside the blocks loads its own parameters when it is first called; then they go."""
-        inside = {id(m) for block in self.probes for m in block.modules()} | {id(without)}
+        inside = {id(m) for block in self.probes for m in block.modules()} | {id(self._spared)}
         modules = [(p, m) for p, m in self.model.named_modules() if m._parameters and id(m) not in inside]
         hooks = [m.register_forward_pre_hook(self._loader(state, p), prepend=True) for p, m in modules]
         try:
@@ -143,13 +146,36 @@ class Stream:
 
     def start(self, state: State, tokens: Sequence[Tensor]) -> list[Batch]:
         """Embed each batch of token ids [b, t]; the calls that the blocks will get are noted."""
-        self._learn_output_kind(state, tokens[0][:1, :8])
         batches = []
-        with self.outer(state):
-            for ids in tokens:
-                self._until(len(self.probes) - 1, ids)
-                batches.append(Batch(ids, self.probes[0].hidden, [p.call for p in self.probes]))
+        with self._looked_up(state, tokens):
+            self._learn_output_kind(state, tokens[0][:1, :8])
+            with self.outer(state):
+                for ids in tokens:
+                    self._until(len(self.probes) - 1, ids)
+                    batches.append(Batch(ids, self.probes[0].hidden, [p.call for p in self.probes]))
         return batches
+
+    @contextmanager
+    def _looked_up(self, state: State, tokens: Sequence[Tensor]) -> Iterator[None]:
+        """Inside, the embedding holds the rows of these tokens alone, where it can be read by rows: no more is looked up."""
+        site = self.graph["embed"]
+        if site.name in state.codes or site.transposed or site.weight not in state.dense:
+            yield
+            return
+        module: Any = self.model.get_submodule(site.module)
+        known = torch.cat([ids.flatten() for ids in tokens]).unique()
+        whole, padding = module._parameters["weight"], module.padding_idx
+        rows = state.rows(site, known.tolist()).to(self.device, self.dtype)
+        known = known.to(self.device)
+        hook = module.register_forward_pre_hook(lambda _, args: (torch.searchsorted(known, args[0]), *args[1:]))
+        module._parameters["weight"], module.padding_idx = nn.Parameter(rows, requires_grad=False), None
+        self._spared = module
+        try:
+            yield
+        finally:
+            self._spared = None
+            hook.remove()
+            module._parameters["weight"], module.padding_idx = whole, padding
 
     def _until(self, last: int, ids: Tensor) -> None:
         for i, probe in enumerate(self.probes):

@@ -7,6 +7,7 @@ How tensors get into the files and back out is in tensors.py.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from compress.errors import ExportError
 from compress.formats import Dense, Format
 from compress.model.model import Model
 from compress.state import State
-from compress.state.graph import Graph
+from compress.state.graph import Graph, total
 from compress.state.plan import size
 
 Way = TypeVar("Way")
@@ -68,6 +69,11 @@ def refuse_packed_table(exporter: str, state: State, name: str, fmt: Format) -> 
     raise ExportError(f"{exporter}: '{name}' has {fmt}, and engines of this layout look rows up in dense tables only; {todo}")
 
 
+def state_bytes(state: State, width: int) -> int:
+    """Bytes of all weights of a model in numbers of `width` bytes."""
+    return width * (total(state.graph) + sum(math.prod(shape) for shape in state.graph.parameters.values()))
+
+
 def headless(graph: Graph) -> bool:
     """Whether a model predicts no tokens: an embedder, or a classifier."""
     return not any(site.role == "head" for site in graph)
@@ -102,6 +108,10 @@ class Exporter(BaseModel, ABC):
     @abstractmethod
     def layout(self, model: Model, state: State) -> Files:
         """The weight files to be, to the byte."""
+
+    def proof_bytes(self, state: State, layout: Files) -> int:
+        """Memory of the engine that proves an artifact: of one that keeps what is packed as it is."""
+        return layout.tensor_bytes
 
     @abstractmethod
     def write(self, job: Job, folder: Path) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from compress.errors import ExportError
 from compress.export.artifact.engines import Engine, EngineError, greedy
 from compress.export.artifact.exporter import Job, Proof
+from compress.model.head import Head, cut, parts
 from compress.model.stream import Stream
 from compress.state import State
 
@@ -82,7 +83,15 @@ def logits(state: State, batches: list[Tensor], device: str) -> list[Tensor]:
     found = stream.start(state, batches)
     for block in state.graph.blocks:
         stream.advance(state, block.index, found)
-    return [out.float().cpu() for out in stream.logits(state, found)]
+    head, pieces = Head(stream, state), cut(found, causal=False)
+    made: list[list[Tensor]] = [[] for _ in pieces]
+    with torch.no_grad():
+        for rows in parts(head.size):
+            with head.part(rows) as ask:
+                for held, piece in zip(made, pieces, strict=True):
+                    held.append(ask(piece).cpu())
+    whole = iter(torch.cat(held, -1) for held in made)
+    return [torch.cat([next(whole) for _ in cut([batch], causal=False)]).view(*batch.tokens.shape, -1) for batch in found]
 
 
 def where(engine: Engine, state: State, tokens: Tensor) -> str:

@@ -23,7 +23,7 @@ from pydantic import Field
 
 from compress.errors import ExportError
 from compress.export.artifact.engines import EngineError
-from compress.export.artifact.exporter import Exporter, Job, Proof, headless, refuse_packed_table, way_for
+from compress.export.artifact.exporter import Exporter, Files, Job, Proof, headless, refuse_packed_table, state_bytes, way_for
 from compress.export.artifact.place import carry_over
 from compress.export.artifact.proof import FP32_TOLERANCE, TOLERANCE, prove, proven
 from compress.export.artifact.tensors import same_tensors, tensors, write_config
@@ -109,6 +109,10 @@ class CompressedTensors(Exporter):
     def layout(self, model: Model, state: State) -> Layout:
         layout = Layout.of([spec for spec, _, _ in adapter.base_of(state).entries()], self.shard_bytes)
         return Layout((*layout.files, adapter.weights_file(state))) if adapter.corrected(state) else layout
+
+    def proof_bytes(self, state: State, layout: Files) -> int:
+        """transformers unpacks every matrix, and holds what it reads."""
+        return layout.tensor_bytes + state_bytes(state, state.dtype.itemsize)
 
     def write(self, job: Job, folder: Path) -> None:
         self.check(job.state)

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 
 from compress.errors import ExportError
-from compress.export.artifact.exporter import Exporter, Job, Proof, headless, way_for
+from compress.export.artifact.exporter import Exporter, Files, Job, Proof, headless, state_bytes, way_for
 from compress.export.artifact.place import carry_over
 from compress.export.artifact.proof import prove, proven
 from compress.export.artifact.tensors import same_site, write_config
@@ -88,6 +88,10 @@ class Gguf(Exporter):
 
     def layout(self, model: Model, state: State) -> File:
         return file_of(model, state)
+
+    def proof_bytes(self, state: State, layout: Files) -> int:
+        """transformers makes fp32 of everything, and holds what it reads."""
+        return layout.tensor_bytes + state_bytes(state, 4)
 
     def write(self, job: Job, folder: Path) -> None:
         self.check(job.state)

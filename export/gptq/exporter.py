@@ -23,7 +23,7 @@ from pydantic import Field
 
 from compress.errors import ExportError
 from compress.export.artifact import tensors as common
-from compress.export.artifact.exporter import Exporter, Job, Proof, headless, refuse_packed_table, way_for
+from compress.export.artifact.exporter import Exporter, Files, Job, Proof, headless, refuse_packed_table, state_bytes, way_for
 from compress.export.artifact.place import carry_over
 from compress.export.artifact.proof import prove, proven
 from compress.export.artifact.tensors import same_tensors, write_config
@@ -75,6 +75,10 @@ class Gptq(Exporter):
 
     def layout(self, model: Model, state: State) -> Layout:
         return Layout.of(list(specs(state)), self.shard_bytes)
+
+    def proof_bytes(self, state: State, layout: Files) -> int:
+        """transformers unpacks every matrix, and holds what it reads."""
+        return layout.tensor_bytes + state_bytes(state, state.dtype.itemsize)
 
     def write(self, job: Job, folder: Path) -> None:
         self.check(job.state)

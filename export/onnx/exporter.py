@@ -13,7 +13,7 @@ from pydantic import Field
 from compress.errors import ExportError, FormatError
 from compress.export.artifact import proof
 from compress.export.artifact.engines import EngineError
-from compress.export.artifact.exporter import Exporter, Job, Proof, headless
+from compress.export.artifact.exporter import Exporter, Files, Job, Proof, headless
 from compress.export.artifact.place import carry_over
 from compress.export.artifact.tensors import same_site, write_config
 from compress.export.onnx import datafile
@@ -66,6 +66,10 @@ class Onnx(Exporter):
 
     def layout(self, model: Model, state: State) -> DataLayout:
         return datafile.layout(state)
+
+    def proof_bytes(self, state: State, layout: Files) -> int:
+        """onnxruntime keeps codes, has what is dense in fp32, and packs matrices anew for its kernels."""
+        return 2 * layout.tensor_bytes
 
     def write(self, job: Job, folder: Path) -> None:
         from compress.export.onnx import graph

@@ -1,0 +1,102 @@
+"""What a run will take, stage by stage: its passes, its figures, and every artifact with its proof.
+
+Operations are counted from shapes and multiplied by rates that are measured on the machine (model/speed.py); memory is what each
+stage holds at its worst moment. The largest stage is what a machine must have room for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from compress.export.artifact.exporter import Exporter, Files
+from compress.manager import Cost
+from compress.model import speed
+from compress.model.data import BATCH, Windows
+from compress.model.head import PIECE, ROWS
+from compress.model.speed import computing
+from compress.prepare import Prepared, proof_tokens
+from compress.report.report import SECONDS_PER_WEIGHT
+from compress.state import State
+from compress.state.plan import size
+
+BASELINE_BYTES = 450 * 2**20  # Python, torch and transformers, imported
+SECONDS_PER_BYTE = 3e-8  # of an artifact: written, hashed, read again and compared
+COPIES = 6  # of a part of the logits, while two models are compared
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run: its name, and what it takes."""
+
+    name: str
+    cost: Cost
+
+    @property
+    def peak_bytes(self) -> int:
+        return BASELINE_BYTES + self.cost.peak_bytes
+
+    def seconds(self, dtype: torch.dtype) -> float:
+        """On this machine, for a model in `dtype`."""
+        c, fast, exact = self.cost, speed.matrix_speed(computing(dtype)), speed.matrix_speed(torch.float32)
+        logits = c.logits / speed.softmax_speed() if c.logits else 0.0
+        return c.model_flops / fast + c.exact_flops / exact + c.weights * SECONDS_PER_WEIGHT + logits + c.bytes * SECONDS_PER_BYTE
+
+
+def stages(ready: Prepared, layouts: Mapping[str, Files]) -> list[Stage]:
+    """All stages of a run, in order."""
+    data = ready.recipe.document.data
+    windows = data.calibration
+    tokens = windows.sequences * windows.length if windows else 0
+    found = [Stage(p.name, p.cost(ready.foreseen, tokens)) for p in ready.recipe.passes]
+    if data.evaluation:
+        found.append(Stage("evaluation", evaluation(ready.foreseen, data.evaluation)))
+    return found + [Stage(e.name, proof(e, ready.foreseen, layouts[e.name])) for e in ready.exports]
+
+
+def evaluation(state: State, windows: Windows) -> Cost:
+    """Two models, streamed, and their logits compared in parts."""
+    graph, tokens = state.graph, windows.sequences * windows.length
+    vocabulary, width = graph["embed"].shape
+    entries = sum(s.numel for s in graph.linear) + vocabulary * width
+    hidden = 2 * tokens * width * state.dtype.itemsize
+    batch = max(BATCH, windows.length) * 4 * max(s.shape[0] for s in graph.linear) * state.dtype.itemsize
+    block = max(sum(s.numel for s in graph.of_block(b.index)) for b in graph.blocks) * state.dtype.itemsize
+    parts = COPIES * PIECE * min(ROWS, vocabulary) * 4
+    return Cost(2 * 2.0 * tokens * entries, logits=2.0 * tokens * vocabulary,
+                peak_bytes=hidden + max(table_bytes(state), 2 * block + batch, parts + unpacked_bytes(state)))  # fmt: skip
+
+
+def proof(exporter: Exporter, state: State, layout: Files) -> Cost:
+    """An artifact is written tensor by tensor; its proof has an engine in memory, and some logits."""
+    vocabulary = state.graph["embed"].shape[0]
+    shape = proof_tokens(torch.empty(2, 1 << 16, dtype=torch.int8), vocabulary).shape
+    logits = 4 * shape.numel() * vocabulary * 4
+    return Cost(bytes=layout.nbytes, peak_bytes=exporter.proof_bytes(state, layout) + logits + table_bytes(state))
+
+
+def table_bytes(state: State) -> int:
+    """The token embedding, as a model looks rows up in it."""
+    return state.graph["embed"].numel * state.dtype.itemsize
+
+
+def unpacked_bytes(state: State) -> int:
+    """The head's matrix where it has to be unpacked; one that is dense is read by its rows."""
+    heads = [state.graph[s.tied or s.name] for s in state.graph if s.role == "head"]
+    return sum(site.numel * (state.dtype.itemsize + 1) for site in heads if site.name in state.codes)
+
+
+def largest(found: Sequence[Stage]) -> Stage:
+    """The stage that takes the most memory; one of nothing where there are none."""
+    return max(found, key=lambda stage: stage.peak_bytes, default=Stage("run", Cost()))
+
+
+def too_large(stage: Stage) -> str | None:
+    """What to know where the machine has less memory than a stage takes."""
+    has = psutil.virtual_memory().available
+    if stage.peak_bytes <= has:
+        return None
+    return f"'{stage.name}' takes about {size(stage.peak_bytes)} of memory, and {size(has)} are free on this machine"
