@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from compress.export.artifact.exporter import Exporter, Files
+from compress.formats import Dense, Int
 from compress.manager import Cost
 from compress.model import speed
 from compress.model.data import BATCH, Windows
@@ -84,9 +85,9 @@ def table_bytes(state: State) -> int:
 
 
 def unpacked_bytes(state: State) -> int:
-    """The head's matrix where it has to be unpacked; one that is dense is read by its rows."""
+    """The head's matrix where it has to be unpacked; one that is dense, or of integers, is read by its rows."""
     heads = [state.graph[s.tied or s.name] for s in state.graph if s.role == "head"]
-    return sum(site.numel * (state.dtype.itemsize + 1) for site in heads if site.name in state.codes)
+    return sum(s.numel * (state.dtype.itemsize + 1) for s in heads if not isinstance(state.format(s), Int | Dense | None))
 
 
 def largest(found: Sequence[Stage]) -> Stage:

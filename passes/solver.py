@@ -221,19 +221,19 @@ class Solver:
         """A matrix with a row for every token, some rows at a time: they are independent, and all of them at once would be the
         largest thing in the run."""
         start, case, parts = time.perf_counter(), Case(site, self.state, self.ctx), []
-        W_nk, sums, notes = self.state.reference(site), torch.zeros(4, dtype=torch.float64), shared.notes
+        W_nk, sums, notes = self.state.reference(site), torch.zeros(5, dtype=torch.float64), shared.notes
         step = max(1, TABLE // site.shape[1] // 32) * 32  # codes of zero points fill words
         for row in range(0, len(W_nk), step):
             self.ctx.progress(row, len(W_nk), site.module)
             part = W_nk[row : row + step].to(self.ctx.device, torch.float32)
             answer = self.options.solve(part, shared.factor, fmt, case)
             parts.append(answer.pack(slice(0, len(part))))
-            off = fmt.dequantize(parts[-1], torch.float32) - part.cpu()
-            losses = (answer.loss_n, answer.rounding_loss_n, answer.energy_n)
-            sums += torch.stack([*(t.sum(dtype=torch.float64).cpu() for t in losses), off.square().sum(dtype=torch.float64)])
+            off = fmt.dequantize(parts[-1], torch.float32).sub_(part.cpu())
+            losses = (answer.loss_n, answer.rounding_loss_n, answer.energy_n, off.square().sum(-1), part.square().sum(-1))
+            sums += torch.stack([t.sum(dtype=torch.float64).cpu() for t in losses])
             notes = tuple(dict.fromkeys((*notes, *answer.notes)))
-        whole = W_nk.float().square().sum(dtype=torch.float64) if shared.factor and site.role == "embed" else None
-        looked_up = () if whole is None else (f"rows looked up are off by {float(sums[3] / whole):.2e}",)
+        both = shared.factor is not None and site.role == "embed"
+        looked_up = (f"rows looked up are off by {float(sums[3] / sums[4]):.2e}",) if both else ()
         energy = float(sums[2]) or 1.0
         self._keep(site, Packed(fmt, site.shape, joined(fmt, site, parts, self.state.scale_dtype)), {
             "error": float(sums[0]) / energy, "rounding": float(sums[1]) / energy, "damping": damping(shared.factor),

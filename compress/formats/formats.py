@@ -43,7 +43,7 @@ from torch import Tensor
 from compress.errors import FormatError, did_you_mean
 from compress.formats import bitpack
 from compress.formats.codebooks import NF, DoubleQuant, Lut
-from compress.formats.grid import GROUPS, Grid, Grouped, Listing, Shape, Storage, listed_bytes, plain, round_scale
+from compress.formats.grid import GROUPS, Grid, Grouped, Listing, Shape, Storage, listed_bytes, plain, restore, round_scale
 
 _DENSE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _BITS = range(2, 9)
@@ -321,6 +321,17 @@ class Packed:
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight [N, K] in `dtype`."""
         return self.format.dequantize(self.tensors, dtype)
+
+    def rows(self, rows: slice | list[int], dtype: torch.dtype) -> Tensor:
+        """Some rows of the weight in `dtype`; of integers no others are decoded."""
+        if not isinstance(self.format, Int):
+            return self.dequantize(dtype)[rows]
+        fmt, (n, k) = self.format, self.shape
+        zero = None
+        if not fmt.symmetric:
+            zero = bitpack.unpack(self.tensors["weight_zero_point"].T, fmt.bits, n).T[rows].contiguous()
+        codes = bitpack.unpack(self.tensors["weight_packed"][rows], fmt.bits, k)
+        return restore(codes, Grid(self.tensors["weight_scale"][rows], zero), fmt, dtype)
 
 
 _INT = re.compile(r"int(\d+):(?:g(\d+)|channel)(:asym)?")

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compress.formats import Int
 from compress.model.lockstep import Batch
 from compress.model.stream import Stream
 from compress.state import State
@@ -43,8 +44,9 @@ class Head:
         self.site = next((site for site in state.graph if site.role == "head"), None)
         self.size = None if self.site is None else self.site.shape[0]
         held = None if self.site is None else state.graph[self.site.tied or self.site.name]
-        packed = held is not None and (held.name in state.codes or held.transposed)
-        self._matrix = state.weight(held) if held and packed else None  # unpacked once; a dense one is read by its rows
+        codes = state.codes.get(held.name) if held else None
+        whole = held is not None and (held.transposed or (codes is not None and not isinstance(codes.format, Int)))
+        self._matrix = state.weight(held) if held and whole else None  # other matrices are read by their rows
 
     @contextmanager
     def part(self, rows: slice | list[int]) -> Iterator[Callable[[Piece], Tensor]]:

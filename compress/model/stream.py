@@ -159,7 +159,7 @@ class Stream:
     def _looked_up(self, state: State, tokens: Sequence[Tensor]) -> Iterator[None]:
         """Inside, the embedding holds the rows of these tokens alone, where it can be read by rows: no more is looked up."""
         site = self.graph["embed"]
-        if site.name in state.codes or site.transposed or site.weight not in state.dense:
+        if site.transposed or (site.name not in state.codes and site.weight not in state.dense):
             yield
             return
         module: Any = self.model.get_submodule(site.module)

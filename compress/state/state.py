@@ -156,9 +156,11 @@ class State:
         return self.reference(site).to(self.dtype)
 
     def rows(self, site: Site, rows: slice | list[int]) -> torch.Tensor:
-        """Some rows of the matrix of a site that is dense, and no expert's, in the model's dtype: no other is read."""
+        """Some rows of the matrix of a site that is no expert's, in the model's dtype: no others are read, nor decoded."""
         if site.tied:
             return self.rows(self.graph[site.tied], rows)
+        if site.name in self.codes:
+            return self.codes[site.name].load().rows(rows, self.dtype)
         return self.dense.read_rows(site.weight, rows).to(self.dtype)
 
     def reference(self, site: Site) -> torch.Tensor:
