@@ -26,7 +26,6 @@ from compress.export.artifact.files import sha256
 from compress.export.artifact.place import place, refuse_foreign
 from compress.manager import Context, Pass
 from compress.model import data
-from compress.model.custom import code_passed_over
 from compress.prepare import Prepared, prepare
 from compress.recipe import Recipe
 from compress.report import allocation, page, report
@@ -79,7 +78,7 @@ def plan(
     windows = document.data.calibration
     tokens = windows.sequences * windows.length if windows else 0
     costs = [p.cost(ready.foreseen, tokens) for p in ready.recipe.passes]
-    remarks = code_passed_over(ready.model.folder)
+    remarks = list(ready.model.remarks)
     remarks += [r for e in ready.exports for r in e.remarks(ready.foreseen)]
     if not ready.model.has_weights:
         remarks.append(f"{ready.model.folder} holds no weights: sizes are those of the config in {str(ready.start.dtype)[6:]}")
@@ -215,7 +214,7 @@ def run(
     for exporter in ready.exports:
         refuse_foreign(out / exporter.name)
     with RunFolder(out).held():
-        for remark in code_passed_over(ready.model.folder):
+        for remark in ready.model.remarks:
             console.note(f"note: {remark}")
         write_atomic(out / "recipe.resolved.yaml", ready.recipe.resolved(ready.recipe.base, out).encode())
         write_atomic(out / "run.json", json.dumps(run_record(ready), indent=1).encode())

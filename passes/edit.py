@@ -81,7 +81,7 @@ class Edit(Pass):
                 specs += [replace(spec, name=head) for spec in specs if spec.name == embed]
             places[head] = places[embed]
         dense = state.dense.moved(places)
-        graph = anchor(discover(skeleton(config), config), dense)
+        graph = anchor(discover(model := skeleton(config), config, state.graph.leave), dense, model)
         check_tensors(graph, dense)
         state = replace(state, graph=graph, config=config, specs=tuple(specs), dense=dense)
         return state if self.vocab is None else with_tokens(state, self._tokens(state))
@@ -155,7 +155,7 @@ def untied(state: State, config: Any) -> tuple[str, str]:
     head = state.graph.sites.get("lm_head")
     if head is None or head.tied is None:
         raise RecipeError("the output head has a matrix of its own already; leave 'untie' out", ("untie",))
-    graph = discover(skeleton(config), config)
+    graph = discover(skeleton(config), config, state.graph.leave)
     if graph["lm_head"].tied:
         raise ModelError(f"'{state.graph.family}' ties its head to its embedding whatever the config says; it cannot be untied")
     return graph["lm_head"].weight, state.graph["embed"].weight
@@ -179,13 +179,14 @@ def with_tokens(state: State, kept: tuple[int, ...]) -> State:
         raise ModelError(
             "its positions count from the number of the padding token, which would be another; keep all tokens below it"
         )
-    graph = discover(skeleton(config), config)
+    model = skeleton(config)
+    graph = discover(model, config, state.graph.leave)
     shapes = {**graph.parameters, **{s.weight: s.shape[::-1] if s.transposed else s.shape for s in graph}}
     specs = tuple(replace(spec, shape=shapes.get(spec.name, spec.shape)) for spec in state.specs)
     for ours, theirs in zip(specs, state.specs, strict=True):
         if ours.shape != theirs.shape and (theirs.shape[0], ours.shape) != (size, (len(kept), *theirs.shape[1:])):
             raise ModelError(f"with other tokens '{ours.name}' would not only lose rows; this vocabulary cannot be cut")
-    anchored = anchor(graph, Bare(state.dense.folder, specs))
+    anchored = anchor(graph, Bare(state.dense.folder, specs), model)
     check_tensors(anchored, Bare(state.dense.folder, specs))
     return replace(state, graph=anchored, config=config, specs=specs, vocabulary=kept)
 

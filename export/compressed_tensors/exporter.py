@@ -119,7 +119,7 @@ class CompressedTensors(Exporter):
         write_card(job, folder, USE_RUNTIME if stock_obstacles(job.state) else stock_use(job))
 
     def prove(self, job: Job, folder: Path) -> Proof:
-        written = read(folder) if job.state.codes else open_model(str(folder)).state
+        written = read(folder) if job.state.codes else open_model(str(folder), leave=None).state
         same_tensors(job.state, written)
         return proven(job, written, lambda: in_engine(job, folder))
 
