@@ -24,7 +24,7 @@ from compress.documents import local_path
 from compress.errors import CompressError, ModelError, RecipeError
 from compress.manager import Context, Pass
 from compress.model.discover import discover
-from compress.model.names import anchor, check_tensors
+from compress.model.names import anchor, check_tensors, layers_beyond, passed_over
 from compress.model.skeleton import skeleton
 from compress.model.tokenizer import tokenizer_of
 from compress.model.vocabulary import NAMES_IDS, closed, keep_list, numbers, with_new_ids
@@ -70,7 +70,8 @@ class Edit(Pass):
         if self.drop_layers:
             kept = self._kept(state)
             shorten(config, len(state.graph.blocks), kept)
-            names = renumbered([s.name for s in specs], stack_of(state), kept)
+            beyond = layers_beyond(state.graph, places, skeleton(state.config))  # they predict further tokens, and stay the last
+            names = renumbered([s.name for s in specs], stack_of(state), [*kept, *sorted(beyond)])
             places = {new: old for old, new in names.items()}
             specs = [replace(s, name=names[s.name]) for s in specs if s.name in names]
             same_layers(state, config, kept)
@@ -186,6 +187,12 @@ def with_tokens(state: State, kept: tuple[int, ...]) -> State:
     for ours, theirs in zip(specs, state.specs, strict=True):
         if ours.shape != theirs.shape and (theirs.shape[0], ours.shape) != (size, (len(kept), *theirs.shape[1:])):
             raise ModelError(f"with other tokens '{ours.name}' would not only lose rows; this vocabulary cannot be cut")
+    extra = passed_over([spec.name for spec in specs], model)
+    odd = next((spec.name for spec in specs if spec.name in extra and size in spec.shape), None)
+    if odd is not None:
+        raise ModelError(
+            f"'{odd}', which transformers does not load, has a row for every token as well; its vocabulary cannot be cut"
+        )
     anchored = anchor(graph, Bare(state.dense.folder, specs), model)
     check_tensors(anchored, Bare(state.dense.folder, specs))
     return replace(state, graph=anchored, config=config, specs=specs, vocabulary=kept)

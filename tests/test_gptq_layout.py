@@ -237,6 +237,15 @@ def test_refused_beforehand(family: Any, form: str, pins: dict[str, str], says: 
         gptq.Gptq().check(foreseen(family("llama"), form, pins))
 
 
+@pytest.mark.parametrize(("rows", "bits", "way"), [(274, 8, "pin it to bf16, or"), (272, 3, "pin it to 8 bits or bf16, or")])
+def test_a_head_that_does_not_fill_words_is_told_what_would(family: Any, tmp_path: Path, rows: int, bits: int, way: str) -> None:
+    """8 bits are no way out for what has 8 bits."""
+    config = transformers.LlamaConfig(**{**SMALL, "vocab_size": rows}, num_key_value_heads=2)
+    model = make_model(tmp_path, config)
+    with pytest.raises(ExportError, match=way):
+        gptq.Gptq().check(foreseen(model, "int4:g32", {"lm_head": f"int{bits}:g32"}))
+
+
 def test_experts_are_refused(family: Any) -> None:
     with pytest.raises(ExportError, match="'mixtral' has experts, which engines of this layout read each in its own way"):
         gptq.Gptq().check(foreseen(family("mixtral"), "int4:g32", {}))

@@ -95,7 +95,7 @@ class Binding:
 
     def _read(self, state: State, *names: str) -> Tensor | None:
         """The tensor that the checkpoint holds under one of these names of the module tree, in the dtype to compute in."""
-        found = [self.places[name] for name in names if self.places.get(name) in state.dense]
+        found = [self.places[name] for name in names if self.places.get(name, "") in state.dense]
         if not found:
             return None
         tensor = state.dense.read_finite(found[0])

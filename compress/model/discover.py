@@ -76,8 +76,8 @@ def language_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def discover(model: nn.Module, config: Any, leave: Sequence[str] | None = ()) -> Graph:
     """Every site of a skeleton, with names as transformers' own `save_pretrained` would write them.
 
-    leave: patterns of module paths whose matrices are to be no sites. A matrix in a block that cannot be told is an error; with None,
-    as where nothing is to be compressed, it is left as well.
+    leave: patterns of module paths whose matrices are to be no sites. A matrix in a block that cannot be told is an error; with
+    None, as where nothing is to be compressed, it is left as well.
     """
     path, blocks = language_blocks(model)
     check_stack(model, config, blocks)
@@ -126,16 +126,17 @@ def check_stack(model: nn.Module, config: Any, blocks: nn.ModuleList) -> None:
         )
     groups, layers = (getattr(config, name, None) for name in ("num_hidden_groups", "num_hidden_layers"))
     if groups is not None and layers != groups:
-        raise ModelError(f"{type(model).__name__}: passes {layers} times through {len(blocks)} set(s) of weights; models that share "
-                         "the weights of layers are not read")  # fmt: skip
+        raise ModelError(f"{type(model).__name__}: passes {layers} times through {len(blocks)} set(s) of weights; models that "
+                         "share the weights of layers are not read")  # fmt: skip
 
 
 def unnamed(model: nn.Module, path: str, unknown: Sequence[str], count: int) -> str:
     """What to say of matrices that no table names, with the line of a recipe that leaves them as they are."""
-    endings = [re.sub(r"\.\d+(?=\.|$)", ".*", module.removeprefix(path).partition(".")[2]) for module in unknown]
-    patterns = ", ".join(f'"*{"." if ending else ""}{ending.partition(".")[2]}"' for ending in dict.fromkeys(endings))
+    below = [module.removeprefix(f"{path}.").partition(".")[2] for module in unknown]
+    patterns = dict.fromkeys(re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", ending) for ending in below)
+    line = ", ".join(f'"*.{pattern}"' for pattern in patterns)
     return (f"{type(model).__name__}: found {count} known matrices but cannot tell what these compute: "
-            f"{', '.join(sorted(set(unknown))[:5])}; to keep them as they are, put into the recipe: leave: [{patterns}]")  # fmt: skip
+            f"{', '.join(sorted(set(unknown))[:5])}; to keep them as they are, put into the recipe: leave: [{line}]")  # fmt: skip
 
 
 def is_causal(model: nn.Module, config: Any) -> bool:
@@ -153,8 +154,8 @@ def block_sites(path: str, block: nn.Module, i: int, names: Names, found: Found)
         place = f"{path}.{inner}"
         if is_experts(module):
             if found.leaves(place):
-                raise MatchError(f"leave: '{place}' holds experts, which are sites; leave the pattern out, and keep them as they are by "
-                                 f'a pin: "layers.{i}.experts.*": bf16')  # fmt: skip
+                raise MatchError(f"leave: '{place}' holds experts, which are sites; leave the pattern out, and keep them as they "
+                                 f'are by a pin: "layers.{i}.experts.*": bf16')  # fmt: skip
             yield from expert_sites(place, module, i, names)
         elif any(p.ndim == 3 for p in module.parameters(recurse=False)) and not isinstance(module, nn.Conv1d):
             if not found.leaves(place):  # experts of another layout are known for what they are, and not touched

@@ -69,7 +69,7 @@ def feeds(state: State) -> dict[Key, Feed]:
 
 
 def _feed(state: State, norm: Norm, path: str, mine: list[Site], others: list[str], stray: str | None) -> Feed:
-    """What is known of a norm that the sites `mine` read, the matrices `others`, and, where there is such a one, a `stray` module."""
+    """What is known of a norm that the sites `mine` read, the matrices `others`, and, where there is one, a `stray` module."""
     obstacle = ""
     if norm.offset is None:
         obstacle = f"'{path}' does not multiply by its weight"

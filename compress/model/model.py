@@ -90,8 +90,9 @@ class Model:
                          "compressed (transposed, or with biases); they stay as they are")  # fmt: skip
         extra = passed_over(self.checkpoint.specs, self.skeleton()) if self.has_weights else []
         if extra:
-            found.append(f"{self.folder}: {len(extra)} tensors, the first '{extra[0]}', are none that transformers loads, such as those "
-                         "of a layer that predicts further tokens; safetensors artifacts carry them unchanged")  # fmt: skip
+            found.append(f"{self.folder}: {len(extra)} tensors, the first '{extra[0]}', are none that transformers loads, such as "
+                         "those of a layer that predicts further tokens; they go along unchanged into artifacts of safetensors, "
+                         "and not into gguf and onnx")  # fmt: skip
         return found
 
     def skeleton(self) -> nn.Module:
@@ -132,7 +133,8 @@ class Model:
 def open_model(name: str, base: Path = Path(), leave: Sequence[str] | None = ()) -> Model:
     """A local folder (or its config.json), or a hub id, optionally ``id@revision``.
 
-    A relative path is looked up from `base`. `leave`: see `discover`; None where nothing is to be compressed. Raises ModelError when nothing is there or the config cannot be read.
+    A relative path is looked up from `base`. `leave`: see `discover`; None where nothing is to be compressed. Raises ModelError
+    when nothing is there or the config cannot be read.
     """
     folder, revision = folder_of(name, base)
     path = folder / "config.json"

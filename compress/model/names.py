@@ -44,15 +44,14 @@ class Names:
     """How transformers names the tensors of a checkpoint in a module tree, and how it would write them."""
 
     def __init__(self, model: nn.Module):
-        whole = isinstance(model, PreTrainedModel)
-        loading = get_model_conversion_mapping(model) if whole else []
-        saving = get_model_conversion_mapping(model, add_legacy=False) if whole else []
+        loading, saving = ([], []) if not isinstance(model, PreTrainedModel) else (
+            get_model_conversion_mapping(model), get_model_conversion_mapping(model, add_legacy=False))  # fmt: skip
         self.prefix = str(getattr(model, "base_model_prefix", ""))
         self.tree = model.state_dict()
         self.renamings = [step for step in loading if isinstance(step, WeightRenaming)]
         self.converters = [step for step in loading if isinstance(step, WeightConverter)]
         self.makers = {source: step for step in self.converters for source in step.source_patterns}
-        self.reversed = [step.reverse_transform() for step in reversed(saving)
+        self.reversed: list[Any] = [step.reverse_transform() for step in reversed(saving)
                          if isinstance(step, WeightRenaming) and not isinstance(step, PrefixChange)]  # fmt: skip
 
     def on_disk(self, name: str) -> str:
@@ -127,12 +126,12 @@ def held(site: Site, found: Mapping[str, str]) -> str | None:
 
 
 def anchor(graph: Graph, checkpoint: Checkpoint, model: nn.Module) -> Graph:
-    """The graph of a skeleton with every name as this checkpoint writes it; a site or tensor that is not there is a ModelError."""
+    """The graph of a skeleton with every name as this checkpoint writes it; what is not there is a ModelError."""
     names = Names(model)
     found, remade = names.places(checkpoint.specs), names.remade(checkpoint.specs)
     check_layers(graph, checkpoint, model)
     sites = {site.name: replace(site, weight=held(site, found) or site.weight) for site in graph}
-    missing = {p: s.weight for s in graph for p in [absent(s, found)] if p is not None}
+    missing = {p: s.weight for s in graph for p in [absent(s, found, remade)] if p is not None}
     parameters: dict[str, tuple[int, ...]] = {}
     for paths in same_parameters(model):
         name = next((name for name in map(names.on_disk, paths) if name in graph.parameters), None)
@@ -141,21 +140,23 @@ def anchor(graph: Graph, checkpoint: Checkpoint, model: nn.Module) -> Graph:
             parameters[there] = graph.parameters[name]
         elif name is not None and remade.isdisjoint(paths):  # what is remade is none of ours, and lies there as something else
             missing[paths[0]] = name
-    for path in missing.keys() & remade:
-        raise ModelError(f"{checkpoint.folder}: transformers makes '{path}' of tensors of another layout while it loads them, which "
-                         "is not read here; save the model anew with transformers")  # fmt: skip
+    for path in sorted(missing.keys() & remade):
+        raise ModelError(f"{checkpoint.folder}: transformers makes '{path}' of tensors of another layout while it loads them, "
+                         "and this layout is not read here")  # fmt: skip
     if missing:
-        raise ModelError(f"{checkpoint.folder}: the config asks for '{next(iter(missing.values()))}', which the weights do not hold "
-                         f"({len(missing)} tensors missing); config and weights do not belong together")  # fmt: skip
+        raise ModelError(f"{checkpoint.folder}: the config asks for '{next(iter(missing.values()))}', which the weights do not "
+                         f"hold ({len(missing)} tensors missing); config and weights do not belong together")  # fmt: skip
     return replace(graph, sites=sites, parameters=parameters)
 
 
-def absent(site: Site, found: Mapping[str, str]) -> str | None:
-    """The path in the tree of a matrix that a checkpoint holds nowhere; None where it is there."""
+def absent(site: Site, found: Mapping[str, str], remade: set[str]) -> str | None:
+    """The path in the tree of a matrix that a checkpoint holds nowhere, or has to be remade; None where it is there."""
     if held(site, found) is not None or site.tied:
         return None
     if site.expert is None:
         return f"{site.module}.weight"
+    if site.joined in remade:
+        return site.joined
     return None if found.get(site.joined) == site.joined else f"{site.module}.{site.expert}.{site.role}"
 
 
@@ -173,13 +174,13 @@ def same_parameters(model: nn.Module) -> list[list[str]]:
 def check_layers(graph: Graph, checkpoint: Checkpoint, model: nn.Module) -> None:
     """ModelError where the weights hold a layer more than the config says, unless it is one that predicts further tokens."""
     count, beyond = len(graph.blocks), layers_beyond(graph, checkpoint.specs, model)
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     told = sum(n for n in (getattr(text, key, 0) for key in COUNTS) if type(n) is int)
     for number, names in beyond.items():
         if number >= count + told and not any(PREDICTS.search(f".{name}") or passed_by(name, model) for name in names):
-            raise ModelError(f"{checkpoint.folder}: the weights hold '{names[0]}', the config has only {count} layers; config and "
-                             "weights do not belong together")  # fmt: skip
+            raise ModelError(f"{checkpoint.folder}: the weights hold '{names[0]}', the config has only {count} layers; config "
+                             "and weights do not belong together")  # fmt: skip
 
 
 def layers_beyond(graph: Graph, held: Iterable[str], model: nn.Module) -> dict[int, list[str]]:
@@ -212,7 +213,9 @@ def passed_over(held: Iterable[str], model: nn.Module) -> list[str]:
 
 def check_tensors(graph: Graph, checkpoint: Checkpoint) -> None:
     """ModelError where a tensor's shape contradicts the config, or its dtype is none that we can compress."""
-    wanted = {s.weight: (s.shape[::-1] if s.transposed else s.shape) for s in graph if s.weight in checkpoint}
+    wanted: dict[str, tuple[int, ...]] = {
+        s.weight: (s.shape[::-1] if s.transposed else s.shape) for s in graph if s.weight in checkpoint
+    }
     wanted |= {s.joined: joined_shape(s, graph) for s in graph if s.expert == 0 and s.joined in checkpoint}
     for name, shape in (wanted | {n: s for n, s in graph.parameters.items() if n in checkpoint}).items():
         spec = checkpoint.specs[name]

@@ -113,6 +113,14 @@ def skeleton(config: Any) -> nn.Module:
     return with_logits(model.eval().requires_grad_(False))
 
 
+def stand_on(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Make a skeleton say that it is on a device: a model's code may ask itself for it, and it is that of its first parameter."""
+    for module in model.modules():
+        if isinstance(module, transformers.PreTrainedModel):
+            held: dict[str, Any] = {"_stand": nn.Parameter(torch.empty(0, device=device, dtype=dtype), requires_grad=False)}
+            module._parameters = {**held, **module._parameters}
+
+
 def is_matrix(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 

@@ -15,15 +15,20 @@ from functools import cached_property
 from compress.errors import MatchError, nearest
 
 ATTENTION = ("q", "k", "v", "qkv", "q_a", "q_b", "kv_a", "kv_b", "z", "o")
-FUSED_ROLES = (("q", "k", "v"), ("gate", "up"), ("q_a", "kv_a"), ("qkv", "z"))  # an engine such as vLLM joins these into one matrix
+FUSED_ROLES = (
+    ("q", "k", "v"),
+    ("gate", "up"),
+    ("q_a", "kv_a"),
+    ("qkv", "z"),
+)  # an engine such as vLLM joins these into one matrix
 
 
 @dataclass(frozen=True)
 class Site:
     """One weight matrix.
 
-    name: ours, unique. role: what it computes (q k v qkv o gate up gate_up down embed head; q_a q_b kv_a kv_b where q, and k with v,
-    go through a narrower vector; z, the gate of a linear attention). shape: (out, in).
+    name: ours, unique. role: what it computes (q k v qkv o gate up gate_up down embed head; q_a q_b kv_a kv_b where q, and k
+    with v, go through a narrower vector; z, the gate of a linear attention). shape: (out, in).
     block: index of its block, None outside. input_key: sites of one block with equal keys read the same activations.
     module: path in the module tree. weight: name of its tensor in a checkpoint. transposed: stored as (in, out).
     expert: index within a 3-D tensor of experts, else None. tied: the site whose matrix this one shares, else None.

@@ -199,7 +199,7 @@ def parameters(model: nn.Module, state: State, dtype: torch.dtype) -> dict[str, 
     for path, parameter in model.named_parameters(remove_duplicate=False):
         paths.setdefault(id(parameter), []).append(path)
     for same in paths.values():
-        held = next((there[path] for path in same if there.get(path) in state.dense), None)
+        held = next((there[path] for path in same if there.get(path, "") in state.dense), None)
         if held is None:
             raise ModelError(f"{state.dense.folder}: no tensor for '{same[0]}'; config and weights do not belong together")
         shape = state.dense.specs[held].shape
