@@ -68,6 +68,9 @@ def auto_class(config: Any) -> str:
         return "AutoModel"
     if found.__name__.endswith("LMHeadModel"):
         return "AutoModelForCausalLM"
+    towers = transformers.AutoModelForImageTextToText._model_mapping
+    if type(config) in towers and towers[type(config)] is found:
+        return "AutoModelForImageTextToText"
     auto = f"AutoModelFor{found.__name__.rpartition('For')[2]}"
     return auto if hasattr(transformers, auto) else found.__name__
 
