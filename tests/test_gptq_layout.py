@@ -33,7 +33,7 @@ from compress.formats import Dense, Int, parse
 from compress.model.model import open_model
 from compress.state import State
 from compress.state.plan import BitPlan
-from tests.conftest import ROOT, make_model
+from tests.conftest import ROOT, SMALL, make_model
 from tests.cooking import bake
 from tests.test_native import same_state
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as T
+import transformers
 import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -36,33 +36,93 @@ MLA = {**SMALL, "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 32,
 MOE = {**WIDE, "head_dim": 16, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
 
 WRAPPERS: dict[str, tuple[Any, Any]] = {
-    "gemma3": (T.Gemma3ForConditionalGeneration, lambda: T.Gemma3Config(
-        text_config={**WIDE, "head_dim": 16, "sliding_window": 32, "query_pre_attn_scalar": 16}, vision_config=TOWER,
-        mm_tokens_per_image=4, image_token_index=259, boi_token_index=260, eoi_token_index=261)),
-    "qwen2.5-vl": (T.Qwen2_5_VLForConditionalGeneration, lambda: T.Qwen2_5_VLConfig(
-        text_config={**WIDE, **TURNS}, vision_config={"depth": 3, "hidden_size": 64, "intermediate_size": 172, "num_heads": 4,
-        "out_hidden_size": 64, "patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1]}, **QWEN)),
-    "llava": (T.LlavaForConditionalGeneration, lambda: T.LlavaConfig(
-        text_config=T.LlamaConfig(**WIDE), vision_config=T.CLIPVisionConfig(**TOWER), image_token_index=259)),
-    "mistral3": (T.Mistral3ForConditionalGeneration, lambda: T.Mistral3Config(
-        text_config=T.MistralConfig(**WIDE, head_dim=16), vision_config=T.PixtralVisionConfig(**TOWER), image_token_index=259)),
-    "idefics3": (T.Idefics3ForConditionalGeneration, lambda: T.Idefics3Config(
-        text_config=T.LlamaConfig(**WIDE, pad_token_id=258), vision_config=dict(TOWER), image_token_id=259)),
-}  # fmt: skip
+    "gemma3": (
+        transformers.Gemma3ForConditionalGeneration,
+        lambda: transformers.Gemma3Config(
+            text_config={**WIDE, "head_dim": 16, "sliding_window": 32, "query_pre_attn_scalar": 16},
+            vision_config=TOWER,
+            mm_tokens_per_image=4,
+            image_token_index=259,
+            boi_token_index=260,
+            eoi_token_index=261,
+        ),
+    ),
+    "qwen2.5-vl": (
+        transformers.Qwen2_5_VLForConditionalGeneration,
+        lambda: transformers.Qwen2_5_VLConfig(
+            text_config={**WIDE, **TURNS},
+            vision_config={
+                "depth": 3,
+                "hidden_size": 64,
+                "intermediate_size": 172,
+                "num_heads": 4,
+                "out_hidden_size": 64,
+                "patch_size": 14,
+                "window_size": 56,
+                "fullatt_block_indexes": [1],
+            },
+            **QWEN,
+        ),
+    ),
+    "llava": (
+        transformers.LlavaForConditionalGeneration,
+        lambda: transformers.LlavaConfig(
+            text_config=transformers.LlamaConfig(**WIDE),
+            vision_config=transformers.CLIPVisionConfig(**TOWER),
+            image_token_index=259,
+        ),
+    ),
+    "mistral3": (
+        transformers.Mistral3ForConditionalGeneration,
+        lambda: transformers.Mistral3Config(
+            text_config=transformers.MistralConfig(**WIDE, head_dim=16),
+            vision_config=transformers.PixtralVisionConfig(**TOWER),
+            image_token_index=259,
+        ),
+    ),
+    "idefics3": (
+        transformers.Idefics3ForConditionalGeneration,
+        lambda: transformers.Idefics3Config(
+            text_config=transformers.LlamaConfig(**WIDE, pad_token_id=258), vision_config=dict(TOWER), image_token_id=259
+        ),
+    ),
+}
 NAMED: dict[str, tuple[Any, Any]] = {
-    "deepseek v2": (T.DeepseekV2ForCausalLM, lambda: T.DeepseekV2Config(**MLA)),
-    "deepseek v2 lite": (T.DeepseekV2ForCausalLM, lambda: T.DeepseekV2Config(**{**MLA, "q_lora_rank": None})),
-    "deepseek v3": (T.DeepseekV3ForCausalLM, lambda: T.DeepseekV3Config(**MLA, n_group=2, topk_group=1)),
-    "gpt-oss": (T.GptOssForCausalLM, lambda: T.GptOssConfig(**WIDE, head_dim=16, num_local_experts=4, num_experts_per_tok=2,
-                                                            sliding_window=16)),
-    "modernbert": (T.ModernBertForMaskedLM, lambda: T.ModernBertConfig(**SMALL, pad_token_id=0, cls_token_id=1, sep_token_id=2)),
-    "distilbert": (T.DistilBertModel, lambda: T.DistilBertConfig(vocab_size=272, dim=64, hidden_dim=128, n_layers=2, n_heads=4,
-                                                                 max_position_embeddings=256)),
-    "deberta": (T.DebertaV2ForSequenceClassification, lambda: T.DebertaV2Config(**SMALL)),
-    "qwen3-next": (T.Qwen3NextForCausalLM, lambda: T.Qwen3NextConfig(
-        **MOE, num_experts=4, shared_expert_intermediate_size=32, linear_key_head_dim=16, linear_value_head_dim=16,
-        linear_num_key_heads=2, linear_num_value_heads=4, layer_types=["linear_attention", "full_attention"])),
-}  # fmt: skip
+    "deepseek v2": (transformers.DeepseekV2ForCausalLM, lambda: transformers.DeepseekV2Config(**MLA)),
+    "deepseek v2 lite": (
+        transformers.DeepseekV2ForCausalLM,
+        lambda: transformers.DeepseekV2Config(**{**MLA, "q_lora_rank": None}),
+    ),
+    "deepseek v3": (transformers.DeepseekV3ForCausalLM, lambda: transformers.DeepseekV3Config(**MLA, n_group=2, topk_group=1)),
+    "gpt-oss": (
+        transformers.GptOssForCausalLM,
+        lambda: transformers.GptOssConfig(**WIDE, head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=16),
+    ),
+    "modernbert": (
+        transformers.ModernBertForMaskedLM,
+        lambda: transformers.ModernBertConfig(**SMALL, pad_token_id=0, cls_token_id=1, sep_token_id=2),
+    ),
+    "distilbert": (
+        transformers.DistilBertModel,
+        lambda: transformers.DistilBertConfig(
+            vocab_size=272, dim=64, hidden_dim=128, n_layers=2, n_heads=4, max_position_embeddings=256
+        ),
+    ),
+    "deberta": (transformers.DebertaV2ForSequenceClassification, lambda: transformers.DebertaV2Config(**SMALL)),
+    "qwen3-next": (
+        transformers.Qwen3NextForCausalLM,
+        lambda: transformers.Qwen3NextConfig(
+            **MOE,
+            num_experts=4,
+            shared_expert_intermediate_size=32,
+            linear_key_head_dim=16,
+            linear_value_head_dim=16,
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            layer_types=["linear_attention", "full_attention"],
+        ),
+    ),
+}
 TOKENS = torch.randint(3, 250, (2, 20), generator=torch.Generator().manual_seed(1))
 
 
@@ -164,10 +224,11 @@ def test_a_tower_as_older_files_name_it(tmp_path: Path) -> None:
 
 
 def test_experts_in_another_layout_are_told_apart(tmp_path: Path) -> None:
-    config = T.Qwen3VLMoeConfig(text_config={**MOE, **TURNS, "num_experts": 4}, vision_config={"depth": 2, "hidden_size": 64,
-                                "intermediate_size": 128, "out_hidden_size": 64, "num_heads": 4, "patch_size": 14,
-                                "deepstack_visual_indexes": [0]}, **QWEN)  # fmt: skip
-    source = made(tmp_path / "model", T.Qwen3VLMoeForConditionalGeneration, config)
+    tower = {"depth": 2, "hidden_size": 64, "intermediate_size": 128, "out_hidden_size": 64, "num_heads": 4, "patch_size": 14}
+    config = transformers.Qwen3VLMoeConfig(
+        text_config={**MOE, **TURNS, "num_experts": 4}, vision_config={**tower, "deepstack_visual_indexes": [0]}, **QWEN
+    )
+    source = made(tmp_path / "model", transformers.Qwen3VLMoeForConditionalGeneration, config)
     with pytest.raises(CompressError, match=r"transformers makes .model.language_model.layers.0.mlp.experts.* of another layout"):
         _ = open_model(str(source)).graph
 
@@ -263,17 +324,19 @@ def test_experts_of_another_layout_stay_and_the_user_is_told(tmp_path: Path) -> 
     assert any("2 modules of experts" in remark for remark in model.remarks)
 
 
-UNNAMED = T.MPNetConfig(**SMALL, pad_token_id=1)
+UNNAMED = transformers.MPNetConfig(**SMALL, pad_token_id=1)
 
 
 def test_the_line_that_is_offered_leaves_what_nobody_knows(text: Path, tmp_path: Path) -> None:
-    source = made(tmp_path / "model", T.MPNetModel, UNNAMED)
+    source = made(tmp_path / "model", transformers.MPNetModel, UNNAMED)
     with pytest.raises(CompressError, match="cannot tell what these compute") as caught:
         ran(tmp_path / "run", source, text, "native")
     offered = yaml.safe_load(str(caught.value).rpartition("put into the recipe: ")[2])
     done = ran(tmp_path / "run", source, text, "compressed_tensors", "native", **offered)
     assert set(done.state.codes) == {f"layers.{i}.mlp.{role}" for i in range(2) for role in ("up", "down")}
-    same_as_its_matrices(done, source, T.MPNetModel, {"compressed_tensors": stock(T.MPNetModel), "native": packed})
+    same_as_its_matrices(
+        done, source, transformers.MPNetModel, {"compressed_tensors": stock(transformers.MPNetModel), "native": packed}
+    )
     for folder, _ in done.artifacts.values():  # nothing of the recipe is needed to read them
         assert main(["inspect", str(folder)]) == 0
 
@@ -285,7 +348,9 @@ def test_a_recipe_leaves_matrices_that_have_names(family: Any, text: Path, tmp_p
     assert left.state.graph.left == ("model.layers.0.self_attn.k_proj", "model.layers.1.self_attn.k_proj")
     for folder, _ in left.artifacts.values():
         assert main(["inspect", str(folder)]) == 0
-    same_as_its_matrices(left, family("llama"), T.LlamaForCausalLM, {"compressed_tensors": stock(T.LlamaForCausalLM)})
+    same_as_its_matrices(
+        left, family("llama"), transformers.LlamaForCausalLM, {"compressed_tensors": stock(transformers.LlamaForCausalLM)}
+    )
 
 
 @pytest.mark.parametrize(("pattern", "says"), [
@@ -306,4 +371,4 @@ def test_a_native_artifact_says_by_which_classes_it_loads(family: Any, text: Pat
     folder, _ = ran(tmp_path, family("llama"), text, "native").artifacts["native"]
     assert runtime.load(folder) is not None
     with pytest.raises(CompressError, match="told by transformers' Auto classes only"):
-        T.LlamaForCausalLM.from_pretrained(folder)
+        transformers.LlamaForCausalLM.from_pretrained(folder)

@@ -90,9 +90,9 @@ class Model:
                          "compressed (transposed, or with biases); they stay as they are")  # fmt: skip
         extra = passed_over(self.checkpoint.specs, self.skeleton()) if self.has_weights else []
         if extra:
-            found.append(f"{self.folder}: {len(extra)} tensors, the first '{extra[0]}', are none that transformers loads, such as "
-                         "those of a layer that predicts further tokens; they go along unchanged into artifacts of safetensors, "
-                         "and not into gguf and onnx")  # fmt: skip
+            found.append(f"{self.folder}: {len(extra)} tensors, the first '{extra[0]}', are none that transformers loads, such "
+                         "as those of a layer that predicts further tokens; they go along unchanged into artifacts of "
+                         "safetensors, and not into gguf and onnx")  # fmt: skip
         return found
 
     def skeleton(self) -> nn.Module:

@@ -117,8 +117,9 @@ def skeleton(config: Any) -> nn.Module:
 
 
 def stand_on(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Make a skeleton say that it is on a device: a model's code may ask itself for it, and it is that of its first parameter."""
-    for module in model.modules():
+    """Put a skeleton with towers on a device: it asks its first parameter, which is a tower's and stays on meta."""
+    config: Any = model.config
+    for module in model.modules() if config.get_text_config() is not config else ():
         if isinstance(module, transformers.PreTrainedModel):
             held: dict[str, Any] = {"_stand": nn.Parameter(torch.empty(0, device=device, dtype=dtype), requires_grad=False)}
             module._parameters = {**held, **module._parameters}
