@@ -264,6 +264,9 @@ def test_what_transformers_does_not_load_goes_along(
     extra = {n for n in before if n.startswith(where.partition(".layers.0")[0])}
     done = ran(tmp_path / "run", folder, text, "compressed_tensors", "native")
     same_as_its_matrices(done, plain, kind, {"compressed_tensors": stock(kind), "native": packed})
+    told_of = json.loads((done.artifacts["compressed_tensors"][0] / "config.json").read_text())["quantization_config"]["ignore"]
+    joins = next(n for n in extra if n.endswith((".eh_proj.weight", ".fc.weight")))
+    assert joins.removesuffix(".weight") in told_of, "engines that load it are to take it as it is"
     for path, _ in done.artifacts.values():
         after = load_file(next(path.glob("*.safetensors")))
         assert all(torch.equal(before[n], after[n]) for n in extra)
