@@ -91,7 +91,7 @@ def opened(path: Path) -> tuple[Model, State, Kind | None]:
     if kind:
         return kind.open_artifact(path), kind.read(path), kind
     check_marks(path)  # what is no kind of artifact may have been one
-    model = open_model(str(path))
+    model = open_model(str(path), leave=None)
     return model, model.state, None
 
 
@@ -216,11 +216,11 @@ def run_facts(folder: Path) -> dict[str, Any]:
 def original_of(options: argparse.Namespace) -> Model | None:
     """The model to compare with; ModelError where it is that of a run and has changed since."""
     if options.against:
-        return open_model(str(options.against), say=tell)
+        return open_model(str(options.against), say=tell, leave=None)
     recipe = recipe_of(options.what)
     if recipe is None:
         return None
-    model = open_model(recipe.document.model, recipe.base, tell)
+    model = open_model(recipe.document.model, recipe.base, tell, recipe.document.leave)
     folder = next(f for f in (options.what, Path(os.path.realpath(options.what)).parent) if is_run(f))
     if digest(model.identity()) != run_facts(folder).get("root"):
         raise ModelError(

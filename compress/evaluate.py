@@ -177,5 +177,6 @@ def sizes(state: State, tensor_bytes: int) -> Sizes:
     linear = graph.linear
     dense = Dense(state.dtype)
     stored = sum((state.format(s) or dense).nbytes(s.shape) for s in linear)
-    weights = total(graph) + sum(math.prod(shape) for shape in graph.parameters.values())
+    own = {s.weight for s in graph} | {s.joined for s in graph if s.expert is not None}
+    weights = total(graph) + sum(math.prod(spec.shape) for spec in state.specs if spec.name not in own)
     return Sizes(tensor_bytes, 8 * stored / total(linear), 8 * tensor_bytes / weights)

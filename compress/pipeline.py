@@ -24,7 +24,6 @@ from compress.export.artifact.files import sha256
 from compress.export.artifact.place import place, refuse_foreign
 from compress.manager import Context, Pass
 from compress.model import data
-from compress.model.custom import code_passed_over
 from compress.model.speed import computing
 from compress.prepare import Prepared, prepare, proof_tokens
 from compress.recipe import Recipe
@@ -73,7 +72,7 @@ def plan(
         _ = ready.model.state, ready.calibration, ready.evaluation  # their mistakes are known now, not after hours
         RunFolder(out).refuse_foreign()
         ready = decided(ready, out, measure, device, console)
-    remarks = [*ready.model.remarks, *code_passed_over(ready.model.folder)]
+    remarks = list(ready.model.remarks)
     remarks += [r for e in ready.exports for r in e.remarks(ready.foreseen)]
     if not ready.model.has_weights:
         remarks.append(f"{ready.model.folder} holds no weights: sizes are those of the config in {str(ready.start.dtype)[6:]}")
@@ -191,7 +190,7 @@ def run(
     for exporter in ready.exports:
         refuse_foreign(out / exporter.name)
     with RunFolder(out).held():
-        for remark in (*ready.model.remarks, *code_passed_over(ready.model.folder)):
+        for remark in ready.model.remarks:
             console.note(f"note: {remark}")
         write_atomic(out / "recipe.resolved.yaml", ready.recipe.resolved(ready.recipe.base, out).encode())
         write_atomic(out / "run.json", json.dumps(run_record(ready), indent=1).encode())

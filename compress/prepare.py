@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from compress import manager
-from compress.errors import CompressError, ExportError
+from compress.errors import CompressError, ExportError, MatchError
 from compress.export.artifact.carried import carried
 from compress.export.artifact.exporter import Exporter
 from compress.export.table import EXPORTERS
@@ -71,10 +71,11 @@ def prepare(path: Path, overrides: Sequence[str] = (), say: Say = silent) -> Pre
     """Read a recipe and check it: options, order, patterns, formats against shapes, exporters against formats."""
     recipe = load(path, PASSES, EXPORTERS, overrides)
     try:
-        model = open_model(recipe.document.model, recipe.base, say)
+        model = open_model(recipe.document.model, recipe.base, say, recipe.document.leave)
         _ = model.graph
     except CompressError as e:
-        raise type(e)(f"{recipe.place(('model',))}  {e}") from None
+        place = ("leave",) if isinstance(e, MatchError) else ("model",)
+        raise type(e)(f"{recipe.place(place)}  {e}") from None
     start = model.state if model.has_weights else model.bare
     if recipe.exports and model.has_weights:
         carried(model.folder)  # whether all that goes along into artifacts can, before anything is computed

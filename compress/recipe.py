@@ -32,6 +32,7 @@ class Document(BaseModel):
     model: str = Field(description="a local folder, a GGUF file, or a hub id, optionally id@revision")
     out: str | None = Field(None, description="the run folder; default: runs/ beside where you are, named like the recipe")
     seed: int = Field(0, ge=0, description="seed of everything random")
+    leave: list[str] = Field([], description="patterns of module paths whose matrices no pass sees, and that stay as they are")
     data: Data = Field(Data(calibration=None, evaluation=None), description="texts to calibrate and to evaluate on")
     passes: list[dict[str, Any]] = Field([], description="what to do, in order: a list of {pass: options}")
     export: list[dict[str, Any]] = Field([], description="what to write: a list of {exporter: options}")

@@ -25,7 +25,7 @@ from compress.documents import local_path
 from compress.errors import CompressError, ModelError, RecipeError
 from compress.manager import Context, Pass
 from compress.model.discover import discover
-from compress.model.names import anchor, check_tensors
+from compress.model.names import anchor, check_tensors, layers_beyond, passed_over
 from compress.model.skeleton import skeleton
 from compress.model.vocabulary import NAMES_IDS, closed, cut_tokenizer, keep_list, numbers, with_new_ids
 from compress.state import Aspect, Fact, State
@@ -70,7 +70,8 @@ class Edit(Pass):
         if self.drop_layers:
             kept = self._kept(state)
             shorten(config, len(state.graph.blocks), kept)
-            names = renumbered([s.name for s in specs], stack_of(state), kept)
+            beyond = layers_beyond(state.graph, places, skeleton(state.config))  # they predict further tokens, and stay the last
+            names = renumbered([s.name for s in specs], stack_of(state), [*kept, *sorted(beyond)])
             places = {new: old for old, new in names.items()}
             specs = [replace(s, name=names[s.name]) for s in specs if s.name in names]
             same_layers(state, config, kept)
@@ -81,7 +82,7 @@ class Edit(Pass):
                 specs += [replace(spec, name=head) for spec in specs if spec.name == embed]
             places[head] = places[embed]
         dense = state.dense.moved(places)
-        graph = anchor(discover(skeleton(config), config), dense)
+        graph = anchor(discover(model := skeleton(config), config, state.graph.leave), dense, model)
         check_tensors(graph, dense)
         state = replace(state, graph=graph, config=config, specs=tuple(specs), dense=dense)
         return state if self.vocab is None else with_tokens(state, self._tokens(state))
@@ -164,7 +165,7 @@ def untied(state: State, config: Any) -> tuple[str, str]:
     head = state.graph.sites.get("lm_head")
     if head is None or head.tied is None:
         raise RecipeError("the output head has a matrix of its own already; leave 'untie' out", ("untie",))
-    graph = discover(skeleton(config), config)
+    graph = discover(skeleton(config), config, state.graph.leave)
     if graph["lm_head"].tied:
         raise ModelError(f"'{state.graph.family}' ties its head to its embedding whatever the config says; it cannot be untied")
     return graph["lm_head"].weight, state.graph["embed"].weight
@@ -185,7 +186,7 @@ def with_tokens(state: State, kept: tuple[int, ...]) -> State:
         if hasattr(part, "vocab_size"):
             part.vocab_size = len(kept)
     model = skeleton(config)
-    graph = discover(model, config)
+    graph = discover(model, config, state.graph.leave)
     tables = [m for p, m in model.named_modules() if isinstance(m, nn.Embedding) and p != graph["embed"].module]
     counted = any(table.padding_idx is not None for table in tables)
     if counted and config.pad_token_id != state.config.pad_token_id:
@@ -195,7 +196,13 @@ def with_tokens(state: State, kept: tuple[int, ...]) -> State:
     for ours, theirs in zip(specs, state.specs, strict=True):
         if ours.shape != theirs.shape and (theirs.shape[0], ours.shape) != (size, (len(kept), *theirs.shape[1:])):
             raise ModelError(f"with other tokens '{ours.name}' would not only lose rows; this vocabulary cannot be cut")
-    anchored = anchor(graph, Bare(state.dense.folder, specs))
+    extra = passed_over([spec.name for spec in specs], model)
+    odd = next((spec.name for spec in specs if spec.name in extra and size in spec.shape), None)
+    if odd is not None:
+        raise ModelError(
+            f"'{odd}', which transformers does not load, has a row for every token as well; its vocabulary cannot be cut"
+        )
+    anchored = anchor(graph, Bare(state.dense.folder, specs), model)
     check_tensors(anchored, Bare(state.dense.folder, specs))
     return replace(state, graph=anchored, config=config, specs=specs, vocabulary=kept)
 

@@ -6,6 +6,7 @@ Needs the `gguf` package, which the product itself does not.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from compress import pipeline
 from compress.cli import main
@@ -38,7 +40,7 @@ from compress.state import State
 from compress.state.plan import BitPlan
 from tests import stock
 from tests.conftest import FAMILIES, make_model
-from tests.cooking import bake
+from tests.cooking import bake, steps
 from tests.test_native import same_state
 
 oracle = pytest.importorskip("gguf", reason="needs the gguf package (pip install gguf)")
@@ -321,10 +323,15 @@ def test_refused_beforehand(family: Any, name: str, form: str, says: str) -> Non
         gguf.Gguf().check(foreseen(family(name), form, {}))
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
+
+
 @pytest.mark.parametrize(("change", "says"), [
     ({"hidden_act": "gelu"}, "computes 'llama' with silu, and this model has gelu"),
-    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}},
-     "rotary embeddings of the type 'yarn' are not written"),
+    ({"rope_parameters": {**YARN, "attention_factor": 1.0}}, "YaRN has attention_factor 1, and llama.cpp computes with 1.06931"),
+    ({"rope_parameters": {**YARN, "beta_fast": 16}}, "YaRN has beta_fast 16, and llama.cpp computes with 32"),
+    ({"rope_parameters": {**YARN, "truncate": False}}, "YaRN has truncate 0"),
+    ({"rope_parameters": {**YARN, "rope_type": "dynamic"}}, "rotary embeddings of the type 'dynamic' are not written"),
 ])  # fmt: skip
 def test_configs_that_llama_cpp_has_no_keys_for(family: Any, tmp_path: Path, change: dict[str, Any], says: str) -> None:
     folder = Path(shutil.copytree(family("llama"), tmp_path / "model"))
@@ -357,3 +364,37 @@ def test_what_plan_says(family: Any) -> None:
         "gguf: llama.cpp has no sliding window of 16 tokens for 'mistral', so the file gives the model a context of 16",
     ]
     assert gguf.Gguf().remarks(foreseen(family("llama"), "bf16", {})) == []
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("more", [{}, {"mscale": 1.0, "mscale_all_dim": 0}, {"attention_factor": 1.0693147}])
+def test_yarn_is_written_as_llama_cpp_computes_it(
+    family: Any, text: Path, tmp_path: Path, name: str, more: dict[str, Any]
+) -> None:
+    """From the three keys that the file holds, by llama.cpp's formulas, come the frequencies and the factor of transformers."""
+    folder = Path(shutil.copytree(family(name), tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rope_parameters": {**YARN, **more}}))
+    artifact = artifact_of(bake(tmp_path, folder, None, "gguf", steps("int4:g32")))
+    keys, opened = read_file(artifact / FILE).metadata, open_model(str(folder)).config
+    arch = {"llama": "llama"}.get(name, name)
+    assert keys[f"{arch}.rope.scaling.type"] == "yarn"
+    factor, original = keys[f"{arch}.rope.scaling.factor"], keys[f"{arch}.rope.scaling.original_context_length"]
+    wanted, scale = ROPE_INIT_FUNCTIONS["yarn"](opened, torch.device("cpu"))
+    size, base = 16, keys[f"{arch}.rope.freq_base"]
+    low, high = (size * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base)) for turns in (32, 1))
+    low, high = max(0, math.floor(low)), min(size - 1, math.ceil(high))
+    mix = 1 - ((torch.arange(size // 2) - low) / max(0.001, high - low)).clamp(0, 1)
+    plain = base ** (-torch.arange(0, size, 2) / size)
+    torch.testing.assert_close(plain / factor * (1 - mix) + plain * mix, wanted, rtol=1e-4, atol=1e-7)
+    assert scale == pytest.approx(1 + 0.1 * math.log(factor))
+
+
+def test_llama3_is_refused_where_llama_cpp_has_no_factors(family: Any, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(family("qwen2"), tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope["original_max_position_embeddings"] = 64
+    (folder / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+    with pytest.raises(ExportError, match="no rotary embeddings of the type 'llama3' for 'qwen2'"):
+        gguf.Gguf().check(foreseen(folder, "int4:g32", {}))

@@ -33,7 +33,7 @@ from compress.formats import Dense, Int, parse
 from compress.model.model import open_model
 from compress.state import State
 from compress.state.plan import BitPlan
-from tests.conftest import ROOT, make_model
+from tests.conftest import ROOT, SMALL, make_model
 from tests.cooking import bake
 from tests.test_native import same_state
 
@@ -235,6 +235,15 @@ def test_blocks_beyond_nine_are_not_mistaken() -> None:
 def test_refused_beforehand(family: Any, form: str, pins: dict[str, str], says: str) -> None:
     with pytest.raises(ExportError, match=says):
         gptq.Gptq().check(foreseen(family("llama"), form, pins))
+
+
+@pytest.mark.parametrize(("rows", "bits", "way"), [(274, 8, "pin it to bf16, or"), (272, 3, "pin it to 8 bits or bf16, or")])
+def test_a_head_that_does_not_fill_words_is_told_what_would(family: Any, tmp_path: Path, rows: int, bits: int, way: str) -> None:
+    """8 bits are no way out for what has 8 bits."""
+    config = transformers.LlamaConfig(**{**SMALL, "vocab_size": rows}, num_key_value_heads=2)
+    model = make_model(tmp_path, config)
+    with pytest.raises(ExportError, match=way):
+        gptq.Gptq().check(foreseen(model, "int4:g32", {"lm_head": f"int{bits}:g32"}))
 
 
 def test_experts_are_refused(family: Any) -> None:

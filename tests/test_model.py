@@ -204,8 +204,8 @@ UNREADABLE: dict[str, tuple[Any, tuple[str, ...]]] = {
     "clip": (transformers.CLIPConfig, ("found architecture 'clip'", "no language model")),
     "mamba": (lambda: transformers.MambaConfig(**TINY),
               ("MambaForCausalLM: found 2 known matrices but cannot tell what these compute", "layers.0.mixer.in_proj")),
-    "gpt_oss": (lambda: transformers.GptOssConfig(**HEADED, num_key_value_heads=2, head_dim=16, num_local_experts=4),
-                ("GptOssForCausalLM: found 8 known matrices but cannot tell", "model.layers.0.mlp.experts")),
+    "albert": (lambda: transformers.AlbertConfig(**HEADED, num_hidden_groups=1, architectures=["AlbertModel"]),
+               ("AlbertModel: passes 2 times through 1 set(s) of weights", "share the weights of layers")),
 }  # fmt: skip
 
 

@@ -73,7 +73,9 @@ class Narrow(Scale):
         config.intermediate_size = 64
         shapes = {s.weight: (64, 64) for s in state.graph if s.role in ("gate", "up", "down")}
         specs = tuple(replace(spec, shape=shapes.get(spec.name, spec.shape)) for spec in state.specs)
-        return replace(state, graph=anchor(discover(skeleton(config), config), state.dense), config=config, specs=specs)
+        return replace(
+            state, graph=anchor(discover(model := skeleton(config), config), state.dense, model), config=config, specs=specs
+        )
 
     def run(self, state: State, ctx: Context) -> State:
         made = self.foresee(state)

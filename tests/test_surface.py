@@ -52,8 +52,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 DATA: dict[type, dict[str, Any]] = {
-    Document: {"model": ..., "out": None, "seed": 0, "data": {"calibration": None, "evaluation": None}, "passes": [],
-               "export": []},
+    Document: {"model": ..., "out": None, "seed": 0, "leave": [], "data": {"calibration": None, "evaluation": None},
+               "passes": [], "export": []},
     Data: {"calibration": None, "evaluation": None},
     Text: {"text": None, "jsonl": None, "dataset": None, "field": "text", "split": "train", "weight": 1.0},
     Windows: {"text": None, "jsonl": None, "dataset": None, "field": "text", "split": "train", "weight": 1.0, "sequences": 128,

@@ -25,7 +25,7 @@ def bare_model(name: str, folder: Path) -> Model:
     path = gguf_file(name, Path())
     known: tuple[str, ...] = ()
     if path and (source := made_before(path)):
-        return replace(open_model(str(source.folder)), name=name, remarks=source.remarks)
+        return replace(open_model(str(source.folder)), name=name, source_remarks=source.remarks)
     if path:
         known = remarks(path, read_types(path)[0])
         write_config(path, folder)
@@ -37,7 +37,7 @@ def bare_model(name: str, folder: Path) -> Model:
         model = open_model(str(folder))
     except ModelError as e:
         raise ModelError(str(e).replace(str(folder), name)) from None
-    return replace(model, name=name, remarks=known)
+    return replace(model, name=name, source_remarks=known)
 
 
 def fetched_config(name: str) -> Path:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import ModelError
-from compress.model.names import candidates
+from compress.model.names import places
 from compress.state import State
 from compress.state.graph import Site
 
@@ -56,6 +56,7 @@ class Binding:
     def __init__(self, state: State, model: nn.Module, dtype: torch.dtype):
         self.dtype = dtype
         self.precise = kept_in_fp32(model, state.dtype)
+        self.places = places(model, state.dense.specs)
         self.meta = {name: p for name, p in model.named_parameters(remove_duplicate=False)}
         self.sites: dict[str, list[Site]] = {}
         for site in state.graph:
@@ -114,7 +115,7 @@ class Binding:
 
     def _read(self, state: State, *names: str) -> Tensor | None:
         """The tensor that the checkpoint holds under one of these names of the module tree, in the dtype to compute in."""
-        found = [h for name in names for h in candidates(name, state.graph.family) if h in state.dense]
+        found = [self.places[name] for name in names if self.places.get(name, "") in state.dense]
         if not found:
             return None
         tensor = state.dense.read_finite(found[0])

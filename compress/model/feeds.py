@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compress.errors import ModelError, first_line
-from compress.model.names import candidates
+from compress.model.names import places
 from compress.model.skeleton import is_experts, is_matrix, skeleton
 from compress.state import State
 from compress.state.graph import Feed, Norm, Site
@@ -35,24 +35,25 @@ Key = tuple[int | None, str]  # block and input_key
 
 def norms(state: State) -> dict[str, Norm]:
     """Every norm of the model, by its path in the module tree, in the order of its modules."""
-    return _norms(state, skeleton(state.config))
+    model = skeleton(state.config)
+    return _norms(state, model, places(model, (spec.name for spec in state.specs)))
 
 
-def _norms(state: State, model: nn.Module) -> dict[str, Norm]:
-    known, family = {spec.name for spec in state.specs}, state.graph.family
+def _norms(state: State, model: nn.Module, held: Mapping[str, str]) -> dict[str, Norm]:
     found: dict[str, Norm] = {}
     for path, module in model.named_modules():
-        weight = _held(f"{path}.weight", family, known) if _is_norm(module) and not is_matrix(module) else None
+        weight = held.get(f"{path}.weight") if _is_norm(module) and not is_matrix(module) else None
         if weight is not None:
             block = next((b.index for b in state.graph.blocks if path.startswith(f"{b.module}.")), None)
-            found[path] = Norm(block, weight, _held(f"{path}.bias", family, known), _offset(module))
+            found[path] = Norm(block, weight, held.get(f"{path}.bias"), _offset(module))
     return found
 
 
 def feeds(state: State) -> dict[Key, Feed]:
     """(block, input_key) -> the norm that feeds it, for every input that one feeds directly."""
     model = skeleton(state.config)
-    held = _norms(state, model)
+    there = places(model, (spec.name for spec in state.specs))
+    held = _norms(state, model, there)
     sites: dict[str, list[Site]] = {}
     for site in state.graph:
         sites.setdefault(site.module, []).extend([site] if site.expert is None or site.role != "down" else [])
@@ -60,28 +61,23 @@ def feeds(state: State) -> dict[Key, Feed]:
     for path, readers in _trace(model.to("meta")).items():
         mine = [s for reader in readers for s in sites.get(reader, [])]
         if mine and path in held:
-            feed = _feed(state, model, held[path], path, mine, [r for r in readers if r not in sites])
+            others = {r: there.get(f"{r}.weight") for r in readers if r not in sites and _is_router(model, r)}
+            stray = next((r for r in readers if r not in sites and not others.get(r)), None)
+            feed = _feed(state, held[path], path, mine, [name for name in others.values() if name], stray)
             found |= dict.fromkeys(((s.block, s.input_key) for s in mine), feed)
     return found
 
 
-def _feed(state: State, model: nn.Module, norm: Norm, path: str, mine: list[Site], others: list[str]) -> Feed:
-    """What is known of a norm that the sites `mine` read, and the modules `others`."""
-    known = {spec.name for spec in state.specs}
-    routers = {p: _held(f"{p}.weight", state.graph.family, known) for p in others if _is_router(model, p)}
-    stray, obstacle = next((p for p in others if not routers.get(p)), None), ""
+def _feed(state: State, norm: Norm, path: str, mine: list[Site], others: list[str], stray: str | None) -> Feed:
+    """What is known of a norm that the sites `mine` read, the matrices `others`, and, where there is one, a `stray` module."""
+    obstacle = ""
     if norm.offset is None:
         obstacle = f"'{path}' does not multiply by its weight"
     elif any(s.tied or any(o.tied == s.name for o in state.graph) for s in mine):
         obstacle = f"'{mine[0].name}' shares its matrix with another, which does not read '{path}'"
     elif stray is not None:
         obstacle = f"'{stray or 'the model'}' reads what '{path}' puts out as well"
-    names = tuple(name for name in routers.values() if name)
-    return Feed(norm.weight, norm.bias, norm.offset, tuple(s.name for s in mine), names, obstacle)
-
-
-def _held(name: str, family: str, known: set[str]) -> str | None:
-    return next((n for n in candidates(name, family) if n in known), None)
+    return Feed(norm.weight, norm.bias, norm.offset, tuple(s.name for s in mine), tuple(others), obstacle)
 
 
 def _is_router(model: nn.Module, path: str) -> bool:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,13 @@ import transformers
 from torch import nn
 
 from compress.documents import local_path, one_line
-from compress.errors import ModelError, first_line
+from compress.errors import MatchError, ModelError, first_line, nearest
 from compress.model.config import believed, checked_config, rehearse
-from compress.model.custom import refuse_code
+from compress.model.custom import code_passed_over, refuse_code
 from compress.model.discover import discover
 from compress.model.gguf_source import Say, Source, silent, source_of
-from compress.model.names import anchor, check_tensors, held
-from compress.model.skeleton import skeleton
+from compress.model.names import anchor, check_tensors, held, passed_over, places
+from compress.model.skeleton import is_matrix, skeleton
 from compress.state import State
 from compress.state.checkpoint import INDEX, SINGLE, Checkpoint, Spec, within
 from compress.state.graph import Graph
@@ -39,14 +41,16 @@ HUB_ID = re.compile(r"(?!\.)[\w.-]+/[\w.-]+(@[\w./-]+)?")
 @dataclass(frozen=True)
 class Model:
     """An opened model: its folder and config; weights stay on disk. declared: the config's values as config.json has them, where
-    `config` has others because the weights say so. remarks: what a user should know of its weights."""
+    `config` has others because the weights say so. source_remarks: what to know of where the weights come from. leave: patterns
+    of modules whose matrices are no sites, see `discover`."""
 
     folder: Path
     config: Any
     name: str
     revision: str | None = None
     declared: dict[str, Any] = field(default_factory=dict, compare=False)
-    remarks: tuple[str, ...] = field(default=(), compare=False)
+    source_remarks: tuple[str, ...] = field(default=(), compare=False)
+    leave: tuple[str, ...] | None = ()
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -74,11 +78,27 @@ class Model:
 
     @cached_property
     def graph(self) -> Graph:
-        graph = structure(self.config, self.folder)
+        model, graph = structure(self.config, self.folder, self.leave)
+        check_leave(self.leave or (), graph, model)
         if self.has_weights:
-            graph = anchor(graph, self.checkpoint)
+            graph = anchor(graph, self.checkpoint, model)
             check_tensors(graph, self.checkpoint)
         return graph
+
+    @cached_property
+    def remarks(self) -> list[str]:
+        """What to know of the model: what of it is not compressed, or not even loaded."""
+        found = [*self.source_remarks, *code_passed_over(self.folder)]
+        odd = [path for path in self.graph.left if not any(fnmatchcase(path, pattern) for pattern in self.leave or ())]
+        if odd:
+            found.append(f"{self.folder}: {len(odd)} modules of experts, the first '{odd[0]}', keep them in a layout that is not "
+                         "compressed (transposed, or with biases); they stay as they are")  # fmt: skip
+        extra = passed_over(self.checkpoint.specs, self.skeleton()) if self.has_weights else []
+        if extra:
+            found.append(f"{self.folder}: {len(extra)} tensors, the first '{extra[0]}', are none that transformers loads, such "
+                         "as those of a layer that predicts further tokens; they go along unchanged into artifacts of "
+                         "safetensors, and not into gguf and onnx")  # fmt: skip
+        return found
 
     def skeleton(self) -> nn.Module:
         return skeleton(self.config)
@@ -111,14 +131,15 @@ class Model:
     def identity(self) -> dict[str, str]:
         """What makes two models the same, wherever they lie: config and weights by hash."""
         config = {k: v for k, v in self.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-        return {"config": json.dumps(config, sort_keys=True, default=str), "weights": self.checkpoint.fingerprint}
+        found = {"config": json.dumps(config, sort_keys=True, default=str), "weights": self.checkpoint.fingerprint}
+        return found | ({"leave": json.dumps(self.leave)} if self.leave else {})
 
 
-def open_model(name: str, base: Path = Path(), say: Say = silent) -> Model:
+def open_model(name: str, base: Path = Path(), say: Say = silent, leave: Sequence[str] | None = ()) -> Model:
     """A local folder (or its config.json), a GGUF file, or a hub id, optionally ``id@revision``.
 
-    A relative path is looked up from `base`; `say` is told what takes long. Raises ModelError when nothing is there or the config
-    cannot be read.
+    A relative path is looked up from `base`; `say` is told what takes long. `leave`: see `discover`; None where nothing is to be
+    compressed. Raises ModelError when nothing is there or the config cannot be read.
     """
     source = source_of(name, base, say) or Source(*folder_of(name, base))
     folder = source.folder
@@ -135,13 +156,25 @@ def open_model(name: str, base: Path = Path(), say: Say = silent) -> Model:
     except Exception as e:  # transformers raises whatever the config's author's code raises
         raise ModelError(f"{path}: transformers cannot read it ({first_line(e)})") from e
     rehearse(lambda: skeleton(config), path)
-    return Model(folder, as_stored(config, folder), name, source.revision, config.to_dict(), source.remarks)
+    leave = None if leave is None else tuple(leave)
+    return Model(folder, as_stored(config, folder), name, source.revision, config.to_dict(), source.remarks, leave)
 
 
-def structure(config: Any, folder: Path) -> Graph:
-    """The graph of a config's architecture; a ModelError that names the config where it gives none."""
+def structure(config: Any, folder: Path, leave: Sequence[str] | None) -> tuple[nn.Module, Graph]:
+    """The skeleton and the graph of a config's architecture; a ModelError that names the config where it gives none."""
     with believed(folder / "config.json", "no model can be made of it"):
-        return discover(skeleton(config), config)
+        model = skeleton(config)
+        return model, discover(model, config, leave)
+
+
+def check_leave(leave: Sequence[str], graph: Graph, model: nn.Module) -> None:
+    """MatchError for a pattern that leaves nothing."""
+    for pattern in leave:
+        if not any(fnmatchcase(path, pattern) for path in graph.left):
+            stacks = tuple(f"{block.module}." for block in graph.blocks[:1])
+            known = [p for p, m in model.named_modules() if p.startswith(stacks) and is_matrix(m)]
+            near = nearest(pattern, known) or next(iter(known), "")
+            raise MatchError(f"leave: pattern '{pattern}' matched no matrix in a layer.  Nearest: '{near}'")
 
 
 def as_stored(config: Any, folder: Path) -> Any:
@@ -152,10 +185,11 @@ def as_stored(config: Any, folder: Path) -> Any:
     text = config.get_text_config()
     if not getattr(text, "tie_word_embeddings", False) or not any((folder / name).exists() for name in (INDEX, SINGLE)):
         return config
-    graph, checkpoint = structure(config, folder), Checkpoint(folder)
+    (model, graph), checkpoint = structure(config, folder, None), Checkpoint(folder)
     if "lm_head" not in graph.sites or not graph["lm_head"].tied:
         return config
-    embed, head = (held(graph[name], graph.family, checkpoint) for name in ("embed", "lm_head"))
+    there = places(model, checkpoint.specs)
+    embed, head = (held(graph[name], there) for name in ("embed", "lm_head"))
     if embed is None or head is None or embed == head or same_bytes(checkpoint, embed, head):
         return config
     config = deepcopy(config)

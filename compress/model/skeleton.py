@@ -68,6 +68,9 @@ def auto_class(config: Any) -> str:
         return "AutoModel"
     if found.__name__.endswith("LMHeadModel"):
         return "AutoModelForCausalLM"
+    towers = transformers.AutoModelForImageTextToText._model_mapping
+    if type(config) in towers and towers[type(config)] is found:
+        return "AutoModelForImageTextToText"
     auto = f"AutoModelFor{found.__name__.rpartition('For')[2]}"
     return auto if hasattr(transformers, auto) else found.__name__
 
@@ -111,6 +114,15 @@ def skeleton(config: Any) -> nn.Module:
     except Exception as e:
         raise ModelError(f"transformers cannot build {cls.__name__} from this config ({first_line(e)})") from e
     return with_logits(model.eval().requires_grad_(False))
+
+
+def stand_on(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Put a skeleton with towers on a device: it asks its first parameter, which is a tower's and stays on meta."""
+    config: Any = model.config
+    for module in model.modules() if config.get_text_config() is not config else ():
+        if isinstance(module, transformers.PreTrainedModel):
+            held: dict[str, Any] = {"_stand": nn.Parameter(torch.empty(0, device=device, dtype=dtype), requires_grad=False)}
+            module._parameters = {**held, **module._parameters}
 
 
 def is_matrix(module: nn.Module) -> bool:

@@ -29,7 +29,7 @@ from compress.errors import ModelError
 from compress.model.binding import Binding, get_matrix, put_matrix, within
 from compress.model.experts import run_experts_one_by_one
 from compress.model.lockstep import Batch, Inputs, Lockstep
-from compress.model.skeleton import skeleton
+from compress.model.skeleton import skeleton, stand_on
 from compress.model.speed import computing
 from compress.state import State
 from compress.state.graph import Site
@@ -49,7 +49,7 @@ class Probe(nn.Module):
         self.call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self.output: Tensor | None = None
         self.stop = False
-        self.tuple_out = False
+        self.tuple_out = 0  # of how many, where blocks return tuples
         for name in ("attention_type", "layer_type", "is_sliding", "layer_idx"):  # what a model's forward may ask a layer
             if hasattr(layer, name):
                 setattr(self, name, getattr(layer, name))
@@ -62,7 +62,7 @@ class Probe(nn.Module):
         if self.stop:
             raise _Stop
         out = hidden if self.output is None else self.output
-        return (out,) if self.tuple_out else out
+        return (out, *[None] * (self.tuple_out - 1)) if self.tuple_out else out
 
 
 @dataclass
@@ -90,6 +90,7 @@ class Stream:
         self._names = Binding(state, self.model, self.dtype)
         self._spared: nn.Module | None = None  # a module outside the blocks that is not to be loaded
         self._names.load_buffers(state, self.model)
+        stand_on(self.model, self.device, self.dtype)
         self._put(self.probes)
         _move_buffers(self.model, self.device)
         for block in self.blocks:
@@ -193,7 +194,7 @@ class Stream:
         with self.block(state, 0) as block:
             kind = block(self.probes[0].hidden, *args, **kwargs)
         for probe in self.probes:
-            probe.tuple_out = isinstance(kind, tuple)
+            probe.tuple_out = len(kind) if isinstance(kind, tuple) else 0
 
     def logits(self, state: State, batches: Sequence[Batch]) -> Iterator[Tensor]:
         """The logits [b, t, vocabulary] of each batch, whose hidden states have passed all blocks."""

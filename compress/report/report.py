@@ -107,7 +107,7 @@ class Report:
         original = Layout.of(model.specs).tensor_bytes
         return cls(model.name, recipe.resolved(), state, records, scores, sizes(model.state, original),
                    sizes(state, tensor_bytes), [dict(s) for s in steps], artifacts,
-                   [*model.remarks, *starved(state.graph, records, recipe.document.data.calibration)])  # fmt: skip
+                   [*model.source_remarks, *starved(state.graph, records, recipe.document.data.calibration)])  # fmt: skip
 
     @property
     def measured(self) -> str:
@@ -241,7 +241,7 @@ def card_writer(
         parts = [f"---\nlibrary_name: {extra['library']}\ntags:\n- {extra['tag']}\n- quantized\n---",
                  f"# {name}, quantized", f"Made from `{name}` with compress. Formats: {', '.join(formats) or 'none'}.",
                  pipes(score_rows(scores, before, after), ["", "original", "this"]),
-                 *(f"{remark}." for remark in model.remarks),
+                 *(f"{remark}." for remark in model.source_remarks),
                  *([f"Perplexity and KL on {scores['compressed']['tokens']:,} tokens, windows of "
                     f"{scores['compressed']['length']}."] if scores else []),
                  "## Use", f"Loads in: {extra['loads in']}.", extra["use"],

@@ -14,15 +14,21 @@ from functools import cached_property
 
 from compress.errors import MatchError, nearest
 
-ATTENTION = ("q", "k", "v", "qkv", "o")
-FUSED_ROLES = (("q", "k", "v"), ("gate", "up"))  # an engine such as vLLM joins these into one matrix
+ATTENTION = ("q", "k", "v", "qkv", "q_a", "q_b", "kv_a", "kv_b", "z", "o")
+FUSED_ROLES = (
+    ("q", "k", "v"),
+    ("gate", "up"),
+    ("q_a", "kv_a"),
+    ("qkv", "z"),
+)  # an engine such as vLLM joins these into one matrix
 
 
 @dataclass(frozen=True)
 class Site:
     """One weight matrix.
 
-    name: ours, unique. role: what it computes (q k v qkv o gate up gate_up down embed head). shape: (out, in).
+    name: ours, unique. role: what it computes (q k v qkv o gate up gate_up down embed head; q_a q_b kv_a kv_b where q, and k
+    with v, go through a narrower vector; z, the gate of a linear attention). shape: (out, in).
     block: index of its block, None outside. input_key: sites of one block with equal keys read the same activations.
     module: path in the module tree. weight: name of its tensor in a checkpoint. transposed: stored as (in, out).
     expert: index within a 3-D tensor of experts, else None. tied: the site whose matrix this one shares, else None.
@@ -106,7 +112,8 @@ class Graph:
     """All sites and blocks of one model; frozen.
 
     family: transformers' ``model_type``. parameters: checkpoint name -> shape of every tensor that is no site.
-    causal: whether the model predicts the next token.
+    causal: whether the model predicts the next token. left: module paths of matrices in blocks that are no sites since nobody can
+    tell what they compute, or since a recipe leaves them as they are. leave: the patterns by which it says so.
     """
 
     family: str
@@ -114,6 +121,8 @@ class Graph:
     sites: dict[str, Site]
     parameters: dict[str, tuple[int, ...]] = field(default_factory=dict)
     causal: bool = True
+    left: tuple[str, ...] = ()
+    leave: tuple[str, ...] | None = None
 
     def __getitem__(self, name: str) -> Site:
         return self.sites[name]

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from compress.model.model import Model
-from compress.state.checkpoint import Checkpoint, Spec
+from compress.state.checkpoint import Checkpoint, Rows, Spec
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,9 @@ class View(Checkpoint):
 
     def read(self, name: str) -> torch.Tensor:
         return self._seen[name].make()
+
+    def read_rows(self, name: str, index: Rows) -> torch.Tensor:
+        return self._finite(name, self.read(name)[index])
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ from compress.model.model import Model, open_model
 from compress.model.skeleton import auto_class, base_prefix
 from compress.state import State
 from compress.state.checkpoint import Layout
-from compress.state.graph import Graph, Site
+from compress.state.graph import Site
 
 VLLM_PREFIX = "model"  # what vLLM calls the model in a model whose own name for it is another; it renames names, not patterns
 NUMBERED = re.compile(r"(.+?)\.(\d+)\.(.+)")  # the path of a module in a numbered block
@@ -126,7 +126,7 @@ class CompressedTensors(Exporter):
         write_card(job, folder, USE_RUNTIME if stock_obstacles(job.state) else stock_use(job))
 
     def prove(self, job: Job, folder: Path) -> Proof:
-        written = read(folder) if job.state.codes else open_model(str(folder)).state
+        written = read(folder) if job.state.codes else open_model(str(folder), leave=None).state
         same_tensors(job.state, written)
         return proven(job, written, lambda: in_engine(job, folder))
 
@@ -177,7 +177,7 @@ def quantization_config(state: State, prefix: str) -> dict[str, Any]:
         groups[f"group_{i}"] = {"targets": targets(mine, prefix), "weights": scheme(fmt), "format": "pack-quantized",
                                 "input_activations": None, "output_activations": None}  # fmt: skip
     return {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
-            "config_groups": groups, "ignore": ignored(state.graph, formats)}  # fmt: skip
+            "config_groups": groups, "ignore": ignored(state, formats)}  # fmt: skip
 
 
 def targets(sites: list[Site], prefix: str) -> list[str]:
@@ -206,11 +206,19 @@ def patterns(paths: list[str], prefix: str) -> list[str]:
             for (head, numbers), rest in tails.items()]  # fmt: skip
 
 
-def ignored(graph: Graph, formats: dict[str, Int]) -> list[str]:
-    """Modules that keep their weights: sites without a format, routers, and other matrices that are no site."""
+def ignored(state: State, formats: dict[str, Int]) -> list[str]:
+    """Modules that keep their weights: sites without a format, routers, and other matrices that are no site, or not even the
+    model's, such as those of a layer that predicts further tokens."""
+    graph = state.graph
+    own = {s.weight for s in graph} | {s.joined for s in graph if s.expert is not None}
+    further = {spec.name: spec.shape for spec in state.specs if spec.name not in own}
     left = [s for s in graph if s.name not in formats and s.role != "embed"]
     names = [p for s in left for p in ((s.stem,) if s.expert is not None else (s.module, *s.aliases))]
-    others = [n.removesuffix(".weight") for n, shape in graph.parameters.items() if n.endswith(".weight") and len(shape) == 2]
+    others = [
+        n.removesuffix(".weight")
+        for n, shape in (graph.parameters | further).items()
+        if n.endswith(".weight") and len(shape) == 2
+    ]
     return list(dict.fromkeys([*names, *others]))
 
 

@@ -44,6 +44,6 @@ def stored_at(site: Site, schemes: list[tuple[list[str], Int]], model: Model) ->
 
 def open_artifact(folder: Path) -> Model:
     contained(folder)
-    model = open_model(str(folder))
+    model = open_model(str(folder), leave=None)
     del model.config.quantization_config
     return model

@@ -117,7 +117,7 @@ class Gguf(Exporter):
 
 def source_of(state: State) -> Model | None:
     """The model that a state was opened from; None where it has only a config."""
-    return open_model(str(state.dense.folder)) if state.dense.files else None
+    return open_model(str(state.dense.folder), leave=state.graph.leave) if state.dense.files else None
 
 
 def check_integers(site: Site, fmt: Int) -> None:

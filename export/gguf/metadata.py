@@ -122,9 +122,40 @@ def rope_keys(config: Any) -> dict[str, Any]:
     kind, keys = rope.get("rope_type", "default"), {"rope.freq_base": float(rope["rope_theta"])}
     if kind == "linear":
         return keys | {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
+    if kind == "yarn":
+        return keys | yarn_keys(config, rope)
+    if kind == "llama3" and family_of(config.model_type).architecture != "llama":
+        raise ExportError(
+            f"gguf: llama.cpp has no rotary embeddings of the type 'llama3' for '{config.model_type}'; export another kind"
+        )
     if kind not in ("default", "llama3"):
         raise ExportError(f"gguf: rotary embeddings of the type '{kind}' are not written; export another kind")
     return keys
+
+
+def yarn_keys(config: Any, rope: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of YaRN; ExportError for what llama.cpp has as a constant and the model has otherwise.
+
+    From these both compute the same: the turns between which frequencies are blended, 32 and 1, with the range of dimensions made
+    whole, and the factor 0.1 ln(factor) + 1 on what is turned.
+    """
+    factor, log = float(rope["factor"]), 0.1 * math.log(max(float(rope["factor"]), 1))
+    mscale, every = (float(rope.get(key) or 0) for key in ("mscale", "mscale_all_dim"))
+    scaled = (mscale * log + 1) / (every * log + 1) if mscale and every else log + 1
+    given = rope.get("attention_factor")
+    held = {"factor": (factor, max(factor, 1)), "attention_factor": (scaled if given is None else float(given), log + 1),
+            "beta_fast": (rope.get("beta_fast") or 32, 32), "beta_slow": (rope.get("beta_slow") or 1, 1),
+            "truncate": (rope.get("truncate", True), 1),
+            "partial_rotary_factor": (rope.get("partial_rotary_factor") or 1, 1)}  # fmt: skip
+    for name, (ours, theirs) in held.items():
+        if not math.isclose(float(ours), theirs, rel_tol=1e-6):
+            raise ExportError(f"gguf: the model's YaRN has {name} {ours:g}, and llama.cpp computes with {theirs:g}; export "
+                              "another kind")  # fmt: skip
+    return {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": factor,
+        "rope.scaling.original_context_length": int(rope["original_max_position_embeddings"]),
+    }
 
 
 def rope_of(config: Any) -> Mapping[str, Any]:

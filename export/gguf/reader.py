@@ -172,7 +172,7 @@ def read(folder: Path) -> State:
 
 def opened(folder: Path) -> tuple[Viewed, Note]:
     contained(folder)
-    model, path = open_model(str(folder)), folder / FILE
+    model, path = open_model(str(folder), leave=None), folder / FILE
     check_marks(folder)
     found = read_file(path)
     note = note_of(found)
@@ -182,4 +182,4 @@ def opened(folder: Path) -> tuple[Viewed, Note]:
     missing = sorted(note.formats.keys() - model.graph.sites.keys())
     if missing:
         raise ModelError(f"{path}: {NOTE} gives a format to '{missing[0]}', which is no matrix of this model")
-    return Viewed(model.folder, model.config, model.name, view=view_of(model, found, note)), note
+    return Viewed(model.folder, model.config, model.name, leave=None, view=view_of(model, found, note)), note

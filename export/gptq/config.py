@@ -54,12 +54,21 @@ def options(fmt: Int) -> dict[str, Any]:
 def overrides(graph: Graph, formats: Mapping[str, Int], base: Int) -> dict[str, dict[str, Any]]:
     """`dynamic`: a `-:` for what stays as it is, a `+:` for every format but the base's."""
     left = [site for site in graph.linear if site.name not in formats]
-    found: dict[str, dict[str, Any]] = {f"-:{p}": {} for p in patterns(names(left, graph))}
+    modules = [*names(left, graph), *unseen(graph)]
+    found: dict[str, dict[str, Any]] = {f"-:{p}": {} for p in patterns(modules)}
     for fmt in dict.fromkeys(formats.values()):
         if fmt != base:
             sites = [graph[name] for name, held in formats.items() if held == fmt]
             found |= {f"+:{p}": options(fmt) for p in patterns(names(sites, graph))}
     return found
+
+
+def unseen(graph: Graph) -> list[str]:
+    """The modules of matrices in numbered layers that are no sites: those that a recipe leaves, and those of another tower."""
+    held = [
+        name.removesuffix(".weight") for name, shape in graph.parameters.items() if name.endswith(".weight") and len(shape) == 2
+    ]
+    return list(dict.fromkeys([*graph.left, *(module for module in held if re.search(r"\.\d+\.", module))]))
 
 
 def names(sites: list[Site], graph: Graph) -> list[str]:

@@ -59,7 +59,7 @@ def genai_obstacle(state: State, formats: dict[str, Int]) -> str:
     for fmt in formats.values():
         if fmt.bits == 3 or not fmt.symmetric or fmt.group not in GROUPS[1:]:
             return f"it takes symmetric formats of 2, 4 and 8 bits in groups of 16, 32, 64, 128 or 256, not {fmt}"
-    left = next((site.name for site in state.graph.linear if site.name not in formats), None)
+    left = next((site.name for site in state.graph.linear if site.name not in formats), next(iter(state.graph.left), None))
     return f"it takes no matrix in a block as it is, and '{left}' is" if left else split(state, formats, FUSED_ROLES[:1])
 
 

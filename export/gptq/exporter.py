@@ -107,8 +107,9 @@ def check_integers(site: Site, fmt: Int) -> None:
                           "load one by one; pin it to bf16")  # fmt: skip
     for side, what in zip(site.shape, ("outputs", "inputs"), strict=True):
         if side * fmt.bits % 32:
+            fits = [f"{bits} bits" for bits in BITS if not any(length * bits % 32 for length in site.shape)]
             raise ExportError(f"gptq: '{site.name}' has {side} {what}, and their {fmt.bits}-bit codes do not fill words of 32 "
-                              "bits; pin it to 8 bits or to bf16")  # fmt: skip
+                              f"bits; pin it to {' or '.join([*fits[-1:], 'bf16'])}, or export compressed_tensors")  # fmt: skip
 
 
 CHECKS: Mapping[type, Callable[[Site, Any], None]] = {Dense: lambda site, fmt: None, Int: check_integers}

@@ -33,7 +33,7 @@ def is_artifact(folder: Path) -> bool:
 def open_artifact(folder: Path) -> Model:
     """The model of a GPTQ checkpoint, its tensors seen as ours; ModelError where config and tensors disagree."""
     contained(folder)
-    model = open_model(str(folder))
+    model = open_model(str(folder), leave=None)
     checkpoint, scheme = model.checkpoint, Scheme.of(declared(folder), str(folder / "config.json"))
     del model.config.quantization_config
     modules = [name.removesuffix(".qweight") for name in checkpoint.specs if name.endswith(".qweight")]
@@ -43,7 +43,7 @@ def open_artifact(folder: Path) -> Model:
     theirs = {f"{module}.{suffix}" for module in modules for suffix in SUFFIXES}
     seen |= {name: Seen(spec, checkpoint.files[name], partial(checkpoint.read, name))
              for name, spec in checkpoint.specs.items() if name not in theirs}  # fmt: skip
-    return Viewed(model.folder, model.config, model.name, view=View(folder, seen.values(), checkpoint.nbytes))
+    return Viewed(model.folder, model.config, model.name, leave=None, view=View(folder, seen.values(), checkpoint.nbytes))
 
 
 def read(folder: Path) -> State:

@@ -32,7 +32,7 @@ def open_artifact(folder: Path) -> Model:
     files.contained(folder)
     formats(folder)
     files.shards(folder)
-    model = open_model(str(folder))
+    model = open_model(str(folder), leave=None)
     del model.config.quantization_config
     return model
 

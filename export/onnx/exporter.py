@@ -26,7 +26,8 @@ from compress.state import State
 from compress.state.checkpoint import tensor_bytes
 from compress.state.graph import Site
 
-UNTRACED = {"falcon": "its heads share one key, which torch.onnx does not know in its Attention"}
+UNTRACED = {"falcon": "its heads share one key, which torch.onnx does not know in its Attention",
+            "modernbert": "its tables of rotary embeddings are not as onnxruntime wants them"}  # fmt: skip
 EXACT = {"fp32": 1e-3, "fp16": 3e-2}  # of the largest logit, where activations are not rounded
 LOOSE = 0.2  # where they are, to 8 bits in front of every matrix: kernels do that each in their own way
 GRAPH_BYTES = (5000, 6500)  # of the graph: of any, and for each block; of a Llama, others differ little
@@ -131,7 +132,9 @@ def refuse(state: State) -> None:
     family, reason = state.graph.family, UNTRACED.get(state.graph.family)
     if headless(state.graph):
         reason = "it predicts no tokens, and graphs of other outputs are not written"
-    if any(site.expert is not None for site in state.graph):
+    if state.config.get_text_config() is not state.config:
+        reason = "it is a language model within another, whose towers a graph of tokens would leave out"
+    if any(site.expert is not None for site in state.graph) or any(path.endswith("experts") for path in state.graph.left):
         reason = "its experts are chosen by data, token by token, which torch.onnx cannot trace"
     if reason:
         raise ExportError(f"onnx: '{family}' is left out: {reason}; export compressed_tensors or native instead")

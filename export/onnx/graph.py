@@ -33,7 +33,7 @@ from compress.errors import ExportError, ModelError, first_line
 from compress.export.onnx.datafile import layout
 from compress.export.onnx.nodes import Nodes, initializers, operators
 from compress.model.binding import Binding, kept_in_fp32
-from compress.model.names import candidates
+from compress.model.names import places
 from compress.model.skeleton import skeleton
 from compress.state import State
 from compress.state.graph import Graph
@@ -194,12 +194,12 @@ def holes() -> Iterator[None]:
 
 def parameters(model: nn.Module, state: State, dtype: torch.dtype) -> dict[str, str]:
     """Give every parameter zeros to trace with; returns path -> name in the checkpoint."""
-    precise, names = kept_in_fp32(model, dtype), {}
+    precise, names, there = kept_in_fp32(model, dtype), {}, places(model, state.dense.specs)
     paths: dict[int, list[str]] = {}  # a parameter in several places may lie under the name of any of them
     for path, parameter in model.named_parameters(remove_duplicate=False):
         paths.setdefault(id(parameter), []).append(path)
     for same in paths.values():
-        held = next((n for path in same for n in candidates(path, state.graph.family) if n in state.dense), None)
+        held = next((there[path] for path in same if there.get(path, "") in state.dense), None)
         if held is None:
             raise ModelError(f"{state.dense.folder}: no tensor for '{same[0]}'; config and weights do not belong together")
         shape = state.dense.specs[held].shape

@@ -49,9 +49,9 @@ def open_artifact(folder: Path) -> Model:
     """The model of an ONNX artifact; ModelError for a version that we do not know."""
     contained(folder)
     view = seen(Data.of(folder), formats(folder), shapes(folder))
-    model = open_model(str(folder))
+    model = open_model(str(folder), leave=None)
     del model.config.quantization_config
-    return Viewed(model.folder, model.config, model.name, model.revision, view=view)
+    return Viewed(model.folder, model.config, model.name, model.revision, leave=None, view=view)
 
 
 def read(folder: Path) -> State:

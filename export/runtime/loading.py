@@ -68,6 +68,8 @@ def auto_class(named: Any) -> Any:
     name = str(named[0]) if isinstance(named, list) and named else ""
     if name.endswith("Model") and not name.endswith("HeadModel"):
         return transformers.AutoModel
+    if name.endswith("ForConditionalGeneration"):  # with towers beside the language model
+        return transformers.AutoModelForImageTextToText
     return getattr(transformers, f"AutoModelFor{name.rpartition('For')[2]}", transformers.AutoModelForCausalLM)
 
 

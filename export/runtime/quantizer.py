@@ -132,6 +132,9 @@ class IntegerQuantizer(PackedQuantizer):
 def local(config: Any) -> Path:
     """The folder of a config; of a model on the hub, once its weights are there."""
     name, commit = str(config._name_or_path), getattr(config, "_commit_hash", None)
+    if not name:  # a class that is no Auto class does not tell its config
+        raise ModelError("which folder is loaded is told by transformers' Auto classes only: load it by one, such as "
+                         "AutoModelForCausalLM or AutoModelForImageTextToText, or by compress.export.runtime.load")  # fmt: skip
     if Path(name).is_dir():
         return Path(name)
     options = {"revision": commit, "_raise_exceptions_for_missing_entries": False}
