@@ -195,12 +195,14 @@ class Allocate(Pass):
         hessians = tokens * sum(1.0 * k * k for k in {(s.block, s.input_key): s.shape[1] for s in sites}.values())
         table, held = state.graph["embed"], min(self.probe, max(1, tokens // 4)) if self.metric == "kl" else 0
         back = 2.0 * held * (3 * total(sites) + 2 * table.numel)
-        born = (held * table.shape[1] * len(state.graph.blocks) + table.numel) * state.dtype.itemsize + 16 * LOGITS * (held > 0)
+        # what went into each block; a table looked up and one multiplied with; logits, probabilities and their sums
+        born = (held * table.shape[1] * len(state.graph.blocks) + 2 * table.numel) * state.dtype.itemsize
+        born += 16 * min(LOGITS, held * table.shape[0])
         return Cost(
             once.model_flops + back + self.trials * again.model_flops,
             hessians + n * solving + self.trials * again.exact_flops,
             n * sum(rows * k for rows, k in drawn) + self.trials * again.weights,
-            max(once.peak_bytes, born, again.peak_bytes * (self.trials > 0)),
+            max(once.peak_bytes, born * (held > 0), again.peak_bytes * (self.trials > 0)),
         )
 
     # --- what may be chosen, and the best of it ---
