@@ -57,6 +57,7 @@ class Allocate(Pass):
     """Choose each matrix's format and rank: the least damage within a budget, by an exact integer program."""
 
     name: ClassVar[str] = "allocate"
+    version: ClassVar[int] = 2
     needs: ClassVar[Fact] = Fact.DENSE
     gives: ClassVar[Fact] = Fact.PLANNED
     writes: ClassVar[Aspect] = Aspect.PLAN
