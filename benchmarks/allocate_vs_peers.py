@@ -6,7 +6,7 @@
 Two small real models, 64 windows of 256 tokens to calibrate on, 80 others to judge by. A budget is an average over the linear
 layers of the blocks, scales counted; head and embeddings stay as they are. The rows:
 
-    ours        `allocate` and `quantize`, over plain integers (INT) or those and look-up tables (ALL); other metrics untried
+    ours        `allocate` and `quantize`, over plain integers (INT) or those and look-up tables (ALL)
     uniform     `quantize` alone with one format everywhere; for a budget the best of those that keep to it
     autoround   AutoScheme over symmetric or asymmetric integers of 2, 3, 4 and 8 bits, in groups of 64
     modelopt    AutoQuantize over symmetric integers of these widths and groups
@@ -45,7 +45,7 @@ from workloads import LENGTH, windows
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # this clone, installed or not
 ROWS = ("ours", "uniform", "autoround", "modelopt")
-METRICS = ("kl", "output", "weight", "fisher")
+METRICS = ("kl", "output", "weight")
 INT = ("int2:g64", "int2:channel", "int3:g64", "int3:channel", "int4:channel", "int4:g64", "int8:channel")
 LISTS = {"INT": INT, "ALL": (*INT, "lut2:g64", "lut2:g256", "lut3:g64", "lut3:g256", "lut4:g64")}
 UNIFORM = ("int2:g64", "int2:g32", "int2:g16", "int3:channel", "int3:g64", "int3:g32", "int3:g16", "int4:channel")
@@ -213,8 +213,7 @@ def ours(row: Row, case: Case, judge: MixedJudge, work: Path) -> Row:
     passes: list[dict[str, Any]] = [{"quantize": {"format": row.label}}]
     if row.tool == "ours":
         metric, name = row.label.split()
-        tried = {} if metric == "kl" else {"trials": 0}  # other metrics by themselves, beside ours as it comes
-        options = {"budget": f"{row.budget} bits", "formats": LISTS[name], "metric": metric, **tried}
+        options = {"budget": f"{row.budget} bits", "formats": LISTS[name], "metric": metric}
         passes = [{"allocate": options}, {"quantize": {}}]
     cpu, wall = cpu_seconds(), time.perf_counter()
     outcome = run_recipe(case, passes, work / replace(row, budget=None).key)

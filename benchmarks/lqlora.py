@@ -52,7 +52,7 @@ def ways(q: float, factors: float, rank: int) -> Iterator[tuple[str, list[dict[s
     yield "LQ-LoRA, data-free", [{"allocate": {**low, **WEIGHT}}, {"lqlora": {"init": "paper", **NEAREST}}]
     yield (
         "LQ-LoRA, Fisher",
-        [{"allocate": {**low, **WEIGHT, "metric": "fisher"}}, {"lqlora": {"init": "paper", "fisher": True, **NEAREST}}],
+        [{"allocate": {**low, **WEIGHT, "metric": "kl"}}, {"lqlora": {"init": "paper", "fisher": True, **NEAREST}}],
     )
     yield "closed form, same formats", [{"allocate": {**low, "trials": 1}}, {"lqlora": {}}]
     free = {"formats": TABLES, "ranks": [0, rank // 2, rank], "factors": "int8:channel", "budget": f"{q + factors} bits"}

@@ -1,13 +1,16 @@
 """The pass `allocate`: one format and one rank for each matrix, so that the damage to the model is least within the budget.
 
-What may be chosen is choices.py's business, what each choice would do is measured by error_table.py and probes.py, and the
+What may be chosen is choices.py's business, what each choice would do is measured by gradients.py and error_table.py, and the
 choice itself, exact and with its gap, is made by allocate_core.py. Here they meet:
 
-1. the damage of every candidate, in the chosen metric;
+1. the damage of every candidate, in the chosen metric: a pass over the model forward and back, and one forward;
 2. the integer program, its optimum, bound, price, and the frontier over all budgets;
-3. the optimum and a few others tried for real: quantized as the recipe will do it, their KL measured on calibration windows
-   that the trial was not calibrated on. First the optima by the errors alone, which are worse guesses but never the same ones,
-   then neighbours of whichever did best so far. Adding up damages errs most at two bits and a half; there this matters.
+3. where `trials` asks for it, the optimum and a few others tried for real: quantized as the recipe will do it, their KL measured
+   on calibration windows that the trial was not calibrated on. First the optima by the errors alone, which are worse guesses but
+   never the same ones, then neighbours of whichever did best so far. Each is a whole quantization.
+
+KL to second order, from gradients, takes the place of measuring: the logits' KL with one matrix replaced at a time ranks no
+better, chooses no better (docs/allocation.md), and takes a time that grows with the square of the number of layers.
 
 `foresee` can measure nothing. It solves the same program with a guess, so that whatever cannot fit is told before anything runs.
 """
@@ -26,25 +29,25 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, ValidationInfo, field_validator, model_validator
-from torch import Tensor
 
 from compress.documents import local_path
 from compress.errors import CompressError, MatchError, RecipeError
 from compress.formats import Dense, Format, LowRank
 from compress.formats.codebooks import paper_grid
 from compress.manager import Context, Cost, Pass
+from compress.model.backward import LOGITS
+from compress.model.data import Tokens
 from compress.nodes import load_yaml
 from compress.passes import allocate_core as core
 from compress.passes import choices
 from compress.passes.choices import Bounds, Resource, Space
-from compress.passes.error_table import ErrorTable, Squares, measure
+from compress.passes.error_table import DRAWN, ErrorTable, Squares, measure
 from compress.passes.gradients import fisher, output_gradients
 from compress.passes.lqlora import LqLora
-from compress.passes.probes import FLOOR, HELD, Prober, probe_formats, response, units
-from compress.passes.quantize import FormatText, Quantize
-from compress.passes.trials import Chain, Damage, Solved, split, windows
+from compress.passes.quantize import FLOPS_PER_WEIGHT_AND_INPUT, FormatText, Quantize
+from compress.passes.trials import Chain, Damage, Solved, share, split
 from compress.state import Aspect, Fact, State
-from compress.state.graph import Site, total
+from compress.state.graph import total
 from compress.state.plan import BitPlan
 
 OTHERS = ("weight", "output")  # metrics that any table has: their optima are tried too, for they err in other places
@@ -54,6 +57,7 @@ class Allocate(Pass):
     """Choose each matrix's format and rank: the least damage within a budget, by an exact integer program."""
 
     name: ClassVar[str] = "allocate"
+    version: ClassVar[int] = 2
     needs: ClassVar[Fact] = Fact.DENSE
     gives: ClassVar[Fact] = Fact.PLANNED
     writes: ClassVar[Aspect] = Aspect.PLAN
@@ -72,9 +76,11 @@ class Allocate(Pass):
     together: Literal["engine", "none"] | tuple[tuple[str, ...], ...] = Field(
         "engine", description="what gets one format: what engines join; nothing; or lists of patterns, block by block"
     )
-    metric: Literal["kl", "fisher", "output", "weight"] = Field("kl", description="how damage is measured")
-    probe: int = Field(4096, ge=1, description="tokens on which KL is measured, from the end of the calibration text")
-    trials: int = Field(4, ge=0, description="allocations tried for real, the optimum and others near; 0 trusts the prediction")
+    metric: Literal["kl", "output", "weight"] = Field("kl", description="what damage is: KL by gradients; or squared errors")
+    probe: int = Field(4096, ge=1, description="tokens for gradients and trials, from the end of the calibration text")
+    trials: int = Field(
+        0, ge=0, description="allocations tried for real, a quantization each: the optimum and others; 0 trusts the prediction"
+    )
     time_limit: float = Field(60.0, gt=0, description="seconds for the integer program; what gap is left is told")
     plan: dict[str, str] | None = Field(None, description="a plan.yaml to take as it is: its path, or site -> format")
 
@@ -179,27 +185,30 @@ class Allocate(Pass):
                 yield replace(guessed, plan=BitPlan(formats))
 
     def cost(self, state: State, tokens: int) -> Cost:
-        """One solution for every format, two short forward passes for every matrix, and a quantization for every trial."""
+        """For gradients a pass forward and two back on some tokens, the head included; for the table a pass forward, all
+        Hessians, and every format solved for some outputs; a quantization for every trial."""
         if self.plan is not None:
             return Cost()
+        sites, n = state.graph.linear, len(self.formats)
         once, again = Quantize(drift=0.0).cost(state, tokens), Quantize().cost(state, tokens)
-        n, probing, born = len(self.formats), 0.0, 0
-        if self.metric == "kl":
-            linear = state.graph.linear
-            probing = 2.0 * self.probe * total(linear) * len(linear)
-            born = min(HELD, 2 * len(linear) * self.probe * state.graph["embed"].shape[1] * state.dtype.itemsize)
+        drawn = [(min(s.shape[0], DRAWN) if max(self.ranks) == 0 else s.shape[0], s.shape[1]) for s in sites]
+        solving = FLOPS_PER_WEIGHT_AND_INPUT * sum(1.0 * rows * k * k for rows, k in drawn)
+        hessians = tokens * sum(1.0 * k * k for k in {(s.block, s.input_key): s.shape[1] for s in sites}.values())
+        table, held = state.graph["embed"], min(self.probe, max(1, tokens // 4)) if self.metric == "kl" else 0
+        back = 2.0 * held * (3 * total(sites) + 2 * table.numel)
+        # what went into each block; a table looked up and one multiplied with; logits, probabilities and their sums
+        born = (held * table.shape[1] * len(state.graph.blocks) + 2 * table.numel) * state.dtype.itemsize
+        born += 16 * min(LOGITS, held * table.shape[0])
         return Cost(
-            once.model_flops + probing + self.trials * again.model_flops,
-            n * once.exact_flops + self.trials * again.exact_flops,
-            n * once.weights + self.trials * again.weights,
-            max(once.peak_bytes + born, again.peak_bytes),
+            once.model_flops + back + self.trials * again.model_flops,
+            hessians + n * solving + self.trials * again.exact_flops,
+            n * sum(rows * k for rows, k in drawn) + self.trials * again.weights,
+            max(once.peak_bytes, born * (held > 0), again.peak_bytes * (self.trials > 0)),
         )
 
     # --- what may be chosen, and the best of it ---
 
     def _space(self, state: State) -> tuple[Space, list[Resource]]:
-        if self.metric == "fisher" and any(s.expert is not None for s in state.graph.linear):
-            raise RecipeError("gradients of experts are not measured; use metric: kl", ("metric",))
         sp = choices.space(state, self.formats, self.ranks, self.factors, self.pins, self.together)
         budgets = (self.budget,) if isinstance(self.budget, str) else self.budget
         return sp, choices.resources(state, sp, budgets, self.limits)
@@ -223,40 +232,44 @@ class Allocate(Pass):
         chain = self.chain(ctx.following)
         sp, limits = self._space(state)
         held, rest = split(ctx.calibration, self.probe)
-        sample = [state.ids(batch) for batch in held]
         inner = replace(ctx, calibration=rest)
-        table, damage, floor = self._damage(state, inner, chain, sp, sample)
+        table = self._table(state, inner, chain, sp, held)
+        damage = by_entry(table, self.metric)
         name = keep(table, damage, state, ctx)
-        solved = replace(self._solved(state, sp, limits, damage, self.time_limit), floor=floor, table=name)
+        solved = replace(self._solved(state, sp, limits, damage, self.time_limit), table=name)
         if self.trials:
+            assert held is not None, "`check` asks for calibration data"
             others = [self._solved(state, sp, limits, by_entry(table, m), self.time_limit).solution.choice for m in OTHERS]
-            solved = solved.tried(self.trials, others, chain, inner, sample)
+            sample = [state.ids(batch) for batch in held.batches()]
+            solved = solved.tried(self.trials, others, chain, share(inner, self._measuring, 1.0), sample)
         return replace(state, plan=solved.plan())
 
-    def _damage(
-        self, state: State, ctx: Context, chain: Chain, sp: Space, sample: Sequence[Tensor]
-    ) -> tuple[ErrorTable, Damage, float]:
-        """The errors of every candidate, their damage in the chosen metric, and the noise floor of measuring it."""
-        wanted = self._wanted(state, sp)
-        of = {"chain": [(p.version, p.text()) for p in chain.passes], "version": self.version, "sample": windows(sample)}
-        store = ctx.store.analysis("errors", {**of, "gradients": self.metric == "fisher"})
-        table = measure(chain, state, ctx, wanted, store, self._squares(state, ctx, chain) if self.metric == "fisher" else None)
-        if self.metric != "kl":
-            return table, by_entry(table, self.metric), 0.0
-        formats = probe_formats(wanted, {s.name: s.shape for s in state.graph})
-        of["formats"] = {name: [str(f) for f in pair] for name, pair in formats.items()}
-        probes = Prober(chain, state, ctx, sample, formats, ctx.store.analysis("probes", {**of, "tokens": self.probe})).run()
-        floor = max((p.kl for p in probes.get(FLOOR, ())), default=0.0)
-        laws = {u.name: response(probes[u.name], floor) for u in units(state, list(formats))}
-        return table, by_response(state, table, list(formats), laws), floor
+    def _table(self, state: State, ctx: Context, chain: Chain, sp: Space, held: Tokens | None) -> ErrorTable:
+        """What every candidate would do, in all metrics that need no more than the chosen one."""
+        squares = self._squares(state, share(ctx, 0.0, self._backward), chain, held) if self.metric == "kl" and held else None
+        of = {"chain": [(p.version, p.text()) for p in chain.passes], "version": self.version,
+              "held": held.hash if held else None, "gradients": squares is not None}  # fmt: skip
+        walk = share(ctx, self._backward, self._measuring)
+        return measure(chain, state, walk, self._wanted(state, sp), ctx.store.analysis("errors", of), squares)
 
-    def _squares(self, state: State, ctx: Context, chain: Chain) -> Squares:
+    def _squares(self, state: State, ctx: Context, chain: Chain, held: Tokens) -> Squares:
         """Squared gradients at outputs; at weights where LQ-LoRA's own Fisher-weighted way follows."""
         if any(isinstance(p, LqLora) and p.fisher for p in chain.passes):
             tokens = ctx.calibration.ids.shape[1] if ctx.calibration else 1  # F is of a window, damage of a token
             return lambda site: fisher(state, ctx, site) / tokens
-        found = output_gradients(state, ctx)
+        found = output_gradients(state, ctx, held)
         return lambda site: found[site.name]
+
+    # Shares of the time, for the time that is left: gradients and the table, of which a format takes a fifth, are measured; a
+    # trial takes about as long as both.
+
+    @property
+    def _measuring(self) -> float:
+        return 1 / (1 + self.trials)
+
+    @property
+    def _backward(self) -> float:
+        return self._measuring * (0.4 if self.metric == "kl" else 0.0) / (0.8 + 0.2 * len(self.formats))
 
     def _wanted(self, state: State, sp: Space) -> dict[str, list[Format]]:
         """All formats for every matrix in the blocks, whatever the pins, so that other pins find the table complete; and what
@@ -296,21 +309,6 @@ def keep(table: ErrorTable, damage: Damage, state: State, ctx: Context) -> str:
 def by_entry(table: ErrorTable, metric: str) -> Damage:
     """Damage as the table has it."""
     return lambda site, fmt: float(getattr(table[site.name, fmt], metric)) if (site.name, fmt) in table.entries else 0.0
-
-
-def by_response(state: State, table: ErrorTable, names: Sequence[str], laws: dict[str, tuple[float, float]]) -> Damage:
-    """KL by the law of each unit; experts of one unit share its KL by the energy of their outputs."""
-    of = {site: (laws[u.name], u) for u in units(state, names) for site in u.sites}
-    energy = {site: entry.energy for (site, _), entry in table.entries.items()}
-    whole = {u.name: sum(energy[s] for s in u.sites) for _, u in of.values()}
-
-    def damage(site: Site, fmt: Format) -> float:
-        if (site.name, fmt) not in table.entries or site.name not in of:
-            return 0.0
-        (a, p), unit = of[site.name]
-        return float(a * table[site.name, fmt].output ** p * energy[site.name] / whole[unit.name])
-
-    return damage
 
 
 def read_plan(path: Path) -> dict[str, str]:

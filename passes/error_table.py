@@ -4,11 +4,13 @@ For Δ = Ŵ - W, with Ŵ the deployed weights, three figures are kept, so that t
 
     output   tr(ΔHΔᵀ) / tr(WHWᵀ), the relative error of the matrix's outputs on the calibration text
     weight   |Δ|², which LQ-LoRA's data-free allocation adds up (arXiv 2311.12023, section 3.2)
-    fisher   ½ Σ_n g_n (ΔHΔᵀ)_nn with g_n the mean squared gradient of the log-likelihood at output n: the KL per token to second
+    kl       ½ Σ_n g_n (ΔHΔᵀ)_nn with g_n the mean squared gradient of the log-likelihood at output n: the KL per token to second
              order, the outputs taken as independent; or, as LQ-LoRA has it (section 3.3), ½ Σ F_nk Δ_nk² with that at the weights
 
 Every matrix is quantized alone, on the inputs of the unquantized model: the table answers for one matrix at a time, and adding
-its entries up is the allocator's assumption, not the table's. It is kept part by part, a block and a family of formats in each,
+its entries up is the allocator's assumption, not the table's. Outputs are solved one by one and errors are sums over them, so of
+a matrix with many outputs some are drawn (`DRAWN`), the same for all formats, and stand for the rest; except for corrections of
+low rank, which are fitted to all outputs at once. The table is kept part by part, a block and a family of formats in each,
 so a killed measurement goes on where it was, another budget measures nothing, and one more format measures only itself.
 """
 
@@ -23,13 +25,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from compress.formats import Format, base_of, parse
+from compress.formats import Format, LowRank, base_of, parse
 from compress.manager import Context, Record, Store
 from compress.passes import gptq_core as core
 from compress.passes.solver import Case, Shared, Solver, Solves, precision
 from compress.state import State
 from compress.state.graph import Site
 
+DRAWN = 256  # outputs
 Wanted = Mapping[str, Sequence[Format]]  # site -> candidates
 Squares = Callable[[Site], Tensor]  # squared gradients at a site's outputs [N] or at its weights [N, K]
 
@@ -44,12 +47,11 @@ class Tries(Solves, Protocol):
 
 @dataclass(frozen=True)
 class Entry:
-    """What one format does to one site; see the head of this file. `energy` is tr(WHWᵀ). None: not measured."""
+    """What one format does to one site; see the head of this file. None: not measured."""
 
     output: float
     weight: float
-    energy: float
-    fisher: float | None = None
+    kl: float | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class ErrorTable:
 
     @classmethod
     def of(cls, records: Sequence[Record]) -> ErrorTable:
-        return cls({(r["site"], parse(r["format"])): Entry(r["output"], r["weight"], r["energy"], r["fisher"]) for r in records})
+        return cls({(r["site"], parse(r["format"])): Entry(r["output"], r["weight"], r["kl"]) for r in records})
 
     def __getitem__(self, key: tuple[str, Format]) -> Entry:
         return self.entries[key]
@@ -73,26 +75,26 @@ class Meter(Solver):
         super().__init__(solver, state, ctx)
         self.formats = {name: formats[0] for name, formats in wanted.items() if formats}
         self.wanted, self.gradients, self.tries = wanted, gradients, solver.tries
-        self.made: dict[tuple[str, Format], tuple[Tensor, float]] = {}
 
     def _together(self, sites: Sequence[Site]) -> Iterator[list[Site]]:
         yield from ([s] for s in sites)
 
     def solve_together(self, sites: Sequence[Site], shared: Shared) -> None:
         (site,) = sites
-        W_nk = self.state.reference(site).to(self.ctx.device, torch.float32)
-        for fmt, made in self.tries(W_nk, shared.factor, self.wanted[site.name], Case(site, self.state, self.ctx)):
-            self._note(site, fmt, W_nk, made, shared.factor)
-
-    def _note(self, site: Site, fmt: Format, W_nk: Tensor, made: Tensor, factor: core.Factor | None) -> None:
-        D_nk = made - W_nk
-        loss_n, energy = core.loss(D_nk, factor), float(core.loss(W_nk, factor).sum()) or 1.0
-        squares = self.gradients(site) if self.gradients else None
-        self.made[site.name, fmt] = made, float(loss_n.sum()) / energy
-        self.records.append({
-            "site": site.name, "format": str(fmt), "output": float(loss_n.sum()) / energy, "weight": float(D_nk.square().sum()),
-            "energy": energy, "fisher": None if squares is None else half_fisher(squares.to(D_nk), D_nk, loss_n),
-        })  # fmt: skip
+        formats, rows = self.wanted[site.name], torch.arange(site.shape[0])
+        if len(rows) > DRAWN and not any(isinstance(f, LowRank) for f in formats):
+            rows = torch.randperm(len(rows), generator=self.ctx.generator(site))[:DRAWN].sort().values
+        W_nk = self.state.reference(site)[rows].to(self.ctx.device, torch.float32)
+        energy = float(core.loss(W_nk, shared.factor).sum()) or 1.0
+        squares = self.gradients(site)[rows].to(W_nk) if self.gradients else None
+        for fmt, made in self.tries(W_nk, shared.factor, formats, Case(site, self.state, self.ctx)):
+            D_nk, share = made - W_nk, site.shape[0] / len(rows)
+            loss_n = core.loss(D_nk, shared.factor)
+            self.records.append({
+                "site": site.name, "format": str(fmt), "output": float(loss_n.sum()) / energy,
+                "weight": share * float(D_nk.square().sum()),
+                "kl": None if squares is None else share * half_fisher(squares, D_nk, loss_n),
+            })  # fmt: skip
 
 
 def half_fisher(squares: Tensor, D_nk: Tensor, loss_n: Tensor) -> float:

@@ -6,25 +6,40 @@ predictions, so the squares estimate the Fisher information itself, the second d
 
     output   g_n = mean over tokens of (∂ℓ/∂y_tn)², ℓ the log-likelihood of a window, y the outputs of the matrix
     weight   F_nk = mean over windows of (∂ℓ/∂W_nk)², where ∂ℓ/∂W = Σ_t ∂ℓ/∂y_t x_tᵀ
+
+An expert's g is over all tokens too: those that the router does not send to it add nothing. A part of it (`POOLED`) is the mean
+of all experts of its block and role, so that an expert that this sample hardly reached is not taken for one that does no harm.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from compress.manager import Context, Store
 from compress.model.backward import backward, behind, forward
+from compress.model.data import Tokens
 from compress.model.stream import Stream
 from compress.state import State
 from compress.state.graph import Site
 
+POOLED = 0.1
 
-def output_gradients(state: State, ctx: Context) -> dict[str, Tensor]:
-    """Site -> g [N]."""
-    return {n: t[0] for n, t in _known(state, ctx, "gradients", _squared_outputs)}
+
+def output_gradients(state: State, ctx: Context, tokens: Tokens) -> dict[str, Tensor]:
+    """Site -> g [N], measured on these tokens."""
+    known = {n: t[0] for n, t in _known(state, replace(ctx, calibration=tokens), "gradients", _squared_outputs)}
+    experts: dict[tuple[int | None, str], list[str]] = {}
+    for site in state.graph.linear:
+        if site.expert is not None:
+            experts.setdefault((site.block, site.role), []).append(site.name)
+    for names in experts.values():
+        mean = torch.stack([known[n] for n in names]).mean()
+        known |= {n: torch.lerp(known[n], mean, POOLED) for n in names}
+    return known
 
 
 def fisher(state: State, ctx: Context, site: Site) -> Tensor:
@@ -32,14 +47,14 @@ def fisher(state: State, ctx: Context, site: Site) -> Tensor:
     return next(t for n, t in _known(state, ctx, "fisher", _squared_weights, site) if n == site.name)
 
 
-Squares = Callable[[Tensor, Tensor], Tensor]
+Squares = Callable[[Tensor, Tensor, int], Tensor]
 
 
-def _squared_outputs(X_tk: Tensor, G_tn: Tensor) -> Tensor:
-    return G_tn.square().mean(0, keepdim=True)
+def _squared_outputs(X_tk: Tensor, G_tn: Tensor, window: int) -> Tensor:
+    return G_tn.square().sum(0, keepdim=True) / window
 
 
-def _squared_weights(X_tk: Tensor, G_tn: Tensor) -> Tensor:
+def _squared_weights(X_tk: Tensor, G_tn: Tensor, window: int) -> Tensor:
     return (G_tn.T @ X_tk).square()
 
 
@@ -62,11 +77,11 @@ def _measure(state: State, ctx: Context, store: Store, squares: Squares) -> None
     batches = stream.start(state, list(state.ids(ctx.calibration.ids).split(1)))
     inputs = forward(stream, state, batches, ctx.progress)
     generator = torch.Generator().manual_seed(ctx.seed)
-    above = behind(stream, state, batches, lambda _, logits: drawn_likelihood(logits, generator))
-    sums: dict[str, Tensor] = {}
+    above = behind(stream, state, batches, lambda logits: drawn(logits, generator))
+    window, sums = ctx.calibration.ids.shape[1], dict[str, Tensor]()
 
     def add(site: str, x: Tensor, g: Tensor) -> None:
-        square = squares(x.flatten(0, -2).float(), g.flatten(0, -2).float())
+        square = squares(x.flatten(0, -2).float(), g.flatten(0, -2).float(), window)
         sums[site] = sums[site].add_(square) if site in sums else square
 
     for index in backward(stream, state, batches, inputs, above, add, ctx.progress):
@@ -74,8 +89,11 @@ def _measure(state: State, ctx: Context, store: Store, squares: Squares) -> None
         sums.clear()
 
 
-def drawn_likelihood(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """The log-likelihood of one token at each place of a window [1, t, vocabulary], drawn from the model's own predictions."""
-    log_p = logits.float().log_softmax(-1)
-    drawn = torch.multinomial(log_p.detach()[0].exp().cpu(), 1, generator=generator).to(log_p.device)
-    return log_p[0].gather(-1, drawn).sum()
+def drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """The gradient, at the logits [b, t, vocabulary], of the log-likelihood of a token at each place, drawn from the model's own
+    predictions: 1 at that token, less the probabilities."""
+    p = logits.float().softmax(-1)
+    below = p.cumsum(-1)
+    at = torch.rand(*p.shape[:-1], 1, generator=generator).to(p.device) * below[..., -1:]
+    token = torch.searchsorted(below, at).clamp_(max=p.shape[-1] - 1)
+    return p.neg_().scatter_add_(-1, token, torch.ones_like(at))

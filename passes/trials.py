@@ -7,16 +7,17 @@ from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from compress.formats import Dense, Format, LowRank
 from compress.manager import Context
 from compress.model.data import Tokens
+from compress.model.stream import Stream
 from compress.passes import allocate_core as core
 from compress.passes import gptq_core
 from compress.passes.choices import Resource, Space
 from compress.passes.lqlora import LqLora
-from compress.passes.probes import divergence
 from compress.passes.quantize import Quantize
 from compress.passes.solver import Case
 from compress.state import Fact, State
@@ -76,7 +77,6 @@ class Solved:
     damage: Damage
     problem: core.Problem
     solution: core.Solution
-    floor: float = 0.0
     table: str = ""
     results: tuple[Trial, ...] = ()
 
@@ -94,7 +94,7 @@ class Solved:
         forecast = Forecast(
             metric=self.metric if measured else "guess", spent=tuple(spent), damage=damages, total=sum(damages.values()),
             bound=s.bound, gap=s.gap, method=s.method, frontier=self.frontier() if measured else (), trials=self.results,
-            floor=self.floor, measured=measured, notes=self.space.notes, table=self.table,
+            measured=measured, notes=self.space.notes, table=self.table,
         )  # fmt: skip
         ordered = {site.name: formats[site.name] for site in self.state.graph if site.name in formats}
         return BitPlan(ordered, forecast)
@@ -123,7 +123,8 @@ class Solved:
         The optimum comes first, then the `others`, then neighbours of the best so far. A difference within its own standard error
         changes nothing.
         """
-        best, least = self.solution, self._measured(self.solution, chain, ctx, sample)
+        parts = iter(share(ctx, i / trials, (i + 1) / trials) for i in range(trials))
+        best, least = self.solution, self._measured(self.solution, chain, next(parts), sample)
         seen = {best.choice: least}
         while len(seen) < trials:
             near = core.neighbours(self.problem, best, len(seen) + 1)
@@ -131,7 +132,7 @@ class Solved:
             if not fresh:
                 break
             other = replace(self.solution, choice=fresh[0], **self._totals(fresh[0]))
-            seen[other.choice] = self._measured(other, chain, ctx, sample)
+            seen[other.choice] = self._measured(other, chain, next(parts), sample)
             if surely_less(seen[other.choice], least):
                 best, least = other, seen[other.choice]
         results = tuple(Trial(self._totals(c)["damage"], fmean(kl), self._differs(c), c == best.choice) for c, kl in seen.items())
@@ -164,6 +165,32 @@ class Solved:
         return kl
 
 
+def divergence(original: State, changed: State, ctx: Context, sample: Sequence[Tensor]) -> list[float]:
+    """KL (nats per token) of a changed model's predictions from the original's, window by window, both streamed."""
+    runs = []
+    for state in (original, changed):
+        stream = Stream(state, ctx.device)
+        batches = stream.start(state, sample)
+        for block in state.graph.blocks:
+            stream.advance(state, block.index, batches)
+        runs.append(stream.logits(state, batches))
+    found: list[float] = []
+    with torch.no_grad():  # the two generators leave each other's setting behind
+        for p, q in zip(*runs, strict=True):
+            log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
+            found += (log_p.exp() * (log_p - log_q)).sum(-1, dtype=torch.float64).mean(-1).tolist()
+    return found
+
+
+def share(ctx: Context, start: float, end: float) -> Context:
+    """The context for a part of the work, which takes the whole from one share to another; told in per cent."""
+
+    def progress(done: float, total: float, what: str) -> None:
+        ctx.progress(100 * (start + (end - start) * done / total), 100, what)
+
+    return replace(ctx, progress=progress)
+
+
 def windows(sample: Sequence[Tensor]) -> int:
     """How many windows there are in batches of them."""
     return sum(len(batch) for batch in sample)
@@ -176,12 +203,12 @@ def surely_less(these: Sequence[float], those: Sequence[float]) -> bool:
     return fmean(differences) < -error
 
 
-def split(calibration: Tokens | None, probe: int) -> tuple[list[Tensor], Tokens | None]:
-    """(windows to measure KL on, the rest to calibrate on): about `probe` tokens, at most a quarter of the windows; a single
-    window is both."""
+def split(calibration: Tokens | None, probe: int) -> tuple[Tokens | None, Tokens | None]:
+    """(windows to measure gradients and KL on, the rest to calibrate on): about `probe` tokens, at most a quarter of the
+    windows; a single window is both."""
     if calibration is None:
-        return [], None
+        return None, None
     n, length = calibration.ids.shape
     held = max(1, min(n // 4, probe // length))
     rest = calibration.ids[: n - held] if n > 1 else calibration.ids
-    return Tokens(calibration.ids[n - held :], calibration.place).batches(), Tokens(rest, calibration.place)
+    return replace(calibration, ids=calibration.ids[n - held :]), replace(calibration, ids=rest)

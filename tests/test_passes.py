@@ -37,7 +37,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # at least one set for every pass,
     "allocate": [
         {"budget": "3.5 bits", "formats": SOME, "trials": 2, "pins": {"lm_head": "int8:g32", "layers.1.*": {"min": "int3:g32"}}},
         {"budget": ["60 %", "4 bits"], "formats": SOME, "ranks": [0, 4], "metric": "output", "trials": 0},
-        {"budget": "4 bits", "formats": SOME, "metric": "fisher", "trials": 1, "together": "none"},
+        {"budget": "4 bits", "formats": SOME, "trials": 1, "together": "none"},
     ],
 }
 FOLLOWING = {"allocate": (Quantize(), LqLora(rounds=0)), "smooth": (Quantize(format=parse("int3:g32"), method="rtn"),)}

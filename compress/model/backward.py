@@ -2,7 +2,8 @@
 
 The model runs forward once, keeping what went into each block; then each block is loaded again, from the last to the first, run
 again with gradients on, and handed the gradient of what it put out. Memory is the inputs of all blocks, the activations of one
-block and one batch, and whatever is made of the gradients.
+block and one batch, and whatever is made of the gradients. The head is asked for few tokens at a time (`LOGITS`): its vocabulary
+may be wider than all the rest.
 """
 
 from __future__ import annotations
@@ -22,27 +23,36 @@ from compress.state.graph import Site
 
 Observe = Callable[[str, Tensor, Tensor], None]
 Progress = Callable[[float, float, str], None]
+Seen = list[tuple[tuple[str, ...], Tensor, Tensor]]  # sites whose outputs lie side by side, their inputs and these outputs
+LOGITS = 1 << 24  # in hand at once
 
 
 def forward(stream: Stream, state: State, batches: Sequence[Batch], progress: Progress) -> list[list[Tensor]]:
     """Pass every batch through all blocks; what went into each block, by block and batch."""
     inputs: list[list[Tensor]] = []
     for block in state.graph.blocks:
-        progress(block.index, 2 * len(state.graph.blocks), f"forward, {block.module}")
+        progress(block.index, 3 * len(state.graph.blocks), f"forward, {block.module}")
         inputs.append([batch.hidden for batch in batches])
         stream.advance(state, block.index, batches)
     return inputs
 
 
-def behind(stream: Stream, state: State, batches: Sequence[Batch], loss: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
-    """The gradient of each batch's `loss`, a number made of (its index, its logits [b, t, vocabulary]), at what the last block
-    puts out; the batches have passed all blocks."""
+def behind(stream: Stream, state: State, batches: Sequence[Batch], slope: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """The gradient at what the last block puts out, by batch, from that at the logits: `slope` is asked for it with the logits
+    [b, t, vocabulary] of some tokens at a time, in their order. The batches have passed all blocks."""
     found = []
     with stream.outer(state), torch.enable_grad():
-        for i, batch in enumerate(batches):
-            hidden = batch.hidden.detach().requires_grad_()
-            found.append(torch.autograd.grad(loss(i, stream.head(replace(batch, hidden=hidden))), hidden)[0])
+        for batch in batches:
+            step = max(1, LOGITS // (len(batch.tokens) * state.graph["embed"].shape[0]))
+            parts = zip(batch.tokens.split(step, 1), batch.hidden.detach().split(step, 1), strict=True)
+            found.append(torch.cat([_at_head(stream, replace(batch, tokens=t, hidden=h), slope) for t, h in parts], 1))
     return found
+
+
+def _at_head(stream: Stream, batch: Batch, slope: Callable[[Tensor], Tensor]) -> Tensor:
+    hidden = batch.hidden.requires_grad_()
+    logits = stream.head(batch)
+    return torch.autograd.grad(logits, hidden, slope(logits.detach()).to(logits.dtype))[0]
 
 
 def backward(
@@ -58,7 +68,7 @@ def backward(
     batch by batch; the index of a block is given once all its batches were. `inputs` are used up."""
     count = len(state.graph.blocks)
     for block in reversed(state.graph.blocks):
-        progress(2 * count - block.index, 2 * count, f"backward, {block.module}")
+        progress(3 * count - 2 * block.index - 2, 3 * count, f"backward, {block.module}")
         with stream.block(state, block.index) as module, torch.enable_grad():
             mine = zip(batches, inputs.pop(), above, strict=True)
             above = [_through(stream, state, block.index, module, *each, observe) for each in mine]
@@ -72,28 +82,36 @@ def _through(
     leaf = hidden.detach().requires_grad_()
     with _watched(stream, block, index, state.graph.of_block(index)) as seen:
         out = stream.call(block, replace(batch, hidden=leaf), index)
-    found = torch.autograd.grad(out, [leaf, *(y for _, y in seen.values())], gradient, allow_unused=True)
-    for (name, (x, _)), g in zip(seen.items(), found[1:], strict=True):
-        if g is not None:
-            observe(name, x.detach(), g)
+    found = torch.autograd.grad(out, [leaf, *(y for _, _, y in seen)], gradient, allow_unused=True)
+    for (names, x, _), g in zip(seen, found[1:], strict=True):
+        for name, part in zip(names, g.chunk(len(names), -1) if g is not None else (), strict=False):
+            observe(name, x.detach(), part)
     return found[0]
 
 
 @contextmanager
-def _watched(stream: Stream, block: nn.Module, index: int, sites: Sequence[Site]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Inside, a forward pass of the block notes the inputs and outputs of its sites' modules, by site."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+def _watched(stream: Stream, block: nn.Module, index: int, sites: Sequence[Site]) -> Iterator[Seen]:
+    """Inside, a forward pass of the block notes the inputs and outputs of its sites' modules; of experts, one by one."""
+    seen: Seen = []
     path = stream.graph.blocks[index].module
+    experts: dict[int, Any] = {}
+    routed = {(s.expert, s.role): s.name for s in sites if s.expert is not None}
 
     def watch(name: str) -> Callable[..., None]:
-        def note(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-            seen[name] = args[0], out
+        return lambda _, args, out: seen.append(((name,), args[0], out))
 
-        return note
+    def watch_expert(expert: int, roles: tuple[str, ...], x: Tensor, y: Tensor) -> None:
+        seen.append((tuple(routed[expert, role] for role in roles), x, y))
 
     hooks = [stream.model_module(path, block, s.module).register_forward_hook(watch(s.name)) for s in sites if s.expert is None]
+    for s in sites:
+        if s.expert is not None:
+            module: Any = stream.model_module(path, block, s.module)
+            experts[id(module)], module.watch = module, watch_expert
     try:
         yield seen
     finally:
         for hook in hooks:
             hook.remove()
+        for module in experts.values():
+            del module.watch

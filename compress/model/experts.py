@@ -36,14 +36,22 @@ class Experts:
         self._pause("experts.in", inputs)
         middle = {}
         for e, x in inputs.items():
-            middle[e] = m._apply_gate(nn.functional.linear(x, m.gate_up_proj[e]))
+            y = nn.functional.linear(x, m.gate_up_proj[e])
+            self._show(e, ("gate", "up"), x, y)
+            middle[e] = m._apply_gate(y)
         self._pause("experts.mid", middle)
         out = torch.zeros_like(hidden)
         for e, (token, slot) in enumerate(routed):
-            y = nn.functional.linear(middle[e], m.down_proj[e]) * top_k_weights[token, slot, None]
-            out.index_add_(0, token, y.to(out.dtype))
+            y = nn.functional.linear(middle[e], m.down_proj[e])
+            self._show(e, ("down",), middle[e], y)
+            out.index_add_(0, token, (y * top_k_weights[token, slot, None]).to(out.dtype))
         return out
 
     def _pause(self, stage: str, inputs: dict[int | None, Tensor] | dict[int, Tensor]) -> None:
         if stage in getattr(self.module, "taps", ()):
             greenlet.getcurrent().parent.switch((stage, inputs))
+
+    def _show(self, expert: int, roles: tuple[str, ...], x: Tensor, y: Tensor) -> None:
+        """Who watches (model/backward.py) is shown an expert's inputs and the outputs of the matrices of these roles."""
+        if watch := getattr(self.module, "watch", None):
+            watch(expert, roles, x, y)

@@ -12,7 +12,7 @@ from compress.report.page import columns
 from compress.state.graph import Graph
 from compress.state.plan import BitPlan, Forecast, Point, size
 
-UNIT = {"kl": "KL (nats per token)", "fisher": "KL by gradients (nats per token)", "output": "relative error of outputs",
+UNIT = {"kl": "KL by gradients (nats per token)", "output": "relative error of outputs",
         "weight": "squared error of weights", "guess": "guessed damage, in no unit"}  # fmt: skip
 WIDE, HIGH = 64, 12  # of the plot, in characters
 SHOWN = 12  # points of the frontier in a table
@@ -49,8 +49,6 @@ def summary(f: Forecast) -> list[str]:
     for s in f.spent:
         saves = f"one KiB more would save about {figure(1024 * s.price)}" if s.price else "more would save nothing"
         lines.append(f"{s.name}: uses {s.used:,} of {s.allowed:,} bytes; {saves}")
-    if f.floor:
-        lines.append(f"noise floor of measuring {figure(f.floor)}")
     for t in f.trials:
         what = "the optimum" if not t.differs else f"another, different in {t.differs} sites"
         taken = "  <- taken" if t.chosen else ""

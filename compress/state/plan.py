@@ -94,7 +94,7 @@ class Spent:
 class Forecast:
     """What an allocation is expected to do. spent: of each limit, the main budget first. damage: by site, in the metric's units
     (nats for ``kl``); `total` is their sum, and `bound` what no allocation within the limits is predicted to go below, `gap` what
-    the predicted optimum may lack to it. floor: of measuring, in the same units. measured: whether the damages were; else they
+    the predicted optimum may lack to it. measured: whether the damages were; else they
     are a guess. table: the name of the error table in the run folder.
     """
 
@@ -107,7 +107,6 @@ class Forecast:
     method: str
     frontier: tuple[Point, ...] = ()
     trials: tuple[Trial, ...] = ()
-    floor: float = 0.0
     measured: bool = True
     notes: tuple[str, ...] = ()
     table: str = ""
