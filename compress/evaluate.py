@@ -19,7 +19,7 @@ from torch import Tensor
 
 from compress.formats import Dense
 from compress.model.data import Tokens
-from compress.model.head import Head, Piece, Softmax, cut, parts
+from compress.model.head import Compared, Head, Piece, Softmax, cut, parts
 from compress.model.lockstep import Batch
 from compress.model.stream import Stream
 from compress.state import State
@@ -124,28 +124,6 @@ def asked(theirs: Streamed | None, ask: Ask, ids: Tensor, causal: bool, known: l
                     sums.add(rows.start or 0, p(len(found) + i).to(q_nv.device) if p else None, q_nv)
         found += compared
     return found
-
-
-class Compared:
-    """The predictions of a piece by two models, summed up over the vocabulary: q is the model in hand, p the original."""
-
-    def __init__(self, targets: Tensor | None):
-        self.p, self.q = Softmax(targets), Softmax(targets)
-        self.difference: Tensor | float = 0.0  # sum over the vocabulary of exp(p - top of p) (p - q) [n]
-        self.compared = False
-
-    def add(self, start: int, p_nv: Tensor | None, q_nv: Tensor) -> None:
-        """The logits [n, v] of the tokens from `start` on."""
-        self.q.add(start, q_nv)
-        if p_nv is not None:
-            decay, e_nv = self.p.add(start, p_nv)
-            self.difference = self.difference * decay + e_nv.mul_(p_nv - q_nv).sum(-1).double()
-            self.compared = True
-
-    @property
-    def kl(self) -> Tensor:
-        """KL(p || q) of each prediction [n], nats: E_p[p - q] less the difference of the two normalizations."""
-        return self.difference / self.p.total - (self.p.log_total - self.q.log_total)
 
 
 def scores(found: list[Compared], length: int) -> Scores:

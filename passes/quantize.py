@@ -38,6 +38,10 @@ FormatText = Annotated[
 ]
 EMBEDDING, HEAD = "embedding", "head"
 UNSEEN = "no inputs: rounded, and the error is that of the weights"
+# Rows of a shared table are looked up too, where all their numbers count alike: so much of the identity, in mean diagonals of the
+# head's Hessian, is added to that. Without it the head takes what the look-up pays: on Gemma 3 270M, the table alone in
+# int4:g64, KL is 0.198 with the Hessian, 0.161 with rounding, 0.108 with both.
+LOOKED_UP = 1.0
 FLOPS_PER_WEIGHT_AND_INPUT = 8  # of the matrix products in the solver: feedback, refit, sweep, three losses
 
 
@@ -198,6 +202,7 @@ class Quantize(Pass):
             ctx.progress(block.index, len(state.graph.blocks), f"{block.module}, for {head.module}")
             stream.advance(state, block.index, batches)
         stream.watch_head(state, batches, head, lambda _, inputs, clean: solver.observe(stage, inputs, clean))
+        solver.looked_up = LOOKED_UP
         solver.solve_stage(stage)
 
     def _twin(self, state: State, ctx: Context) -> Twin | None:

@@ -114,6 +114,7 @@ class Solver:
         self._drift: Tensor | None = None
         self._tokens: dict[int | None, int] = {}
         self._active: dict[str, list[Site]] = {}
+        self.looked_up = 0.0  # of a table whose rows are looked up as well: see `LOOKED_UP` in quantize.py
 
     def sites(self, names: Sequence[str]) -> list[Site]:
         """Those of the named sites that are still to change, noted by the stage at which they are solved."""
@@ -182,6 +183,8 @@ class Solver:
     def _mean(self, expert: int | None, pooled: Tensor | None) -> tuple[Tensor, tuple[str, ...]]:
         """The mean Hessian of what was seen, the pooled one mixed in for tokens that are missing."""
         H_kk, seen = core.finish(self._hessians.pop(expert)), self._tokens[expert]
+        if self.looked_up:
+            H_kk.diagonal().add_(self.looked_up * H_kk.diagonal().mean())
         wanted = TOKENS_PER_INPUT * len(H_kk)
         if pooled is None or seen >= wanted:
             return H_kk.div_(max(1, seen)), ()

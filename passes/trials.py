@@ -13,6 +13,7 @@ from torch import Tensor
 from compress.formats import Dense, Format, LowRank
 from compress.manager import Context
 from compress.model.data import Tokens
+from compress.model.head import Compared, Head, cut, parts
 from compress.model.stream import Stream
 from compress.passes import allocate_core as core
 from compress.passes import gptq_core
@@ -156,30 +157,34 @@ class Solved:
         ctx.progress(0, 1, "trying an allocation")
         planned = replace(self.state, plan=BitPlan(formats), facts=self.state.facts | Fact.PLANNED)
         work = [store.analysis(p.name, i) for i, p in enumerate(chain.passes)]
-        for p, parts in zip(chain.passes, work, strict=True):
-            planned = p.run(planned, replace(ctx, store=parts, say=lambda record: None))
+        for p, kept in zip(chain.passes, work, strict=True):
+            planned = p.run(planned, replace(ctx, store=kept, say=lambda record: None))
         kl = divergence(self.state, planned, ctx, sample)
         store.commit("kl", records=[{"site": "", "kl": kl}])
-        for parts in work:
-            parts.drop()
+        for kept in work:
+            kept.drop()
         return kl
 
 
 def divergence(original: State, changed: State, ctx: Context, sample: Sequence[Tensor]) -> list[float]:
     """KL (nats per token) of a changed model's predictions from the original's, window by window, both streamed."""
-    runs = []
+    heads, held = [], []
     for state in (original, changed):
         stream = Stream(state, ctx.device)
         batches = stream.start(state, sample)
         for block in state.graph.blocks:
             stream.advance(state, block.index, batches)
-        runs.append(stream.logits(state, batches))
-    found: list[float] = []
-    with torch.no_grad():  # the two generators leave each other's setting behind
-        for p, q in zip(*runs, strict=True):
-            log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
-            found += (log_p.exp() * (log_p - log_q)).sum(-1, dtype=torch.float64).mean(-1).tolist()
-    return found
+        heads.append(Head(stream, state))
+        held.append(cut(batches, causal=False))
+    found = [Compared(None) for _ in held[0]]
+    with torch.no_grad():
+        for rows in parts(heads[0].size):
+            with heads[0].part(rows) as p, heads[1].part(rows) as q:
+                for compared, one, other in zip(found, *held, strict=True):
+                    compared.add(rows.start or 0, p(one), q(other))
+    kl, windows = torch.cat([compared.kl for compared in found]), sum(len(batch) for batch in sample)
+    means: list[float] = kl.view(windows, -1).mean(-1).tolist()
+    return means
 
 
 def share(ctx: Context, start: float, end: float) -> Context:

@@ -127,3 +127,25 @@ class Softmax:
         """The logarithm of the sum of exponentials [n], fp64."""
         assert self.top is not None
         return self.top.double() + self.total.log()
+
+
+class Compared:
+    """The predictions of a piece by two models, summed up over the vocabulary: q is the model in hand, p the original."""
+
+    def __init__(self, targets: Tensor | None):
+        self.p, self.q = Softmax(targets), Softmax(targets)
+        self.difference: Tensor | float = 0.0  # sum over the vocabulary of exp(p - top of p) (p - q) [n]
+        self.compared = False
+
+    def add(self, start: int, p_nv: Tensor | None, q_nv: Tensor) -> None:
+        """The logits [n, v] of the tokens from `start` on."""
+        self.q.add(start, q_nv)
+        if p_nv is not None:
+            decay, e_nv = self.p.add(start, p_nv)
+            self.difference = self.difference * decay + e_nv.mul_(p_nv - q_nv).sum(-1).double()
+            self.compared = True
+
+    @property
+    def kl(self) -> Tensor:
+        """KL(p || q) of each prediction [n], nats: E_p[p - q] less the difference of the two normalizations."""
+        return self.difference / self.p.total - (self.p.log_total - self.q.log_total)
