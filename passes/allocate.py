@@ -41,8 +41,8 @@ from compress.nodes import load_yaml
 from compress.passes import allocate_core as core
 from compress.passes import choices
 from compress.passes.choices import Bounds, Resource, Space
-from compress.passes.error_table import DRAWN, ErrorTable, Squares, measure
-from compress.passes.gradients import fisher, output_gradients
+from compress.passes.error_table import CERTAIN, DRAWN, SOME, ErrorTable, Squares, measure
+from compress.passes.gradients import fisher, output_gradients, table_gradients
 from compress.passes.lqlora import LqLora
 from compress.passes.quantize import FLOPS_PER_WEIGHT_AND_INPUT, FormatText, Quantize
 from compress.passes.trials import Chain, Damage, Solved, share, split
@@ -72,6 +72,7 @@ class Allocate(Pass):
     ranks: tuple[int, ...] = Field((0,), description="ranks of a low-rank correction that may be bought; 0 is none")
     factors: FormatText = Field("bf16", description="format of the correction's factors")  # type: ignore[assignment]
     pins: dict[str, str | Bounds] = Field({}, description="pattern -> a format, or {min: FORMAT, max: FORMAT}; later ones win")
+    also: tuple[str, ...] = Field((), description="patterns of matrices outside the blocks to choose formats for: embed, lm_head")
     limits: dict[str, str] = Field({}, description="pattern -> a budget of its own for these matrices")
     together: Literal["engine", "none"] | tuple[tuple[str, ...], ...] = Field(
         "engine", description="what gets one format: what engines join; nothing; or lists of patterns, block by block"
@@ -194,6 +195,9 @@ class Allocate(Pass):
         drawn = [(min(s.shape[0], DRAWN) if max(self.ranks) == 0 else s.shape[0], s.shape[1]) for s in sites]
         solving = FLOPS_PER_WEIGHT_AND_INPUT * sum(1.0 * rows * k * k for rows, k in drawn)
         hessians = tokens * sum(1.0 * k * k for k in {(s.block, s.input_key): s.shape[1] for s in sites}.values())
+        if self.also:  # a pass forward for the head's Hessian, and some rows of the table
+            once = replace(once, model_flops=2 * once.model_flops)
+            drawn.append((CERTAIN + SOME + min(self.probe, tokens), state.graph["embed"].shape[1]))
         table, held = state.graph["embed"], min(self.probe, max(1, tokens // 4)) if self.metric == "kl" else 0
         back = 2.0 * held * (3 * total(sites) + 2 * table.numel)
         # what went into each block; a table looked up and one multiplied with; logits, probabilities and their sums
@@ -209,7 +213,7 @@ class Allocate(Pass):
     # --- what may be chosen, and the best of it ---
 
     def _space(self, state: State) -> tuple[Space, list[Resource]]:
-        sp = choices.space(state, self.formats, self.ranks, self.factors, self.pins, self.together)
+        sp = choices.space(state, self.formats, self.ranks, self.factors, self.pins, self.together, self.also)
         budgets = (self.budget,) if isinstance(self.budget, str) else self.budget
         return sp, choices.resources(state, sp, budgets, self.limits)
 
@@ -250,7 +254,9 @@ class Allocate(Pass):
         of = {"chain": [(p.version, p.text()) for p in chain.passes], "version": self.version,
               "held": held.hash if held else None, "gradients": squares is not None}  # fmt: skip
         walk = share(ctx, self._backward, self._measuring)
-        return measure(chain, state, walk, self._wanted(state, sp), ctx.store.analysis("errors", of), squares)
+        wanted, kept = self._wanted(state, sp), ctx.store.analysis("errors", of)
+        tables = table_gradients(state, ctx, held) if self.also and self.metric == "kl" and held else None
+        return measure(chain, state, walk, wanted, kept, squares, tables)
 
     def _squares(self, state: State, ctx: Context, chain: Chain, held: Tokens) -> Squares:
         """Squared gradients at outputs; at weights where LQ-LoRA's own Fisher-weighted way follows."""
@@ -275,6 +281,7 @@ class Allocate(Pass):
         """All formats for every matrix in the blocks, whatever the pins, so that other pins find the table complete; and what
         pins add."""
         wanted = {s.name: choices.fitting(s, self.formats, self.ranks, self.factors, {}) for s in state.graph.linear}
+        wanted |= {s.name: [] for s in sp.sites if s.name not in wanted}
         for name, formats in sp.wanted().items():
             if name in wanted:
                 wanted[name] += [f for f in formats if f not in wanted[name]]

@@ -63,6 +63,7 @@ class Space:
 
     groups: tuple[Group, ...]
     notes: tuple[str, ...]
+    sites: tuple[Site, ...] = ()  # that formats are chosen for, pinned ones included: what averages are taken over
 
     def wanted(self) -> dict[str, list[Format]]:
         """Site -> the quantized formats that it may get: what has to be measured."""
@@ -85,6 +86,7 @@ def space(
     factors: Format,
     pins: Mapping[str, str | Bounds],
     together: str | Sequence[Sequence[str]],
+    also: Sequence[str] = (),
 ) -> Space:
     """The groups of a state's sites and their options, pins respected.
 
@@ -94,8 +96,9 @@ def space(
     graph, own = state.graph, Dense(state.dtype)
     allowed: dict[str, list[Format]] = {}
     misfits: dict[Format, list[Site]] = {}
-    for site in graph.linear:
-        allowed[site.name] = fitting(site, formats, ranks, factors, misfits)
+    sites = [*graph.linear, *outside(graph, also)]
+    for site in sites:
+        allowed[site.name] = fitting(site, formats, ranks if site.role != "embed" else (0,), factors, misfits)
     for pattern, pin in pins.items():
         allowed |= pinned(graph, pattern, pin, allowed, own)
     for name, fmts in allowed.items():
@@ -103,7 +106,22 @@ def space(
             why = f"none of the formats fits its shape {list(graph[name].shape)}"
             raise FormatError(f"'{name}': {why}; add one that does, or pin it", ("formats",))
     groups = (Group(tuple(members), options_of(members, allowed)) for members in gathered(graph, allowed, together))
-    return Space(tuple(groups), tuple(misfit(fmt, sites) for fmt, sites in misfits.items()))
+    return Space(tuple(groups), tuple(misfit(fmt, odd) for fmt, odd in misfits.items()), tuple(sites))
+
+
+def outside(graph: Graph, also: Sequence[str]) -> list[Site]:
+    """The matrices outside the blocks that patterns name, each once: of two sites that share one, its owner."""
+    found: dict[str, Site] = {}
+    for pattern in also:
+        try:
+            sites = graph.match(pattern)
+        except MatchError as e:
+            raise MatchError(str(e), ("also",)) from None
+        inside = next((s.name for s in sites if s.block is not None), None)
+        if inside:
+            raise RecipeError(f"'{inside}' lies inside the blocks, which are allocated anyway; name embed or lm_head", ("also",))
+        found |= {s.tied or s.name: graph[s.tied or s.name] for s in sites}
+    return [site for site in graph if site.name in found]
 
 
 def misfit(fmt: Format, sites: Sequence[Site]) -> str:
@@ -249,7 +267,7 @@ def resources(state: State, sp: Space, budgets: Sequence[str], limits: Mapping[s
 def resource(state: State, sp: Space, text: str, pattern: str | None, at: tuple[str, ...]) -> Resource:
     try:
         budget = Budget.parse(text)
-        sites = state.graph.linear if pattern is None else state.graph.match(pattern)
+        sites = sp.sites if pattern is None else state.graph.match(pattern)
     except CompressError as e:
         raise type(e)(str(e), at) from None
     inside = {s.name for s in sites}

@@ -10,7 +10,9 @@ For Δ = Ŵ - W, with Ŵ the deployed weights, three figures are kept, so that t
 Every matrix is quantized alone, on the inputs of the unquantized model: the table answers for one matrix at a time, and adding
 its entries up is the allocator's assumption, not the table's. Outputs are solved one by one and errors are sums over them, so of
 a matrix with many outputs some are drawn (`DRAWN`), the same for all formats, and stand for the rest; except for corrections of
-low rank, which are fitted to all outputs at once. The table is kept part by part, a block and a family of formats in each,
+low rank, which are fitted to all outputs at once. A matrix outside the blocks has a row for every token, and few of them weigh:
+those with the largest gradients and those that are looked up are all taken, and some of the rest. An embedding's `kl` is that of
+its rows looked up, a shared one's that plus the head's. The table is kept part by part, a block and a family of formats in each,
 so a killed measurement goes on where it was, another budget measures nothing, and one more format measures only itself.
 """
 
@@ -28,11 +30,13 @@ from torch import Tensor
 from compress.formats import Format, LowRank, base_of, parse
 from compress.manager import Context, Record, Store
 from compress.passes import gptq_core as core
-from compress.passes.solver import Case, Shared, Solver, Solves, precision
+from compress.passes.gradients import TableSquares
+from compress.passes.solver import LOOKED_UP, Case, Shared, Solver, Solves, is_table, precision
 from compress.state import State
 from compress.state.graph import Site
 
 DRAWN = 256  # outputs
+CERTAIN, SOME = 2048, 1024  # rows of a table: those that weigh most, and some of the others
 Wanted = Mapping[str, Sequence[Format]]  # site -> candidates
 Squares = Callable[[Site], Tensor]  # squared gradients at a site's outputs [N] or at its weights [N, K]
 
@@ -71,16 +75,36 @@ class ErrorTable:
 class Meter(Solver):
     """Solves every candidate of a site and keeps its errors instead of its codes."""
 
-    def __init__(self, solver: Tries, state: State, ctx: Context, wanted: Wanted, gradients: Squares | None):
+    def __init__(
+        self,
+        solver: Tries,
+        state: State,
+        ctx: Context,
+        wanted: Wanted,
+        gradients: Squares | None,
+        tables: TableSquares | None = None,
+    ):
         super().__init__(solver, state, ctx)
+        self.tables = tables
         self.formats = {name: formats[0] for name, formats in wanted.items() if formats}
         self.wanted, self.gradients, self.tries = wanted, gradients, solver.tries
 
     def _together(self, sites: Sequence[Site]) -> Iterator[list[Site]]:
         yield from ([s] for s in sites)
 
+    def _mean(self, expert: int | None, pooled: Tensor | None) -> tuple[Tensor, tuple[str, ...]]:
+        looked_up, self.looked_up = self.looked_up, 0.0
+        self.head_kk, notes = super()._mean(expert, pooled)
+        mixed_kk = self.head_kk.clone()
+        mixed_kk.diagonal().add_(looked_up * mixed_kk.diagonal().mean())
+        self.looked_up = looked_up
+        return mixed_kk, notes
+
     def solve_together(self, sites: Sequence[Site], shared: Shared) -> None:
         (site,) = sites
+        if is_table(site):
+            self._measure_table(site, shared)
+            return
         formats, rows = self.wanted[site.name], torch.arange(site.shape[0])
         if len(rows) > DRAWN and not any(isinstance(f, LowRank) for f in formats):
             rows = torch.randperm(len(rows), generator=self.ctx.generator(site))[:DRAWN].sort().values
@@ -96,19 +120,93 @@ class Meter(Solver):
                 "kl": None if squares is None else share * half_fisher(squares, D_nk, loss_n),
             })  # fmt: skip
 
+    def _measure_table(self, site: Site, shared: Shared) -> None:
+        """A head, an embedding, or both in one: errors of some rows, each standing for `stands` of them."""
+        rows, stands, counts = self._rows_of(site)
+        W_nk = self.state.rows(site, rows.tolist()).float()
+        H_kk = self.head_kk.cpu() if shared.factor else torch.eye(site.shape[1])
+        energy = float((stands * ((W_nk @ H_kk) * W_nk).sum(1)).sum()) or 1.0
+        whole = W_nk.to(self.ctx.device)
+        for fmt, made in self.tries(whole, shared.factor, self.wanted[site.name], Case(site, self.state, self.ctx)):
+            D_nk = made.cpu() - W_nk
+            loss_n = ((D_nk @ H_kk) * D_nk).sum(1)
+            kl = 0.0
+            if self.tables and shared.factor:  # it makes logits
+                kl += 0.5 * float((stands * self.tables.head_v[rows] * loss_n).sum())
+            if self.tables and site.role == "embed":
+                kl += 0.5 * float(((counts / counts.sum()) @ D_nk.square() * self.tables.embed_d).sum())
+            self.records.append({
+                "site": site.name, "format": str(fmt), "output": float((stands * loss_n).sum()) / energy,
+                "weight": float((stands * D_nk.square().sum(1)).sum()), "kl": kl if self.tables else None,
+            })  # fmt: skip
+
+    def _rows_of(self, site: Site) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows to look at, how many rows each stands for, and how often each was looked up."""
+        n, generator = site.shape[0], self.ctx.generator(site)
+        counts, certain = torch.zeros(n), torch.zeros(n, dtype=torch.bool)
+        if self.tables:
+            counts = self.tables.tokens.bincount(minlength=n).float()
+            certain = counts > 0
+            certain[self.tables.head_v.topk(min(n, CERTAIN)).indices] = True
+        rest = (~certain).nonzero()[:, 0]
+        some = rest[torch.randperm(len(rest), generator=generator)[:SOME]]
+        stands = torch.zeros(n)
+        stands[certain] = 1.0
+        stands[some] = len(rest) / max(1, len(some))
+        rows = (stands > 0).nonzero()[:, 0]
+        return rows, stands[rows], counts[rows]
+
 
 def half_fisher(squares: Tensor, D_nk: Tensor, loss_n: Tensor) -> float:
     """Half the Fisher information of a change, from squared gradients at the outputs, [N], or at the weights, [N, K]."""
     return 0.5 * float((squares * D_nk.square()).sum() if squares.ndim == 2 else squares @ loss_n)
 
 
-def measure(solver: Tries, state: State, ctx: Context, wanted: Wanted, store: Store, gradients: Squares | None) -> ErrorTable:
-    """The table of all wanted candidates, from what `store` holds and, for the rest, one pass of the calibration text."""
+def measure(
+    solver: Tries,
+    state: State,
+    ctx: Context,
+    wanted: Wanted,
+    store: Store,
+    gradients: Squares | None,
+    tables: TableSquares | None,
+) -> ErrorTable:
+    """The table of all wanted candidates, from what `store` holds and, for the rest, one pass of the calibration text; one more
+    for what lies outside the blocks."""
     missing = [list(absent(state, block.sites, wanted, store)) for block in state.graph.blocks]
-    if any(missing):
-        with precision("bf16"):
+    outside = [site for site in state.graph if site.block is None and wanted.get(site.name)]
+    missing_tables = [(site, list(absent(state, [site.name], wanted, store))) for site in outside]
+    with precision("bf16"):
+        if any(missing):
             _measure(solver, state, ctx, missing, store, gradients)
+        for site, found in missing_tables:
+            if found:
+                _measure_table(solver, state, ctx, site, found, store, tables)
     return ErrorTable.of(store.records)
+
+
+def _measure_table(
+    solver: Tries, state: State, ctx: Context, site: Site, missing: Sequence[tuple[str, dict[str, list[Format]]]], store: Store,
+    tables: TableSquares | None,
+) -> None:  # fmt: skip
+    """What candidates would do to an embedding or a head, the latter under the Hessian of what it is given."""
+    everything = {site.name: [fmt for _, members in missing for fmt in members[site.name]]}
+    meter = Meter(solver, state, ctx, everything, None, tables)
+    head = site if site.role == "head" else next((s for s in state.graph if s.tied == site.name), None)
+    meter.sites([site.name])
+    if head is None or ctx.calibration is None:
+        meter.solve_together([site], Shared())
+    else:
+        stream, batches = ctx.stream(state)
+        for block in state.graph.blocks:
+            ctx.progress(block.index, len(state.graph.blocks), f"{block.module}, for {head.module}")
+            stream.advance(state, block.index, batches)
+        stream.watch_head(state, batches, head, lambda _, inputs, clean: meter.observe(site.stage, inputs, clean))
+        meter.looked_up = LOOKED_UP if site.role == "embed" else 0.0
+        meter.solve_stage(site.stage)
+    for part, members in missing:
+        texts = {str(fmt) for fmt in members[site.name]}
+        store.commit(part, records=[r for r in meter.records if r["format"] in texts])
 
 
 def absent(state: State, names: Sequence[str], wanted: Wanted, store: Store) -> Iterator[tuple[str, dict[str, list[Format]]]]:
@@ -119,7 +217,8 @@ def absent(state: State, names: Sequence[str], wanted: Wanted, store: Store) -> 
             families.setdefault(str(base_of(fmt)), {}).setdefault(name, []).append(fmt)
     for family, members in families.items():
         content = json.dumps({name: list(map(str, formats)) for name, formats in members.items()}).encode()
-        part = f"block-{state.graph[names[0]].block:04}-{family.replace(':', '_')}-{zlib.crc32(content):08x}"
+        block = state.graph[names[0]].block
+        part = f"{names[0] if block is None else f'block-{block:04}'}-{family.replace(':', '_')}-{zlib.crc32(content):08x}"
         if store.committed(part) is None:
             yield part, members
 

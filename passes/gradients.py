@@ -7,6 +7,9 @@ predictions, so the squares estimate the Fisher information itself, the second d
     output   g_n = mean over tokens of (∂ℓ/∂y_tn)², ℓ the log-likelihood of a window, y the outputs of the matrix
     weight   F_nk = mean over windows of (∂ℓ/∂W_nk)², where ∂ℓ/∂W = Σ_t ∂ℓ/∂y_t x_tᵀ
 
+For what lies outside the blocks (`TableSquares`): of a head g at its logits; of an embedding that at the rows looked up, a mean
+over tokens for each of their numbers.
+
 An expert's g is over all tokens too: those that the router does not send to it add nothing. A part of it (`POOLED`) is the mean
 of all experts of its block and role, so that an expert that this sample hardly reached is not taken for one that does no harm.
 """
@@ -14,7 +17,7 @@ of all experts of its block and role, so that an expert that this sample hardly 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +30,17 @@ from compress.state import State
 from compress.state.graph import Site
 
 POOLED = 0.1
+TABLES = "tables"  # the part that is committed last
+
+
+@dataclass(frozen=True)
+class TableSquares:
+    """head_v: mean squared gradient at each logit [V]. embed_d: the same at each number of a row that was looked up [d]. tokens:
+    those that were, int64, by the state's ids."""
+
+    head_v: Tensor
+    embed_d: Tensor
+    tokens: Tensor
 
 
 def output_gradients(state: State, ctx: Context, tokens: Tokens) -> dict[str, Tensor]:
@@ -40,6 +54,15 @@ def output_gradients(state: State, ctx: Context, tokens: Tokens) -> dict[str, Te
         mean = torch.stack([known[n] for n in names]).mean()
         known |= {n: torch.lerp(known[n], mean, POOLED) for n in names}
     return known
+
+
+def table_gradients(state: State, ctx: Context, tokens: Tokens) -> TableSquares:
+    """The same of embedding and head."""
+    ctx = replace(ctx, calibration=tokens)
+    store = _measured(state, ctx, "gradients", _squared_outputs)
+    part = store.committed(TABLES)
+    assert part is not None, "it was committed last"
+    return TableSquares(part.dense["lm_head"].load(), part.dense["embed"].load(), state.ids(tokens.ids).flatten())
 
 
 def fisher(state: State, ctx: Context, site: Site) -> Tensor:
@@ -59,11 +82,8 @@ def _squared_weights(X_tk: Tensor, G_tn: Tensor, window: int) -> Tensor:
 
 
 def _known(state: State, ctx: Context, name: str, squares: Squares, only: Site | None = None) -> Iterator[tuple[str, Tensor]]:
-    assert ctx.calibration is not None, "`check` asks for calibration data"
-    store = ctx.store.analysis(name, {"tokens": ctx.calibration.hash})
+    store = _measured(state, ctx, name, squares)
     blocks = [b.index for b in state.graph.blocks] if only is None else [only.block]
-    if store.committed(f"block-{state.graph.blocks[0].index:04}") is None:  # blocks are measured from the last to the first
-        _measure(state, ctx, store, squares)
     for index in blocks:
         part = store.committed(f"block-{index:04}")
         for site, written in part.dense.items() if part else ():
@@ -71,22 +91,50 @@ def _known(state: State, ctx: Context, name: str, squares: Squares, only: Site |
                 yield site, written.load()
 
 
+def _measured(state: State, ctx: Context, name: str, squares: Squares) -> Store:
+    """Where all of them are kept; they are measured the first time."""
+    assert ctx.calibration is not None, "`check` asks for calibration data"
+    store = ctx.store.analysis(name, {"tokens": ctx.calibration.hash})
+    if store.committed(TABLES) is None:
+        _measure(state, ctx, store, squares)
+    return store
+
+
 def _measure(state: State, ctx: Context, store: Store, squares: Squares) -> None:
     assert ctx.calibration is not None
-    stream = Stream(state, ctx.device)
-    batches = stream.start(state, list(state.ids(ctx.calibration.ids).split(1)))
+    stream, ids = Stream(state, ctx.device), state.ids(ctx.calibration.ids)
+    batches = stream.start(state, list(ids.split(1)))
     inputs = forward(stream, state, batches, ctx.progress)
+    scale = looked_up_scale(state, ids, inputs[0])
     generator = torch.Generator().manual_seed(ctx.seed)
-    above = behind(stream, state, batches, lambda logits: drawn(logits, generator))
-    window, sums = ctx.calibration.ids.shape[1], dict[str, Tensor]()
+    count, sums = ids.numel(), dict[str, Tensor]()
+    head_v = torch.zeros(0)
+
+    def slope(logits: Tensor) -> Tensor:
+        nonlocal head_v
+        found = drawn(logits, generator)
+        square = found.flatten(0, -2).square().sum(0).cpu() / count
+        head_v = square if not len(head_v) else head_v.add_(square)
+        return found
 
     def add(site: str, x: Tensor, g: Tensor) -> None:
-        square = squares(x.flatten(0, -2).float(), g.flatten(0, -2).float(), window)
+        if site == "embed":
+            square = (scale * g.flatten(0, -2).float()).square().sum(0) * len(batches) / count
+        else:
+            square = squares(x.flatten(0, -2).float(), g.flatten(0, -2).float(), ids.shape[1])
         sums[site] = sums[site].add_(square) if site in sums else square
 
+    above = behind(stream, state, batches, slope)
     for index in backward(stream, state, batches, inputs, above, add, ctx.progress):
         store.commit(f"block-{index:04}", dense={name: (total / len(batches)).cpu() for name, total in sums.items()})
         sums.clear()
+    store.commit(TABLES, dense={"embed": (sums["embed"] / len(batches)).cpu(), "lm_head": head_v})
+
+
+def looked_up_scale(state: State, ids: Tensor, hidden: list[Tensor]) -> float:
+    """What an architecture multiplies the rows by that it looks up, by least squares: mostly 1, in Gemma the root of the width."""
+    rows = state.rows(state.graph["embed"], ids[0].tolist()).float()
+    return float((rows * hidden[0][0].float().cpu()).sum() / rows.square().sum().clamp(min=1e-20))
 
 
 def drawn(logits: Tensor, generator: torch.Generator) -> Tensor:

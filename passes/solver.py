@@ -29,6 +29,10 @@ from compress.passes import gptq_core as core
 from compress.state import State
 from compress.state.graph import Site
 
+# Rows of a shared table are looked up too, where all their numbers count alike: so much of the identity, in mean diagonals of the
+# head's Hessian, is added to that. Without it the head takes what the look-up pays: on Gemma 3 270M, the table alone in
+# int4:g64, KL is 0.198 with the Hessian, 0.161 with rounding, 0.108 with both.
+LOOKED_UP = 1.0
 TABLE = 1 << 24  # weights of a table that are solved at a time
 TOKENS_PER_INPUT = 2  # below this, an expert's own Hessian is too poor to stand alone
 
@@ -114,7 +118,7 @@ class Solver:
         self._drift: Tensor | None = None
         self._tokens: dict[int | None, int] = {}
         self._active: dict[str, list[Site]] = {}
-        self.looked_up = 0.0  # of a table whose rows are looked up as well: see `LOOKED_UP` in quantize.py
+        self.looked_up = 0.0  # of a table whose rows are looked up as well: see `LOOKED_UP`
 
     def sites(self, names: Sequence[str]) -> list[Site]:
         """Those of the named sites that are still to change, noted by the stage at which they are solved."""

@@ -65,14 +65,17 @@ def backward(
     progress: Progress,
 ) -> Iterator[int]:
     """From the last block to the first: `observe(site, x, g)` with the inputs of each matrix and the gradient at its outputs,
-    batch by batch; the index of a block is given once all its batches were. `inputs` are used up."""
-    count = len(state.graph.blocks)
+    batch by batch; the index of a block is given once all its batches were. Then the embedding, with what it gave and the
+    gradient there. `inputs` are used up."""
+    count, first = len(state.graph.blocks), inputs[0]
     for block in reversed(state.graph.blocks):
         progress(3 * count - 2 * block.index - 2, 3 * count, f"backward, {block.module}")
         with stream.block(state, block.index) as module, torch.enable_grad():
             mine = zip(batches, inputs.pop(), above, strict=True)
             above = [_through(stream, state, block.index, module, *each, observe) for each in mine]
         yield block.index
+    for hidden, gradient in zip(first, above, strict=True):
+        observe(state.graph["embed"].name, hidden, gradient)
 
 
 def _through(

@@ -1,0 +1,66 @@
+"""Embedding and head among what is allocated: a budget of the whole file, and damage as measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compress.errors import CompressError
+from compress.model.model import open_model
+from compress.passes.allocate import Allocate
+from compress.passes.quantize import Quantize
+from tests.cooking import bake
+from tests.pass_laws import check_pass
+
+SOME = ["int2:g32", "int3:g32", "int4:g32", "int8:g32"]
+
+
+def size_of(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(("name", "also"), [("qwen2", ["embed"]), ("gemma3", ["lm_head"]), ("llama", ["embed", "lm_head"])])
+def test_a_budget_of_the_file_is_kept_with_the_table_in_it(
+    family: Any, text: Path, tmp_path: Path, name: str, also: list[str]
+) -> None:
+    whole = (family(name) / "model.safetensors").stat().st_size
+    budget = f"{0.3 * whole / 2**20:.4f} MiB"
+    done = bake(tmp_path, family(name), text, "native", {"allocate": {"budget": budget, "formats": SOME, "also": also}},
+                {"quantize": {}})  # fmt: skip
+    assert size_of(done.artifacts["native"][0]) <= 0.3 * whole
+    forecast = done.state.plan.forecast if done.state.plan else None
+    assert forecast is not None
+    named = {"embed", "lm_head"} if name == "llama" else {"embed"}
+    assert named <= forecast.damage.keys()
+    assert all(forecast.damage[site] > 0 for site in named)
+    assert "native" in done.artifacts
+
+
+def test_more_bits_of_a_table_are_less_damage(family: Any, text: Path, tmp_path: Path) -> None:
+    damages = []
+    for fmt in ("int2:g32", "int3:g32", "int4:g32", "int8:g32"):
+        done = bake(tmp_path, family("qwen2", torch.float32), text, "native", {"allocate": {
+            "budget": "8.6 bits", "formats": SOME, "also": ["embed"], "pins": {"embed": fmt}}}, {"quantize": {}})  # fmt: skip
+        assert done.state.plan is not None
+        assert done.state.plan.forecast is not None
+        assert str(done.state.plan.formats["embed"]) == fmt
+        damages.append(done.state.plan.forecast.damage["embed"])
+    assert damages == sorted(damages, reverse=True)
+    assert damages[0] > 4 * damages[2] > 0
+
+
+def test_what_lies_inside_is_not_named(family: Any) -> None:
+    state = open_model(str(family("llama"))).state
+    with pytest.raises(CompressError, match="lies inside the blocks, which are allocated anyway; name embed or lm_head"):
+        Allocate(also=("layers.*",)).foresee(state)
+    with pytest.raises(CompressError, match="matched no site"):
+        Allocate(also=("lm_haed",)).foresee(state)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama"])
+def test_the_laws_of_passes(family: Any, tmp_path: Path, name: str) -> None:
+    allocate = Allocate.model_validate({"budget": "4 bits", "formats": SOME[:3], "also": ["embed", "lm_head"], "trials": 0})
+    check_pass(allocate, family(name), tmp_path, (Quantize(),))
