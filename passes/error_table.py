@@ -169,7 +169,7 @@ def measure(
     wanted: Wanted,
     store: Store,
     gradients: Squares | None,
-    tables: TableSquares | None,
+    tables: TableSquares | None = None,
 ) -> ErrorTable:
     """The table of all wanted candidates, from what `store` holds and, for the rest, one pass of the calibration text; one more
     for what lies outside the blocks."""

@@ -132,7 +132,7 @@ def _measure(state: State, ctx: Context, store: Store, squares: Squares) -> None
 
 
 def looked_up_scale(state: State, ids: Tensor, hidden: list[Tensor]) -> float:
-    """What an architecture multiplies the rows by that it looks up, by least squares: mostly 1, in Gemma the root of the width."""
+    """What an architecture multiplies the rows by that it looks up, by least squares: mostly 1, in Gemma √width."""
     rows = state.rows(state.graph["embed"], ids[0].tolist()).float()
     return float((rows * hidden[0][0].float().cpu()).sum() / rows.square().sum().clamp(min=1e-20))
 
