@@ -39,12 +39,14 @@ HIDDEN, MLP, HEADS, KV_HEADS, VOCABULARY, LAYERS = 2048, 5632, 32, 4, 32000, 22
 
 @dataclass(frozen=True)
 class Peak:
-    """What one process took: bytes allocated at most, bytes resident at most, seconds."""
+    """What one process took: bytes allocated at most, bytes resident at most, seconds. at: bytes of its log when it had allocated
+    most."""
 
     anonymous: int
     resident: int
     wall_s: float
     cpu_s: float
+    at: int = 0
 
 
 def main() -> None:
@@ -118,17 +120,19 @@ def watch(command: list[str], log: Path, threads: int = 1) -> Peak:
     environment = {**os.environ, "PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
     with log.open("w", encoding="utf-8") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
-    anonymous = resident = 0
+    anonymous = resident = at = 0
     while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
         held = memory_of(process.pid)
-        anonymous, resident = max(anonymous, held.get("RssAnon", 0)), max(resident, held.get("VmHWM", 0))
+        resident = max(resident, held.get("VmHWM", 0))
+        if held.get("RssAnon", 0) > anonymous:
+            anonymous, at = held["RssAnon"], log.stat().st_size
         time.sleep(POLL_SECONDS)
     _, status, usage = ended
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise ChildError(f"{' '.join(command)} failed:\n{log.read_text('utf-8')[-3000:]}")
     seconds = time.perf_counter() - started
-    return Peak(anonymous, resident or usage.ru_maxrss * 1024, seconds, usage.ru_utime + usage.ru_stime)
+    return Peak(anonymous, resident or usage.ru_maxrss * 1024, seconds, usage.ru_utime + usage.ru_stime, at)
 
 
 def memory_of(pid: int) -> dict[str, int]:

@@ -142,7 +142,7 @@ def setting(args: argparse.Namespace) -> str:
 
 def kept(work: Path, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What was measured under this name before, or is measured now; a failure is not kept, and tried again the next time."""
-    path = work / f"{re.sub('[^a-z0-9.]+', '-', name)}.figures.json"
+    path = work / f"{re.sub('[^A-Za-z0-9.]+', '-', name)}.figures.json"
     if path.exists():
         known: dict[str, Any] = json.loads(path.read_text("utf-8"))
         return known
@@ -207,7 +207,7 @@ def tell(text: str) -> None:
 
 def recipe(case: Case, args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Everything that one recipe gave; what goes wrong becomes its note."""
-    out = work / "runs" / (case.folder or re.sub("[^a-z0-9]+", "-", case.name))
+    out = work / "runs" / (case.folder or re.sub("[^A-Za-z0-9]+", "-", case.name))
     try:
         found = commands(case, write_recipe(case, args, out), out, args)
     except ChildError as error:
@@ -232,7 +232,7 @@ def write_recipe(case: Case, args: argparse.Namespace, out: Path) -> Path:
         "export": [{name: {}} for name in case.exports],
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    path = out.with_name(f"{re.sub('[^a-z0-9.]+', '-', case.name)}.yaml")
+    path = out.with_name(f"{re.sub('[^A-Za-z0-9.]+', '-', case.name)}.yaml")
     path.write_text(json.dumps(content, indent=1), "utf-8")  # JSON is YAML
     return path
 
@@ -248,10 +248,11 @@ def commands(case: Case, path: Path, out: Path, args: argparse.Namespace) -> dic
     foretold = read_plan(compress("plan", str(path), "--no-measure")[0])
     measured = []
     if case.allocates:
-        text, peak = compress("plan", str(path))
-        foretold["bytes"] = read_plan(text)["bytes"]
-        measured.append(peak)
-    measured.append(compress("run", str(path))[1])
+        measured.append(compress("plan", str(path)))
+        foretold["bytes"] = read_plan(measured[0][0])["bytes"]
+    measured.append(compress("run", str(path)))
+    took = [peak for _, peak in measured]
+    text, largest = max(measured, key=lambda each: each[1].anonymous)
     evaluated = {}
     for name in case.exports:
         text, peak = compress("eval", str(out / name), "--json")
@@ -260,10 +261,11 @@ def commands(case: Case, path: Path, out: Path, args: argparse.Namespace) -> dic
         "foretold": foretold,
         "scores": json.loads((out / "evaluation.json").read_text("utf-8")),
         "bytes": {name: weight_bytes(out / name) for name in case.exports},
-        "cpu_s": sum(peak.cpu_s for peak in measured),
-        "wall_s": sum(peak.wall_s for peak in measured),
-        "resident": max(peak.resident for peak in measured),
-        "anonymous": max(peak.anonymous for peak in measured),
+        "cpu_s": sum(peak.cpu_s for peak in took),
+        "wall_s": sum(peak.wall_s for peak in took),
+        "resident": max(peak.resident for peak in took),
+        "anonymous": largest.anonymous,
+        "stage": stage_of(text.encode()[: largest.at].decode(errors="ignore")),
         "eval": evaluated,
     }
 
@@ -275,6 +277,12 @@ def read_plan(text: str) -> dict[str, Any]:
     peak, unit, stage, span, of = match.groups()
     sizes = {name: int(count.replace(",", "")) for name, count in re.findall(r"^(\w+): ([\d,]+) bytes in", text, re.M)}
     return {"bytes": sizes, "peak": float(peak) * UNITS[unit], "stage": stage, "seconds": float(span) * UNITS[of]}
+
+
+def stage_of(text: str) -> str:
+    """The stage that a run was in, by what it had said until then."""
+    said = re.findall(r"^(?:step \d+ of \d+: (\w+)|writing (\w+)|(evaluating).*)", text, re.M)
+    return next(filter(None, said[-1])) if said else "measuring"
 
 
 def weight_bytes(folder: Path) -> int:
@@ -308,7 +316,8 @@ def foretold_rows(each: dict[str, Any]) -> Iterator[list[str]]:
     plan = each["foretold"]
     for name, count in each["bytes"].items():
         yield [f"bytes, {name}", f"{plan['bytes'][name]:,}", f"{count:,}", f"{count / plan['bytes'][name]:.4f}"]
-    for what, key in (("resident", f"peak MB, in {plan['stage']}"), ("anonymous", "the same without mapped files")):
+    where = plan["stage"] if plan["stage"] == each["stage"] else f"{plan['stage']}; measured in {each['stage']}"
+    for what, key in (("resident", "peak MB"), ("anonymous", f"without mapped files, in {where}")):
         yield [key, f"{plan['peak'] / 2**20:.0f}", f"{each[what] / 2**20:.0f}", f"{each[what] / plan['peak']:.2f}"]
     for what, key in (("cpu_s", "CPU s"), ("wall_s", "wall s")):
         yield [key, number(plan["seconds"], 0), number(each[what], 0), f"{each[what] / plan['seconds']:.2f}"]
@@ -317,7 +326,7 @@ def foretold_rows(each: dict[str, Any]) -> Iterator[list[str]]:
 def artifact_rows(each: dict[str, Any]) -> Iterator[list[str]]:
     """What `eval` found of each artifact, and what it took."""
     for name, e in each["eval"].items():
-        engine = e["engine"].partition(" (")[0].replace("|", "/")
+        engine = e["engine"].replace("|", "/")  # with the reason, where our reader had to do
         sizes = [f"{e[key] / 2**20:.0f}" for key in ("resident", "anonymous")]
         yield [name, engine, figure(e["perplexity"]), f"{e['kl']:.4f}", number(e["cpu_s"], 0), *sizes]
 
