@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from quantize_child import Measured, Meter, Weights
+from quantize_child import Measured, Meter, Weights, register_windows
 
 GROUP = 64
 WIDTHS = (2, 3, 4, 8)
@@ -97,7 +97,7 @@ def run_autoround(job: Job) -> Result:
     from auto_round.schemes import QuantizationScheme
     from transformers import AutoTokenizer
 
-    register_windows(job)
+    register_windows(job.ids)
     symmetric = job.options["symmetric"]
     meter = Meter()
     model, ids = load_model(job), job.ids
@@ -124,20 +124,6 @@ def autoround_target(bits: float, symmetric: bool) -> float:
     """Average bits as AutoScheme counts them, which gives every group a zero point, for `bits` as they are stored."""
     scale = SCALE_BITS / GROUP
     return (bits - scale) * (1 + 1 / GROUP) + scale if symmetric else bits
-
-
-def register_windows(job: Job) -> None:
-    """Makes our calibration tokens known to AutoRound as the data set ``windows``; its search takes nothing but a name."""
-    import torch
-    from auto_round.calib_dataset import CALIB_DATASETS
-    from datasets import Dataset
-
-    ids = job.ids
-
-    def windows(*_: Any, **__: Any) -> Dataset:
-        return Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
-
-    CALIB_DATASETS["windows"] = windows
 
 
 # --- ModelOpt -----------------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ import torch
 from allocate_child import VARIANTS
 from quantize_child import cpu_seconds
 from quantize_vs_peers import environment
-from report import figure, line, machine, number
+from report import figure, head, line, machine, number
 from safetensors.torch import load_file
 from scoring import Judge, Score, UnfairWeightsError, most_values
 from workloads import LENGTH, windows
@@ -369,11 +369,6 @@ def results(rows: list[Row]) -> list[str]:
         figures = [f"{row.bits:.3f}", f"{row.kl:.4f}", figure(row.perplexity), number(row.predicted, 4), number(row.cpu_s, 0)]
         lines.append(line([f"{row.tool} {row.label}", number(row.budget, 1), *([row.note, *[""] * 4] if row.note else figures)]))
     return lines
-
-
-def head(*names: str) -> list[str]:
-    """The two lines that open a table; its first column holds words, the others figures."""
-    return [line(names), line(["---", *["---:"] * (len(names) - 1)])]
 
 
 def ratios(rows: list[Row]) -> list[str]:

@@ -9,7 +9,7 @@ The model has random weights in bf16 and the shape of TinyLlama (2048 wide, 22 l
 vocabulary 32000, untied); it is written shard by shard and deleted at the end. `--model` takes a folder with a tokenizer instead.
 
 Two figures, since a mapped file counts as resident though the kernel may drop its pages at any moment: `anonymous` is the peak of
-RssAnon, what the process itself allocated, polled; `resident` is ru_maxrss, mapped pages included. The bar is for `anonymous`.
+RssAnon, what the process itself allocated, polled; `resident` is VmHWM, mapped pages included. The bar is for `anonymous`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from typing import Any
 REPO = Path(__file__).resolve().parent.parent
 MB = 2**20
 POLL_SECONDS = 0.02
+MEMORY = ("RssAnon", "VmHWM")
 SHARE = 0.25  # of the model's bytes: the bar
 
 HIDDEN, MLP, HEADS, KV_HEADS, VOCABULARY, LAYERS = 2048, 5632, 32, 4, 32000, 22
@@ -38,12 +39,14 @@ HIDDEN, MLP, HEADS, KV_HEADS, VOCABULARY, LAYERS = 2048, 5632, 32, 4, 32000, 22
 
 @dataclass(frozen=True)
 class Peak:
-    """What one process took: bytes allocated at most, bytes resident at most, seconds."""
+    """What one process took: bytes allocated at most, bytes resident at most, seconds. at: bytes of its log when it had allocated
+    most."""
 
     anonymous: int
     resident: int
     wall_s: float
     cpu_s: float
+    at: int = 0
 
 
 def main() -> None:
@@ -107,34 +110,39 @@ def run(model: Path, text: Path, method: str, args: argparse.Namespace, work: Pa
     return peak
 
 
-def watch(command: list[str], log: Path, threads: int = 1) -> Peak:
-    """Runs a command and polls its memory until it ends.
+class ChildError(SystemExit):
+    """A command that failed; where nobody catches it, the end of its log is what the program ends with."""
 
-    This process stays small, because a child's ru_maxrss starts at its parent's.
-    """
+
+def watch(command: list[str], log: Path, threads: int = 1) -> Peak:
+    """Runs a command and polls its memory until it ends; ChildError where it fails."""
     started = time.perf_counter()
     environment = {**os.environ, "PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
     with log.open("w", encoding="utf-8") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
-    anonymous = 0
+    anonymous = resident = at = 0
     while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
-        anonymous = max(anonymous, anonymous_bytes(process.pid))
+        held = memory_of(process.pid)
+        resident = max(resident, held.get("VmHWM", 0))
+        if held.get("RssAnon", 0) > anonymous:
+            anonymous, at = held["RssAnon"], log.stat().st_size
         time.sleep(POLL_SECONDS)
     _, status, usage = ended
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{log.read_text('utf-8')[-3000:]}")
+        raise ChildError(f"{' '.join(command)} failed:\n{log.read_text('utf-8')[-3000:]}")
     seconds = time.perf_counter() - started
-    return Peak(anonymous, usage.ru_maxrss * 1024, seconds, usage.ru_utime + usage.ru_stime)
+    return Peak(anonymous, resident or usage.ru_maxrss * 1024, seconds, usage.ru_utime + usage.ru_stime, at)
 
 
-def anonymous_bytes(pid: int) -> int:
-    """RssAnon of a process: resident memory that no file backs; 0 once it has gone."""
+def memory_of(pid: int) -> dict[str, int]:
+    """RssAnon of a process, resident memory that no file backs, and VmHWM, the most that was ever resident; empty once it has
+    gone. (ru_maxrss would start at its parent's peak.)"""
     try:
         lines = Path(f"/proc/{pid}/status").read_text("utf-8").splitlines()
     except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
+        return {}
+    return {name: int(rest.split()[0]) * 1024 for name, _, rest in (x.partition(":") for x in lines) if name in MEMORY}
 
 
 # --- reporting -------------------------------------------------------------------------------------------------------

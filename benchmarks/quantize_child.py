@@ -1,4 +1,4 @@
-"""One tool, one quantization, measured from inside: run by quantize_vs_peers.py in the tool's own environment.
+"""One tool, one quantization, measured from inside: run by quantize_vs_peers.py and real_models.py in the tool's environment.
 
     python quantize_child.py JOB.json
 
@@ -38,6 +38,7 @@ class Job:
     symmetric: bool
     options: dict[str, Any]
     out: str
+    bos: bool = False  # a begin-of-text token in front of every window
 
     @property
     def format(self) -> str:
@@ -149,6 +150,48 @@ def gptq_weight(module: Any) -> Any:
     return module.dequantize_weight().T.float()
 
 
+def run_autoround(job: Job) -> tuple[Measured, Weights]:
+    """AutoRound on the CPU; the option `iters` says how long each block's rounding is learned. Returns what it put in place."""
+    os.environ["AR_DISABLE_DATASET_SUBPROCESS"] = "1"
+    import auto_round
+    import torch
+    from auto_round import AutoRound
+    from auto_round.schemes import QuantizationScheme
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    register_windows(tokens(job))
+    meter = Meter()
+    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
+    rounder = AutoRound(
+        model,
+        tokenizer=AutoTokenizer.from_pretrained(job.model),
+        scheme=QuantizationScheme(bits=job.bits, group_size=job.group, sym=job.symmetric, data_type="int", act_bits=16),
+        dataset="windows",
+        nsamples=job.sequences,
+        seqlen=job.length,
+        device_map="cpu",
+        amp=False,
+        enable_torch_compile=False,
+        **job.options,
+    )
+    quantized, _ = rounder.quantize()
+    measured = meter.stop(auto_round.__version__)
+    linears = {n: m for n, m in quantized.named_modules() if ".layers." in n and isinstance(m, torch.nn.Linear)}
+    return measured, {f"{name}.weight": module.weight.detach() for name, module in linears.items()}
+
+
+def register_windows(ids: Any) -> None:
+    """Makes our calibration tokens known to AutoRound as the data set ``windows``; its search takes nothing but a name."""
+    import torch
+    from auto_round.calib_dataset import CALIB_DATASETS
+    from datasets import Dataset
+
+    def windows(*_: Any, **__: Any) -> Dataset:
+        return Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
+
+    CALIB_DATASETS["windows"] = windows
+
+
 def tokens(job: Job) -> Any:
     """(sequences, length) int64 tokens, the same for every tool."""
     from safetensors.torch import load_file
@@ -179,7 +222,7 @@ def write_recipe(job: Job, out: Path, exports: list[dict[str, Any]]) -> Path:
         "model": job.model,
         "out": str(out),
         "seed": 0,
-        "data": {"calibration": {"text": job.text, "sequences": job.sequences, "length": job.length}},
+        "data": {"calibration": {"text": job.text, "sequences": job.sequences, "length": job.length, "bos": job.bos}},
         "passes": [{"quantize": {"method": "gptq", "format": job.format, **job.options}}],
         "export": exports,
     }
@@ -215,6 +258,7 @@ TOOLS: dict[str, Callable[[Job], tuple[Measured, Weights]]] = {
     "ours": run_ours,
     "llmcompressor": run_llmcompressor,
     "gptqmodel": run_gptqmodel,
+    "autoround": run_autoround,
 }
 
 

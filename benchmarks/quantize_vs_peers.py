@@ -59,6 +59,8 @@ VARIANTS = (
     Variant("gptqmodel", "GPTQ, default", True),
     Variant("gptqmodel", "GPTQ, mse", False, {"mse": 2.0}),
     Variant("gptqmodel", "GPTAQ, mse", False, {"mse": 2.0, "gptaq": {"alpha": 0.25}}),
+    Variant("autoround", "50 iterations", True, {"iters": 50}),
+    Variant("autoround", "50 iterations", False, {"iters": 50}),
 )
 TOOLS = tuple(dict.fromkeys(variant.tool for variant in VARIANTS))
 
@@ -81,7 +83,7 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    """The command line; environments may also come from LLMCOMPRESSOR_PYTHON and GPTQMODEL_PYTHON."""
+    """The command line; environments may also come from LLMCOMPRESSOR_PYTHON, GPTQMODEL_PYTHON and AUTOROUND_PYTHON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", nargs="+", choices=("stories", "speed"), default=["stories", "speed"])
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
@@ -159,6 +161,7 @@ def write_job(workload: Workload, variant: Variant, bits: int, out: Path) -> Pat
         "symmetric": variant.symmetric,
         "options": variant.options,
         "out": str(out),
+        "bos": workload.bos,
     }
     path = out / "job.json"
     path.write_text(json.dumps(job, indent=1), "utf-8")

@@ -137,6 +137,11 @@ def line(values: Iterable[str]) -> str:
     return "| " + " | ".join(values) + " |"
 
 
+def head(*names: str) -> list[str]:
+    """The two lines that open a table; its first column holds words, the others figures."""
+    return [line(names), line(["---", *["---:"] * (len(names) - 1)])]
+
+
 def figure(perplexity: float) -> str:
     """Three decimals below ten, else one."""
     return f"{perplexity:.3f}" if perplexity < 10 else f"{perplexity:.1f}"

@@ -30,6 +30,7 @@ class Workload:
     group: int
     bits: tuple[int, ...]
     redraws: bool
+    bos: bool = False  # a begin-of-text token in front of every window
 
 
 class AssetsMissingError(FileNotFoundError):
