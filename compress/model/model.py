@@ -93,7 +93,8 @@ class Model:
         if odd:
             found.append(f"{self.folder}: {len(odd)} modules of experts, the first '{odd[0]}', keep them in a layout that is not "
                          "compressed (transposed, or with biases); they stay as they are")  # fmt: skip
-        extra = passed_over(self.checkpoint.specs, self.skeleton()) if self.has_weights else []
+        source = self.has_weights and self.leave is not None  # an artifact has names of its own
+        extra = passed_over(self.checkpoint.specs, self.skeleton()) if source else []
         if extra:
             found.append(f"{self.folder}: {len(extra)} tensors, the first '{extra[0]}', are none that transformers loads, such "
                          "as those of a layer that predicts further tokens; they go along unchanged into artifacts of "

@@ -262,8 +262,9 @@ def factor_of(module: nn.Embedding) -> float | None:
     held: Any = getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", None))
     if not isinstance(held, float | int):
         return None
-    rows, ids = torch.rand(3, 4, device="cpu"), torch.arange(3, device="cpu")
-    buffers = {name: torch.tensor(float(held), device="cpu") for name in module._buffers}
+    whole: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}  # a model is built on meta, in its own dtype
+    rows, ids = torch.rand(3, 4, **whole), torch.arange(3, device="cpu")
+    buffers = {name: torch.tensor(float(held), **whole) for name in module._buffers}
     trial = copy(module)
     trial.__dict__ = {**module.__dict__, "padding_idx": None, "_parameters": {"weight": nn.Parameter(rows)}, "_buffers": buffers}
     return float(held) if torch.equal(trial(ids), rows * held) else None
