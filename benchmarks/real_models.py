@@ -73,7 +73,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
             packed = {"format": text, "pins": {"embed": text}}
             yield Case(f"{text}, embedding too", [{"quantize": packed}], ("native", "onnx"), bits)
     for budget in args.budgets:
-        options = {"budget": budget, "formats": list(ALLOCATED)}
+        options = {"budget": budget, "formats": list(ALLOCATED), "also": ["embed"]}
         yield Case(f"allocate, {budget}", [{"allocate": options}, {"quantize": {}}], folder="allocate")
 
 

@@ -253,8 +253,8 @@ def test_a_format_that_does_not_fit_names_its_site_and_where_it_was_written(fami
         pipeline.plan(recipe(tmp_path, family("llama"), text))
     with pytest.raises(MatchError, match=r"recipe\.yaml:\d+:\d+  pattern '\*.upp' matched no site.*Nearest: '\*\.up'"):
         pipeline.plan(recipe(tmp_path, family("llama"), text, format="int4:g32", pins={"*.upp": "int8:g32"}))
+    pins = {"embed": "int8:g32", "lm_head": "int4:g32"}
     with pytest.raises(FormatError, match=r"recipe\.yaml:\d+:\d+  'embed' and 'lm_head' are one matrix, and the pins give it"):
-        pins = {"embed": "int8:g32", "lm_head": "int4:g32"}
         pipeline.plan(recipe(tmp_path, family("qwen2"), text, format="int4:g32", pins=pins))
 
 

@@ -99,8 +99,8 @@ MODEL_EDITS = [
      f"did you mean 'int8:g32'?   allowed: {FORMATS}"),
     ('{"lm_head": "int8:g32"}', '\n        lm_head: bf16\n        "layers.1.*": int4:g48', f":12:9  'layers.1.attn.q': int4:g48: "
      f"{NO_FIT}"),
-    ('"lm_head": "int8:g32"', '"embed": "int8:g32"', ":12:5  compressed_tensors: 'embed' has int8:g32, and engines of this layout "
-     "look rows up in dense tables only; leave it out of 'pins', or export native, onnx or gguf"),
+    ('"lm_head": "int8:g32"', '"embed": "int8:g32"', ":12:5  compressed_tensors: 'embed' has int8:g32, and engines of this "
+     "layout look rows up in dense tables only; leave it out of 'pins', or export native, onnx or gguf"),
     ('"lm_head": "int8:g32"', '"*.attn.q": "int8:g32"', ":12:5  compressed_tensors: vLLM joins q,k,v into one matrix and needs "
      "one format for them, here layers.0.attn.q int8:g32, layers.0.attn.k int4:g32, layers.0.attn.v int4:g32; pin them together"),
     ("  calibration: {text: words.txt, sequences: 8, length: 32}\n", "", ":7:5  'gptq' needs data.calibration; add it, "
