@@ -115,7 +115,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--evaluation", type=Path, required=True, help="another, such as wiki.test.raw")
     parser.add_argument("--parts", nargs="+", choices=("recipes", "peers"), default=["recipes", "peers"])
     parser.add_argument("--bits", nargs="*", type=int, default=[4, 3, 2])
-    parser.add_argument("--budgets", nargs="*", default=["3.5 bits", "3.0 bits", "2.5 bits"], help="as in a recipe")
+    parser.add_argument("--budgets", nargs="*", default=["200 MiB", "150 MiB", "110 MiB"], help="as in a recipe")
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=["ours", "llmcompressor", "autoround"])
     for tool in TOOLS:
         default = sys.executable if tool == "ours" else os.environ.get(f"{tool.upper()}_PYTHON")
