@@ -262,8 +262,8 @@ def commands(case: Case, path: Path, out: Path, args: argparse.Namespace) -> dic
     text, largest = max(measured, key=lambda each: each[1].anonymous)
     evaluated = {}
     for name in case.exports:
-        text, peak = compress("eval", str(out / name), "--json")
-        evaluated[name] = {**json.JSONDecoder().raw_decode(text[text.index("{\n") :])[0], **asdict(peak)}
+        printed, peak = compress("eval", str(out / name), "--json")
+        evaluated[name] = {**json.JSONDecoder().raw_decode(printed[printed.index("{\n") :])[0], **asdict(peak)}
     return {
         "foretold": foretold,
         "scores": json.loads((out / "evaluation.json").read_text("utf-8")),
