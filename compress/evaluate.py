@@ -157,4 +157,5 @@ def sizes(state: State, tensor_bytes: int) -> Sizes:
     stored = sum((state.format(s) or dense).nbytes(s.shape) for s in linear)
     own = {s.weight for s in graph} | {s.joined for s in graph if s.expert is not None}
     weights = total(graph) + sum(math.prod(spec.shape) for spec in state.specs if spec.name not in own)
-    return Sizes(tensor_bytes, 8 * stored / total(linear), 8 * tensor_bytes / weights)
+    bits = 8 * stored / total(linear) if linear else 8.0 * state.dtype.itemsize
+    return Sizes(tensor_bytes, bits, 8 * tensor_bytes / weights)

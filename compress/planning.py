@@ -117,9 +117,14 @@ def survey(model: Model, start: State) -> str:
     rows, unfit = [], []
     for text in WIDTHS:
         try:
-            rows.append([text, *cost_of(model, start, text, []), *cost_of(model, start, text, tables)[1:]])
+            rows.append([text, *cost_of(model, start, text, [])])
         except FormatError as e:
             unfit.append((text, str(e)))
+            continue
+        try:
+            rows[-1] += cost_of(model, start, text, tables)[1:]
+        except FormatError:  # the table has another width than the blocks
+            rows[-1] += ["-"] * 3
     head = ["format", "bits", "file", "", "bits of it", "all packed", "", "bits of it"]
     graph, count = start.graph, sum(site.numel for site in start.graph if not site.tied)
     one = ", which embedding and head share" if any(site.tied for site in graph) else ""

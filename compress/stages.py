@@ -68,7 +68,7 @@ def evaluation(state: State, windows: Windows) -> Cost:
     block = max(sum(s.numel for s in graph.of_block(b.index)) for b in graph.blocks) * state.dtype.itemsize
     parts = COPIES * PIECE * min(ROWS, vocabulary) * 4
     return Cost(2 * 2.0 * tokens * entries, logits=2.0 * tokens * vocabulary,
-                peak_bytes=hidden + max(table_bytes(state), 2 * block + batch, parts + unpacked_bytes(state)))  # fmt: skip
+                peak_bytes=hidden + max(2 * block + batch, parts + unpacked_bytes(state)))  # fmt: skip
 
 
 def proof(exporter: Exporter, state: State, layout: Files) -> Cost:
@@ -76,12 +76,8 @@ def proof(exporter: Exporter, state: State, layout: Files) -> Cost:
     vocabulary = state.graph["embed"].shape[0]
     shape = proof_tokens(torch.empty(2, 1 << 16, dtype=torch.int8), vocabulary).shape
     logits = 4 * shape.numel() * vocabulary * 4
-    return Cost(bytes=layout.nbytes, peak_bytes=exporter.proof_bytes(state, layout) + logits + table_bytes(state))
-
-
-def table_bytes(state: State) -> int:
-    """The token embedding, as a model looks rows up in it."""
-    return state.graph["embed"].numel * state.dtype.itemsize
+    largest = max(spec.nbytes for spec in state.specs)  # compared with its original
+    return Cost(bytes=layout.nbytes, peak_bytes=max(2 * largest, exporter.proof_bytes(state, layout) + logits))
 
 
 def unpacked_bytes(state: State) -> int:

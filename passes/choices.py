@@ -109,6 +109,11 @@ def space(
     return Space(tuple(groups), tuple(misfit(fmt, odd) for fmt, odd in misfits.items()), tuple(sites))
 
 
+def owners(graph: Graph, sites: Sequence[Site]) -> list[Site]:
+    """The sites, each once; of those that share another's matrix, that one."""
+    return list({s.tied or s.name: graph[s.tied or s.name] for s in sites}.values())
+
+
 def outside(graph: Graph, also: Sequence[str]) -> list[Site]:
     """The matrices outside the blocks that patterns name, each once: of two sites that share one, its owner."""
     found: dict[str, Site] = {}
@@ -120,7 +125,7 @@ def outside(graph: Graph, also: Sequence[str]) -> list[Site]:
         inside = next((s.name for s in sites if s.block is not None), None)
         if inside:
             raise RecipeError(f"'{inside}' lies inside the blocks, which are allocated anyway; name embed or lm_head", ("also",))
-        found |= {s.tied or s.name: graph[s.tied or s.name] for s in sites}
+        found |= {s.name: s for s in owners(graph, sites)}
     return [site for site in graph if site.name in found]
 
 
@@ -163,9 +168,11 @@ def pinned(
     except CompressError as e:
         raise type(e)(str(e), at) from None
     left = {}
-    for site in sites:
-        if site.name not in allowed:
-            raise MatchError(f"'{site.name}' is not allocated (only matrices inside blocks are); pin it to one format", at)
+    sites = owners(graph, sites)
+    chosen = [site for site in sites if site.name in allowed]
+    if not chosen:
+        raise MatchError(f"'{sites[0].name}' is not allocated; name it in 'also', or pin it to one format", at)
+    for site in chosen:
         least, most = low.nbytes(site.shape) if low else 0, high.nbytes(site.shape) if high else float("inf")
         left[site.name] = [f for f in allowed[site.name] if least <= stored(f, site.shape) <= most]
         if not left[site.name]:
@@ -267,7 +274,7 @@ def resources(state: State, sp: Space, budgets: Sequence[str], limits: Mapping[s
 def resource(state: State, sp: Space, text: str, pattern: str | None, at: tuple[str, ...]) -> Resource:
     try:
         budget = Budget.parse(text)
-        sites = sp.sites if pattern is None else state.graph.match(pattern)
+        sites = sp.sites if pattern is None else owners(state.graph, state.graph.match(pattern))
     except CompressError as e:
         raise type(e)(str(e), at) from None
     inside = {s.name for s in sites}

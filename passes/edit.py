@@ -81,6 +81,11 @@ class Edit(Pass):
             if head not in places:  # a file may hold an equal head, which was not read so far
                 specs += [replace(spec, name=head) for spec in specs if spec.name == embed]
             places[head] = places[embed]
+            bias = f"{head.rpartition('.')[0]}.bias"
+            shared = same_parameter(state, bias)
+            if shared in places and bias not in places:  # a checkpoint may hold it under another module's name alone
+                specs += [replace(spec, name=bias) for spec in specs if spec.name == shared]
+                places[bias] = places[shared]
         dense = state.dense.moved(places)
         graph = anchor(discover(model := skeleton(config), config, state.graph.leave), dense, model)
         check_tensors(graph, dense)
@@ -169,6 +174,12 @@ def untied(state: State, config: Any) -> tuple[str, str]:
     if graph["lm_head"].tied:
         raise ModelError(f"'{state.graph.family}' ties its head to its embedding whatever the config says; it cannot be untied")
     return graph["lm_head"].weight, state.graph["embed"].weight
+
+
+def same_parameter(state: State, name: str) -> str | None:
+    """Another name of a parameter of the model; None where it has none."""
+    named = dict(skeleton(state.config).named_parameters(remove_duplicate=False))
+    return next((other for other, p in named.items() if p is named.get(name) and other != name), None)
 
 
 def with_tokens(state: State, kept: tuple[int, ...]) -> State:

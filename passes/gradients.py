@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from compress.errors import ModelError
 from compress.manager import Context, Store
 from compress.model.backward import backward, behind, forward
 from compress.model.data import Tokens
@@ -62,6 +63,9 @@ def table_gradients(state: State, ctx: Context, tokens: Tokens) -> TableSquares:
     store = _measured(state, ctx, "gradients", _squared_outputs)
     part = store.committed(TABLES)
     assert part is not None, "it was committed last"
+    if "embed" not in part.dense:
+        raise ModelError(f"'{state.graph.family}' projects the rows that it looks up; what a change of them does is not measured "
+                         "there: use metric: output, or pin 'embed'", ("also",))  # fmt: skip
     return TableSquares(part.dense["lm_head"].load(), part.dense["embed"].load(), state.ids(tokens.ids).flatten())
 
 
@@ -119,6 +123,8 @@ def _measure(state: State, ctx: Context, store: Store, squares: Squares) -> None
 
     def add(site: str, x: Tensor, g: Tensor) -> None:
         if site == "embed":
+            if scale is None:
+                return
             square = (scale * g.flatten(0, -2).float()).square().sum(0) * len(batches) / count
         else:
             square = squares(x.flatten(0, -2).float(), g.flatten(0, -2).float(), ids.shape[1])
@@ -128,12 +134,15 @@ def _measure(state: State, ctx: Context, store: Store, squares: Squares) -> None
     for index in backward(stream, state, batches, inputs, above, add, ctx.progress):
         store.commit(f"block-{index:04}", dense={name: (total / len(batches)).cpu() for name, total in sums.items()})
         sums.clear()
-    store.commit(TABLES, dense={"embed": (sums["embed"] / len(batches)).cpu(), "lm_head": head_v})
+    store.commit(TABLES, dense={n: (total / len(batches)).cpu() for n, total in sums.items()} | {"lm_head": head_v})
 
 
-def looked_up_scale(state: State, ids: Tensor, hidden: list[Tensor]) -> float:
-    """What an architecture multiplies the rows by that it looks up, by least squares: mostly 1, in Gemma √width."""
+def looked_up_scale(state: State, ids: Tensor, hidden: list[Tensor]) -> float | None:
+    """What an architecture multiplies the rows by that it looks up, by least squares: mostly 1, in Gemma √width; None where it
+    projects them to another width."""
     rows = state.rows(state.graph["embed"], ids[0].tolist()).float()
+    if rows.shape != hidden[0][0].shape:
+        return None
     return float((rows * hidden[0][0].float().cpu()).sum() / rows.square().sum().clamp(min=1e-20))
 
 

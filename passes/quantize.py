@@ -25,7 +25,7 @@ from compress.manager import Context, Cost, Pass
 from compress.model.lockstep import Batch
 from compress.model.stream import Stream, Twin
 from compress.passes import gptq_core as core
-from compress.passes.solver import LOOKED_UP, Answer, Case, Shared, Solver, matrix_bytes, precision, stage_bytes
+from compress.passes.solver import LOOKED_UP, TABLE, Answer, Case, Shared, Solver, matrix_bytes, precision, stage_bytes
 from compress.state import Aspect, Fact, State
 from compress.state.graph import Site
 from compress.state.plan import BitPlan
@@ -145,8 +145,10 @@ class Quantize(Pass):
         block = max(sum(s.numel for s in state.graph.of_block(b.index)) for b in state.graph.blocks) * state.dtype.itemsize
         held, block = models * held, models * block
         peak = block + held + max((stage_bytes(members) for members in stages.values()), default=0)
-        table = max((matrix_bytes(s.numel) for s in tables), default=0)
-        peak = max(peak, table, state.graph["embed"].numel * state.dtype.itemsize + held)
+        formats = state.plan.formats if state.plan else {}
+        table = max((matrix_bytes(min(s.numel, TABLE)) + s.numel * state.dtype.itemsize + 4 * formats[s.name].nbytes(s.shape)
+                     for s in tables), default=0)  # fmt: skip
+        peak = max(peak, table)
         return Cost(forward, products + solving, numel, peak)
 
     def run(self, state: State, ctx: Context) -> State:

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from compress.errors import CompressError
 from compress.model.model import open_model
 from compress.passes.allocate import Allocate
 from compress.passes.quantize import Quantize
+from tests.conftest import IDS, make_model
 from tests.cooking import bake
 from tests.pass_laws import check_pass
 
@@ -64,3 +66,35 @@ def test_what_lies_inside_is_not_named(family: Any) -> None:
 def test_the_laws_of_passes(family: Any, tmp_path: Path, name: str) -> None:
     allocate = Allocate.model_validate({"budget": "4 bits", "formats": SOME[:3], "also": ["embed", "lm_head"], "trials": 0})
     check_pass(allocate, family(name), tmp_path, (Quantize(),))
+
+
+@pytest.mark.parametrize("options", [{"limits": {"lm_head": "3 bits"}}, {"pins": {"lm_head": {"max": "int2:g32"}}},
+                                     {"pins": {"*": {"max": "int2:g32"}}}])  # fmt: skip
+def test_either_name_of_a_shared_table_is_heard(family: Any, options: dict[str, Any]) -> None:
+    state = open_model(str(family("qwen2"))).state
+    allocate = Allocate.model_validate({"budget": "4 bits", "formats": SOME, "also": ["embed", "lm_head"], **options})
+    plan = allocate.foresee(state).plan
+    assert plan is not None
+    assert str(plan.formats["embed"]) == "int2:g32"
+
+
+def test_a_table_that_is_not_allocated_has_no_bounds(family: Any) -> None:
+    state = open_model(str(family("llama"))).state
+    with pytest.raises(CompressError, match="'embed' is not allocated; name it in 'also', or pin it to one format"):
+        Allocate.model_validate({"budget": "4 bits", "formats": SOME, "pins": {"embed": {"max": "int2:g32"}}}).foresee(state)
+
+
+def projected(folder: Path) -> Path:
+    """A model that projects the rows that it looks up to another width."""
+    return make_model(folder, transformers.OPTConfig(
+        hidden_size=64, ffn_dim=128, word_embed_proj_dim=32, do_layer_norm_before=False, num_hidden_layers=2,
+        num_attention_heads=4, vocab_size=272, max_position_embeddings=256, **IDS))  # fmt: skip
+
+
+def test_rows_that_are_projected(text: Path, tmp_path: Path) -> None:
+    source = projected(tmp_path / "model")
+    done = bake(tmp_path / "run", source, text, "native", {"allocate": {"budget": "4 bits", "formats": SOME}}, {"quantize": {}})
+    assert done.artifacts["native"][1].engine == "compress runtime"
+    allocate = {"budget": "4 bits", "formats": SOME, "also": ["embed"]}
+    with pytest.raises(CompressError, match="projects the rows that it looks up"):
+        bake(tmp_path / "also", source, text, "native", {"allocate": allocate}, {"quantize": {}})

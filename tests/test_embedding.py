@@ -281,6 +281,20 @@ def test_a_tied_table_is_held_once_and_serves_both(family: Any, text: Path, tmp_
         assert [p.data_ptr() for p in head.parts] == [p.data_ptr() for p in table.parts]
 
 
+@pytest.mark.parametrize("data", [True, False])
+def test_a_bias_that_the_head_shares_too(text: Path, tmp_path: Path, data: bool) -> None:
+    """RoBERTa's, which a checkpoint holds under one of its names."""
+    source = make_model(tmp_path / "model", FAMILIES["roberta"](), torch.float32)
+    done = bake(tmp_path / "run", source, text if data else None, "native",
+                {"quantize": {"method": "rtn", "format": FORM, "pins": {"embed": FORM}}})  # fmt: skip
+    model = runtime.load(folder_of(done, "native"))
+    assert model.get_output_embeddings().bias is model.lm_head.bias
+    wanted = stock.logits(dequantized(done, source), [ids(2, 24)])[0]
+    torch.testing.assert_close(stock.logits(model, [ids(2, 24)])[0], wanted, atol=1e-4, rtol=1e-4)
+    bake(tmp_path / "untied", source, text, "native", {"edit": {"untie": True}},
+         {"quantize": {"method": "rtn", "format": FORM, "pins": {"lm_head": FORM}}})  # fmt: skip
+
+
 def test_a_table_in_pieces_is_the_same(family: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are independent, zero points too, though their codes share words."""
     made = []

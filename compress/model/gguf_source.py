@@ -235,6 +235,7 @@ def write_tokenizer(path: Path, folder: Path) -> None:
 
     def save() -> None:
         transformers.AutoTokenizer.from_pretrained(path.parent, **options(path)).save_pretrained(folder)
+        drop_invented(folder)
 
     _ = transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast  # imported here
     try:
@@ -242,6 +243,22 @@ def write_tokenizer(path: Path, folder: Path) -> None:
             apart.ask(TOKENIZING)
     except Failed as e:
         raise ModelError(f"{path}: transformers cannot read its tokenizer ({one_line(str(e))})") from None
+
+
+def drop_invented(folder: Path) -> None:
+    """Take tokens out of saved files that are behind the file's vocabulary: transformers' own readers of GGUF add
+    the special tokens of the first model of a family."""
+    path, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    file, said = (json.loads(p.read_text(encoding="utf-8")) for p in (path, settings))
+    vocabulary = file["model"]["vocab"]
+    known = set(vocabulary) if isinstance(vocabulary, dict) else {piece[0] for piece in vocabulary}
+    odd = {t["content"] for t in file["added_tokens"] if t["content"] not in known and t["id"] >= len(known)}
+    if not odd:
+        return
+    file["added_tokens"] = [t for t in file["added_tokens"] if t["content"] not in odd]
+    said = {n: v for n, v in said.items() if n != "added_tokens_decoder" and not (isinstance(v, str) and v in odd)}
+    path.write_text(json.dumps(file, ensure_ascii=False), encoding="utf-8")
+    settings.write_text(json.dumps(said, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def write_config(path: Path, folder: Path) -> None:

@@ -181,7 +181,7 @@ class BitPlan:
         """Average stored bits per weight over `sites`, scales and zero points counted."""
         sites = list(sites)
         stored = sum(self.nbytes(s, dense_bytes) for s in sites)
-        return 8 * stored / sum(s.numel for s in sites)
+        return 8 * stored / sum(s.numel for s in sites) if sites else 8.0 * dense_bytes
 
     def nbytes(self, site: Site, dense_bytes: int) -> int:
         """Bytes of one site's tensors; `dense_bytes` per weight where it stays as it is."""

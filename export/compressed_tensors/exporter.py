@@ -112,7 +112,7 @@ class CompressedTensors(Exporter):
 
     def proof_bytes(self, state: State, layout: Files) -> int:
         """transformers unpacks every matrix, and holds what it reads."""
-        return layout.tensor_bytes + state_bytes(state, state.dtype.itemsize)
+        return state_bytes(state, state.dtype.itemsize) + sum(f.nbytes(state.graph[n].shape) for n, f in state.formats.items())
 
     def write(self, job: Job, folder: Path) -> None:
         self.check(job.state)

@@ -210,13 +210,12 @@ class PackedEmbedding(Packed, nn.Embedding):  # type: ignore[override]
 class PackedHead(PackedLinear):
     """An output head that shares the table of a packed embedding: its very tensors on a CPU, tiles made of them on CUDA."""
 
-    def __init__(self, table: PackedEmbedding, bias: bool = False):
+    def __init__(self, table: PackedEmbedding, bias: nn.Parameter | None = None):
         nn.Module.__init__(self)
         self._table = (table,)  # in a tuple, since it is a part of the model elsewhere
         self.out_features, self.in_features = self.shape = table.shape
         self.format, self.layout, self.dtype = table.format, "canonical", table.dtype
-        held = nn.Parameter(torch.empty(self.shape[0], dtype=self.dtype, device="meta"), requires_grad=False) if bias else None
-        self.register_parameter("bias", held)
+        self.register_parameter("bias", bias)  # the very one, which may be another module's too
         self._is_hf_initialized = True
 
     @property

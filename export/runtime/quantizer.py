@@ -73,7 +73,9 @@ class PackedQuantizer(HfQuantizer):
         self.table = replace(model, self.artifact, names)
         self.kept = {name for matrix in self.artifact.matrices.values() for name in matrix.names.values()}
         check_names(model, self.artifact, self.table)
-        for name in [n for n in model.all_tied_weights_keys if isinstance(holder(model, n), PackedHead)]:
+        tied = [name for name in model.all_tied_weights_keys if name.endswith(".weight")]
+        packed_heads = [name for name in tied if isinstance(holder(model, name), PackedHead)]
+        for name in packed_heads:
             del model.all_tied_weights_keys[name]  # there is no parameter to tie: they share a table
 
     def open(self, files: list[Path], names: Names) -> None:
@@ -252,7 +254,7 @@ def share(model: Any, path: str, name: str) -> None:
         if not isinstance(table, PackedEmbedding) or type(head).forward is not nn.Linear.forward:
             raise ModelError(f"'{one_line(path)}' is packed; how '{one_line(place)}' shares its matrix is not known here, use "
                              "'compress eval'")  # fmt: skip
-        model.set_submodule(place, PackedHead(table, head.bias is not None))
+        model.set_submodule(place, PackedHead(table, head.bias))
 
 
 def factor_of(module: nn.Embedding) -> float | None:
