@@ -32,6 +32,7 @@ from compress.state.graph import Site
 from compress.state.plan import BitPlan
 from compress.state.state import Part, broken_promises, changed
 
+LARGE = 1 << 26  # bytes of a model whose memory is worth the time that giving it back takes
 Record = dict[str, Any]  # what a pass tells about one site: JSON values
 
 
@@ -211,15 +212,17 @@ def fold(passes: Sequence[Pass], state: State, open_step: Callable[[int, Pass], 
             start = time.perf_counter()
             made = kept(p, foreseen, settle(p, state, p.run(state, step.context())))
             step.finish(time.perf_counter() - start, peak_memory(), made.plan)
-            give_back()
+            give_back(made)
             done = step.restore(foreseen)  # finished files lie elsewhere than the ones in hand did
             assert done is not None, "a step that was just finished can be restored"
         state = kept(p, foreseen, settle(p, state, done))
     return state
 
 
-def give_back() -> None:
-    """Return to the system what has been freed: glibc keeps it, and the next stage would come on top."""
+def give_back(state: State) -> None:
+    """Return to the system what has been freed, where a model is large: glibc keeps it, and the next stage would come on top."""
+    if sum(spec.nbytes for spec in state.specs) < LARGE:
+        return
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -319,7 +319,7 @@ def exported(
     found = {}
     for exporter in ready.exports:
         console.note(f"writing {exporter.name}")
-        manager.give_back()
+        manager.give_back(made.state)
         size = exporter.layout(ready.model, made.state).tensor_bytes
         card = report.card_writer(ready.recipe, ready.model, made.state, made.records, scores, size)
         key = digest(made.key, exporter.name, exporter.model_dump(mode="json"), scores.get("key"), beside)

@@ -346,7 +346,7 @@ def test_the_line_that_is_offered_leaves_what_nobody_knows(text: Path, tmp_path:
 
 def test_a_recipe_leaves_matrices_that_have_names(family: Any, text: Path, tmp_path: Path) -> None:
     plain = ran(tmp_path / "a", family("llama"), text, "gptq")
-    left = ran(tmp_path / "b", family("llama"), text, "compressed_tensors", "gptq", "gguf", "native", "onnx", leave=["*.k_proj"])
+    left = ran(tmp_path / "b", family("llama"), text, "compressed_tensors", "gptq", "gguf", "native", leave=["*.k_proj"])
     assert set(plain.state.codes) - set(left.state.codes) == {"layers.0.attn.k", "layers.1.attn.k"}
     assert left.state.graph.left == ("model.layers.0.self_attn.k_proj", "model.layers.1.self_attn.k_proj")
     for folder, _ in left.artifacts.values():

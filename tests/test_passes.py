@@ -58,7 +58,7 @@ def test_the_laws_hold_for_other_architectures(family: Any, tmp_path: Path, name
     check_pass(Quantize(format=parse("int4:g32")), family(name), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt2", "gemma2"])
+@pytest.mark.parametrize("name", ["mixtral", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "gemma2"))])
 def test_allocation_holds_for_other_architectures(family: Any, tmp_path: Path, name: str) -> None:
     allocate = Allocate.model_validate({"budget": "3.5 bits", "formats": SOME, "trials": 1})
     check_pass(allocate, family(name), tmp_path, (Quantize(),))

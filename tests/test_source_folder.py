@@ -63,7 +63,7 @@ def test_a_tokenizer_that_asks_for_code_is_refused(project: Project, evil: Any, 
     assert not evil()
 
 
-@pytest.mark.parametrize("exporter", [*EXPORTERS])
+@pytest.mark.parametrize("exporter", [pytest.param(n, marks=pytest.mark.slow) if n == "onnx" else n for n in EXPORTERS])
 def test_code_beside_classes_that_transformers_has_is_not_run_and_does_not_go_along(
     project: Project, evil: Any, exporter: str
 ) -> None:

@@ -37,7 +37,9 @@ def test_a_measured_speed_is_one() -> None:
     assert whole is None or whole(torch.float32) > 1e8
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "mixtral", "gpt2", "opt"])
+@pytest.mark.parametrize(
+    "name", ["llama", "mixtral", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3", "gpt2", "opt"))]
+)
 def test_blocks_compute_in_fp32_and_the_artifact_is_a_bf16_model(
     family: Any, text: Path, tmp_path: Path, slow: None, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

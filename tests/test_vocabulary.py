@@ -136,7 +136,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     return source, listed(folder, source, words[:300]), folder / "text.txt"
 
 
-@pytest.mark.parametrize("kind", ["compressed_tensors", "native", "onnx", "gguf", "gptq"])
+@pytest.mark.parametrize("kind", ["compressed_tensors", "native", pytest.param("onnx", marks=pytest.mark.slow), "gguf", "gptq"])
 def test_a_smaller_vocabulary_goes_through_every_exporter_and_back(tmp_path: Path, model: Any, kind: str) -> None:
     source, keep, text = model
     done = bake(tmp_path, source, text, kind, {"edit": {"vocab": str(keep)}}, {"quantize": {"format": "int4:g32"}})
