@@ -27,6 +27,7 @@ from compress.state.plan import size
 BASELINE_BYTES = 450 * 2**20  # Python, torch and transformers, imported
 SECONDS_PER_BYTE = 3e-8  # of an artifact: written, hashed, read again and compared
 COPIES = 6  # of a part of the logits, while two models are compared
+PROVEN = 6  # of all logits of a proof: the run's, the engine's in its dtype and in fp32, and what is made of them
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def proof(exporter: Exporter, state: State, layout: Files) -> Cost:
     """An artifact is written tensor by tensor; its proof has an engine in memory, and some logits."""
     vocabulary = state.graph["embed"].shape[0]
     shape = proof_tokens(torch.empty(2, 1 << 16, dtype=torch.int8), vocabulary).shape
-    logits = 4 * shape.numel() * vocabulary * 4
+    logits = PROVEN * shape.numel() * vocabulary * 4
     largest = max(spec.nbytes for spec in state.specs)  # compared with its original
     return Cost(bytes=layout.nbytes, peak_bytes=max(2 * largest, exporter.proof_bytes(state, layout) + logits))
 
