@@ -9,8 +9,8 @@ log-likelihood of each window's tokens after its first, so it depends on the win
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,9 +19,8 @@ from torch import Tensor
 
 from compress.formats import Dense
 from compress.model.data import Tokens
-from compress.model.head import Compared, Head, Piece, Softmax, cut, parts
+from compress.model.head import Compared, Softmax, Streamed, both, cut, parts
 from compress.model.lockstep import Batch
-from compress.model.stream import Stream
 from compress.state import State
 from compress.state.graph import total
 
@@ -67,47 +66,16 @@ def compare(
     under the condition that one of them comes.
     """
     known = None if state.vocabulary is None else list(state.vocabulary)
-    theirs = None if original is None else Streamed.of(original, tokens, device)
+    causal = state.graph.causal
+    theirs = None if original is None else Streamed.of(original, tokens.batches(), device, causal)
     with torch.no_grad():
         if ask is None:
-            found = both(theirs, Streamed.of(state, tokens, device), known)
+            ours = Streamed.of(state, [state.ids(batch) for batch in tokens.batches()], device, causal)
+            found = both(theirs, ours, known)
         else:
-            found = asked(theirs, ask, state.ids(tokens.ids), state.graph.causal, known)
+            found = asked(theirs, ask, state.ids(tokens.ids), causal, known)
         length = int(tokens.ids.shape[1])
         return None if theirs is None else original_scores(found, length), scores(found, length)
-
-
-@dataclass(frozen=True)
-class Streamed:
-    """A model behind all its blocks: its head, and pieces of what the last block put out."""
-
-    head: Head
-    pieces: list[Piece]
-
-    @classmethod
-    def of(cls, state: State, tokens: Tokens, device: str) -> Streamed:
-        """Pass all tokens through a state's blocks, with one block's weights in memory."""
-        stream = Stream(state, device)
-        batches = stream.start(state, [state.ids(batch) for batch in tokens.batches()])
-        for block in state.graph.blocks:
-            stream.advance(state, block.index, batches)
-        return cls(Head(stream, state), cut(batches, state.graph.causal))
-
-    @contextmanager
-    def part(self, rows: slice, known: list[int] | None = None) -> Iterator[Callable[[int], Tensor]]:
-        """Inside, the logits [n, rows] of a piece by its number; with `known`, rows are of this list."""
-        with self.head.part(rows if known is None else known[rows]) as ask:
-            yield lambda i: ask(self.pieces[i])
-
-
-def both(theirs: Streamed | None, ours: Streamed, known: list[int] | None) -> list[Compared]:
-    """The vocabulary in parts, each met by all predictions of both models."""
-    found = [Compared(piece.targets) for piece in ours.pieces]
-    for rows in parts(ours.head.size):
-        with ours.part(rows) as q, theirs.part(rows, known) if theirs else nullcontext() as p:
-            for i, compared in enumerate(found):
-                compared.add(rows.start or 0, p(i) if p else None, q(i))
-    return found
 
 
 def asked(theirs: Streamed | None, ask: Ask, ids: Tensor, causal: bool, known: list[int] | None) -> list[Compared]:

@@ -314,7 +314,8 @@ def exported(
 ) -> dict[str, tuple[Path, Proof]]:
     """Every artifact of the recipe, with its proof."""
     tokens = ready.evaluation or ready.calibration
-    sample = None if tokens is None else made.state.ids(proof_tokens(tokens.ids, made.state.graph["embed"].shape[0]))
+    windows, length = proof_tokens(made.state.graph["embed"].shape[0])
+    sample = None if tokens is None else made.state.ids(tokens.ids[:windows, :length])
     beside = [[name, sha256(ready.model.folder / name)] for name in carried(ready.model.folder)] if ready.exports else []
     found = {}
     for exporter in ready.exports:

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import torch
-
 from compress import manager
 from compress.errors import CompressError, ExportError, MatchError
 from compress.export.artifact.carried import carried
@@ -97,10 +95,10 @@ def prepare(path: Path, overrides: Sequence[str] = (), say: Say = silent) -> Pre
     return Prepared(recipe, model, start, foreseen)
 
 
-def proof_tokens(ids: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    """The windows to prove an artifact on: shorter ones where the vocabulary is so large that logits would take much memory."""
+def proof_tokens(vocabulary: int) -> tuple[int, int]:
+    """Windows, and tokens of each, to prove an artifact on: fewer where logits of a large vocabulary would take much memory."""
     windows, length = PROOF_TOKENS
-    return ids[:windows, : max(16, min(length, PROOF_LOGITS // (windows * vocabulary)))]
+    return windows, max(16, min(length, PROOF_LOGITS // (windows * vocabulary)))
 
 
 def check_exports(recipe: Recipe, state: State) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import psutil
 import torch
@@ -75,15 +76,14 @@ def evaluation(state: State, windows: Windows) -> Cost:
 def proof(exporter: Exporter, state: State, layout: Files) -> Cost:
     """An artifact is written tensor by tensor; its proof has an engine in memory, and some logits."""
     vocabulary = state.graph["embed"].shape[0]
-    shape = proof_tokens(torch.empty(2, 1 << 16, dtype=torch.int8), vocabulary).shape
-    logits = PROVEN * shape.numel() * vocabulary * 4
+    logits = PROVEN * prod(proof_tokens(vocabulary)) * vocabulary * 4
     largest = max(spec.nbytes for spec in state.specs)  # compared with its original
     return Cost(bytes=layout.nbytes, peak_bytes=max(2 * largest, exporter.proof_bytes(state, layout) + logits))
 
 
 def unpacked_bytes(state: State) -> int:
     """The head's matrix where it has to be unpacked; one that is dense, or of integers, is read by its rows."""
-    heads = [state.graph[s.tied or s.name] for s in state.graph if s.role == "head"]
+    heads = [state.graph.owner(s) for s in state.graph if s.role == "head"]
     return sum(s.numel * (state.dtype.itemsize + 1) for s in heads if not isinstance(state.format(s), Int | Dense | None))
 
 

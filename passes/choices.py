@@ -111,7 +111,7 @@ def space(
 
 def owners(graph: Graph, sites: Sequence[Site]) -> list[Site]:
     """The sites, each once; of those that share another's matrix, that one."""
-    return list({s.tied or s.name: graph[s.tied or s.name] for s in sites}.values())
+    return list(dict.fromkeys(graph.owner(s) for s in sites))
 
 
 def outside(graph: Graph, also: Sequence[str]) -> list[Site]:
@@ -161,9 +161,9 @@ def pinned(
         sites = graph.match(pattern)
         if isinstance(pin, str):
             fmt = parse(pin)
-            for site in sites:
-                check_fits(graph[site.tied or site.name], fmt, at)
-            return {s.tied or s.name: [fmt] for s in sites}
+            for site in owners(graph, sites):
+                check_fits(site, fmt, at)
+            return {s.name: [fmt] for s in owners(graph, sites)}
         low, high = (None if text is None else parse(text) for text in (pin.min, pin.max))
     except CompressError as e:
         raise type(e)(str(e), at) from None

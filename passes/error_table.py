@@ -92,13 +92,9 @@ class Meter(Solver):
     def _together(self, sites: Sequence[Site]) -> Iterator[list[Site]]:
         yield from ([s] for s in sites)
 
-    def _mean(self, expert: int | None, pooled: Tensor | None) -> tuple[Tensor, tuple[str, ...]]:
-        looked_up, self.looked_up = self.looked_up, 0.0
-        self.head_kk, notes = super()._mean(expert, pooled)
-        mixed_kk = self.head_kk.clone()
-        mixed_kk.diagonal().add_(looked_up * mixed_kk.diagonal().mean())
-        self.looked_up = looked_up
-        return mixed_kk, notes
+    def _looking_up(self, H_kk: Tensor) -> Tensor:
+        self.head_kk = H_kk
+        return super()._looking_up(H_kk)
 
     def solve_together(self, sites: Sequence[Site], shared: Shared) -> None:
         (site,) = sites
@@ -197,11 +193,7 @@ def _measure_table(
     if head is None or ctx.calibration is None:
         meter.solve_together([site], Shared())
     else:
-        stream, batches = ctx.stream(state)
-        for block in state.graph.blocks:
-            ctx.progress(block.index, len(state.graph.blocks), f"{block.module}, for {head.module}")
-            stream.advance(state, block.index, batches)
-        stream.watch_head(state, batches, head, lambda _, inputs, clean: meter.observe(site.stage, inputs, clean))
+        meter.see_head(head, site.stage)
         meter.looked_up = LOOKED_UP if site.role == "embed" else 0.0
         meter.solve_stage(site.stage)
     for part, members in missing:

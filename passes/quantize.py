@@ -139,7 +139,9 @@ class Quantize(Pass):
         models = 2 if self.corrects else 1
         products = tokens * sum(1.0 * k * k for k in inputs.values())  # of a Hessian; half of a full product, by symmetry
         forward = models * 2.0 * tokens * sum(s.numel for s in state.graph.linear) + (2 * products if self.corrects else 0)
-        solving = FLOPS_PER_WEIGHT_AND_INPUT * sum(1.0 * s.numel * s.shape[1] for s in matrices)
+        tied = [s for s in tables if self.method == "gptq" and any(other.tied == s.name for other in state.graph)]
+        forward += len(tied) * 2.0 * tokens * sum(s.numel for s in state.graph.linear)  # to what the head is given
+        solving = FLOPS_PER_WEIGHT_AND_INPUT * sum(1.0 * s.numel * s.shape[1] for s in [*matrices, *tied])
         width = state.graph["embed"].shape[1]
         held = tokens * state.dtype.itemsize * (max(s.shape[1] for s in sites) + 2 * width)
         block = max(sum(s.numel for s in state.graph.of_block(b.index)) for b in state.graph.blocks) * state.dtype.itemsize
@@ -189,19 +191,11 @@ class Quantize(Pass):
             if head is None or self.method != "gptq" or ctx.calibration is None:
                 solver.solve_together(tables, Shared(notes=(UNSEEN,)))
             else:
-                self._as_head(state, ctx, head, solver, tables[0].stage)
+                solver.looked_up = LOOKED_UP
+                solver.see_head(head, tables[0].stage)
+                solver.solve_stage(tables[0].stage)
             done = ctx.store.commit(EMBEDDING, solver.packed, records=solver.records)
         return state.with_part(done)
-
-    def _as_head(self, state: State, ctx: Context, head: Site, solver: Solver, stage: str) -> None:
-        """A table that is the output head as well: solved for what the head is given, by the model as it is so far."""
-        stream, batches = ctx.stream(state)
-        for block in state.graph.blocks:
-            ctx.progress(block.index, len(state.graph.blocks), f"{block.module}, for {head.module}")
-            stream.advance(state, block.index, batches)
-        stream.watch_head(state, batches, head, lambda _, inputs, clean: solver.observe(stage, inputs, clean))
-        solver.looked_up = LOOKED_UP
-        solver.solve_stage(stage)
 
     def _twin(self, state: State, ctx: Context) -> Twin | None:
         if not self.corrects:

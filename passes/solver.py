@@ -160,7 +160,7 @@ class Solver:
         for expert in sorted(self._hessians, key=lambda e: -1 if e is None else e):
             start = time.perf_counter()
             H_kk, notes = self._mean(expert, pooled)
-            factor = core.factor(H_kk, damp=self.options.damp, order=self.options.order)
+            factor = core.factor(self._looking_up(H_kk), damp=self.options.damp, order=self.options.order)
             mine = [s for s in sites if s.expert == expert]
             shared = Shared(factor, self._tokens[expert], notes, (time.perf_counter() - start) / max(1, len(mine)))
             for same in self._together(mine):
@@ -187,13 +187,25 @@ class Solver:
     def _mean(self, expert: int | None, pooled: Tensor | None) -> tuple[Tensor, tuple[str, ...]]:
         """The mean Hessian of what was seen, the pooled one mixed in for tokens that are missing."""
         H_kk, seen = core.finish(self._hessians.pop(expert)), self._tokens[expert]
-        if self.looked_up:
-            H_kk.diagonal().add_(self.looked_up * H_kk.diagonal().mean())
         wanted = TOKENS_PER_INPUT * len(H_kk)
         if pooled is None or seen >= wanted:
             return H_kk.div_(max(1, seen)), ()
         note = f"expert saw {seen} tokens, pooled Hessian for {wanted - seen} more"
         return (H_kk + (wanted - seen) * pooled) / wanted, (note,)
+
+    def _looking_up(self, H_kk: Tensor) -> Tensor:
+        """The Hessian, with so much of the identity as the look-up of a shared table needs."""
+        if not self.looked_up:
+            return H_kk
+        return H_kk + self.looked_up * H_kk.diagonal().mean() * torch.eye(len(H_kk), device=H_kk.device)
+
+    def see_head(self, head: Site, stage: str) -> None:
+        """Observe, as `stage`, what the output head is given by the model as it is."""
+        stream, batches = self.ctx.stream(self.state)
+        for block in self.state.graph.blocks:
+            self.ctx.progress(block.index, len(self.state.graph.blocks), f"{block.module}, for {head.module}")
+            stream.advance(self.state, block.index, batches)
+        stream.watch_head(self.state, batches, head, lambda _, inputs, clean: self.observe(stage, inputs, clean))
 
     def solve_together(self, sites: Sequence[Site], shared: Shared) -> None:
         """Solve sites of one Hessian and one format as one matrix, and keep the parts."""

@@ -13,8 +13,7 @@ from torch import Tensor
 from compress.formats import Dense, Format, LowRank
 from compress.manager import Context
 from compress.model.data import Tokens
-from compress.model.head import Compared, Head, cut, parts
-from compress.model.stream import Stream
+from compress.model.head import Streamed, both
 from compress.passes import allocate_core as core
 from compress.passes import gptq_core
 from compress.passes.choices import Resource, Space
@@ -168,20 +167,9 @@ class Solved:
 
 def divergence(original: State, changed: State, ctx: Context, sample: Sequence[Tensor]) -> list[float]:
     """KL (nats per token) of a changed model's predictions from the original's, window by window, both streamed."""
-    heads, held = [], []
-    for state in (original, changed):
-        stream = Stream(state, ctx.device)
-        batches = stream.start(state, sample)
-        for block in state.graph.blocks:
-            stream.advance(state, block.index, batches)
-        heads.append(Head(stream, state))
-        held.append(cut(batches, causal=False))
-    found = [Compared(None) for _ in held[0]]
+    p, q = (Streamed.of(state, sample, ctx.device, causal=False) for state in (original, changed))
     with torch.no_grad():
-        for rows in parts(heads[0].size):
-            with heads[0].part(rows) as p, heads[1].part(rows) as q:
-                for compared, one, other in zip(found, *held, strict=True):
-                    compared.add(rows.start or 0, p(one), q(other))
+        found = both(p, q)
     kl, windows = torch.cat([compared.kl for compared in found]), sum(len(batch) for batch in sample)
     means: list[float] = kl.view(windows, -1).mean(-1).tolist()
     return means

@@ -61,6 +61,17 @@ def make_model(folder: Path, config: Any, dtype: torch.dtype = torch.bfloat16, s
     return folder
 
 
+def saved(folder: Path, model: Any) -> Path:
+    """A model with random matrices as a folder, in bf16, with a tokenizer; seed before it is made."""
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim > 1:
+                p.copy_(torch.randn_like(p) * 1.5 * p.shape[-1] ** -0.5)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    make_tokenizer(folder)
+    return folder
+
+
 def make_tokenizer(folder: Path) -> None:
     """One token a byte; 256 begins, 257 ends, 258 pads."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

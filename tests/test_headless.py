@@ -19,7 +19,7 @@ from compress.export import runtime
 from compress.export.table import KINDS
 from compress.model.model import open_model
 from compress.state import State
-from tests.conftest import FAMILIES, GROUPED, IDS, SMALL, make_tokenizer
+from tests.conftest import FAMILIES, GROUPED, IDS, SMALL, saved
 from tests.cooking import bake
 
 LABELS = {"num_labels": 3}
@@ -43,14 +43,7 @@ def model_of(folder: Path, name: str) -> Path:
     """A random model without a head for tokens, as a folder."""
     torch.manual_seed(0)
     kind, config = MODELS[name]
-    model = kind(config())
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.ndim > 1:
-                p.copy_(torch.randn_like(p) * 1.5 * p.shape[-1] ** -0.5)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    make_tokenizer(folder)
-    return folder
+    return saved(folder, kind(config()))
 
 
 def outputs(model: Any, ids: Tensor) -> Tensor:

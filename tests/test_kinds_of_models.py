@@ -22,7 +22,7 @@ from compress.export import runtime
 from compress.model.model import open_model
 from compress.passes.edit import Edit
 from compress.state import State
-from tests.conftest import GROUPED, SMALL, make_tokenizer
+from tests.conftest import GROUPED, SMALL, saved
 from tests.cooking import recipe
 
 WIDE = {**SMALL, **GROUPED}
@@ -129,14 +129,7 @@ TOKENS = torch.randint(3, 250, (2, 20), generator=torch.Generator().manual_seed(
 def made(folder: Path, kind: Any, config: Any) -> Path:
     """A random model of a class, as a folder."""
     torch.manual_seed(0)
-    model = kind(config)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.ndim > 1:
-                p.copy_(torch.randn_like(p) * 1.5 * p.shape[-1] ** -0.5)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    make_tokenizer(folder)
-    return folder
+    return saved(folder, kind(config))
 
 
 def ran(folder: Path, model: Path, text: Path, *exporters: str, **more: Any) -> pipeline.Outcome:

@@ -41,7 +41,7 @@ def behind(stream: Stream, state: State, batches: Sequence[Batch], slope: Callab
     """The gradient at what the last block puts out, by batch, from that at the logits: `slope` is asked for it with the logits
     [b, t, vocabulary] of some tokens at a time, in their order. The batches have passed all blocks."""
     found = []
-    with stream.outer(state), torch.enable_grad():
+    with stream.behind(state), torch.enable_grad():
         for batch in batches:
             step = max(1, LOGITS // (len(batch.tokens) * state.graph["embed"].shape[0]))
             parts = zip(batch.tokens.split(step, 1), batch.hidden.detach().split(step, 1), strict=True)

@@ -11,7 +11,7 @@ A model without a head of its own (an embedder, a classifier; see `with_logits`)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +43,7 @@ class Head:
         self.stream, self.state = stream, state
         self.site = next((site for site in state.graph if site.role == "head"), None)
         self.size = None if self.site is None else self.site.shape[0]
-        held = None if self.site is None else state.graph[self.site.tied or self.site.name]
+        held = None if self.site is None else state.graph.owner(self.site)
         codes = state.codes.get(held.name) if held else None
         whole = held is not None and (held.transposed or (codes is not None and not isinstance(codes.format, Int)))
         self._matrix = state.weight(held) if held and whole else None  # other matrices are read by their rows
@@ -90,6 +90,40 @@ def parts(size: int | None) -> Iterator[slice]:
         return
     for start in range(0, size, ROWS):
         yield slice(start, min(start + ROWS, size))
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A model behind all its blocks: its head, and pieces of what the last block put out."""
+
+    head: Head
+    pieces: list[Piece]
+
+    @classmethod
+    def of(cls, state: State, ids: Sequence[Tensor], device: str, causal: bool, exact: bool = False) -> Streamed:
+        """Pass batches of token ids [b, t], as the state numbers them, through its blocks, one block's weights in memory.
+        `causal`: see `cut`; `exact`: see `Stream`."""
+        stream = Stream(state, device, exact)
+        batches = stream.start(state, ids)
+        for block in state.graph.blocks:
+            stream.advance(state, block.index, batches)
+        return cls(Head(stream, state), cut(batches, causal))
+
+    @contextmanager
+    def part(self, rows: slice, known: list[int] | None = None) -> Iterator[Callable[[int], Tensor]]:
+        """Inside, the logits [n, rows] of a piece by its number; with `known`, rows are of this list."""
+        with self.head.part(rows if known is None else known[rows]) as ask:
+            yield lambda i: ask(self.pieces[i])
+
+
+def both(theirs: Streamed | None, ours: Streamed, known: list[int] | None = None) -> list[Compared]:
+    """The vocabulary in parts, each met by all predictions of two models; `known` are the rows of the original that are ours."""
+    found = [Compared(piece.targets) for piece in ours.pieces]
+    for rows in parts(ours.head.size):
+        with ours.part(rows) as q, theirs.part(rows, known) if theirs else nullcontext() as p:
+            for i, compared in enumerate(found):
+                compared.add(rows.start or 0, p(i) if p else None, q(i))
+    return found
 
 
 class Softmax:

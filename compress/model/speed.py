@@ -14,9 +14,8 @@ from functools import cache
 import torch
 
 SIDE, TRIES = 768, 12  # of the matrices that are multiplied; how often
-MARGIN = (
-    3.0  # fp32 has to be faster by this: a CPU without such units is slower by more, and what else a machine does is no reason
-)
+# By so much fp32 has to be faster: without units for bf16 it is by more, and what else a machine does is no reason.
+MARGIN = 3.0
 
 
 def computing(dtype: torch.dtype, device: str = "cpu") -> torch.dtype:

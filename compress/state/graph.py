@@ -130,6 +130,10 @@ class Graph:
     def __iter__(self) -> Iterator[Site]:
         return iter(self.sites.values())
 
+    def owner(self, site: Site) -> Site:
+        """The site whose matrix this one has: itself, or the one that it shares."""
+        return self.sites[site.tied] if site.tied else site
+
     def of_block(self, index: int) -> list[Site]:
         return [self.sites[name] for name in self.blocks[index].sites]
 

@@ -74,6 +74,12 @@ def state_bytes(state: State, width: int) -> int:
     return width * (total(state.graph) + sum(math.prod(shape) for shape in state.graph.parameters.values()))
 
 
+def unpacked_bytes(state: State) -> int:
+    """Memory of an engine that unpacks every matrix, and of what it unpacks."""
+    packed = sum(fmt.nbytes(state.graph[name].shape) for name, fmt in state.formats.items())
+    return state_bytes(state, state.dtype.itemsize) + packed
+
+
 def headless(graph: Graph) -> bool:
     """Whether a model predicts no tokens: an embedder, or a classifier."""
     return not any(site.role == "head" for site in graph)

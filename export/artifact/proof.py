@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from compress.errors import ExportError
 from compress.export.artifact.engines import Engine, EngineError, greedy
 from compress.export.artifact.exporter import Job, Proof
-from compress.model.head import Head, cut, parts
-from compress.model.stream import Stream
+from compress.model.head import Streamed, parts
 from compress.state import State
 
 OURS = "our own reader"
@@ -79,19 +78,16 @@ def prove(job: Job, engine: Engine, tolerance: float = TOLERANCE, remark: str = 
 
 def logits(state: State, batches: list[Tensor], device: str) -> list[Tensor]:
     """The logits of a state, streamed, fp32 [b, t, vocabulary] on CPU, for each of the batches [b, t]."""
-    stream = Stream(state, device, exact=True)
-    found = stream.start(state, batches)
-    for block in state.graph.blocks:
-        stream.advance(state, block.index, found)
-    head, pieces = Head(stream, state), cut(found, causal=False)
-    made: list[list[Tensor]] = [[] for _ in pieces]
+    found = Streamed.of(state, batches, device, causal=False, exact=True)
+    made: list[list[Tensor]] = [[] for _ in found.pieces]
     with torch.no_grad():
-        for rows in parts(head.size):
-            with head.part(rows) as ask:
-                for held, piece in zip(made, pieces, strict=True):
-                    held.append(ask(piece).cpu())
-    whole = iter(torch.cat(held, -1) for held in made)
-    return [torch.cat([next(whole) for _ in cut([batch], causal=False)]).view(*batch.tokens.shape, -1) for batch in found]
+        for rows in parts(found.head.size):
+            with found.part(rows) as ask:
+                for i, held in enumerate(made):
+                    held.append(ask(i).cpu())
+    whole = torch.cat([torch.cat(held, -1) for held in made])
+    split = whole.split([batch.numel() for batch in batches])
+    return [part.view(*batch.shape, -1) for part, batch in zip(split, batches, strict=True)]
 
 
 def where(engine: Engine, state: State, tokens: Tensor) -> str:

@@ -23,7 +23,7 @@ from pydantic import Field
 
 from compress.errors import ExportError
 from compress.export.artifact.engines import EngineError
-from compress.export.artifact.exporter import Exporter, Files, Job, Proof, headless, refuse_packed_table, state_bytes, way_for
+from compress.export.artifact.exporter import Exporter, Files, Job, Proof, headless, refuse_packed_table, unpacked_bytes, way_for
 from compress.export.artifact.place import carry_over
 from compress.export.artifact.proof import FP32_TOLERANCE, TOLERANCE, prove, proven
 from compress.export.artifact.tensors import same_tensors, tensors, write_config
@@ -112,7 +112,7 @@ class CompressedTensors(Exporter):
 
     def proof_bytes(self, state: State, layout: Files) -> int:
         """transformers unpacks every matrix, and holds what it reads."""
-        return state_bytes(state, state.dtype.itemsize) + sum(f.nbytes(state.graph[n].shape) for n, f in state.formats.items())
+        return unpacked_bytes(state)
 
     def write(self, job: Job, folder: Path) -> None:
         self.check(job.state)

@@ -251,7 +251,7 @@ def fill(model: ModelProto, state: State, nodes: Nodes, names: dict[str, str]) -
             done.append(node)
             continue
         site = state.graph[node.attribute[0].s.decode()]
-        held_by = state.graph[site.tied] if site.tied else site
+        held_by = state.graph.owner(site)
         nodes.matrix(held_by, formats.get(held_by.name), node.input[0], node.output[0], rows=site.role == "embed")
         done += nodes.take()
     kept = [i for i in graph.input if i.name not in names]

@@ -97,7 +97,7 @@ def bytes_in_memory(state: State, width: int) -> int:
     total = width * sum(map(prod, state.graph.parameters.values()))
     for site in state.graph:
         if site.role != "embed":
-            held = state.graph[site.tied] if site.tied else site
+            held = state.graph.owner(site)
             total += matrix_bytes(state.format(held), held.shape, width)
     return total
 
