@@ -40,28 +40,18 @@ def read_header(path: Path) -> Header:
     """The header of a file; ModelError where it is damaged."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return Cursor(data).header()
+            return Types(data).header()
     except (ValueError, struct.error) as e:  # mmap refuses an empty file; the cursor says what it met
         raise ModelError(f"{path}: broken GGUF file ({one_line(str(e))}); download it again") from None
 
 
 class Cursor:
-    """Reads a header from front to back; ValueError where it cannot go on."""
+    """Reads a header from front to back; ValueError where it cannot go on. What is made of a header is for its subclasses."""
+
+    most_items = MOST_ITEMS
 
     def __init__(self, data: mmap.mmap):
         self.data, self.at, self.items = data, 0, 0
-
-    def header(self) -> Header:
-        magic, version, tensors, keys = self.take("<4sIQQ")
-        if magic != b"GGUF" or version not in (2, 3):
-            raise ValueError("it does not begin as GGUF version 2 or 3 does")
-        if tensors > MOST_TENSORS or keys > MOST_KEYS:
-            raise ValueError(f"it says {tensors} tensors and {keys} keys")
-        known = {self.text(): self.value(*self.take("<I")) for _ in range(keys)}
-        found = [self.tensor() for _ in range(tensors)]
-        types = Counter(kind for kind, shape in found if len(shape) > 1)
-        parts = known.get(SPLITS)
-        return Header(dict(types), sum(prod(shape) for _, shape in found), parts if isinstance(parts, int) else 1)
 
     def take(self, form: str) -> tuple[Any, ...]:
         found = struct.unpack_from(form, self.data, self.at)
@@ -86,19 +76,38 @@ class Cursor:
             return self.take("<" + self.scalar(kind))[0]
         kind, count = self.take("<IQ")
         self.items += count
-        if self.items > MOST_ITEMS:
+        if self.items > self.most_items:
             raise ValueError(f"it has an array of {count} items")
         if kind == STRING:
             for _ in range(count):
-                self.skip(*self.take("<Q"))
+                self.pass_text()
         else:
             self.skip(count * struct.calcsize("<" + self.scalar(kind)))
         return count
+
+    def pass_text(self) -> None:
+        self.skip(*self.take("<Q"))
 
     def scalar(self, kind: int) -> str:
         if kind not in SCALARS:
             raise ValueError(f"it has a value of type {kind}")
         return SCALARS[kind]
+
+
+class Types(Cursor):
+    """What a file of any maker says it holds."""
+
+    def header(self) -> Header:
+        magic, version, tensors, keys = self.take("<4sIQQ")
+        if magic != b"GGUF" or version not in (2, 3):
+            raise ValueError("it does not begin as GGUF version 2 or 3 does")
+        if tensors > MOST_TENSORS or keys > MOST_KEYS:
+            raise ValueError(f"it says {tensors} tensors and {keys} keys")
+        known = {self.text(): self.value(*self.take("<I")) for _ in range(keys)}
+        found = [self.tensor() for _ in range(tensors)]
+        types = Counter(kind for kind, shape in found if len(shape) > 1)
+        parts = known.get(SPLITS)
+        return Header(dict(types), sum(prod(shape) for _, shape in found), parts if isinstance(parts, int) else 1)
 
     def tensor(self) -> tuple[int, tuple[int, ...]]:
         """Type and shape."""

@@ -28,14 +28,14 @@ from typing import Any
 import torch
 
 from compress.errors import ModelError
+from compress.model.gguf_header import ARRAY, SCALARS, STRING, Cursor
 from compress.state.checkpoint import tensor_bytes, write_all
 
 FILE = "model.gguf"
 BLOCK = 32  # weights that share a scale
 ALIGNMENT = 32
 _MOST_KEYS, _MOST_ITEMS, _MOST_TENSORS = 1 << 12, 1 << 23, 1 << 17  # what no model comes near
-_STRING, _ARRAY, _U32, _I32, _F32, _BOOL = 8, 9, 4, 5, 6, 7
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", _U32: "I", _I32: "i", _F32: "f", _BOOL: "?", 10: "Q", 11: "q", 12: "d"}
+_U32, _I32, _F32, _BOOL = 4, 5, 6, 7
 
 
 @dataclass(frozen=True)
@@ -127,18 +127,18 @@ def typed(value: Any) -> bytes:
     """The type and the bytes of a value."""
     if isinstance(value, list):
         kind = _I32 if isinstance(value[0], int) else kind_of(value[0])  # llama.cpp takes token types in no other
-        return struct.pack("<IIQ", _ARRAY, kind, len(value)) + b"".join(plain(item, kind) for item in value)
+        return struct.pack("<IIQ", ARRAY, kind, len(value)) + b"".join(plain(item, kind) for item in value)
     kind = kind_of(value)
     return struct.pack("<I", kind) + plain(value, kind)
 
 
 def kind_of(value: Any) -> int:
-    kinds: dict[type, int] = {str: _STRING, bool: _BOOL, int: _U32, float: _F32}
+    kinds: dict[type, int] = {str: STRING, bool: _BOOL, int: _U32, float: _F32}
     return kinds[type(value)]
 
 
 def plain(value: Any, kind: int) -> bytes:
-    return string(value) if kind == _STRING else struct.pack("<" + _SCALARS[kind], value)
+    return string(value) if kind == STRING else struct.pack("<" + SCALARS[kind], value)
 
 
 # --- read ------------------------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def read_file(path: Path) -> Found:
     """The header of a file; ModelError where it is missing, cut short or damaged, or tensors do not lie one behind the other."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return Cursor(data, path).file()
+            return Table(data, path).file()
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file") from None
     except OSError as e:
@@ -180,11 +180,14 @@ def read_file(path: Path) -> Found:
         raise e if isinstance(e, ModelError) else ModelError(f"{path}: broken GGUF file ({e}); copy it again") from None
 
 
-class Cursor:
-    """Reads a header from front to back; ValueError where it cannot go on."""
+class Table(Cursor):
+    """Reads the header of a file of ours: every key once, every text UTF-8, tensors one behind the other."""
+
+    most_items = _MOST_ITEMS
 
     def __init__(self, data: mmap.mmap, path: Path):
-        self.data, self.path, self.at, self.items = data, path, 0, 0
+        super().__init__(data)
+        self.path = path
 
     def file(self) -> Found:
         magic, version, tensors, keys = self.take("<4sIQQ")
@@ -212,11 +215,6 @@ class Cursor:
             raise ValueError("two tensors have one name")
         return Found(self.path, metadata, placed, begin)
 
-    def take(self, form: str) -> tuple[Any, ...]:
-        found = struct.unpack_from(form, self.data, self.at)
-        self.at += struct.calcsize(form)
-        return found
-
     def text(self) -> str:
         (length,) = self.take("<Q")
         if length > len(self.data) - self.at:
@@ -224,27 +222,8 @@ class Cursor:
         self.at += length
         return self.data[self.at - length : self.at].decode()
 
-    def value(self, kind: int) -> Any:
-        """A value; of an array its length."""
-        if kind == _STRING:
-            return self.text()
-        if kind != _ARRAY:
-            return self.take("<" + self.scalar(kind))[0]
-        kind, count = self.take("<IQ")
-        self.items += count
-        if self.items > _MOST_ITEMS:
-            raise ValueError(f"it has an array of {count} items")
-        if kind == _STRING:
-            for _ in range(count):
-                self.text()
-        else:
-            self.at += count * struct.calcsize("<" + self.scalar(kind))
-        return count
-
-    def scalar(self, kind: int) -> str:
-        if kind not in _SCALARS:
-            raise ValueError(f"it has a value of type {kind}")
-        return _SCALARS[kind]
+    def pass_text(self) -> None:
+        self.text()
 
     def tensor(self) -> tuple[Tensor, int]:
         name, (count,) = self.text(), self.take("<I")
