@@ -25,7 +25,7 @@ from compress.documents import local_path
 from compress.errors import CompressError, ModelError, RecipeError
 from compress.manager import Context, Pass
 from compress.model.discover import discover
-from compress.model.names import anchor, check_tensors, layers_beyond, passed_over
+from compress.model.names import anchor, check_tensors, layers_beyond, passed_over, same_parameters
 from compress.model.skeleton import skeleton
 from compress.model.vocabulary import NAMES_IDS, closed, cut_tokenizer, keep_list, numbers, with_new_ids
 from compress.state import Aspect, Fact, State
@@ -82,8 +82,9 @@ class Edit(Pass):
                 specs += [replace(spec, name=head) for spec in specs if spec.name == embed]
             places[head] = places[embed]
             bias = f"{head.rpartition('.')[0]}.bias"
-            shared = same_parameter(state, bias)
-            if shared in places and bias not in places:  # a checkpoint may hold it under another module's name alone
+            names = next((paths for paths in same_parameters(skeleton(state.config)) if bias in paths), [])
+            shared = next((name for name in names if name in places), None)
+            if shared and bias not in places:  # a checkpoint may hold it under another module's name alone
                 specs += [replace(spec, name=bias) for spec in specs if spec.name == shared]
                 places[bias] = places[shared]
         dense = state.dense.moved(places)
@@ -174,12 +175,6 @@ def untied(state: State, config: Any) -> tuple[str, str]:
     if graph["lm_head"].tied:
         raise ModelError(f"'{state.graph.family}' ties its head to its embedding whatever the config says; it cannot be untied")
     return graph["lm_head"].weight, state.graph["embed"].weight
-
-
-def same_parameter(state: State, name: str) -> str | None:
-    """Another name of a parameter of the model; None where it has none."""
-    named = dict(skeleton(state.config).named_parameters(remove_duplicate=False))
-    return next((other for other, p in named.items() if p is named.get(name) and other != name), None)
 
 
 def with_tokens(state: State, kept: tuple[int, ...]) -> State:
