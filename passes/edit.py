@@ -82,8 +82,8 @@ class Edit(Pass):
                 specs += [replace(spec, name=head) for spec in specs if spec.name == embed]
             places[head] = places[embed]
             bias = f"{head.rpartition('.')[0]}.bias"
-            names = next((paths for paths in same_parameters(skeleton(state.config)) if bias in paths), [])
-            shared = next((name for name in names if name in places), None)
+            same = next((paths for paths in same_parameters(skeleton(state.config)) if bias in paths), [])
+            shared = next((name for name in same if name in places), None)
             if shared and bias not in places:  # a checkpoint may hold it under another module's name alone
                 specs += [replace(spec, name=bias) for spec in specs if spec.name == shared]
                 places[bias] = places[shared]
