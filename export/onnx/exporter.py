@@ -13,7 +13,7 @@ from pydantic import Field
 from compress.errors import ExportError, FormatError
 from compress.export.artifact import proof
 from compress.export.artifact.engines import EngineError
-from compress.export.artifact.exporter import Exporter, Files, Job, Proof, headless
+from compress.export.artifact.exporter import Exporter, Files, Job, Proof, headless, state_bytes
 from compress.export.artifact.place import carry_over
 from compress.export.artifact.tensors import same_site, write_config
 from compress.export.onnx import datafile
@@ -69,8 +69,10 @@ class Onnx(Exporter):
         return datafile.layout(state)
 
     def proof_bytes(self, state: State, layout: Files) -> int:
-        """onnxruntime keeps codes, has what is dense in fp32, and packs matrices anew for its kernels."""
-        return 2 * layout.tensor_bytes
+        """onnxruntime has codes as they are read and packed anew for its kernels; what is dense in fp32, read, turned and packed."""
+        packed = sum(fmt.nbytes(state.graph[name].shape) for name, fmt in state.formats.items())
+        dense = state_bytes(state, 1) - sum(state.graph[name].numel for name in state.formats)
+        return 4 * packed + 12 * dense
 
     def write(self, job: Job, folder: Path) -> None:
         from compress.export.onnx import graph
