@@ -69,7 +69,7 @@ class Onnx(Exporter):
         return datafile.layout(state)
 
     def proof_bytes(self, state: State, layout: Files) -> int:
-        """onnxruntime has codes as they are read and packed anew for its kernels; what is dense in fp32, read, turned and packed."""
+        """onnxruntime has codes as they are read, and packed anew for its kernels; what is dense in fp32, several times."""
         packed = sum(fmt.nbytes(state.graph[name].shape) for name, fmt in state.formats.items())
         dense = state_bytes(state, 1) - sum(state.graph[name].numel for name in state.formats)
         return 4 * packed + 12 * dense
