@@ -106,11 +106,12 @@ def finish(H_kk: Tensor) -> Tensor:
     return H_kk
 
 
-def factor(H_kk: Tensor, *, damp: float = 0.01, order: str = "activation") -> Factor:
+def factor(H_kk: Tensor, *, damp: float = 0.01, order: str = "activation", overwrite: bool = False) -> Factor:
     """Factor H + λI, with λ = `damp` times the mean diagonal of the inputs that were seen.
 
     It never fails. While H + λI is not positive definite λ grows tenfold, twice; where H is hopeless (not finite, or no
-    input seen) the identity stands in, under which GPTQ is plain rounding. `notes` tells.
+    input seen) the identity stands in, under which GPTQ is plain rounding. `notes` tells. With `overwrite` the factor lives
+    where H was: at most 16 K² bytes are held then, H's among them, and 20 without.
     """
     assert order in ORDERS, order
     diag_k = H_kk.diagonal().clone()
@@ -119,36 +120,52 @@ def factor(H_kk: Tensor, *, damp: float = 0.01, order: str = "activation") -> Fa
     if not bool((diag_k > 0).any()):
         return _identity(H_kk, "H is zero, no input was seen; rounded to nearest")
     mean = float(diag_k[diag_k > 0].mean(dtype=torch.float64))
-    A_kk, order_k = H_kk.clone(), torch.arange(len(H_kk), device=H_kk.device)
+    order_k = torch.arange(len(H_kk), device=H_kk.device)
     if order == "activation":
         order_k = torch.argsort(diag_k, descending=True, stable=True)
-        A_kk = H_kk.index_select(0, order_k).index_select(1, order_k)
+    C_kk = _reversed(H_kk, order_k)
+    A_kk = H_kk if overwrite else torch.empty_like(H_kk)
+    for at, back in _strips(len(A_kk)):
+        A_kk[at] = C_kk[back].flip(0, 1)
     for times in _DAMPS:
         lam = damp * times * mean
-        found = _ldl(A_kk, lam)
+        found = _ldl(C_kk, lam, A_kk.dtype)
         if found is not None:
             A_kk.diagonal().add_(lam)
             notes = () if times == 1 else (f"H is not positive definite; damping raised to {damp * times:g}",)
             return Factor(A_kk, *found, lam, order_k, diag_k, notes)
-    return _identity(H_kk, "H cannot be factored; rounded to nearest")
+        C_kk = _reversed(A_kk, torch.arange(len(A_kk), device=A_kk.device))
+    return _identity(A_kk, "H cannot be factored; rounded to nearest")
 
 
-def _ldl(H_kk: Tensor, lam: float) -> tuple[Tensor, Tensor] | None:
-    """L and D of H + lam I = Lᵀ D L in the dtype of H, or None; by Cholesky in fp64 of H in reversed order."""
-    C_kk = _damped(H_kk.flip(0, 1).double(), lam)
-    info = torch.empty((), dtype=torch.int32, device=H_kk.device)
-    torch.linalg.cholesky_ex(C_kk, out=(C_kk, info))  # in place: this is where memory peaks
+def _strips(K: int) -> Iterator[tuple[slice, slice]]:
+    """Some rows of K at a time, and the same counted from the end."""
+    for i in range(0, K, _TILE):
+        j = min(i + _TILE, K)
+        yield slice(i, j), slice(K - j, K - i)
+
+
+def _reversed(H_kk: Tensor, order_k: Tensor) -> Tensor:
+    """H in fp64, its inputs in the reverse of an order."""
+    C_kk, back_k = torch.empty_like(H_kk, dtype=torch.float64), order_k.flip(0)
+    for at, _ in _strips(len(H_kk)):
+        C_kk[at] = H_kk.index_select(0, back_k[at]).index_select(1, back_k)
+    return C_kk
+
+
+def _ldl(C_kk: Tensor, lam: float, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """L and D of H + lam I = Lᵀ D L in `dtype`, or None; by Cholesky in fp64 of H in reversed order, C, which is overwritten."""
+    C_kk.diagonal().add_(lam)
+    info = torch.empty((), dtype=torch.int32, device=C_kk.device)
+    C_kk = C_kk.mT  # the same numbers, as LAPACK has them in memory: nothing is copied
+    torch.linalg.cholesky_ex(C_kk, out=(C_kk, info))
     if int(info) != 0:
         return None
     c_k = C_kk.diagonal().clone()
-    L_kk = C_kk.div_(c_k).to(H_kk.dtype)
-    del C_kk
-    return L_kk.flip(0, 1).T.contiguous(), c_k.square().flip(0).to(H_kk.dtype)
-
-
-def _damped(H_kk: Tensor, lam: float) -> Tensor:
-    H_kk.diagonal().add_(lam)
-    return H_kk
+    L_kk = torch.empty(C_kk.shape, dtype=dtype, device=C_kk.device)  # this is where memory peaks
+    for at, back in _strips(len(C_kk)):
+        L_kk[at] = (C_kk[:, back] / c_k[back]).flip(0, 1).T
+    return L_kk, c_k.square().flip(0).to(dtype)
 
 
 def _identity(H_kk: Tensor, *notes: str) -> Factor:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -94,6 +95,41 @@ class Answer:
         return cls(pack, solved.loss_n, solved.rounding_loss_n, solved.energy_n, solved.notes)
 
 
+class Drift:
+    """What the error in the inputs of a stage does to its outputs: E = (Y - X̃Wᵀ)ᵀX̃ [N, K], summed over tokens, of which
+    `gptq_core.retarget` takes the mean.
+
+    With X the inputs in the unquantized model and M = (X - X̃)ᵀX̃ it is W M. Where the matrices W that read these inputs have few
+    outputs, E is summed itself: half the work, and less to hold.
+    """
+
+    def __init__(self, sites: Sequence[Site], state: State, inputs: int, device: str):
+        self.rows: dict[str, slice] = {}  # of each matrix in E; none where M is summed
+        self._W_nk: Tensor | None = None
+        self._sum: Tensor | None = None
+        self._tokens = 0
+        ends = list(accumulate(s.shape[0] for s in sites))
+        if 2 * ends[-1] < inputs:
+            self.rows = {s.name: slice(end - s.shape[0], end) for s, end in zip(sites, ends, strict=True)}
+            self._W_nk = torch.cat([state.reference(s) for s in sites]).to(device)
+
+    def see(self, X_tk: Tensor, clean_tk: Tensor) -> None:
+        """Add the same tokens in both models."""
+        off = clean_tk - X_tk
+        if self._W_nk is not None:
+            off = off @ self._W_nk.T.to(off.dtype)
+        part = (off.T @ X_tk).float()
+        self._sum = part if self._sum is None else self._sum.add_(part)
+        self._tokens += len(X_tk)
+
+    def mean(self, sites: Sequence[Site], W_nk: Tensor) -> Tensor | None:
+        """E by tokens, of some sites, whose matrices are W; None where nothing was seen."""
+        if self._sum is None:
+            return None
+        E_nk = torch.cat([self._sum[self.rows[s.name]] for s in sites]) if self.rows else W_nk @ self._sum
+        return E_nk.div_(self._tokens)
+
+
 @dataclass(frozen=True)
 class Shared:
     """What the sites of one Hessian share: the Hessian, factored, the tokens it is of, what is noted of it, and the seconds that
@@ -115,7 +151,7 @@ class Solver:
         self.packed: dict[str, Packed] = {}
         self.records: list[Record] = []
         self._hessians: dict[int | None, Tensor] = {}
-        self._drift: Tensor | None = None
+        self._drift: Drift | None = None
         self._tokens: dict[int | None, int] = {}
         self._active: dict[str, list[Site]] = {}
         self.looked_up = 0.0  # of a table whose rows are looked up as well: see `LOOKED_UP`
@@ -141,8 +177,9 @@ class Solver:
             core.accumulate(self._hessians[expert], X_tk)
             self._tokens[expert] += X_tk.shape[0]
         if clean is not None and None in clean:
-            M_kk = ((clean[None] - inputs[None]).T @ inputs[None]).float()
-            self._drift = M_kk if self._drift is None else self._drift.add_(M_kk)
+            if self._drift is None:
+                self._drift = Drift(self._active[stage], self.state, inputs[None].shape[1], self.ctx.device)
+            self._drift.see(inputs[None], clean[None])
 
     def solve(self, stage: str) -> dict[str, Tensor]:
         """Solve every site of a stage; the new matrices [out, in] by name."""
@@ -160,7 +197,7 @@ class Solver:
         for expert in sorted(self._hessians, key=lambda e: -1 if e is None else e):
             start = time.perf_counter()
             H_kk, notes = self._mean(expert, pooled)
-            factor = core.factor(self._looking_up(H_kk), damp=self.options.damp, order=self.options.order)
+            factor = core.factor(self._looking_up(H_kk), damp=self.options.damp, order=self.options.order, overwrite=True)
             mine = [s for s in sites if s.expert == expert]
             shared = Shared(factor, self._tokens[expert], notes, (time.perf_counter() - start) / max(1, len(mine)))
             for same in self._together(mine):
@@ -197,7 +234,8 @@ class Solver:
         """The Hessian, with so much of the identity as the look-up of a shared table needs."""
         if not self.looked_up:
             return H_kk
-        return H_kk + self.looked_up * H_kk.diagonal().mean() * torch.eye(len(H_kk), device=H_kk.device)
+        H_kk.diagonal().add_(self.looked_up * H_kk.diagonal().mean())
+        return H_kk
 
     def see_head(self, head: Site, stage: str) -> None:
         """Observe, as `stage`, what the output head is given by the model as it is."""
@@ -209,7 +247,7 @@ class Solver:
 
     def solve_together(self, sites: Sequence[Site], shared: Shared) -> None:
         """Solve sites of one Hessian and one format as one matrix, and keep the parts."""
-        start, factor, tokens = time.perf_counter(), shared.factor, shared.tokens
+        start, factor = time.perf_counter(), shared.factor
         fmt = self.formats[sites[0].name]
         if len(sites) == 1 and is_table(sites[0]) and isinstance(fmt, Int | NF | Lut) and not fmt.joint:
             self._solve_table(sites[0], fmt, shared)
@@ -220,8 +258,10 @@ class Solver:
                 self._keep(site, Packed(fmt, site.shape, {"weight": weight.to(fmt.dtype)}), {})
             return
         W_nk = torch.cat([w.to(self.ctx.device, torch.float32) for w in weights])
-        if self._drift is not None and tokens and factor is not None and factor.lam > 0:
-            W_nk = core.retarget(W_nk, (W_nk @ self._drift).div_(tokens), factor, self.options.drift)
+        E_nk = self._drift.mean(sites, W_nk) if self._drift and factor is not None and factor.lam > 0 else None
+        if E_nk is not None and factor is not None:
+            W_nk = core.retarget(W_nk, E_nk, factor, self.options.drift)
+            del E_nk
         answer = self.options.solve(W_nk, factor, fmt, Case(sites[0], self.state, self.ctx))
         seconds = shared.seconds + (time.perf_counter() - start) / len(sites)
         row = 0
@@ -232,7 +272,7 @@ class Solver:
             self._keep(site, Packed(fmt, site.shape, answer.pack(rows)), {
                 "error": float(answer.loss_n[rows].sum()) / energy,
                 "rounding": float(answer.rounding_loss_n[rows].sum()) / energy,
-                "damping": damping(factor), "tokens": tokens, "seconds": seconds,
+                "damping": damping(factor), "tokens": shared.tokens, "seconds": seconds,
                 "notes": [*shared.notes, *answer.notes],
             })  # fmt: skip
 

@@ -14,8 +14,8 @@ from functools import cache
 import torch
 
 SIDE, TRIES = 768, 12  # of the matrices that are multiplied; how often
-# By so much fp32 has to be faster. It is by 6 without units for bf16 and by 1.9 with those of AVX-512 alone; with AMX it is slower by
-# several times. So no CPU is near the margin, and what else it does meanwhile decides nothing.
+# By so much fp32 has to be faster. It is by 6 without units for bf16 and by 1.9 with those of AVX-512 alone; with AMX it is
+# slower by several times. So no CPU is near the margin, and what else it does meanwhile decides nothing.
 MARGIN = 1.4
 
 
