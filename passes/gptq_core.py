@@ -53,6 +53,7 @@ from compress.passes import clip_core
 ORDERS = ("activation", "natural")
 _DAMPS = (1, 10, 100)  # times `damp`, in turn, while the factorisation fails
 _TILE = 128  # inputs; side of the blocks in which triangular products skip what is zero
+_STRIP = 256  # columns that the factorisation has in hand
 _TOKENS = 2048  # tokens in one product, so that they stay in cache
 _CHUNK = 1 << 22  # weights solved at a time; outputs are independent, so this bounds the memory only
 
@@ -111,7 +112,7 @@ def factor(H_kk: Tensor, *, damp: float = 0.01, order: str = "activation", overw
 
     It never fails. While H + λI is not positive definite λ grows tenfold, twice; where H is hopeless (not finite, or no
     input seen) the identity stands in, under which GPTQ is plain rounding. `notes` tells. With `overwrite` the factor lives
-    where H was: at most 16 K² bytes are held then, H's among them, and 20 without.
+    where H was: little more than 9 K² bytes are held then at most, H's among them, and 4 K² more without.
     """
     assert order in ORDERS, order
     diag_k = H_kk.diagonal().clone()
@@ -123,49 +124,66 @@ def factor(H_kk: Tensor, *, damp: float = 0.01, order: str = "activation", overw
     order_k = torch.arange(len(H_kk), device=H_kk.device)
     if order == "activation":
         order_k = torch.argsort(diag_k, descending=True, stable=True)
-    C_kk = _reversed(H_kk, order_k)
-    A_kk = H_kk if overwrite else torch.empty_like(H_kk)
-    for at, back in _strips(len(A_kk)):
-        A_kk[at] = C_kk[back].flip(0, 1)
+    A_kk = _ordered(H_kk, order_k, overwrite)
     for times in _DAMPS:
         lam = damp * times * mean
-        found = _ldl(C_kk, lam, A_kk.dtype)
+        found = _ldl(A_kk, lam)
         if found is not None:
             A_kk.diagonal().add_(lam)
             notes = () if times == 1 else (f"H is not positive definite; damping raised to {damp * times:g}",)
             return Factor(A_kk, *found, lam, order_k, diag_k, notes)
-        C_kk = _reversed(A_kk, torch.arange(len(A_kk), device=A_kk.device))
     return _identity(A_kk, "H cannot be factored; rounded to nearest")
 
 
-def _strips(K: int) -> Iterator[tuple[slice, slice]]:
-    """Some rows of K at a time, and the same counted from the end."""
-    for i in range(0, K, _TILE):
-        j = min(i + _TILE, K)
-        yield slice(i, j), slice(K - j, K - i)
+def _ordered(H_kk: Tensor, order_k: Tensor, overwrite: bool) -> Tensor:
+    """H with its inputs in an order; only columns of the lower triangle are held twice."""
+    strips = [H_kk.index_select(1, order_k[a:b]).index_select(0, order_k[a:]) for a, b in _strips(len(H_kk))]
+    A_kk = H_kk if overwrite else torch.empty_like(H_kk)
+    for (a, b), strip in zip(_strips(len(H_kk)), strips, strict=True):
+        A_kk[a:, a:b] = strip
+        A_kk[a:b, a:] = strip.T
+    return A_kk
 
 
-def _reversed(H_kk: Tensor, order_k: Tensor) -> Tensor:
-    """H in fp64, its inputs in the reverse of an order."""
-    C_kk, back_k = torch.empty_like(H_kk, dtype=torch.float64), order_k.flip(0)
-    for at, _ in _strips(len(H_kk)):
-        C_kk[at] = H_kk.index_select(0, back_k[at]).index_select(1, back_k)
-    return C_kk
+def _strips(K: int) -> list[tuple[int, int]]:
+    """Where some columns begin and end."""
+    return [(i, min(i + _STRIP, K)) for i in range(0, K, _STRIP)]
 
 
-def _ldl(C_kk: Tensor, lam: float, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-    """L and D of H + lam I = Lᵀ D L in `dtype`, or None; by Cholesky in fp64 of H in reversed order, C, which is overwritten."""
-    C_kk.diagonal().add_(lam)
-    info = torch.empty((), dtype=torch.int32, device=C_kk.device)
-    C_kk = C_kk.mT  # the same numbers, as LAPACK has them in memory: nothing is copied
-    torch.linalg.cholesky_ex(C_kk, out=(C_kk, info))
-    if int(info) != 0:
+def _ldl(A_kk: Tensor, lam: float) -> tuple[Tensor, Tensor] | None:
+    """L and D of A + lam I = Lᵀ D L in the dtype of A, or None; by Cholesky in fp64 of A in reversed order.
+
+    With A in reversed order C Cᵀ, row i of L is column i from the end of C over its diagonal, read backwards. Of C only the lower
+    triangle is held, some columns at a time, and those go when they have been read.
+    """
+    K = len(A_kk)
+    columns = _cholesky(A_kk, lam)
+    if columns is None:
         return None
-    c_k = C_kk.diagonal().clone()
-    L_kk = torch.empty(C_kk.shape, dtype=dtype, device=C_kk.device)  # this is where memory peaks
-    for at, back in _strips(len(C_kk)):
-        L_kk[at] = (C_kk[:, back] / c_k[back]).flip(0, 1).T
-    return L_kk, c_k.square().flip(0).to(dtype)
+    L_kk, c_k = torch.zeros_like(A_kk), torch.empty(K, dtype=torch.float64, device=A_kk.device)
+    for a, b in _strips(K):
+        C_kb = columns.pop(0)
+        c_k[a:b] = C_kb.diagonal()
+        L_kk[K - b : K - a, : K - a] = C_kb.div_(c_k[a:b]).flip(0, 1).T
+    return L_kk, c_k.square().flip(0).to(A_kk.dtype)
+
+
+def _cholesky(A_kk: Tensor, lam: float) -> list[Tensor] | None:
+    """The lower Cholesky factor, fp64, of A + lam I in reversed order, by strips of columns from their diagonal down; or None."""
+    K, done = len(A_kk), list[Tensor]()
+    info = torch.empty((), dtype=torch.int32, device=A_kk.device)
+    for a, b in _strips(K):
+        C_kb = A_kk[: K - a, K - b : K - a].flip(0, 1).double()
+        C_kb[: b - a].diagonal().add_(lam)
+        for (i, _), before in zip(_strips(K), done, strict=False):
+            C_kb.addmm_(before[a - i :], before[a - i : b - i].T, alpha=-1)
+        corner = torch.linalg.cholesky_ex(C_kb[: b - a], out=(C_kb.new_empty(0), info))[0]
+        if int(info) != 0:
+            return None
+        C_kb[b - a :] = torch.linalg.solve_triangular(corner.T, C_kb[b - a :], upper=True, left=False)
+        C_kb[: b - a] = corner
+        done.append(C_kb)
+    return done
 
 
 def _identity(H_kk: Tensor, *notes: str) -> Factor:
@@ -189,12 +207,15 @@ def retarget(W_nk: Tensor, E_nk: Tensor, f: Factor, strength: float) -> Tensor:
     W corrects the drift of the inputs, exactly as Qronos (arXiv 2505.11695) does, at the price of a second, unquantized
     stream of activations.
     """
-    E_kn = E_nk.T.to(f.L_kk.dtype)[f.order_k]
-    E_kn = torch.linalg.solve_triangular(f.L_kk.T, E_kn, upper=True, unitriangular=True).div_(f.D_k[:, None])
-    E_kn = torch.linalg.solve_triangular(f.L_kk, E_kn, upper=False, unitriangular=True)
-    S_kn = torch.empty_like(E_kn)
-    S_kn[f.order_k] = E_kn
-    return (W_nk + strength * S_kn.T).to(W_nk.dtype)
+    moved_nk, rows = torch.empty_like(W_nk), max(64, _CHUNK // W_nk.shape[1])
+    for i in range(0, len(W_nk), rows):
+        at = slice(i, i + rows)
+        E_kn = E_nk[at].T.to(f.L_kk.dtype).index_select(0, f.order_k)
+        E_kn = torch.linalg.solve_triangular(f.L_kk.T, E_kn, upper=True, unitriangular=True).div_(f.D_k[:, None])
+        E_kn = torch.linalg.solve_triangular(f.L_kk, E_kn, upper=False, unitriangular=True)
+        S_nk = torch.empty_like(E_kn).index_copy_(0, f.order_k, E_kn).T
+        moved_nk[at] = W_nk[at] + strength * S_nk
+    return moved_nk
 
 
 @torch.no_grad()

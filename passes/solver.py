@@ -96,8 +96,8 @@ class Answer:
 
 
 class Drift:
-    """What the error in the inputs of a stage does to its outputs: E = (Y - X̃Wᵀ)ᵀX̃ [N, K], summed over tokens, of which
-    `gptq_core.retarget` takes the mean.
+    """What the error in the inputs of a stage does to its outputs: E = (Y - X̃Wᵀ)ᵀX̃ [N, K], summed over tokens (see
+    `gptq_core.retarget`).
 
     With X the inputs in the unquantized model and M = (X - X̃)ᵀX̃ it is W M. Where the matrices W that read these inputs have few
     outputs, E is summed itself: half the work, and less to hold.
@@ -107,7 +107,7 @@ class Drift:
         self.rows: dict[str, slice] = {}  # of each matrix in E; none where M is summed
         self._W_nk: Tensor | None = None
         self._sum: Tensor | None = None
-        self._tokens = 0
+        self.tokens = 0
         ends = list(accumulate(s.shape[0] for s in sites))
         if 2 * ends[-1] < inputs:
             self.rows = {s.name: slice(end - s.shape[0], end) for s, end in zip(sites, ends, strict=True)}
@@ -120,14 +120,15 @@ class Drift:
             off = off @ self._W_nk.T.to(off.dtype)
         part = (off.T @ X_tk).float()
         self._sum = part if self._sum is None else self._sum.add_(part)
-        self._tokens += len(X_tk)
+        self.tokens += len(X_tk)
 
-    def mean(self, sites: Sequence[Site], W_nk: Tensor) -> Tensor | None:
-        """E by tokens, of some sites, whose matrices are W; None where nothing was seen."""
-        if self._sum is None:
-            return None
-        E_nk = torch.cat([self._sum[self.rows[s.name]] for s in sites]) if self.rows else W_nk @ self._sum
-        return E_nk.div_(self._tokens)
+    def of(self, sites: Sequence[Site], W_nk: Tensor) -> Tensor:
+        """E of some of the sites, whose matrices are W."""
+        assert self._sum is not None
+        if not self.rows:
+            return W_nk @ self._sum
+        parts = [self._sum[self.rows[s.name]] for s in sites]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 @dataclass(frozen=True)
@@ -258,10 +259,8 @@ class Solver:
                 self._keep(site, Packed(fmt, site.shape, {"weight": weight.to(fmt.dtype)}), {})
             return
         W_nk = torch.cat([w.to(self.ctx.device, torch.float32) for w in weights])
-        E_nk = self._drift.mean(sites, W_nk) if self._drift and factor is not None and factor.lam > 0 else None
-        if E_nk is not None and factor is not None:
-            W_nk = core.retarget(W_nk, E_nk, factor, self.options.drift)
-            del E_nk
+        if self._drift is not None and factor is not None and factor.lam > 0:
+            W_nk = core.retarget(W_nk, self._drift.of(sites, W_nk), factor, self.options.drift / self._drift.tokens)
         answer = self.options.solve(W_nk, factor, fmt, Case(sites[0], self.state, self.ctx))
         seconds = shared.seconds + (time.perf_counter() - start) / len(sites)
         row = 0

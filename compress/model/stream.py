@@ -16,7 +16,7 @@ same order for every batch, which holds for every family that we know.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
@@ -236,16 +236,28 @@ class Stream:
     @contextmanager
     def block(self, state: State, index: int) -> Iterator[nn.Module]:
         """The block with this state's weights, on the device; back on meta afterwards."""
-        block, path = self.blocks[index], self.graph.blocks[index].module
-        modules = [(f"{path}.{p}" if p else path, m) for p, m in block.named_modules() if m._parameters]
         with torch.no_grad():
-            for name, module in modules:
+            for name, module in self._modules(index):
                 self._names.load(state, name, module, self.device)
             try:
-                yield block
+                yield self.blocks[index]
             finally:
-                for name, module in modules:
+                for name, module in self._modules(index):
                     self._names.drop(name, module)
+
+    @contextmanager
+    def without(self, state: State, index: int) -> Iterator[None]:
+        """Inside, the block in hand has no weights, while something else needs the memory; it has this state's afterwards."""
+        for name, module in self._modules(index):
+            self._names.drop(name, module)
+        yield
+        for name, module in self._modules(index):
+            self._names.load(state, name, module, self.device)
+
+    def _modules(self, index: int) -> list[tuple[str, nn.Module]]:
+        """The modules of a block that have parameters of their own, by their paths in the model."""
+        block, path = self.blocks[index], self.graph.blocks[index].module
+        return [(f"{path}.{p}" if p else path, m) for p, m in block.named_modules() if m._parameters]
 
     def advance(self, state: State, index: int, batches: Sequence[Batch]) -> None:
         """Pass every batch through one block as the state has it."""
@@ -295,7 +307,9 @@ class Stream:
                 stage = mine.stage
                 for inputs, clean in zip(mine.inputs, theirs.inputs if theirs else repeat(None), strict=False):
                     observe(stage, inputs, clean)
-                for name, matrix in solve(stage).items():
+                with twin.stream.without(twin.state, index) if twin else nullcontext():
+                    solved = solve(stage)
+                for name, matrix in solved.items():
                     self._install(self.graph[name], matrix)
                 mine.go_on()
                 if theirs:
