@@ -65,9 +65,10 @@ def evaluation(state: State, windows: Windows) -> Cost:
     graph, tokens = state.graph, windows.sequences * windows.length
     vocabulary, width = graph["embed"].shape
     entries = sum(s.numel for s in graph.linear) + vocabulary * width
-    hidden = 2 * tokens * width * state.dtype.itemsize
-    batch = max(BATCH, windows.length) * 4 * max(s.shape[0] for s in graph.linear) * state.dtype.itemsize
-    block = max(sum(s.numel for s in graph.of_block(b.index)) for b in graph.blocks) * state.dtype.itemsize
+    number = computing(state.dtype).itemsize
+    hidden = 2 * tokens * width * number
+    batch = max(BATCH, windows.length) * 4 * max(s.shape[0] for s in graph.linear) * number
+    block = max(sum(s.numel for s in graph.of_block(b.index)) for b in graph.blocks) * number
     parts = COPIES * PIECE * min(ROWS, vocabulary) * 4
     return Cost(2 * 2.0 * tokens * entries, logits=2.0 * tokens * vocabulary,
                 peak_bytes=hidden + max(2 * block + batch, parts + unpacked_bytes(state)))  # fmt: skip

@@ -37,6 +37,7 @@ from compress.formats.codebooks import paper_grid
 from compress.manager import Context, Cost, Pass
 from compress.model.backward import LOGITS
 from compress.model.data import Tokens
+from compress.model.speed import computing
 from compress.nodes import load_yaml
 from compress.passes import allocate_core as core
 from compress.passes import choices
@@ -201,7 +202,7 @@ class Allocate(Pass):
         table, held = state.graph["embed"], min(self.probe, max(1, tokens // 4)) if self.metric == "kl" else 0
         back = 2.0 * held * (3 * total(sites) + 2 * table.numel)
         # what went into each block; a table looked up and one multiplied with; logits, probabilities and their sums
-        born = (held * table.shape[1] * len(state.graph.blocks) + 2 * table.numel) * state.dtype.itemsize
+        born = (held * table.shape[1] * len(state.graph.blocks) + 2 * table.numel) * computing(state.dtype).itemsize
         born += 16 * min(LOGITS, held * table.shape[0])
         return Cost(
             once.model_flops + back + self.trials * again.model_flops,

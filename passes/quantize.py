@@ -23,6 +23,7 @@ from compress.formats import Dense, Format, base_of, parse
 from compress.formats.grid import Quantized
 from compress.manager import Context, Cost, Pass
 from compress.model.lockstep import Batch
+from compress.model.speed import computing
 from compress.model.stream import Stream, Twin
 from compress.passes import gptq_core as core
 from compress.passes.solver import LOOKED_UP, TABLE, Answer, Case, Shared, Solver, matrix_bytes, precision, stage_bytes
@@ -143,10 +144,12 @@ class Quantize(Pass):
         forward += len(tied) * 2.0 * tokens * sum(s.numel for s in state.graph.linear)  # to what the head is given
         solving = FLOPS_PER_WEIGHT_AND_INPUT * sum(1.0 * s.numel * s.shape[1] for s in [*matrices, *tied])
         width = state.graph["embed"].shape[1]
-        held = tokens * state.dtype.itemsize * (max(s.shape[1] for s in sites) + 2 * width)
-        block = max(sum(s.numel for s in state.graph.of_block(b.index)) for b in state.graph.blocks) * state.dtype.itemsize
-        held, block = models * held, models * block
-        peak = block + held + max((stage_bytes(members) for members in stages.values()), default=0)
+        number = computing(state.dtype).itemsize
+        held = models * tokens * number * (max(s.shape[1] for s in sites) + 2 * width)
+        block = max(sum(s.numel for s in state.graph.of_block(b.index)) for b in state.graph.blocks) * number
+        seen = max((4 * s.shape[1] ** 2 for s in matrices), default=0) * (3 if self.corrects else 1)
+        solved = max((stage_bytes(members, self.corrects) for members in stages.values()), default=0)
+        peak = held + max(models * block + seen, block + solved)  # the twin has no weights while a stage is solved
         formats = state.plan.formats if state.plan else {}
         table = max((matrix_bytes(min(s.numel, TABLE)) + s.numel * state.dtype.itemsize + 4 * formats[s.name].nbytes(s.shape)
                      for s in tables), default=0)  # fmt: skip

@@ -25,6 +25,7 @@ from compress.formats import Dense, Format
 from compress.manager import Context, Cost, Pass, Record, foresee
 from compress.model.feeds import Key, Rows, feeds, rows
 from compress.model.lockstep import Batch, Inputs
+from compress.model.speed import computing
 from compress.model.stream import Stream
 from compress.passes import gptq_core
 from compress.passes import smooth_core as core
@@ -86,7 +87,7 @@ class Smooth(Pass):
         tried = len(STRENGTHS) * sum(TRIED_ROWS * s.shape[1] for s in state.graph.linear) if self.strength == "search" else 0
         blocks = [state.graph.of_block(b.index) for b in state.graph.blocks]
         width = state.graph["embed"].shape[1]
-        held = tokens * state.dtype.itemsize * (max(k for k in inputs.values()) + 3 * width)
+        held = tokens * computing(state.dtype).itemsize * (max(k for k in inputs.values()) + 3 * width)
         peak = held + max(stage_bytes(b) + 4 * sum(s.numel for s in b) for b in blocks)
         return Cost(2.0 * tokens * sum(s.numel for s in state.graph.linear), products, tried, peak)
 

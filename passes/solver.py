@@ -338,12 +338,22 @@ def precision(kind: str) -> Iterator[None]:
         setting.fp32_precision = before
 
 
-def stage_bytes(sites: Sequence[Site]) -> int:
-    """Memory for solving one stage: every Hessian in fp32, one of them factored in fp64, the weights as they are and in fp32,
-    and what the solver holds for the outputs that it has in hand."""
+def stage_bytes(sites: Sequence[Site], corrects: bool = False) -> int:
+    """Memory for solving one stage: every Hessian in fp32; of one of them the factor, which takes its place, the weights as they
+    are and in fp32, and what the solver holds for the outputs that it has in hand. Where drift is corrected also its sum, and the
+    weights as they are moved."""
     inputs = {s.input_key: s.shape[1] for s in sites}
-    together = max(sum(s.numel for s in sites if s.input_key == key) for key in inputs)
-    return 4 * sum(k * k for k in inputs.values()) + 24 * max(inputs.values()) ** 2 + matrix_bytes(together)
+    found = []
+    for key, k in inputs.items():
+        numel = sum(s.numel for s in sites if s.input_key == key)
+        drift = drift_bytes(numel, k) + 4 * numel if corrects else 0
+        found.append(max(6 * k * k, 4 * k * k + matrix_bytes(numel) + drift))
+    return 4 * sum(k * k for k in inputs.values()) + max(found)
+
+
+def drift_bytes(numel: int, inputs: int) -> int:
+    """Memory for the sum of drift of a stage (see `Drift`)."""
+    return 4 * (numel if 2 * numel < inputs**2 else inputs**2)
 
 
 def matrix_bytes(numel: int) -> int:

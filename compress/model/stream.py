@@ -308,9 +308,7 @@ class Stream:
                 for inputs, clean in zip(mine.inputs, theirs.inputs if theirs else repeat(None), strict=False):
                     observe(stage, inputs, clean)
                 with twin.stream.without(twin.state, index) if twin else nullcontext():
-                    solved = solve(stage)
-                for name, matrix in solved.items():
-                    self._install(self.graph[name], matrix)
+                    self._install(solve(stage))
                 mine.go_on()
                 if theirs:
                     theirs.go_on()
@@ -365,16 +363,16 @@ class Stream:
         """Inside, sites of the block in hand have other matrices [out, in]."""
         before = {name: get_matrix(next(self._holders(self.graph[name])), self.graph[name]) for name in matrices}
         try:
-            for name, matrix in matrices.items():
-                self._install(self.graph[name], matrix)
+            self._install(matrices)
             yield
         finally:
-            for name, matrix in before.items():
-                self._install(self.graph[name], matrix)
+            self._install(before)
 
-    def _install(self, site: Site, matrix: Tensor) -> None:
-        for module in self._holders(site):
-            put_matrix(module, site, matrix.to(self.device, self.dtype))
+    def _install(self, matrices: Mapping[str, Tensor]) -> None:
+        for name, matrix in matrices.items():
+            site = self.graph[name]
+            for module in self._holders(site):
+                put_matrix(module, site, matrix.to(self.device, self.dtype))
 
     def _holders(self, site: Site) -> Iterator[nn.Module]:
         """The modules of the block in hand that hold the site's matrix."""
