@@ -31,6 +31,8 @@ from report import head, line, machine
 LENGTH, BARS = 256, (0.1, 0.3)  # tokens of a window; of memory and of time
 INT4, INT3 = {"format": "int4:g64"}, {"format": "int3:g64"}
 ALLOCATE = {"budget": "3.5 bits", "formats": ["int2:g64", "int3:g64", "int4:g64", "int8:g64"]}
+NARROW = {"format": "int4:g32"}  # 64 does not divide its 1376 neurons
+NARROW_ALLOCATE = {**ALLOCATE, "formats": [text.replace("g64", "g32") for text in ALLOCATE["formats"]]}
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,9 @@ CASES = {
         Case("gptq, evaluation", [{"quantize": INT4}], ("native",), 8, 8),
     ),
     "narrow": (
-        Case("gptq", [{"quantize": INT4}], ("native",), 32, 32),
-        Case("smooth, gptq, onnx", [{"smooth": {}}, {"quantize": INT4}], ("onnx",), 32),
-        Case("allocate", [{"allocate": ALLOCATE}, {"quantize": {}}], ("compressed_tensors",), 32),
+        Case("gptq", [{"quantize": NARROW}], ("native",), 32, 32),
+        Case("smooth, gptq, onnx", [{"smooth": {}}, {"quantize": NARROW}], ("onnx",), 32),
+        Case("allocate", [{"allocate": NARROW_ALLOCATE}, {"quantize": {}}], ("compressed_tensors",), 32),
     ),
     "mixture": (
         Case("gptq", [{"quantize": INT4}], ("native",), 32, 16),

@@ -93,8 +93,9 @@ class Context:
 class Cost:
     """What a pass is expected to take.
 
-    model_flops: operations of matrix products in the model's dtype. exact_flops: the same in fp32. weights: matrix entries
-    that are searched and solved. logits: numbers that softmaxes are taken of. bytes: of files that are written and proven.
+    model_flops: operations of matrix products in the model's dtype. exact_flops: the same in fp32. numbers: what matrices read
+    and write in a forward pass, with which all else in it goes. weights: matrix entries that are searched and solved. logits:
+    numbers that softmaxes are taken of. bytes: of files that are written and proven. seconds: of what depends on none of these.
     peak_bytes: of memory, beyond an idle process.
     """
 
@@ -104,6 +105,8 @@ class Cost:
     peak_bytes: int = 0
     logits: float = 0.0
     bytes: int = 0
+    numbers: float = 0.0
+    seconds: float = 0.0
 
 
 class Pass(BaseModel, ABC):

@@ -149,7 +149,7 @@ def steps_of(ready: Prepared, out: Path, device: str, context_of: Any) -> list[S
     hashed = ready.calibration.hash if ready.calibration else None
     if ready.foreseen.vocabulary is not None:  # a file that no option holds decides on it
         hashed = digest(hashed, ready.foreseen.vocabulary)
-    steps, computes = [], str(computing(ready.start.dtype, device))[6:]
+    steps, computes = [], " ".join(str(computing(dtype, device))[6:] for dtype in (ready.start.dtype, torch.bfloat16))
     for number, p in enumerate(ready.recipe.passes, 1):
         made_of = step_inputs(p, key, hashed, ready.seed, ready.recipe.passes[number:], computes)
         step = Step.of(out / "steps", number, made_of, context_of)

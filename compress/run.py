@@ -340,7 +340,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 def step_inputs(
     p: Pass, parent: str, data: str | None, seed: int, following: Sequence[Pass] = (), computes: str = ""
 ) -> dict[str, Any]:
-    """Everything that a step's result depends on, as JSON; `computes` is what its blocks compute in."""
+    """Everything that a step's result depends on, as JSON; `computes`: what blocks compute in, and the products of fp32."""
     made_of = {"parent": parent, "name": p.name, "version": p.version, "options": p.model_dump(mode="json"),
                "data": data, "seed": seed, "computes": computes}  # fmt: skip
     return made_of | {"following": [q.text() for q in following]} if p.looks_ahead else made_of

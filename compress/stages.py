@@ -20,6 +20,7 @@ from compress.model import speed
 from compress.model.data import BATCH, Windows
 from compress.model.head import PIECE, ROWS
 from compress.model.speed import computing
+from compress.model.work import per_token
 from compress.prepare import Prepared, proof_tokens
 from compress.report.report import SECONDS_PER_WEIGHT
 from compress.state import State
@@ -27,6 +28,7 @@ from compress.state.plan import size
 
 BASELINE_BYTES = 450 * 2**20  # Python, torch and transformers, imported
 SECONDS_PER_BYTE = 3e-8  # of an artifact: written, hashed, read again and compared
+SECONDS_PER_NUMBER = 2.5e-9  # that a matrix reads or writes: attention, norms, activations, on one core of a server CPU
 COPIES = 6  # of a part of the logits, while two models are compared
 PROVEN = 6  # of all logits of a proof: the run's, the engine's in its dtype and in fp32, and what is made of them
 
@@ -46,7 +48,9 @@ class Stage:
         """On this machine, for a model in `dtype`."""
         c, fast, exact = self.cost, speed.matrix_speed(computing(dtype)), speed.matrix_speed(torch.float32)
         logits = c.logits / speed.softmax_speed() if c.logits else 0.0
-        return c.model_flops / fast + c.exact_flops / exact + c.weights * SECONDS_PER_WEIGHT + logits + c.bytes * SECONDS_PER_BYTE
+        products = c.model_flops / fast + c.exact_flops / exact
+        others = c.numbers * SECONDS_PER_NUMBER + c.weights * SECONDS_PER_WEIGHT + c.bytes * SECONDS_PER_BYTE + c.seconds
+        return products + logits + others
 
 
 def stages(ready: Prepared, layouts: Mapping[str, Files]) -> list[Stage]:
@@ -64,13 +68,14 @@ def evaluation(state: State, windows: Windows) -> Cost:
     """Two models, streamed, and their logits compared in parts."""
     graph, tokens = state.graph, windows.sequences * windows.length
     vocabulary, width = graph["embed"].shape
-    entries = sum(s.numel for s in graph.linear) + vocabulary * width
+    work = per_token(state)
     number = computing(state.dtype).itemsize
     hidden = 2 * tokens * width * number
     batch = max(BATCH, windows.length) * 4 * max(s.shape[0] for s in graph.linear) * number
     block = max(sum(s.numel for s in graph.of_block(b.index)) for b in graph.blocks) * number
     parts = COPIES * PIECE * min(ROWS, vocabulary) * 4
-    return Cost(2 * 2.0 * tokens * entries, logits=2.0 * tokens * vocabulary,
+    return Cost(2 * 2.0 * tokens * (work.weights + vocabulary * width), logits=2.0 * tokens * vocabulary,
+                numbers=2 * tokens * work.numbers,
                 peak_bytes=hidden + max(2 * block + batch, parts + unpacked_bytes(state)))  # fmt: skip
 
 
@@ -79,7 +84,8 @@ def proof(exporter: Exporter, state: State, layout: Files) -> Cost:
     vocabulary = state.graph["embed"].shape[0]
     logits = PROVEN * prod(proof_tokens(vocabulary)) * vocabulary * 4
     largest = max(spec.nbytes for spec in state.specs)  # compared with its original
-    return Cost(bytes=layout.nbytes, peak_bytes=max(2 * largest, exporter.proof_bytes(state, layout) + logits))
+    return Cost(bytes=layout.nbytes, seconds=exporter.proof_seconds(state),
+                peak_bytes=max(2 * largest, exporter.proof_bytes(state, layout) + logits))  # fmt: skip
 
 
 def unpacked_bytes(state: State) -> int:

@@ -38,6 +38,7 @@ from compress.manager import Context, Cost, Pass
 from compress.model.backward import LOGITS
 from compress.model.data import Tokens
 from compress.model.speed import computing
+from compress.model.work import per_token
 from compress.nodes import load_yaml
 from compress.passes import allocate_core as core
 from compress.passes import choices
@@ -48,7 +49,6 @@ from compress.passes.lqlora import LqLora
 from compress.passes.quantize import FLOPS_PER_WEIGHT_AND_INPUT, FormatText, Quantize
 from compress.passes.trials import Chain, Damage, Solved, share, split
 from compress.state import Aspect, Fact, State
-from compress.state.graph import total
 from compress.state.plan import BitPlan
 
 OTHERS = ("weight", "output")  # metrics that any table has: their optima are tried too, for they err in other places
@@ -195,20 +195,21 @@ class Allocate(Pass):
         once, again = Quantize(drift=0.0).cost(state, tokens), Quantize().cost(state, tokens)
         drawn = [(min(s.shape[0], DRAWN) if max(self.ranks) == 0 else s.shape[0], s.shape[1]) for s in sites]
         solving = FLOPS_PER_WEIGHT_AND_INPUT * sum(1.0 * rows * k * k for rows, k in drawn)
-        hessians = tokens * sum(1.0 * k * k for k in {(s.block, s.input_key): s.shape[1] for s in sites}.values())
+        work = per_token(state)
         if self.also:  # a pass forward for the head's Hessian, and some rows of the table
-            once = replace(once, model_flops=2 * once.model_flops)
+            once = replace(once, model_flops=2 * once.model_flops, numbers=2 * once.numbers)
             drawn.append((CERTAIN + SOME + min(self.probe, tokens), state.graph["embed"].shape[1]))
         table, held = state.graph["embed"], min(self.probe, max(1, tokens // 4)) if self.metric == "kl" else 0
-        back = 2.0 * held * (3 * total(sites) + 2 * table.numel)
+        back = 2.0 * held * (3 * work.weights + 2 * table.numel)
         # what went into each block; a table looked up and one multiplied with; logits, probabilities and their sums
         born = (held * table.shape[1] * len(state.graph.blocks) + 2 * table.numel) * computing(state.dtype).itemsize
         born += 16 * min(LOGITS, held * table.shape[0])
         return Cost(
             once.model_flops + back + self.trials * again.model_flops,
-            hessians + n * solving + self.trials * again.exact_flops,
+            tokens * work.squares + n * solving + self.trials * again.exact_flops,
             n * sum(rows * k for rows, k in drawn) + self.trials * again.weights,
             max(once.peak_bytes, born * (held > 0), again.peak_bytes * (self.trials > 0)),
+            numbers=once.numbers + 3 * held * work.numbers + self.trials * again.numbers,
         )
 
     # --- what may be chosen, and the best of it ---

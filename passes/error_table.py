@@ -29,9 +29,10 @@ from torch import Tensor
 
 from compress.formats import Format, LowRank, base_of, parse
 from compress.manager import Context, Record, Store
+from compress.model.speed import precision
 from compress.passes import gptq_core as core
 from compress.passes.gradients import TableSquares
-from compress.passes.solver import LOOKED_UP, Case, Shared, Solver, Solves, is_table, precision
+from compress.passes.solver import LOOKED_UP, Case, Shared, Solver, Solves, is_table
 from compress.state import State
 from compress.state.graph import Site
 

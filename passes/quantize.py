@@ -23,10 +23,11 @@ from compress.formats import Dense, Format, base_of, parse
 from compress.formats.grid import Quantized
 from compress.manager import Context, Cost, Pass
 from compress.model.lockstep import Batch
-from compress.model.speed import computing
+from compress.model.speed import computing, precision
 from compress.model.stream import Stream, Twin
+from compress.model.work import per_token
 from compress.passes import gptq_core as core
-from compress.passes.solver import LOOKED_UP, TABLE, Answer, Case, Shared, Solver, matrix_bytes, precision, stage_bytes
+from compress.passes.solver import LOOKED_UP, TABLE, Answer, Case, Shared, Solver, matrix_bytes, stage_bytes
 from compress.state import Aspect, Fact, State
 from compress.state.graph import Site
 from compress.state.plan import BitPlan
@@ -133,15 +134,14 @@ class Quantize(Pass):
             return Cost()
         numel = sum(s.numel for s in sites)
         tables, matrices = ([s for s in sites if (s.role == "embed") == looked_up] for looked_up in (True, False))
-        inputs = {(s.block, s.input_key): s.shape[1] for s in matrices}
         stages: dict[tuple[int | None, str], list[Site]] = {}
         for s in matrices:
             stages.setdefault((s.block, s.stage), []).append(s)
         models = 2 if self.corrects else 1
-        products = tokens * sum(1.0 * k * k for k in inputs.values())  # of a Hessian; half of a full product, by symmetry
-        forward = models * 2.0 * tokens * sum(s.numel for s in state.graph.linear) + (2 * products if self.corrects else 0)
+        work = per_token(state)
         tied = [s for s in tables if self.method == "gptq" and any(other.tied == s.name for other in state.graph)]
-        forward += len(tied) * 2.0 * tokens * sum(s.numel for s in state.graph.linear)  # to what the head is given
+        passes = (models + len(tied)) * tokens  # with a table, one to what the head is given
+        forward = 2.0 * passes * work.weights + (2 * tokens * work.squares if self.corrects else 0)
         solving = FLOPS_PER_WEIGHT_AND_INPUT * sum(1.0 * s.numel * s.shape[1] for s in [*matrices, *tied])
         width = state.graph["embed"].shape[1]
         number = computing(state.dtype).itemsize
@@ -154,7 +154,7 @@ class Quantize(Pass):
         table = max((matrix_bytes(min(s.numel, TABLE)) + s.numel * state.dtype.itemsize + 4 * formats[s.name].nbytes(s.shape)
                      for s in tables), default=0)  # fmt: skip
         peak = max(peak, table)
-        return Cost(forward, products + solving, numel, peak)
+        return Cost(forward, tokens * work.squares + solving, numel, peak, numbers=passes * work.numbers)
 
     def run(self, state: State, ctx: Context) -> State:
         state = self.planned(state)

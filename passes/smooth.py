@@ -25,17 +25,19 @@ from compress.formats import Dense, Format
 from compress.manager import Context, Cost, Pass, Record, foresee
 from compress.model.feeds import Key, Rows, feeds, rows
 from compress.model.lockstep import Batch, Inputs
-from compress.model.speed import computing
+from compress.model.speed import computing, precision
 from compress.model.stream import Stream
+from compress.model.work import per_token
 from compress.passes import gptq_core
 from compress.passes import smooth_core as core
-from compress.passes.quantize import Quantize
-from compress.passes.solver import Case, precision, stage_bytes
+from compress.passes.quantize import FLOPS_PER_WEIGHT_AND_INPUT, Quantize
+from compress.passes.solver import Case, stage_bytes
 from compress.state import Aspect, Fact, State
 from compress.state.graph import Feed, Site
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 TRIED_ROWS = 128  # of each reader, evenly spread: the search compares strengths, it does not report errors
+FACTORING = 4.0  # operations, in fp32, that take as long as factoring a Hessian of one input
 TRIED_READERS = 8  # of a norm that many experts read
 SAME = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the block's largest output
 
@@ -83,13 +85,16 @@ class Smooth(Pass):
     def cost(self, state: State, tokens: int) -> Cost:
         """A forward pass, the Hessians of a block, and a quantization of some rows for every strength."""
         inputs = {(s.block, s.input_key): s.shape[1] for s in state.graph.linear}
-        products = tokens * sum(1.0 * k * k for k in inputs.values())
-        tried = len(STRENGTHS) * sum(TRIED_ROWS * s.shape[1] for s in state.graph.linear) if self.strength == "search" else 0
+        work, times = per_token(state), len(STRENGTHS) * (self.strength == "search")
+        tried = [(min(TRIED_ROWS, s.shape[0]), s.shape[1]) for s in state.graph.linear]
+        solving = times * FLOPS_PER_WEIGHT_AND_INPUT * sum(1.0 * rows * k * k for rows, k in tried)
+        solving += times * sum(FACTORING * k**3 for k in inputs.values())
         blocks = [state.graph.of_block(b.index) for b in state.graph.blocks]
         width = state.graph["embed"].shape[1]
         held = tokens * computing(state.dtype).itemsize * (max(k for k in inputs.values()) + 3 * width)
         peak = held + max(stage_bytes(b) + 4 * sum(s.numel for s in b) for b in blocks)
-        return Cost(2.0 * tokens * sum(s.numel for s in state.graph.linear), products, tried, peak)
+        weights = times * sum(rows * k for rows, k in tried)
+        return Cost(2.0 * tokens * work.weights, tokens * work.squares + solving, weights, peak, numbers=tokens * work.numbers)
 
     def _pairs(self, state: State) -> Iterator[Pair]:
         """Every pair inside the blocks, in the order of blocks."""

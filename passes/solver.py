@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ from compress.formats.codebooks import NF, Lut
 from compress.formats.grid import Quantized
 from compress.manager import Context, Record
 from compress.model.lockstep import Inputs
+from compress.model.speed import precision
 from compress.passes import gptq_core as core
 from compress.state import State
 from compress.state.graph import Site
@@ -320,22 +320,6 @@ def joined(fmt: Quantized, site: Site, parts: Sequence[dict[str, Tensor]], scale
             same = parts[0][suffix].shape == shape
             found[suffix] = parts[0][suffix] if same else torch.cat([part[suffix] for part in parts])
     return found
-
-
-@contextmanager
-def precision(kind: str) -> Iterator[None]:
-    """Inside, fp32 matrix products on CPU round their factors to bf16 and sum in fp32, or are exact (``ieee``).
-
-    Activations of an fp32 model are then as precise as those of a bf16 model, on CPUs with bf16 units at several times the
-    speed. A Hessian stays the exact product of (rounded) activations, so it stays positive. Other CPUs ignore it.
-    """
-    setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = setting.fp32_precision
-    setting.fp32_precision = kind
-    try:
-        yield
-    finally:
-        setting.fp32_precision = before
 
 
 def stage_bytes(sites: Sequence[Site], corrects: bool = False) -> int:

@@ -50,7 +50,7 @@ def test_blocks_compute_in_fp32_and_the_artifact_is_a_bf16_model(
     assert (proof.engine, proof.difference) == ("compress runtime", 0)  # proven in what it is served in
     assert done.state.weight(done.state.graph.linear[0]).dtype == torch.bfloat16
     (record,) = (tmp_path / "out" / "steps").glob("*/record.json")
-    assert json.loads(record.read_text())["made_of"]["computes"] == "float32"
+    assert json.loads(record.read_text())["made_of"]["computes"] == "float32 float32"
     monkeypatch.undo()
     bake(tmp_path, family(name), text, "native", {"quantize": {"format": "int4:g32"}})
     assert len(list((tmp_path / "out" / "steps").iterdir())) == 2  # another machine's is another step

@@ -168,7 +168,7 @@ class Stream:
         whole, padding = module._parameters["weight"], module.padding_idx
         rows = state.rows(site, known.tolist()).to(self.device, self.dtype)
         known = known.to(self.device)
-        hook = module.register_forward_pre_hook(lambda _, args: (torch.searchsorted(known, args[0]), *args[1:]))
+        hook = module.register_forward_pre_hook(lambda _, args: (torch.searchsorted(known, args[0].contiguous()), *args[1:]))
         module._parameters["weight"], module.padding_idx = nn.Parameter(rows, requires_grad=False), None
         self._spared = module
         try:

@@ -119,6 +119,10 @@ class Exporter(BaseModel, ABC):
         """Memory of the engine that proves an artifact: of one that keeps what is packed as it is."""
         return layout.tensor_bytes
 
+    def proof_seconds(self, state: State) -> float:
+        """Seconds of an artifact beyond those that go with its bytes."""
+        return 1.0
+
     @abstractmethod
     def write(self, job: Job, folder: Path) -> None:
         """Write everything into an empty folder."""
