@@ -171,13 +171,12 @@ def _ldl(A_kk: Tensor, lam: float) -> tuple[Tensor, Tensor] | None:
 def _cholesky(A_kk: Tensor, lam: float) -> list[Tensor] | None:
     """The lower Cholesky factor, fp64, of A + lam I in reversed order, by strips of columns from their diagonal down; or None."""
     K, done = len(A_kk), list[Tensor]()
-    info = torch.empty((), dtype=torch.int32, device=A_kk.device)
     for a, b in _strips(K):
         C_kb = A_kk[: K - a, K - b : K - a].flip(0, 1).double()
         C_kb[: b - a].diagonal().add_(lam)
         for (i, _), before in zip(_strips(K), done, strict=False):
             C_kb.addmm_(before[a - i :], before[a - i : b - i].T, alpha=-1)
-        corner = torch.linalg.cholesky_ex(C_kb[: b - a], out=(C_kb.new_empty(0), info))[0]
+        corner, info = torch.linalg.cholesky_ex(C_kb[: b - a])
         if int(info) != 0:
             return None
         C_kb[b - a :] = torch.linalg.solve_triangular(corner.T, C_kb[b - a :], upper=True, left=False)

@@ -77,14 +77,18 @@ def test_accumulate_over_several_tiles() -> None:
     assert torch.equal(H[:128, 128:], H[128:, :128].T)
 
 
+@pytest.mark.parametrize("inputs", [50, 2 * gptq_core._STRIP + 7])
 @pytest.mark.parametrize("order", gptq_core.ORDERS)
-def test_factor_reproduces_the_damped_hessian(order: str) -> None:
-    _, H = problem(1, 50, dtype=F64)
+def test_factor_reproduces_the_damped_hessian(order: str, inputs: int) -> None:
+    _, H = problem(1, inputs, dtype=F64)
     f = gptq_core.factor(H, order=order)
-    want = (H + f.lam * torch.eye(50, dtype=F64))[f.order_k][:, f.order_k]
+    want = (H + f.lam * torch.eye(inputs, dtype=F64))[f.order_k][:, f.order_k]
     torch.testing.assert_close(f.L_kk.T @ torch.diag(f.D_k) @ f.L_kk, want, rtol=1e-10, atol=1e-10)
     assert torch.equal(f.L_kk.triu(1), torch.zeros_like(want))
     assert not f.notes
+    there = gptq_core.factor(H, order=order, overwrite=True)
+    assert there.A_kk is H
+    assert all(torch.equal(getattr(there, name), getattr(f, name)) for name in ("A_kk", "L_kk", "D_k", "order_k", "diag_k"))
 
 
 @given(st.integers(0, 20), st.sampled_from(["int2:g16:asym", "int3:g16", "int4:channel", "int8:channel:asym"]))

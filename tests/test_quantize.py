@@ -18,6 +18,7 @@ from compress.formats import parse
 from compress.manager import Cost
 from compress.model.model import open_model
 from compress.passes.quantize import Quantize
+from compress.passes.solver import Drift
 from tests import stock
 from tests.conftest import GROUPED, IDS, SMALL, contents, make_model
 from tests.cooking import bake, cook, recipe
@@ -35,6 +36,20 @@ def artifact_of(outcome: pipeline.Outcome) -> Path:
 def load_records(step: Path) -> list[dict[str, Any]]:
     listed: list[dict[str, Any]] = yaml.safe_load((step / "record.json").read_text())["sites"]
     return listed
+
+
+def test_drift_is_the_same_summed_at_inputs_and_at_outputs(family: Any) -> None:
+    state = open_model(str(family("llama"))).state
+    sites = [s for s in state.graph.of_block(0) if s.input_key == state.graph["layers.0.attn.q"].input_key]
+    X, clean = torch.randn(2, 40, sites[0].shape[1])
+    wide, narrow = (Drift(sites, state, inputs, "cpu") for inputs in (0, 1 << 20))
+    for half in (slice(0, 25), slice(25, 40)):
+        wide.see(X[half], clean[half])
+        narrow.see(X[half], clean[half])
+    assert (wide.tokens, bool(wide.rows), bool(narrow.rows)) == (40, False, True)
+    for some in (sites, sites[1:], sites[:1]):
+        W = torch.cat([state.reference(s) for s in some]).float()
+        torch.testing.assert_close(narrow.of(some, W), wide.of(some, W), rtol=1e-3, atol=1e-2)
 
 
 # --- quality ----------------------------------------------------------------------------------------------------------
