@@ -17,6 +17,7 @@ import transformers
 
 from compress.cli import main
 from compress.errors import ExportError, ModelError
+from compress.export.artifact.proof import logits
 from compress.export.gguf import exporter as gguf
 from compress.export.gguf.file import FILE, File, read_file
 from compress.export.gguf.gemma import gemma_keys
@@ -153,6 +154,19 @@ def test_eval_reads_it(made: Any, text: Path, capsys: Any) -> None:
     folder = str(artifact_of(made("gemma3", "int8:g32")))
     assert main(["eval", folder, "--text", str(text), "--length", "32", "--sequences", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["kl"] > 0
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_as_a_source_it_is_the_same_model(made: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where its sizes are not those that transformers takes for granted, such as what queries are divided by."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = artifact_of(made(name, "int8:g32"))
+    source, ids = open_model(str(folder / FILE)), torch.randint(7, SIZE, (2, 40), generator=torch.Generator().manual_seed(2))
+    theirs, ours = (logits(state, [ids], "cpu")[0] for state in (source.state, gguf.read(folder)))
+    assert torch.equal(theirs, ours)
+    tokenizers = [transformers.AutoTokenizer.from_pretrained(place) for place in (source.folder, folder)]
+    for text in TEXTS:
+        assert tokenizers[0].encode(text) == tokenizers[1].encode(text), text
 
 
 def test_no_word_of_a_missing_window(made: Any) -> None:
