@@ -59,8 +59,8 @@ def scale(config: Any, said: Mapping[str, Any]) -> None:
     known = {"linear": {"type", "factor"}, "yarn": {"type", "factor", "original_context_length"}}.get(kind, set())
     if not known or said.keys() - known - {"finetuned"} or not known <= said.keys():
         others = ", ".join(sorted(said.keys() - {"type"})) or "nothing"
-        raise ModelError(f"its rotary embeddings are scaled as by '{kind}', with {others}, which is not read here; name the model "
-                         "that it was made from")  # fmt: skip
+        raise ModelError(f"its rotary embeddings are scaled as by '{kind}', with {others}, which is not read here; name the "
+                         "model that it was made from")  # fmt: skip
     rope |= {"rope_type": kind, "factor": float(said["factor"])}
     if kind == "yarn":
         rope["original_max_position_embeddings"] = int(said["original_context_length"])
