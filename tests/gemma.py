@@ -24,6 +24,15 @@ SIZE = 384
 TEXTS = ["The cat sat on the mat.", "the  cat   sat on a mat", "over the hills\n\nand\nthe sea", " it's 12:30",
          "naïve café 北京 😀", "x\t<table>a<table>", "two red birds  ", ""]  # fmt: skip
 
+LOCAL, WIDE = "sliding_attention", "full_attention"
+OTHER = {"num_hidden_layers": 3, "layer_types": [WIDE, LOCAL, WIDE], "final_logit_softcapping": 5.0,
+         "rope_parameters": {LOCAL: {"rope_type": "default", "rope_theta": 500.0},
+                             WIDE: {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}}}  # fmt: skip
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3": ("gemma3", {}), "other windows": ("gemma3", OTHER), "no windows": ("gemma3", {"layer_types": [WIDE] * 2}),
+    "a head of its own": ("gemma3", {"tie_word_embeddings": False}), "gemma2": ("gemma2", {}),
+}  # fmt: skip
+
 
 def joins(pieces: list[str], vocab: dict[str, int]) -> list[tuple[str, str]]:
     """Every way to make each of some tokens of two others."""

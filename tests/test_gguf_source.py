@@ -271,11 +271,12 @@ def test_a_pattern_of_another_number_of_layers() -> None:
             complete(transformers.Gemma3TextConfig(num_hidden_layers=2), keys)
 
 
-def test_the_largest_gemmas_divide_queries_otherwise() -> None:
-    for arch, config in (("gemma2", transformers.Gemma2Config(num_hidden_layers=46, hidden_size=4608, num_attention_heads=32)),
-                         ("gemma3", transformers.Gemma3TextConfig(num_hidden_layers=62, hidden_size=5376, num_attention_heads=32))):  # fmt: skip
-        complete(config, {"general.architecture": arch, f"{arch}.attention.sliding_window": 8})
-        assert config.query_pre_attn_scalar == {"gemma2": 144, "gemma3": 168}[arch]
+@pytest.mark.parametrize(("name", "blocks", "width", "scalar"), [("Gemma2", 46, 4608, 144), ("Gemma3Text", 62, 5376, 168)])
+def test_the_largest_gemmas_divide_queries_otherwise(name: str, blocks: int, width: int, scalar: int) -> None:
+    config = getattr(transformers, f"{name}Config")(num_hidden_layers=blocks, hidden_size=width, num_attention_heads=32)
+    arch = name.lower().removesuffix("text")
+    complete(config, {"general.architecture": arch, f"{arch}.attention.sliding_window": 8})
+    assert config.query_pre_attn_scalar == scalar
 
 
 def test_what_an_earlier_version_made_is_made_again(tiny: Path, cache: Path, project: Project) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -86,7 +86,7 @@ class Vocabulary:
             found |= {"model": "llama", "pre": "default", "tokens": spelled, "scores": self.scores(tokens, types),
                       "add_space_prefix": self.space_prefix()}  # fmt: skip
         else:
-            merges = [" ".join(pair) for pair in self.merges()]
+            merges = [" ".join(pair) for pair in self.merges]
             found |= {"model": "gpt2", "pre": self.words(), **({"merges": merges} if merges else {})}
         named = {f"tokenizer.ggml.{key}": value for key, value in found.items()}
         template = self.settings.get("chat_template")
@@ -97,12 +97,14 @@ class Vocabulary:
     def table(self) -> tuple[list[str], list[int]]:
         """Text and type of each token; what the vocabulary leaves out of the embedding's rows is unused."""
         tokens, types = [f"[PAD{i}]" for i in range(self.size)], [UNUSED] * self.size
-        added = {t["id"]: (t["content"], CONTROL if t.get("special") else USER) for t in self.json.get("added_tokens") or ()}
+        late = self.late_runs()
+        kinds = {True: CONTROL, False: USER}
+        added = {t["id"]: (t["content"], NORMAL if t["content"] in late else kinds[bool(t.get("special"))])
+                 for t in self.json.get("added_tokens") or ()}  # fmt: skip
         plain = {i: (text, NORMAL) for text, i in self.model["vocab"].items()}
-        beyond = {
-            i for i in added if i >= self.size and i not in plain
-        }  # of a Gemma that sees: of no use to a model without a row
-        for i, (text, kind) in ((i, t) for i, t in (plain | added).items() if i not in beyond):
+        for i, (text, kind) in (plain | added).items():
+            if i >= self.size and i not in plain:
+                continue  # small Gemmas have one of larger ones that see; without a row it is of no use
             if i >= self.size:
                 self.refuse(f"has the token {i}, and the model's embedding only {self.size} rows")
             tokens[i], types[i] = text, kind
@@ -116,6 +118,7 @@ class Vocabulary:
                 types[unknown] = UNKNOWN
         return tokens, types
 
+    @cached_property
     def merges(self) -> list[tuple[str, str]]:
         return [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in self.model["merges"]]  # type: ignore[misc]
 
@@ -168,7 +171,7 @@ class Vocabulary:
         normal = parts_of(self.json.get("normalizer"), "normalizers")
         before = parts_of(self.json.get("pre_tokenizer"), "pretokenizers")
         kinds = [step["type"] for step in normal]
-        if kinds in (["Prepend", "Replace"], ["Replace"]) and normal[-1].get("content") == SPACE and idle(before):
+        if kinds in (["Prepend", "Replace"], ["Replace"]) and marks_spaces(normal[-1]) and idle(before):
             return bool(kinds[0] == "Prepend")
         if not normal and [s["type"] for s in before] == ["Metaspace"] and not before[0].get("split", True):
             return bool(before[0].get("prepend_scheme", "always") != "never")
@@ -189,10 +192,8 @@ class Vocabulary:
         """The order in which merges make pieces; ExportError where scores cannot tell it."""
         found: dict[str, int] = {}
         ways: Counter[str] = Counter()
-        last, spaces = "", self.runs_of_spaces()
-        for made in (left + right for left, right in self.merges()):
-            if found and made in spaces:
-                self.refuse(f"joins spaces to '{made}' later than others, and llama.cpp does so first")
+        last = ""
+        for made in (left + right for left, right in self.merges):
             if made not in pieces:
                 continue  # llama.cpp finds it as a whole
             if made in found and made != last:
@@ -208,10 +209,23 @@ class Vocabulary:
         """Whether llama.cpp may have this text before it joins it to another; characters it has without a token of their own."""
         return len(text) == 1 or text in self.model["vocab"]
 
-    def runs_of_spaces(self) -> set[str]:
-        """The user's own tokens that have to be joined here, since they are looked for before spaces are marked."""
+    def late_runs(self) -> set[str]:
+        """The user's own runs of spaces, where merges make any of them later than others: then they are pieces like others.
+
+        The tokenizer looks for them before spaces are marked, and so never finds one as a whole.
+        """
+        if not self.model.get("byte_fallback"):
+            return set()
         added = self.json.get("added_tokens") or ()
-        return {t["content"] for t in added if SPACE in t["content"] and not t.get("special") and not t.get("normalized")}
+        own = {t["content"] for t in added}
+        runs = {t["content"] for t in added if SPACE in t["content"] and not t.get("special") and not t.get("normalized")}
+        made = [left + right for left, right in self.merges]
+        first = next((i for i, text in enumerate(made) if text not in own), len(made))
+        return runs if runs.intersection(made[first:]) else set()
+
+
+def marks_spaces(step: dict[str, Any]) -> bool:
+    return bool(step.get("content") == SPACE and step.get("pattern") == {"String": " "})
 
 
 def idle(steps: list[dict[str, Any]]) -> bool:
