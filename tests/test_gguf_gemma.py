@@ -30,6 +30,8 @@ from compress.state.plan import BitPlan
 from tests.cooking import bake, steps
 from tests.gemma import LINES, LOCAL, MODELS, OTHER, SIZE, SPACES, TEXTS, WIDE, gemma, gemma_tokenizer
 from tests.test_gguf_tokenizer import as_transformers_reads, joined_by_score
+from tests.test_kinds_of_models import WRAPPERS
+from tests.test_kinds_of_models import made as wrapped
 
 oracle = pytest.importorskip("gguf", reason="needs the gguf package (pip install gguf)")
 
@@ -295,6 +297,15 @@ def test_configs_that_llama_cpp_has_no_keys_for(tmp_path: Path, name: str, chang
     plan = BitPlan.of(state.graph, parse("int4:g32"), {}, state.dtype)
     with pytest.raises(ExportError, match=says):
         gguf.Gguf().check(state.promising(plan.formats))
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llava"])
+def test_a_language_model_within_another(tmp_path: Path, name: str) -> None:
+    state = open_model(str(wrapped(tmp_path, WRAPPERS[name][0], WRAPPERS[name][1]()))).state
+    with pytest.raises(
+        ExportError, match=f"gguf: '{name}' is a language model within another, whose towers the file would leave"
+    ):
+        gguf.Gguf().check(state)
 
 
 def test_the_largest_sizes_scale_queries_otherwise(tmp_path: Path) -> None:

@@ -61,6 +61,9 @@ class Gguf(Exporter):
     name: ClassVar[str] = "gguf"
 
     def check(self, state: State) -> None:
+        if state.config.get_text_config() is not state.config:
+            raise ExportError(f"gguf: '{state.graph.family}' is a language model within another, whose towers the file would "
+                              "leave out; export native or compressed_tensors")  # fmt: skip
         family = family_of(state.graph.family)
         if headless(state.graph):
             raise ExportError("gguf: the model predicts no tokens, and how llama.cpp is to use it otherwise is not written; "
