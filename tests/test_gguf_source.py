@@ -16,12 +16,15 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from compress.errors import ModelError
+from compress.export.artifact.proof import logits
+from compress.export.gguf.file import File, read_file
 from compress.export.table import KINDS
 from compress.model import gguf_source
 from compress.model.gguf_header import read_header
+from compress.model.gguf_keys import complete
 from compress.model.model import open_model
 from tests.conftest import Project, contents
-from tests.cooking import bake
+from tests.cooking import bake, steps
 
 NOTE = "tiny.gguf was quantized before: its matrices lie on the grid of Q4_0 (14), so figures at about that width flatter; "
 
@@ -36,7 +39,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def artifact(family: Any, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of ours with a GGUF file: Q4_0 in the blocks, bf16 around, and words with merges, which transformers asks for."""
     folder = tmp_path_factory.mktemp("source")
-    shutil.copytree(family("llama"), folder / "model")
+    words(Path(shutil.copytree(family("llama"), folder / "model")), text)
+    made = bake(folder, folder / "model", None, "gguf", {"quantize": {"method": "rtn", "format": "int4:g32"}})
+    return made.artifacts["gguf"][0]
+
+
+def words(folder: Path, text: Path) -> None:
+    """A tokenizer with merges."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -44,9 +53,7 @@ def artifact(family: Any, text: Path, tmp_path_factory: pytest.TempPathFactory) 
     tokenizer.train_from_iterator([text.read_text()], trainer)
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     fast.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
-    fast.save_pretrained(folder / "model")
-    made = bake(folder, folder / "model", None, "gguf", {"quantize": {"method": "rtn", "format": "int4:g32"}})
-    return made.artifacts["gguf"][0]
+    fast.save_pretrained(folder)
 
 
 @pytest.fixture
@@ -217,3 +224,66 @@ def test_one_part_of_several(tmp_path: Path, project: Project) -> None:
 def test_no_room(tiny: Path, project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf_source, "ROOM", 1e15)
     assert "to make it dense takes" in project("inspect", tiny).line
+
+
+# --- what transformers does not read of a file ------------------------------------------------------------------------
+
+ROPES: list[dict[str, Any]] = [
+    {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+    {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64},
+]
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_scaled_rotary_embeddings(family: Any, tmp_path: Path, rope: dict[str, Any], project: Project) -> None:
+    model = Path(shutil.copytree(family("llama"), tmp_path / "scaled"))
+    config = json.loads((model / "config.json").read_text()) | {"rope_parameters": rope}
+    (model / "config.json").write_text(json.dumps(config))
+    words(model, project.text)
+    folder = bake(tmp_path / "run", model, None, "gguf", steps("int8:g32")).artifacts["gguf"][0]
+    (kind,) = (k for k in KINDS if k.is_artifact(folder))
+    ids = torch.randint(3, 250, (2, 100), generator=torch.Generator().manual_seed(2))
+    theirs, ours = (logits(state, [ids], "cpu")[0] for state in (open_model(str(folder / "model.gguf")).state, kind.read(folder)))
+    assert torch.equal(theirs, ours)
+
+
+@pytest.mark.parametrize("said", [
+    {"type": "longrope", "factor": 2.0}, {"type": "yarn", "factor": 2.0}, {"type": "linear"},
+    {"type": "yarn", "factor": 2.0, "original_context_length": 64, "yarn_beta_fast": 16.0},
+])  # fmt: skip
+def test_scaling_that_is_not_read(tiny: Path, project: Project, said: dict[str, Any]) -> None:
+    found = read_file(tiny)
+    tensors = tuple(tensor for tensor, _ in found.tensors.values())
+    keys = {"general.architecture": "llama", **{f"llama.rope.scaling.{key}": value for key, value in said.items()}}
+    config = transformers.LlamaConfig()
+    with pytest.raises(ModelError, match=f"are scaled as by '{said['type']}', with .*, which is not read here; name the model"):
+        complete(config, keys)
+    whole = {k: v for k, v in found.metadata.items() if k.startswith(("general.", "llama."))}
+    File(whole | keys, tensors, tiny.name).write(tiny.parent, [found.read(t.name) for t in tensors])
+    assert project("plan", tiny).line.startswith(f"{tiny}: its rotary embeddings are scaled as by '{said['type']}'")
+
+
+def test_a_pattern_of_another_number_of_layers() -> None:
+    for pattern in ((True,), (True, False, True), 3.5, "6"):
+        keys = {"general.architecture": "gemma3", "gemma3.attention.sliding_window": 8,
+                "gemma3.attention.sliding_window_pattern": pattern}  # fmt: skip
+        with pytest.raises(ModelError, match="sliding_window_pattern is not of as many layers as it has"):
+            complete(transformers.Gemma3TextConfig(num_hidden_layers=2), keys)
+
+
+@pytest.mark.parametrize(("name", "blocks", "width", "scalar"), [("Gemma2", 46, 4608, 144), ("Gemma3Text", 62, 5376, 168)])
+def test_the_largest_gemmas_divide_queries_otherwise(name: str, blocks: int, width: int, scalar: int) -> None:
+    config = getattr(transformers, f"{name}Config")(num_hidden_layers=blocks, hidden_size=width, num_attention_heads=32)
+    arch = name.lower().removesuffix("text")
+    complete(config, {"general.architecture": arch, f"{arch}.attention.sliding_window": 8})
+    assert config.query_pre_attn_scalar == scalar
+
+
+def test_what_an_earlier_version_made_is_made_again(tiny: Path, cache: Path, project: Project) -> None:
+    folder = open_model(str(tiny)).folder
+    said = folder.parent / "source.json"
+    said.write_text(said.read_text().replace('"version": 2', '"version": 1'))
+    (folder / "config.json").write_text("{}")
+    assert project("inspect", tiny).code == 0
+    assert open_model(str(tiny)).config.model_type == "llama"
+    assert '"version": 2' in said.read_text()

@@ -60,9 +60,9 @@ def test_byte_level_vocabularies(tmp_path: Path, name: str) -> None:
     assert (keys["tokenizer.ggml.add_bos_token"], keys["tokenizer.ggml.add_eos_token"]) == (False, False)
 
 
-def as_transformers_reads(folder: Path, keys: dict[str, Any], size: int) -> Any:
+def as_transformers_reads(folder: Path, keys: dict[str, Any], size: int, arch: str = "llama") -> Any:
     """The tokenizer that transformers makes of a file with these keys."""
-    file = File({"general.architecture": "llama", "general.name": "x", "llama.vocab_size": size, **keys},
+    file = File({"general.architecture": arch, "general.name": "x", f"{arch}.vocab_size": size, **keys},
                 (Entry("token_embd.weight", KINDS["F32"], (size, 1)),))  # fmt: skip
     folder.mkdir()
     file.write(folder, [torch.zeros(size, 1)])
@@ -105,7 +105,8 @@ def joined_by_score(text: str, keys: dict[str, Any]) -> list[int]:
     """How llama.cpp splits a text: of neighbours whose union is a token, those with the best score join first, from the left."""
     ids = {t: i for i, t in enumerate(keys["tokenizer.ggml.tokens"])}
     scores = keys["tokenizer.ggml.scores"]
-    symbols: list[str | None] = list((SPACE + text).replace(" ", SPACE))
+    prefix = SPACE if keys["tokenizer.ggml.add_space_prefix"] else ""
+    symbols: list[str | None] = list((prefix + text).replace(" ", SPACE))
     tick, heap = count(), []
 
     def neighbours(left: int, right: int) -> None:

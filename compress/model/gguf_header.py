@@ -1,4 +1,4 @@
-"""The header of a GGUF file: which types its tensors have, read in one pass before a library believes any of it.
+"""The header of a GGUF file: its keys and which types its tensors have, read in one pass before a library believes any of it.
 
     "GGUF"  u32 2 or 3  u64 number of tensors  u64 number of keys
     each key       string key, u32 type, value; an array is u32 type of items, u64 count, items
@@ -23,17 +23,19 @@ from compress.errors import ModelError
 STRING, ARRAY = 8, 9
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 MOST_KEYS, MOST_ITEMS, MOST_TENSORS, MOST_DIMENSIONS = 1 << 12, 1 << 24, 1 << 18, 4  # what no model comes near
+MOST_LAYERS = 1 << 10  # numbers of a list that is kept
 SPLITS = "split.count"
 
 
 @dataclass(frozen=True)
 class Header:
     """What a file says it holds. types: of matrices, by number, with how many have each. weights: of all tensors. parts: the
-    files that the model was split into."""
+    files that the model was split into. keys: single values, and short lists of numbers; of other lists their length."""
 
     types: dict[int, int]
     weights: int
     parts: int
+    keys: dict[str, Any]
 
 
 def read_header(path: Path) -> Header:
@@ -81,8 +83,12 @@ class Cursor:
         if kind == STRING:
             for _ in range(count):
                 self.pass_text()
-        else:
-            self.skip(count * struct.calcsize("<" + self.scalar(kind)))
+            return count
+        return self.numbers(kind, count)
+
+    def numbers(self, kind: int, count: int) -> Any:
+        """What is made of an array of numbers: its length."""
+        self.skip(count * struct.calcsize("<" + self.scalar(kind)))
         return count
 
     def pass_text(self) -> None:
@@ -107,7 +113,10 @@ class Types(Cursor):
         found = [self.tensor() for _ in range(tensors)]
         types = Counter(kind for kind, shape in found if len(shape) > 1)
         parts = known.get(SPLITS)
-        return Header(dict(types), sum(prod(shape) for _, shape in found), parts if isinstance(parts, int) else 1)
+        return Header(dict(types), sum(prod(shape) for _, shape in found), parts if isinstance(parts, int) else 1, known)
+
+    def numbers(self, kind: int, count: int) -> Any:
+        return super().numbers(kind, count) if count > MOST_LAYERS else self.take(f"<{count}{self.scalar(kind)}")
 
     def tensor(self) -> tuple[int, tuple[int, ...]]:
         """Type and shape."""

@@ -33,8 +33,9 @@ from compress.documents import json_mapping, local_path, one_line
 from compress.errors import ModelError, first_line
 from compress.model.apart import Apart, Failed
 from compress.model.gguf_header import read_header
+from compress.model.gguf_keys import complete
 
-SUFFIX, SOURCE, VERSION = ".gguf", "source.json", 1
+SUFFIX, SOURCE, VERSION = ".gguf", "source.json", 2
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # types that lost nothing
 TOKENIZING = 600.0  # seconds of CPU time for making a tokenizer
 ELSE = "name the model that it was made from"
@@ -81,6 +82,8 @@ def made(path: Path, say: Say) -> Source:
     """The model that a file was made into; it is made now where it was not before."""
     place = place_of(path)
     with alone(place):
+        if outdated(place):
+            shutil.rmtree(place)
         if not place.exists():
             make(path, place, say)
         return held(path, place)
@@ -89,7 +92,16 @@ def made(path: Path, say: Say) -> Source:
 def made_before(path: Path) -> Source | None:
     """The model that a file was made into; None where it has to be made yet."""
     place = place_of(path)
-    return held(path, place) if place.exists() else None
+    return held(path, place) if place.exists() and not outdated(place) else None
+
+
+def outdated(place: Path) -> bool:
+    """Whether a folder of the cache was made by a version of this program that knew less of what files say."""
+    try:
+        version = json_mapping(place / SOURCE, ModelError).get("version")
+    except ModelError:
+        return False
+    return type(version) is int and version < VERSION
 
 
 def place_of(path: Path) -> Path:
@@ -223,7 +235,10 @@ def write_model(path: Path, folder: Path, dtype: torch.dtype) -> None:
         with bars:
             model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, dtype=dtype, **dense, **options(path))
             model.config.__dict__.pop("quantization_config", None)
+            completed(path, model.config)
             model.save_pretrained(folder)
+    except ModelError:
+        raise
     except OSError as e:
         raise e if e.errno is not None else failed(path, e) from e  # a full disk is told as such
     except Exception as e:  # transformers raises whatever the file makes it raise
@@ -265,9 +280,21 @@ def write_config(path: Path, folder: Path) -> None:
     """config.json alone, of the file's header; ModelError where transformers cannot read it."""
     with by_itself(path) as source:
         try:
-            transformers.AutoConfig.from_pretrained(source.parent, **options(source)).save_pretrained(folder)
+            config = transformers.AutoConfig.from_pretrained(source.parent, **options(source))
+            completed(source, config)
+            config.save_pretrained(folder)
+        except ModelError:
+            raise
         except Exception as e:
             raise failed(source, e) from e
+
+
+def completed(path: Path, config: Any) -> None:
+    """Put into a config what the file says and transformers does not read; ModelError where that cannot be."""
+    try:
+        complete(config, read_header(path).keys)
+    except ModelError as e:
+        raise e if str(path) in str(e) else ModelError(f"{path}: {e}") from None
 
 
 def failed(path: Path, error: Exception) -> ModelError:

@@ -30,7 +30,7 @@ def engine(folder: Path, state: State, device: str) -> Engine:
     if missing:
         raise EngineError(f"transformers needs {' and '.join(missing)} for it (pip install {' '.join(missing)})")
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    if config.model_type != family_of(config.model_type).architecture:
+    if config.model_type != family_of(config.model_type).dense:
         raise EngineError(f"transformers does not know '{config.model_type}' in GGUF, where it goes by another name")
     options: dict[str, Any] = {"gguf_file": FILE, "config": config, "dtype": state.dtype, "local_files_only": True,
                                "trust_remote_code": False}  # fmt: skip

@@ -41,6 +41,7 @@ from compress.export.gguf.metadata import (
     order,
     rope_factors,
     tensor_name,
+    vector,
     window,
 )
 from compress.export.gguf.reader import read
@@ -60,6 +61,9 @@ class Gguf(Exporter):
     name: ClassVar[str] = "gguf"
 
     def check(self, state: State) -> None:
+        if state.config.get_text_config() is not state.config:
+            raise ExportError(f"gguf: '{state.graph.family}' is a language model within another, whose towers the file would "
+                              "leave out; export native or compressed_tensors")  # fmt: skip
         family = family_of(state.graph.family)
         if headless(state.graph):
             raise ExportError("gguf: the model predicts no tokens, and how llama.cpp is to use it otherwise is not written; "
@@ -67,7 +71,7 @@ class Gguf(Exporter):
         for name, fmt in state.formats.items():
             way_for(HELD, "gguf", name, fmt).check(state.graph[name], fmt)
         for site in state.graph:
-            if tensor_name(site.weight, family) is None:
+            if not site.tied and tensor_name(site.weight, family) is None:
                 raise ExportError(f"gguf: '{site.name}' ({site.weight}) has no place in llama.cpp's '{family.architecture}'")
         for name in state.graph.parameters:
             if tensor_name(name, family) is None:
@@ -143,7 +147,8 @@ def same_weights(wanted: State, written: State) -> None:
     for entry in entries(wanted, family):
         if entry.site is None and entry.spec:
             ours, theirs = wanted.dense.read(entry.spec.name), written.dense.read(there[entry.tensor.name])
-            if ours.dtype != theirs.dtype or not torch.equal(ours, theirs):
+            same = (vector(x, entry.tensor.name, family) if len(x.shape) == 1 else x for x in (ours, theirs))
+            if ours.dtype != theirs.dtype or not torch.equal(*same):
                 raise ExportError(f"'{entry.spec.name}' on disk differs from the source's; please report this")
 
 
@@ -230,7 +235,7 @@ def contents(model: Model, state: State) -> Iterator[torch.Tensor]:
             data = HELD[type(packed.format)].data(packed, kind, entry.site.name)
         elif entry.spec is not None:
             data = state.dense.read_finite(entry.spec.name)
-            data = data if len(data.shape) > 1 else data.float()
+            data = data if len(data.shape) > 1 else vector(data, entry.tensor.name, family)
         else:
             factors = rope_factors(state.config)
             assert factors is not None, "the one tensor that is not the source's"

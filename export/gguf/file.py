@@ -126,7 +126,7 @@ def string(text: str) -> bytes:
 def typed(value: Any) -> bytes:
     """The type and the bytes of a value."""
     if isinstance(value, list):
-        kind = _I32 if isinstance(value[0], int) else kind_of(value[0])  # llama.cpp takes token types in no other
+        kind = _I32 if type(value[0]) is int else kind_of(value[0])  # llama.cpp takes token types in no other
         return struct.pack("<IIQ", ARRAY, kind, len(value)) + b"".join(plain(item, kind) for item in value)
     kind = kind_of(value)
     return struct.pack("<I", kind) + plain(value, kind)

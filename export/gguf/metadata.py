@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from compress.errors import ExportError
 from compress.export.gguf.file import Kind
+from compress.export.gguf.gemma import gemma_keys
 
 NOTE, VERSION = "compress.formats", 1
 FACTORS = "rope_freqs.weight"
@@ -19,29 +20,53 @@ DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "Q5_0": 8, "BF16": 32}  # llama.cpp's name for the commonest kind
 
 
-@dataclass(frozen=True)
-class Family:
-    """A `model_type` as llama.cpp knows it. permuted: whether rows of q and k change places, since its rotary embedding turns
-    neighbours, not halves. biases: the modules that may have one."""
-
-    architecture: str
-    permuted: bool
-    biases: tuple[str, ...]
-
-
 _ALL = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
-FAMILIES = {
-    "llama": Family("llama", True, _ALL),
-    "mistral": Family("llama", True, ()),
-    "qwen2": Family("qwen2", False, _ALL[:3]),
-    "qwen3": Family("qwen3", False, ()),
-}
 BLOCK_NAMES = {
     "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
     "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }  # fmt: skip
-OUTER_NAMES = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
+GEMMA_NAMES = BLOCK_NAMES | {
+    "post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}  # fmt: skip
+TIED_NAMES = {"embed_tokens": "token_embd", "norm": "output_norm"}  # where llama.cpp knows no head of its own
+OUTER_NAMES = TIED_NAMES | {"lm_head": "output"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A `model_type` as llama.cpp knows it.
+
+    permuted: whether rows of q and k change places, since its rotary embedding turns neighbours, not halves. biases: the modules
+    that may have one. dense: as which `model_type` transformers reads the file. names, outer: of what is in a block, and outside
+    of them. activation: what is between the matrices of an MLP. shift: what is added to the weights of norms, as Gemma multiplies
+    by one more than they are. period: of so many layers all but the last have a sliding window, unless a key says otherwise; 0:
+    it has none.
+    """
+
+    architecture: str
+    permuted: bool
+    biases: tuple[str, ...]
+    dense: str
+    names: Mapping[str, str] = field(default_factory=lambda: BLOCK_NAMES)
+    outer: Mapping[str, str] = field(default_factory=lambda: OUTER_NAMES)
+    activation: str = "silu"
+    shift: int = 0
+    period: int = 0
+
+
+_GEMMA: dict[str, Any] = {
+    "permuted": False, "biases": (), "names": GEMMA_NAMES, "activation": "gelu_pytorch_tanh", "shift": 1,
+}  # fmt: skip
+FAMILIES = {
+    "llama": Family("llama", True, _ALL, "llama"),
+    "mistral": Family("llama", True, (), "llama"),
+    "qwen2": Family("qwen2", False, _ALL[:3], "qwen2"),
+    "qwen3": Family("qwen3", False, (), "qwen3"),
+    "gemma2": Family("gemma2", dense="gemma2", outer=TIED_NAMES, period=2, **_GEMMA),
+    "gemma3_text": Family("gemma3", dense="gemma3_text", period=6, **_GEMMA),
+}
 
 
 def family_of(model_type: str) -> Family:
@@ -57,11 +82,11 @@ def tensor_name(name: str, family: Family) -> str | None:
     parts = module.split(".")
     if "layers" in parts[:-2]:
         at = parts.index("layers")
-        found = BLOCK_NAMES.get(".".join(parts[at + 2 :]))
+        found = family.names.get(".".join(parts[at + 2 :]))
         if found is None or (ending == "bias" and found not in family.biases) or ending not in ("weight", "bias"):
             return None
         return f"blk.{parts[at + 1]}.{found}.{ending}"
-    found = OUTER_NAMES.get(parts[-1])
+    found = family.outer.get(parts[-1])
     return f"{found}.weight" if found and ending == "weight" else None
 
 
@@ -73,14 +98,29 @@ def order(name: str, family: Family, config: Any, rows: int) -> torch.Tensor | N
     return torch.arange(rows).view(-1, 2, half).transpose(1, 2).reshape(-1)
 
 
+def vector(data: torch.Tensor, name: str, family: Family) -> torch.Tensor:
+    """A vector as it is in the file under llama.cpp's name: fp32, as it adds and multiplies by no others."""
+    return data.float() + family.shift if is_shifted(name, family) else data.float()
+
+
+def vector_back(data: torch.Tensor, name: str, family: Family, dtype: torch.dtype) -> torch.Tensor:
+    """The vector that a file's was made of, in `dtype`: of a norm that is shifted, one that gives the same sum."""
+    return (data - family.shift if is_shifted(name, family) else data).to(dtype)
+
+
+def is_shifted(name: str, family: Family) -> bool:
+    return bool(family.shift) and name.endswith("norm.weight")
+
+
 # --- the model -------------------------------------------------------------------------------------------------------
 
 
 def model_keys(config: Any, name: str, kinds: Counter[Kind]) -> dict[str, Any]:
     """The keys of a model; ExportError for what llama.cpp would compute otherwise."""
     family = family_of(config.model_type)
-    if getattr(config, "hidden_act", "silu") != "silu":
-        raise ExportError(f"gguf: llama.cpp computes '{config.model_type}' with silu, and this model has {config.hidden_act}")
+    has = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", family.activation)
+    if has != family.activation:
+        raise ExportError(f"gguf: llama.cpp computes '{config.model_type}' with {family.activation}, and this model has {has}")
     head = head_size(config)
     keys = {
         "context_length": context(config),
@@ -94,6 +134,7 @@ def model_keys(config: Any, name: str, kinds: Counter[Kind]) -> dict[str, Any]:
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
         "rope.dimension_count": head,
         "vocab_size": config.vocab_size,
+        **(gemma_keys(config, family.architecture, family.period, head) if family.period else {}),
         **rope_keys(config),
     }
     general = {"architecture": family.architecture, "type": "model", "name": name, "quantization_version": 2,
@@ -106,13 +147,15 @@ def head_size(config: Any) -> int:
 
 
 def window(config: Any) -> int | None:
-    """The tokens that a layer looks back on, if any layer is limited."""
+    """The tokens that a layer looks back on, if any layer is limited and llama.cpp does not limit it."""
+    if family_of(config.model_type).period:
+        return None
     limited = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
     return int(limited) if limited else None
 
 
 def context(config: Any) -> int:
-    """The longest context that llama.cpp computes as the model was trained: it gives these families no sliding window."""
+    """The longest context that llama.cpp computes as the model was trained."""
     longest = int(config.max_position_embeddings)
     return min(longest, window(config) or longest)
 
@@ -159,7 +202,10 @@ def yarn_keys(config: Any, rope: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rope_of(config: Any) -> Mapping[str, Any]:
+    """The rotary embedding; of a Gemma 3 that of layers without a window."""
     found: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
+    if config.model_type == "gemma3_text":
+        found = found.get("full_attention", found)
     if "rope_theta" not in found:
         raise ExportError(
             "gguf: the config gives its layers different rotary embeddings, which are not written; export another kind"

@@ -25,6 +25,8 @@ from compress.export.gguf.metadata import (
     VERSION,
     order,
     tensor_name,
+    vector,
+    vector_back,
 )
 from compress.formats import Int, integers, parse
 from compress.model.model import Model, open_model
@@ -113,12 +115,16 @@ def dense(model: Model, found: Found, tensor: Tensor, name: str, note: Note) -> 
         raise ModelError(f"{found.path}: '{tensor.name}' is quantized, but {NOTE} names no format for it")
     held = NAMES[tensor.kind.name]
     dtype = held if len(tensor.shape) > 1 else note.dtypes.get(tensor.name, note.dtype)
+    family = FAMILIES[model.config.model_type]
 
     def make() -> torch.Tensor:
         data = rows_of(model, found, tensor).contiguous().view(held).view(tensor.shape)
-        if not torch.equal(data.to(dtype).float(), data.float()):
+        if len(tensor.shape) > 1:
+            return data
+        made = vector_back(data.float(), tensor.name, family, dtype)
+        if not torch.equal(vector(made, tensor.name, family), data.float()):
             raise ModelError(f"{found.path}: '{tensor.name}' is not {str(dtype)[6:]}, as {NOTE} says; the file is damaged")
-        return data.to(dtype)
+        return made
 
     return Seen(Spec(name, dtype, tensor.shape), found.path, make)
 
