@@ -20,13 +20,13 @@ from compress.model import speed
 from compress.model.data import BATCH, Windows
 from compress.model.head import PIECE, ROWS
 from compress.model.speed import computing
-from compress.model.work import per_token
+from compress.model.work import block_bytes, per_token
 from compress.prepare import Prepared, proof_tokens
-from compress.report.report import SECONDS_PER_WEIGHT
 from compress.state import State
 from compress.state.plan import size
 
 BASELINE_BYTES = 450 * 2**20  # Python, torch and transformers, imported
+SECONDS_PER_WEIGHT = 1.5e-7  # of the search for ranges and the column loop, on one core of a server CPU
 SECONDS_PER_BYTE = 3e-8  # of an artifact: written, hashed, read again and compared
 SECONDS_PER_NUMBER = 2.5e-9  # that a matrix reads or writes: attention, norms, activations, on one core of a server CPU
 COPIES = 6  # of a part of the logits, while two models are compared
@@ -72,11 +72,10 @@ def evaluation(state: State, windows: Windows) -> Cost:
     number = computing(state.dtype).itemsize
     hidden = 2 * tokens * width * number
     batch = max(BATCH, windows.length) * 4 * max(s.shape[0] for s in graph.linear) * number
-    block = max(sum(s.numel for s in graph.of_block(b.index)) for b in graph.blocks) * number
     parts = COPIES * PIECE * min(ROWS, vocabulary) * 4
     return Cost(2 * 2.0 * tokens * (work.weights + vocabulary * width), logits=2.0 * tokens * vocabulary,
                 numbers=2 * tokens * work.numbers,
-                peak_bytes=hidden + max(2 * block + batch, parts + unpacked_bytes(state)))  # fmt: skip
+                peak_bytes=hidden + max(2 * block_bytes(state) + batch, parts + unpacked_bytes(state)))  # fmt: skip
 
 
 def proof(exporter: Exporter, state: State, layout: Files) -> Cost:

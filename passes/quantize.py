@@ -25,7 +25,7 @@ from compress.manager import Context, Cost, Pass
 from compress.model.lockstep import Batch
 from compress.model.speed import computing, precision
 from compress.model.stream import Stream, Twin
-from compress.model.work import per_token
+from compress.model.work import block_bytes, per_token
 from compress.passes import gptq_core as core
 from compress.passes.solver import LOOKED_UP, TABLE, Answer, Case, Shared, Solver, matrix_bytes, stage_bytes
 from compress.state import Aspect, Fact, State
@@ -41,6 +41,13 @@ FormatText = Annotated[
 EMBEDDING, HEAD = "embedding", "head"
 UNSEEN = "no inputs: rounded, and the error is that of the weights"
 FLOPS_PER_WEIGHT_AND_INPUT = 8  # of the matrix products in the solver: feedback, refit, sweep, three losses
+
+
+def table_memory(state: State, tables: Sequence[Site]) -> int:
+    """A table as it is, some of its rows as they are solved, and what they become."""
+    formats = state.plan.formats if state.plan else {}
+    return max((matrix_bytes(min(s.numel, TABLE)) + s.numel * state.dtype.itemsize + 4 * formats[s.name].nbytes(s.shape)
+                for s in tables), default=0)  # fmt: skip
 
 
 class Quantize(Pass):
@@ -134,27 +141,25 @@ class Quantize(Pass):
             return Cost()
         numel = sum(s.numel for s in sites)
         tables, matrices = ([s for s in sites if (s.role == "embed") == looked_up] for looked_up in (True, False))
+        work = per_token(state)
+        tied = [s for s in tables if self.method == "gptq" and any(other.tied == s.name for other in state.graph)]
+        passes = (1 + self.corrects + len(tied)) * tokens  # with a table, one to what the head is given
+        forward = 2.0 * passes * work.weights + (2 * tokens * work.squares if self.corrects else 0)
+        solving = FLOPS_PER_WEIGHT_AND_INPUT * sum(1.0 * s.numel * s.shape[1] for s in [*matrices, *tied])
+        peak = max(self._matrix_memory(state, tokens, matrices, max(s.shape[1] for s in sites)), table_memory(state, tables))
+        return Cost(forward, tokens * work.squares + solving, numel, peak, numbers=passes * work.numbers)
+
+    def _matrix_memory(self, state: State, tokens: int, matrices: Sequence[Site], widest: int) -> int:
+        """Activations as wide as `widest`, and the most that a stage adds: while it is seen, or, without the twin's weights,
+        solved."""
         stages: dict[tuple[int | None, str], list[Site]] = {}
         for s in matrices:
             stages.setdefault((s.block, s.stage), []).append(s)
-        models = 2 if self.corrects else 1
-        work = per_token(state)
-        tied = [s for s in tables if self.method == "gptq" and any(other.tied == s.name for other in state.graph)]
-        passes = (models + len(tied)) * tokens  # with a table, one to what the head is given
-        forward = 2.0 * passes * work.weights + (2 * tokens * work.squares if self.corrects else 0)
-        solving = FLOPS_PER_WEIGHT_AND_INPUT * sum(1.0 * s.numel * s.shape[1] for s in [*matrices, *tied])
-        width = state.graph["embed"].shape[1]
-        number = computing(state.dtype).itemsize
-        held = models * tokens * number * (max(s.shape[1] for s in sites) + 2 * width)
-        block = max(sum(s.numel for s in state.graph.of_block(b.index)) for b in state.graph.blocks) * number
+        models, block = 1 + self.corrects, block_bytes(state)
+        held = models * tokens * computing(state.dtype).itemsize * (widest + 2 * state.graph["embed"].shape[1])
         seen = max((4 * s.shape[1] ** 2 for s in matrices), default=0) * (3 if self.corrects else 1)
         solved = max((stage_bytes(members, self.corrects) for members in stages.values()), default=0)
-        peak = held + max(models * block + seen, block + solved)  # the twin has no weights while a stage is solved
-        formats = state.plan.formats if state.plan else {}
-        table = max((matrix_bytes(min(s.numel, TABLE)) + s.numel * state.dtype.itemsize + 4 * formats[s.name].nbytes(s.shape)
-                     for s in tables), default=0)  # fmt: skip
-        peak = max(peak, table)
-        return Cost(forward, tokens * work.squares + solving, numel, peak, numbers=passes * work.numbers)
+        return held + max(models * block + seen, block + solved)
 
     def run(self, state: State, ctx: Context) -> State:
         state = self.planned(state)

@@ -12,6 +12,7 @@ expert's own neurons, so there the mean keeps only its trace. Both are reported.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -326,10 +327,12 @@ def stage_bytes(sites: Sequence[Site], corrects: bool = False) -> int:
     """Memory for solving one stage: every Hessian in fp32; of one of them the factor, which takes its place, the weights as they
     are and in fp32, and what the solver holds for the outputs that it has in hand. Where drift is corrected also its sum, and the
     weights as they are moved."""
-    inputs = {s.input_key: s.shape[1] for s in sites}
+    inputs, numels = {s.input_key: s.shape[1] for s in sites}, Counter[str]()
+    for s in sites:
+        numels[s.input_key] += s.numel
     found = []
     for key, k in inputs.items():
-        numel = sum(s.numel for s in sites if s.input_key == key)
+        numel = numels[key]
         drift = drift_bytes(numel, k) + 4 * numel if corrects else 0
         found.append(max(6 * k * k, 4 * k * k + matrix_bytes(numel) + drift))
     return 4 * sum(k * k for k in inputs.values()) + max(found)

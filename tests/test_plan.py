@@ -152,6 +152,20 @@ def test_seventy_billion_weights_in_a_minute_and_two_gigabytes(tmp_path: Path, n
     assert "bits per weight in linear layers" in plan
 
 
+@pytest.mark.slow
+def test_a_mixture_of_twelve_thousand_experts_in_a_minute(tmp_path: Path, nursery: Nursery):
+    """Of 235 billion weights: what is counted for each matrix is not counted against each other one."""
+    sizes = {"hidden_size": 4096, "moe_intermediate_size": 1536, "num_hidden_layers": 94, "num_attention_heads": 64,
+             "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8,
+             "vocab_size": 151936, "tie_word_embeddings": False}  # fmt: skip
+    transformers.Qwen3MoeConfig(**sizes, architectures=["Qwen3MoeForCausalLM"]).save_pretrained(tmp_path / "model")
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("int4:g32", "int4:g128").replace("int8:g32", "bf16"))
+    done = nursery.run(COMMAND, "plan", tmp_path / "recipe.yaml", cwd=ROOT)
+    assert done.code == 0, done.err
+    assert done.seconds < 60
+    assert f"{94 * (4 + 3 * 128)} change" in done.out.replace(",", "")
+
+
 def test_the_plan_of_the_quickstart(project: Project, tmp_path: Path):
     """The whole text, so that a change of it is seen: tests/golden/plan-quickstart.txt."""
     result = project("plan", ROOT / "recipes" / "quickstart.yaml", "--out", tmp_path / "none")

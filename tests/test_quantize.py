@@ -17,6 +17,7 @@ from compress.errors import FormatError, MatchError, RecipeError
 from compress.formats import parse
 from compress.manager import Cost
 from compress.model.model import open_model
+from compress.model.work import per_token
 from compress.passes.quantize import Quantize
 from compress.passes.solver import Drift
 from tests import stock
@@ -50,6 +51,16 @@ def test_drift_is_the_same_summed_at_inputs_and_at_outputs(family: Any) -> None:
     for some in (sites, sites[1:], sites[:1]):
         W = torch.cat([state.reference(s) for s in some]).float()
         torch.testing.assert_close(narrow.of(some, W), wide.of(some, W), rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "llama"])
+def test_a_token_passes_the_experts_that_it_is_sent_to(family: Any, name: str) -> None:
+    state = open_model(str(family(name))).state
+    config, work = state.config, per_token(state)
+    share = config.num_experts_per_tok / config.num_local_experts if name == "mixtral" else None
+    weights = [s.numel if s.expert is None else share * s.numel for s in state.graph.linear]
+    assert work.weights == pytest.approx(sum(weights))
+    assert (work.weights < sum(s.numel for s in state.graph.linear)) == (name == "mixtral")
 
 
 # --- quality ----------------------------------------------------------------------------------------------------------

@@ -1,12 +1,14 @@
-"""What one token takes on its way through the blocks of a model, for estimates of time."""
+"""What blocks take, for estimates: of time for each token on its way through them, of memory for one in hand."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
+from compress.model.speed import computing
 from compress.state import State
-from compress.state.graph import Site
 
 USED = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")  # names of it in configs
 
@@ -23,7 +25,8 @@ class Work:
 
 def per_token(state: State) -> Work:
     """The work for one token; of experts, for as many as it is sent to."""
-    sites = [(site, _share(site, state)) for site in state.graph.linear]
+    used, experts = _used(state), Counter((s.block, s.role) for s in state.graph.linear if s.expert is not None)
+    sites = [(s, 1.0 if s.expert is None else min(1.0, used / experts[s.block, s.role])) for s in state.graph.linear]
     keys = {(s.block, s.input_key): (s.shape[1], share) for s, share in sites}
     return Work(
         sum(share * s.numel for s, share in sites),
@@ -32,11 +35,13 @@ def per_token(state: State) -> Work:
     )
 
 
-def _share(site: Site, state: State) -> float:
-    """Of all tokens, those that a matrix sees."""
-    if site.expert is None:
-        return 1.0
+def block_bytes(state: State) -> int:
+    """Bytes of the largest block's matrices, as it computes."""
+    largest = max(sum(s.numel for s in state.graph.of_block(b.index)) for b in state.graph.blocks)
+    return largest * computing(state.dtype).itemsize
+
+
+def _used(state: State) -> float:
+    """How many experts of a block a token is sent to; all, where no config says so."""
     config: Any = state.config.get_text_config()
-    used = next((getattr(config, name) for name in USED if isinstance(getattr(config, name, None), int)), None)
-    experts = sum(s.block == site.block and s.role == site.role for s in state.graph.linear)
-    return min(1.0, used / experts) if used else 1.0
+    return next((getattr(config, name) for name in USED if isinstance(getattr(config, name, None), int)), inf)

@@ -21,8 +21,6 @@ from compress.state.checkpoint import Layout
 from compress.state.graph import Graph
 from compress.state.plan import Forecast, size
 
-SECONDS_PER_WEIGHT = 1.5e-7  # of the search for ranges and the column loop, measured on one core of a server CPU
-
 
 def site_line(record: Mapping[str, Any]) -> str:
     """What became of one site, in one line."""
