@@ -321,4 +321,4 @@ def test_the_largest_sizes_scale_queries_otherwise(tmp_path: Path) -> None:
 
 def gguf_keys(config: Any, family: Any, scalar: int) -> dict[str, Any]:
     config.query_pre_attn_scalar = scalar
-    return gemma_keys(config, family.architecture, family.period, 16)
+    return gemma_keys(config, family.architecture)

@@ -12,7 +12,8 @@ from typing import Any
 from compress.errors import ModelError
 
 LOCAL, WIDE = "sliding_attention", "full_attention"
-PERIOD, LARGEST = {"gemma2": 2, "gemma3_text": 6}, {"gemma2": 46, "gemma3_text": 62}
+PERIOD = {"gemma2": 2, "gemma3_text": 6}  # of so many layers all but the last have a window, unless a key says otherwise
+LARGEST = {"gemma2": 46, "gemma3_text": 62}  # layers of the size whose queries are divided by another number
 BASE = 10000.0  # of a rotary embedding that no key gives one
 SCALING = "rope.scaling."
 
@@ -28,8 +29,7 @@ def complete(config: Any, keys: Mapping[str, Any]) -> None:
 
 def complete_gemma(config: Any, own: Mapping[str, Any]) -> None:
     """What makes this Gemma another than the one whose sizes are transformers' defaults."""
-    largest = config.num_hidden_layers == LARGEST[config.model_type]
-    config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads if largest else config.head_dim
+    config.query_pre_attn_scalar = divisor(config)
     for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
         setattr(config, cap, own.get(cap, getattr(config, cap)))
     config.layer_types = [LOCAL if limited else WIDE for limited in limits(config, own)]
@@ -38,13 +38,24 @@ def complete_gemma(config: Any, own: Mapping[str, Any]) -> None:
         config.rope_parameters = {kind: {"rope_type": "default", "rope_theta": float(base)} for kind, base in bases.items()}
 
 
+def divisor(config: Any) -> int:
+    """The number by whose root llama.cpp divides the queries of a Gemma: it tells the largest one by its layers."""
+    largest = config.num_hidden_layers == LARGEST[config.model_type]
+    return int(config.hidden_size // config.num_attention_heads if largest else config.head_dim)
+
+
+def periodic(period: int, count: int) -> list[bool]:
+    """Which of so many layers have a window, where the last of every `period` has none."""
+    return [i % period < period - 1 for i in range(count)]
+
+
 def limits(config: Any, own: Mapping[str, Any]) -> list[bool]:
     """Which layers have a window: a key may list them, or say of how many the last has none."""
     count, said = config.num_hidden_layers, own.get("attention.sliding_window_pattern", PERIOD[config.model_type])
     if config.model_type == "gemma3_text" and not own.get("attention.sliding_window"):
         return [False] * count
     if isinstance(said, int):
-        return [said == 0 or i % said < said - 1 for i in range(count)]
+        return [True] * count if said == 0 else periodic(said, count)
     if not isinstance(said, tuple) or len(said) != count:
         raise ModelError("its key attention.sliding_window_pattern is not of as many layers as it has; download it again")
     return [bool(limited) for limited in said]

@@ -6,23 +6,20 @@ import math
 from typing import Any
 
 from compress.errors import ExportError
-
-LARGEST = {"gemma2": 46, "gemma3": 62}  # the number of blocks by which llama.cpp tells the size that scales queries otherwise
-LOCAL_BASE = 10000.0  # of the rotary embedding in layers with a window, unless a key says otherwise
+from compress.model.gguf_keys import BASE, LOCAL, PERIOD, WIDE, divisor, periodic
 
 
-def gemma_keys(config: Any, architecture: str, period: int, head: int) -> dict[str, Any]:
+def gemma_keys(config: Any, architecture: str) -> dict[str, Any]:
     """The keys of a model; ExportError for what llama.cpp would compute otherwise."""
-    check_scale(config, architecture, head)
+    check_scale(config)
     if getattr(config, "use_bidirectional_attention", False):
         raise ExportError(f"gguf: the model looks ahead (use_bidirectional_attention), and llama.cpp's '{architecture}' does not")
-    return {**caps(config, architecture), **windows(config, architecture, period)}
+    return {**caps(config, architecture), **windows(config, architecture)}
 
 
-def check_scale(config: Any, architecture: str, head: int) -> None:
+def check_scale(config: Any) -> None:
     """ExportError where llama.cpp divides queries by another number than the model."""
-    largest = config.num_hidden_layers == LARGEST[architecture]
-    theirs = config.hidden_size // config.num_attention_heads if largest else head
+    theirs = divisor(config)
     if not math.isclose(config.query_pre_attn_scalar, theirs, rel_tol=1e-6):
         raise ExportError(f"gguf: the model divides queries by the root of {config.query_pre_attn_scalar:g} "
                           f"(query_pre_attn_scalar), and llama.cpp by that of {theirs}; export another kind")  # fmt: skip
@@ -41,23 +38,23 @@ def caps(config: Any, architecture: str) -> dict[str, float]:
     return {key: float(value) for key, value in found.items() if value}
 
 
-def windows(config: Any, architecture: str, period: int) -> dict[str, Any]:
+def windows(config: Any, architecture: str) -> dict[str, Any]:
     """Which layers have a sliding window, how wide it is, and by which base they turn."""
-    limited = [kind == "sliding_attention" for kind in config.layer_types]
+    limited = [kind == LOCAL for kind in config.layer_types]
     if architecture == "gemma3" and not any(limited):
         return {}
     keys: dict[str, Any] = {"attention.sliding_window": int(config.sliding_window or config.max_position_embeddings)}
-    if limited != [i % period < period - 1 for i in range(len(limited))]:
+    if limited != periodic(PERIOD[config.model_type], len(limited)):
         keys["attention.sliding_window_pattern"] = limited
     return keys | (local_rope(config) if architecture == "gemma3" else {})
 
 
 def local_rope(config: Any) -> dict[str, float]:
     """The rotary embedding of layers with a window; ExportError where it is scaled, or that of the others is as by YaRN."""
-    local, wide = (config.rope_parameters[f"{kind}_attention"] for kind in ("sliding", "full"))
+    local, wide = (config.rope_parameters[kind] for kind in (LOCAL, WIDE))
     for what, rope, known in (("with", local, ("default",)), ("without", wide, ("default", "linear"))):
         if (kind := rope.get("rope_type", "default")) not in known:
             raise ExportError(f"gguf: llama.cpp has no rotary embeddings of the type '{kind}' in layers {what} a window; export "
                               "another kind")  # fmt: skip
     base = float(local["rope_theta"])
-    return {} if base == LOCAL_BASE else {"rope.freq_base_swa": base}
+    return {} if base == BASE else {"rope.freq_base_swa": base}

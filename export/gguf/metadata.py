@@ -13,6 +13,7 @@ import torch
 from compress.errors import ExportError
 from compress.export.gguf.file import Kind
 from compress.export.gguf.gemma import gemma_keys
+from compress.model.gguf_keys import PERIOD, WIDE
 
 NOTE, VERSION = "compress.formats", 1
 FACTORS = "rope_freqs.weight"
@@ -41,8 +42,7 @@ class Family:
     permuted: whether rows of q and k change places, since its rotary embedding turns neighbours, not halves. biases: the modules
     that may have one. dense: as which `model_type` transformers reads the file. names, outer: of what is in a block, and outside
     of them. activation: what is between the matrices of an MLP. shift: what is added to the weights of norms, as Gemma multiplies
-    by one more than they are. period: of so many layers all but the last have a sliding window, unless a key says otherwise; 0:
-    it has none.
+    by one more than they are.
     """
 
     architecture: str
@@ -53,7 +53,6 @@ class Family:
     outer: Mapping[str, str] = field(default_factory=lambda: OUTER_NAMES)
     activation: str = "silu"
     shift: int = 0
-    period: int = 0
 
 
 _GEMMA: dict[str, Any] = {
@@ -64,8 +63,8 @@ FAMILIES = {
     "mistral": Family("llama", True, (), "llama"),
     "qwen2": Family("qwen2", False, _ALL[:3], "qwen2"),
     "qwen3": Family("qwen3", False, (), "qwen3"),
-    "gemma2": Family("gemma2", dense="gemma2", outer=TIED_NAMES, period=2, **_GEMMA),
-    "gemma3_text": Family("gemma3", dense="gemma3_text", period=6, **_GEMMA),
+    "gemma2": Family("gemma2", dense="gemma2", outer=TIED_NAMES, **_GEMMA),
+    "gemma3_text": Family("gemma3", dense="gemma3_text", **_GEMMA),
 }
 
 
@@ -134,7 +133,7 @@ def model_keys(config: Any, name: str, kinds: Counter[Kind]) -> dict[str, Any]:
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
         "rope.dimension_count": head,
         "vocab_size": config.vocab_size,
-        **(gemma_keys(config, family.architecture, family.period, head) if family.period else {}),
+        **(gemma_keys(config, family.architecture) if config.model_type in PERIOD else {}),
         **rope_keys(config),
     }
     general = {"architecture": family.architecture, "type": "model", "name": name, "quantization_version": 2,
@@ -148,7 +147,7 @@ def head_size(config: Any) -> int:
 
 def window(config: Any) -> int | None:
     """The tokens that a layer looks back on, if any layer is limited and llama.cpp does not limit it."""
-    if family_of(config.model_type).period:
+    if config.model_type in PERIOD:
         return None
     limited = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
     return int(limited) if limited else None
@@ -205,7 +204,7 @@ def rope_of(config: Any) -> Mapping[str, Any]:
     """The rotary embedding; of a Gemma 3 that of layers without a window."""
     found: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
     if config.model_type == "gemma3_text":
-        found = found.get("full_attention", found)
+        found = found.get(WIDE, found)
     if "rope_theta" not in found:
         raise ExportError(
             "gguf: the config gives its layers different rotary embeddings, which are not written; export another kind"

@@ -19,14 +19,8 @@ from compress.export.artifact.files import optional
 from compress.model.vocabulary import numbers, smaller_settings, smaller_tokenizer, whole_tokenizer, with_new_ids
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-SCORES = {
-    NORMAL: None,
-    UNKNOWN: 0.0,
-    CONTROL: -1000.0,
-    USER: -1000.0,
-    UNUSED: -10000.0,
-    BYTE: 0.0,
-}  # of all but pieces, which join
+# Of all but pieces, which join.
+SCORES = {NORMAL: None, UNKNOWN: 0.0, CONTROL: -1000.0, USER: -1000.0, UNUSED: -10000.0, BYTE: 0.0}
 SPACE = "\u2581"
 FILES, TEMPLATE = ("tokenizer.json", "tokenizer_config.json", "config.json"), "chat_template.jinja"
 _LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)"
