@@ -146,6 +146,10 @@ class Pass(BaseModel, ABC):
         """What running it on `tokens` calibration tokens will take; `state` is the foreseen one."""
         return Cost()
 
+    def remarks(self, state: State) -> Iterable[str]:
+        """What `plan` is to say of it, in a line each; `state` is the one that it will be given."""
+        return ()
+
     def chosen(self) -> dict[str, Any]:
         """The options that are not at their defaults, as JSON values: the same for a recipe and for its resolved form."""
         usual = type(self).model_construct().model_dump(mode="json", warnings=False)

@@ -73,6 +73,7 @@ def plan(
         RunFolder(out).refuse_foreign()
         ready = decided(ready, out, measure, device, console)
     remarks = list(ready.model.remarks)
+    remarks += told_by_passes(ready)
     remarks += [r for e in ready.exports for r in e.remarks(ready.foreseen)]
     if not ready.model.has_weights:
         remarks.append(f"{ready.model.folder} holds no weights: sizes are those of the config in {str(ready.start.dtype)[6:]}")
@@ -89,6 +90,15 @@ def plan(
         seconds=sum(stage.seconds(ready.start.dtype) for stage in todo),
         remarks=remarks,
     )
+
+
+def told_by_passes(ready: Prepared) -> list[str]:
+    """What passes say of the states that they will be given."""
+    state, found = ready.start, list[str]()
+    for p in ready.recipe.passes:
+        found += p.remarks(state)
+        state = manager.foresee([p], state)
+    return found
 
 
 def over_budget(state: State, layouts: Mapping[str, Files]) -> list[str]:
@@ -278,9 +288,9 @@ def folded(ready: Prepared, out: Path, last: int, device: str, console: Console)
 
 
 def result_bytes(ready: Prepared, state: State) -> int:
-    """Bytes of the tensors as the first exporter lays them out; of the source's own where nothing is exported."""
+    """Bytes of the tensors as the first exporter lays them out; as they are where nothing is exported."""
     layouts: list[Files] = [e.layout(ready.model, state) for e in ready.exports]
-    return layouts[0].tensor_bytes if layouts else Layout.of(ready.model.specs).tensor_bytes
+    return layouts[0].tensor_bytes if layouts else sum(spec.nbytes for spec, _, _ in state.entries())
 
 
 def scored(start: State, made: Folded, tokens: data.Tokens, out: Path, device: str, console: Console) -> dict[str, Any]:

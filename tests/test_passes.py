@@ -29,6 +29,12 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # at least one set for every pass,
         {"format": "lut3:g32", "pins": {"*.down": "nf3:g64:dq8x16", "layers.0.*": "nf4:g32"}},
     ],
     "edit": [{"drop_layers": [0]}],
+    "prune": [
+        {"mlp": 0.5, "kv_groups": 0.5},
+        {"mlp": 0.75, "method": "magnitude", "compensate": False},
+        {"kv_groups": 0.5, "method": "wanda", "drift": 0},
+        {"mlp": 0.5, "method": "flap"},
+    ],
     "smooth": [{"strength": 0.75}, {"pairs": "norms"}],
     "lqlora": [
         {"format": "int3:g32", "rank": 4, "rounds": 1, "pins": {"*.down": "int4:g32", "*.up": "lut2:g64+r8:int8:channel"}},

@@ -1,0 +1,315 @@
+"""The pass `prune`: fewer neurons in every MLP, fewer groups of heads, and a plain smaller model.
+
+The mathematics is in obs_core.py; which tensors lose what with a unit is in model/couplings.py; here is the walk over the model.
+A unit goes out of the matrix that reads it (down, o), whose other columns then make up for it on the calibration text. As in
+`quantize`, the inputs of every block carry the error of the blocks before it, and a twin of the model as it was says what the outputs
+ought to be. The block in hand is chosen at its old size, with zeros for the columns that go; then the smaller block takes its place, and
+what it puts out is compared with that, so a coupling that an architecture does not have in truth is found by the first block.
+
+Every layer keeps the same number, so that the result loads wherever the model did.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from compress.errors import ModelError, RecipeError
+from compress.manager import Context, Cost, Pass, Record
+from compress.model.couplings import KV_GROUPS, MLP, Coupling, couplings, named, without
+from compress.model.lockstep import Batch, Inputs
+from compress.model.speed import computing, precision
+from compress.model.stream import Stream, Twin
+from compress.model.work import block_bytes, per_token
+from compress.passes import gptq_core
+from compress.passes import obs_core as core
+from compress.passes.solver import Drift
+from compress.state import Aspect, Fact, State
+
+SAME = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the block's largest output
+WIDE = 1024  # neurons from which engines want multiples of 128
+
+
+class Prune(Pass):
+    """Take neurons of MLPs and groups of heads away, and make up for them in what is left."""
+
+    name: ClassVar[str] = "prune"
+    needs: ClassVar[Fact] = Fact.DENSE
+    gives: ClassVar[Fact] = Fact.PRUNED
+    writes: ClassVar[Aspect] = Aspect.STRUCTURE | Aspect.WEIGHTS
+
+    mlp: float = Field(1.0, gt=0, le=1, description="share of the neurons of every MLP that stays")
+    kv_groups: float = Field(1.0, gt=0, le=1, description="share of the groups of heads, with their keys and values, that stays")
+    method: Literal["obs", "wanda", "flap", "magnitude"] = Field(
+        "obs", description="who goes: by what the others can make up for (obs), by weights and activations, or by weights alone"
+    )
+    compensate: bool = Field(True, description="whether what stays makes up for what goes, by least squares")
+    multiple: int | None = Field(
+        None, ge=1, description="what the number of neurons is rounded up to; default: 128 in wide MLPs, less in narrow ones"
+    )
+    damp: float = Field(0.01, gt=0, le=1, description="damping, as a share of the Hessian's mean diagonal")
+    drift: float = Field(1.0, ge=0, le=1, description="share of the error in a block's inputs that it makes up for")
+
+    def check(self, calibrated: bool, following: Sequence[Pass] = ()) -> None:
+        if self.mlp == self.kv_groups == 1:
+            raise RecipeError("'prune' takes nothing away; name a share below 1 under mlp or kv_groups, or leave it out")
+        if not calibrated and (self.method != "magnitude" or self.compensate):
+            raise RecipeError("'prune' needs data.calibration; add it, or use method: magnitude with compensate: false")
+
+    @property
+    def corrects(self) -> bool:
+        """Whether a twin of the model as it was runs beside."""
+        return self.compensate and self.drift > 0
+
+    def foresee(self, state: State) -> State:
+        if state.plan is not None:
+            raise RecipeError("an earlier step has planned formats for these shapes; move 'prune' in front of it")
+        found, counts = self._wanted(state)
+        if self.kv_groups == 1:
+            return without(state, found, counts)
+        groups = next(c.units for c in found if c.kind == KV_GROUPS)
+        refused: ModelError | None = None
+        for count in range(counts[KV_GROUPS], groups):  # some architectures allow only some numbers of heads
+            try:
+                return without(state, found, {**counts, KV_GROUPS: count})
+            except ModelError as e:
+                refused = refused or e
+        assert refused is not None
+        raise ModelError(str(refused), ("kv_groups",))
+
+    def _wanted(self, state: State) -> tuple[list[Coupling], dict[str, int]]:
+        """The couplings that lose units, and how many of each kind are to stay."""
+        every, found, counts = list(couplings(state)), [], {}
+        for kind, share in ((MLP, self.mlp), (KV_GROUPS, self.kv_groups)):
+            if share == 1:
+                continue
+            mine = [c for c in every if c.kind == kind]
+            if not mine:
+                raise ModelError(f"'{state.graph.family}' has no {named(kind)} that 'prune' knows; leave '{kind}' out", (kind,))
+            odd = next((c for c in mine if c.obstacle), None)
+            if odd is not None:
+                raise ModelError(
+                    f"{named(kind)} of '{state.graph.family}' cannot go: {odd.obstacle}; leave '{kind}' out", (kind,)
+                )
+            if len({c.units for c in mine}) > 1:
+                raise ModelError(f"layers of '{state.graph.family}' differ in their {named(kind)}; leave '{kind}' out", (kind,))
+            units = mine[0].units
+            step = 1 if kind == KV_GROUPS else self.multiple or natural(units)
+            counts[kind] = min(units, max(1, -int(-units * share // step)) * step)
+            if counts[kind] == units:
+                raise RecipeError(f"{share:g} of {units} {named(kind)}, rounded up to {step}s, are all of them", (kind,))
+            found += mine
+        return found, counts
+
+    def remarks(self, state: State) -> Iterator[str]:
+        """How many of each kind stay."""
+        made = self.foresee(state)
+        now = {(c.kind, c.block): c.units for c in couplings(made)}
+        for kind in (MLP, KV_GROUPS):
+            found = next((c for c in couplings(state) if c.kind == kind), None)
+            if found is not None and now[kind, found.block] != found.units:
+                yield f"prune keeps {now[kind, found.block]} of {found.units} {named(kind)} in every layer"
+
+    def run(self, state: State, ctx: Context) -> State:
+        foreseen = self.foresee(state)
+        found, _ = self._wanted(state)
+        left = {(c.kind, c.block): c.units for c in couplings(foreseen)}
+        if ctx.calibration is None:
+            return self._without_data(state, foreseen, found, left, ctx)
+        with precision("bf16"):
+            return self._walk(state, foreseen, found, left, ctx)
+
+    def _walk(
+        self, before: State, made: State, found: Sequence[Coupling], left: dict[tuple[str, int], int], ctx: Context
+    ) -> State:
+        stream, batches = ctx.stream(before)
+        smaller, ours = ctx.stream(made)
+        twin = Twin(*swap(ctx.stream(before), before)) if self.corrects else None
+        for block in before.graph.blocks:
+            ctx.progress(block.index, len(before.graph.blocks), block.module)
+            done = ctx.store.committed(f"block-{block.index:04}")
+            wanted: Tensor | None = None
+            if done is None:
+                work = _Block(self, before, ctx, [c for c in found if c.block == block.index], left)
+                work.see(stream, block.index, batches, twin)
+                done = ctx.store.commit(f"block-{block.index:04}", dense=work.tensors, records=work.records)
+                wanted = batches[0].hidden
+            elif twin:
+                twin.stream.advance(twin.state, block.index, twin.batches)
+            made = made.with_part(done)
+            smaller.advance(made, block.index, ours)
+            if wanted is not None:
+                same(made, block.module, ours[0].hidden, wanted)
+            for mine, theirs in zip(batches, ours, strict=True):
+                mine.hidden = theirs.hidden
+        return made
+
+    def _without_data(
+        self, state: State, made: State, found: Sequence[Coupling], left: dict[tuple[str, int], int], ctx: Context
+    ) -> State:
+        """By weights alone: nothing streams."""
+        for block in state.graph.blocks:
+            ctx.progress(block.index, len(state.graph.blocks), block.module)
+            done = ctx.store.committed(f"block-{block.index:04}")
+            if done is None:
+                work = _Block(self, state, ctx, [c for c in found if c.block == block.index], left)
+                for coupling in work.couplings:
+                    work.cut(coupling, None)
+                done = ctx.store.commit(f"block-{block.index:04}", dense=work.tensors, records=work.records)
+            made = made.with_part(done)
+        return made
+
+    def cost(self, state: State, tokens: int) -> Cost:
+        """Forward passes of the model as it was, of its twin, and of the smaller one; the Hessians of readers, in fp64."""
+        readers = [c.reader for c in couplings(state) if (self.mlp if c.kind == MLP else self.kv_groups) < 1]
+        if not readers or not tokens:
+            return Cost(peak_bytes=block_bytes(state))
+        work, widest = per_token(state), max(s.shape[1] for s in readers)
+        passes = (2 + self.corrects) * tokens
+        hessians = sum(1.0 * s.shape[1] ** 2 for s in readers)
+        solving = sum(4.0 * float(s.shape[1]) ** 3 + 4.0 * s.numel * s.shape[1] for s in readers)
+        held = (2 + self.corrects) * tokens * computing(state.dtype).itemsize * (widest + 2 * state.graph["embed"].shape[1])
+        peak = held + 2 * block_bytes(state) + 28 * widest**2
+        return Cost(2.0 * passes * work.weights + 4.0 * tokens * hessians, solving, 0, peak, numbers=passes * work.numbers)
+
+
+def natural(units: int) -> int:
+    """What the number of neurons is rounded up to: what formats and engines divide them by."""
+    most = 128 if units >= WIDE else 32
+    step = 1
+    while step < most and units % (2 * step) == 0:
+        step *= 2
+    return step
+
+
+def swap(streamed: tuple[Stream, list[Batch]], state: State) -> tuple[Stream, State, list[Batch]]:
+    return streamed[0], state, streamed[1]
+
+
+@dataclass
+class _Block:
+    """One block's worth of pruning: sums as they are seen, then tensors."""
+
+    options: Prune
+    state: State
+    ctx: Context
+    couplings: list[Coupling]
+    left: dict[tuple[str, int], int]
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    records: list[Record] = field(default_factory=list)
+    hessian: Tensor | None = None
+    mean: Tensor | None = None
+    drift: Drift | None = None
+    tokens: int = 0
+
+    def see(self, stream: Stream, index: int, batches: Sequence[Batch], twin: Twin | None) -> None:
+        """Pass the batches through the block, and cut each coupling once what its reader is given has been seen."""
+        readers = [c.reader for c in self.couplings]
+        if readers:
+            stream.calibrate(self.state, index, batches, readers, self._observe, self._solve, twin)
+            return
+        stream.advance(self.state, index, batches)
+        if twin:
+            twin.stream.advance(twin.state, index, twin.batches)
+
+    def _observe(self, stage: str, inputs: Inputs, clean: Inputs | None) -> None:
+        X_tk = inputs[None]
+        K = X_tk.shape[1]
+        if self.hessian is None:
+            self.hessian, self.mean = torch.zeros(K, K, device=X_tk.device), torch.zeros(K, device=X_tk.device)
+        assert self.mean is not None
+        gptq_core.accumulate(self.hessian, X_tk)
+        self.mean += X_tk.float().sum(0)
+        self.tokens += len(X_tk)
+        if clean is not None and self.options.corrects:
+            if self.drift is None:
+                self.drift = Drift([self._coupling(stage).reader], self.state, K, self.ctx.device)
+            self.drift.see(X_tk, clean[None])
+
+    def _coupling(self, stage: str) -> Coupling:
+        return next(c for c in self.couplings if c.reader.stage == stage)
+
+    def _solve(self, stage: str) -> dict[str, Tensor]:
+        assert self.hessian is not None
+        coupling = self._coupling(stage)
+        with precision("ieee"):
+            matrix = self.cut(coupling, gptq_core.finish(self.hessian).div_(self.tokens))
+        self.hessian = self.mean = self.drift = None
+        self.tokens = 0
+        return {coupling.reader.name: matrix}
+
+    def cut(self, c: Coupling, H_kk: Tensor | None) -> Tensor:
+        """Choose what stays, keep the tensors that are left; the reader's matrix [out, in], with zeros for what goes."""
+        start, W_nk = time.perf_counter(), self.state.reference(c.reader).to(self.ctx.device, torch.float32)
+        problem, notes = self._problem(c, W_nk, H_kk)
+        gone = self._order(c, problem)[: c.units - self.left[c.kind, c.block]]
+        kept = problem.kept(gone)
+        columns = c.columns[kept].flatten()
+        if self.options.compensate:
+            solved = core.compensate(problem, kept)
+        else:
+            solved = problem.W_nk[:, columns]
+        dtype = self.state.dense.specs[c.reader.weight].dtype
+        solved = solved.to(dtype)
+        for name, cut in c.cuts.items():
+            whole = self.state.dense.read_finite(name)
+            self.tensors[name] = whole.index_select(cut.dim, cut.left(whole.shape[cut.dim], kept)).contiguous()
+        order = columns.argsort()
+        small = solved[:, order].cpu()
+        self.tensors[c.reader.weight] = (small.T if c.reader.transposed else small).contiguous()
+        self._note(c, core.loss(problem, kept, solved), core.loss(problem, problem.columns_uw.new_empty(0)), notes, start)
+        return torch.zeros_like(W_nk, dtype=dtype).index_copy_(1, columns, solved)
+
+    def _problem(self, c: Coupling, W_nk: Tensor, H_kk: Tensor | None) -> tuple[core.Problem, tuple[str, ...]]:
+        """W, aimed at the outputs of the model as it was, and the Hessian of its inputs; the identity where nothing was seen."""
+        if H_kk is None:
+            H_kk = torch.eye(W_nk.shape[1], device=W_nk.device)
+        notes: tuple[str, ...] = ()
+        if self.drift is not None:
+            factor = gptq_core.factor(H_kk, damp=self.options.damp)
+            notes = factor.notes
+            if factor.lam > 0:
+                W_nk = gptq_core.retarget(W_nk, self.drift.of([c.reader], W_nk), factor, self.options.drift / self.drift.tokens)
+        return core.prepare(W_nk, H_kk, c.columns.to(W_nk.device), damp=self.options.damp), notes
+
+    def _order(self, c: Coupling, p: core.Problem) -> Tensor:
+        """The units in the order in which they go."""
+        if self.options.method == "obs":
+            return core.sweep(p, c.units - self.left[c.kind, c.block]).order_u
+        if self.options.method == "wanda":
+            return core.ranked(core.wanda(p))
+        if self.options.method == "flap":
+            assert self.mean is not None
+            return core.ranked(core.flap(p, self.mean / self.tokens))
+        return core.ranked(core.magnitude(p, self._producers(c).to(p.W_nk.device)))
+
+    def _producers(self, c: Coupling) -> Tensor:
+        """The squared norm of the rows that make each unit's inputs [units]."""
+        total = torch.zeros(c.units, dtype=torch.float64)
+        for name, cut in c.cuts.items():
+            tensor = self.state.dense.read_finite(name)
+            if name != c.reader.weight and tensor.ndim == 2:
+                total += tensor.double().square().sum(1 - cut.dim)[cut.rows].sum(1)
+        return total
+
+    def _note(self, c: Coupling, loss: float, energy: float, notes: tuple[str, ...], start: float) -> None:
+        count, error = self.left[c.kind, c.block], loss / (energy or 1.0)
+        record = {"site": c.reader.name, "kind": c.kind, "kept": count, "units": c.units, "error": error,
+                  "seconds": time.perf_counter() - start,
+                  "notes": [f"{count} of {c.units} {named(c.kind)}, error {error:.2e}", *notes]}  # fmt: skip
+        self.records.append(record)
+        self.ctx.say(record)
+
+
+def same(state: State, path: str, found: Tensor, wanted: Tensor) -> None:
+    """ModelError where the smaller block does not compute what the block with zeros did: then its units are not those cut."""
+    off = float((found.float() - wanted.float()).abs().max() / wanted.float().abs().max().clamp(min=1e-9))
+    if not off <= SAME[state.dtype]:
+        raise ModelError(f"{path}: without what was cut it computes something else, by {off:.2%}; 'prune' does not know "
+                         f"'{state.graph.family}': leave out mlp or kv_groups, or the pass")  # fmt: skip
