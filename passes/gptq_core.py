@@ -51,6 +51,9 @@ from compress.formats.grid import Grid, Quantized, in_groups, join
 from compress.passes import clip_core
 
 ORDERS = ("activation", "natural")
+# Where nothing else is said: at least the first, and the second times inputs per token (see `damp_for`). Held-out KL at 3 bits, 8,192
+# tokens, with 0.01 alone, 0.4 and 1 inputs per token: Gemma 3 270M 0.414, 0.358, G1; a llama of 7 M 0.0191, 0.0190, 0.0195.
+LEAST_DAMP, DAMP_BY_INPUTS_PER_TOKEN = 0.01, 0.4
 _DAMPS = (1, 10, 100)  # times `damp`, in turn, while the factorisation fails
 _TILE = 128  # inputs; side of the blocks in which triangular products skip what is zero
 _STRIP = 256  # columns that the factorisation has in hand
@@ -105,6 +108,15 @@ def finish(H_kk: Tensor) -> Tensor:
         j = i + _TILE
         H_kk[j:, i:j] = H_kk[i:j, j:].T
     return H_kk
+
+
+def damp_for(inputs: int, tokens: int) -> float:
+    """The damping, as a share of the mean diagonal, of a Hessian that so many tokens were seen for.
+
+    A sum over few tokens has eigenvalues that are too far apart, by about the square root of inputs per token, and what is solved
+    under it fits those tokens and no others. Toward the identity it is drawn by a share that grows with inputs per token.
+    """
+    return min(1.0, max(LEAST_DAMP, DAMP_BY_INPUTS_PER_TOKEN * inputs / max(1, tokens)))
 
 
 def factor(H_kk: Tensor, *, damp: float = 0.01, order: str = "activation", overwrite: bool = False) -> Factor:

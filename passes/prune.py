@@ -2,9 +2,10 @@
 
 The mathematics is in obs_core.py; which tensors lose what with a unit is in model/couplings.py; here is the walk over the model.
 A unit goes out of the matrix that reads it (down, o), whose other columns then make up for it on the calibration text. As in
-`quantize`, the inputs of every block carry the error of the blocks before it, and a twin of the model as it was says what the outputs
-ought to be. The block in hand is chosen at its old size, with zeros for the columns that go; then the smaller block takes its place, and
-what it puts out is compared with that, so a coupling that an architecture does not have in truth is found by the first block.
+`quantize`, the inputs of every block carry the error of the blocks before it, and a twin of the model as it was says what the
+outputs ought to be. The block in hand is passed at its old size, with zeros for the columns that go; then the smaller block takes
+its place, and what it puts out is compared with that, so that a coupling which an architecture does not have in truth is found by
+the first block.
 
 Every layer keeps the same number, so that the result loads wherever the model did.
 """

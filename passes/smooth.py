@@ -213,7 +213,9 @@ class _Block:
         """What the quantizer behind leaves on some rows of the readers, their inputs scaled."""
         solver = next(p for p in self.ctx.following if isinstance(p, Quantize))
         H_kk = core.scaled(H_kk, s_k)
-        factor = gptq_core.factor(H_kk, damp=solver.damp, order=solver.order)
+        tokens = self.ctx.calibration.ids.numel() if self.ctx.calibration else 0
+        damp = solver.damp or gptq_core.damp_for(len(H_kk), tokens)
+        factor = gptq_core.factor(H_kk, damp=damp, order=solver.order)
         total = 0.0
         for site in pair.readers[:: -(-len(pair.readers) // TRIED_READERS)]:
             fmt = self.formats.get(site.name)

@@ -43,7 +43,7 @@ class Solves(Protocol):
     """A pass that turns matrices into formats one by one, seen from the solver. The fields are its options."""
 
     @property
-    def damp(self) -> float: ...
+    def damp(self) -> float | None: ...
     @property
     def order(self) -> str: ...
     @property
@@ -199,7 +199,9 @@ class Solver:
         for expert in sorted(self._hessians, key=lambda e: -1 if e is None else e):
             start = time.perf_counter()
             H_kk, notes = self._mean(expert, pooled)
-            factor = core.factor(self._looking_up(H_kk), damp=self.options.damp, order=self.options.order, overwrite=True)
+            seen = self._tokens[expert] if pooled is None else max(self._tokens[expert], TOKENS_PER_INPUT * len(H_kk))
+            damp = self.options.damp or core.damp_for(len(H_kk), seen)
+            factor = core.factor(self._looking_up(H_kk), damp=damp, order=self.options.order, overwrite=True)
             mine = [s for s in sites if s.expert == expert]
             shared = Shared(factor, self._tokens[expert], notes, (time.perf_counter() - start) / max(1, len(mine)))
             for same in self._together(mine):

@@ -35,7 +35,7 @@ class Chain:
     passes: tuple[Quantize, ...]
 
     @property
-    def damp(self) -> float:
+    def damp(self) -> float | None:
         return self.passes[0].damp
 
     @property

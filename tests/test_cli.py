@@ -50,7 +50,7 @@ VERBS = ("plan", "run", "eval", "bench", "inspect", "passes")
         (["eval", "a", "--length", "2.5"], "argument --length: needs a whole number from 2 on, not '2.5'   "
          "(see compress eval --help)"),
         (["run", "none.yaml"], "none.yaml: No such file or directory"),
-        (["passes", "quantise"], "no pass 'quantise'; did you mean 'quantize'?   known: edit, smooth, allocate, quantize, "
+        (["passes", "quantise"], "no pass 'quantise'; did you mean 'quantize'?   known: edit, prune, smooth, allocate, quantize, "
          "lqlora, compressed_tensors, gptq, gguf, native, onnx"),
         (["inspect", "none"], "none: no such folder"),
     ],
@@ -141,7 +141,7 @@ def test_the_types_of_options_are_in_words(cli: Any):
     text = cli("passes", "quantize").out
     assert re.search(r"^method +gptq \| rtn ", text, re.M)
     assert re.search(r"^format +format +int4:g128 ", text, re.M)
-    assert re.search(r"^damp +number +0.01 ", text, re.M)
+    assert re.search(r"^drift +number +0.5 ", text, re.M)
     assert re.search(r"^pins +mapping ", text, re.M)
 
 

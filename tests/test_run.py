@@ -89,7 +89,7 @@ CHANGES: dict[str, tuple[Callable[[Project], Any], str]] = {
     "seed": (lambda p: p.edit("seed: 0", "seed: 3"), "seed 0 → 3"),
     "format": (lambda p: p.edit("int4:g32", "int3:g16"), "options.format int4:g32 → int3:g16"),
     "pin": (lambda p: p.edit('"lm_head": "int8:g32"', '"lm_head": "int6:g32"'), "options.pins.lm_head int8:g32 → int6:g32"),
-    "damp": (lambda p: p.edit("- quantize:\n", "- quantize:\n      damp: 0.5\n"), "options.damp 0.01 → 0.5"),
+    "damp": (lambda p: p.edit("- quantize:\n", "- quantize:\n      damp: 0.5\n"), "options.damp None → 0.5"),
     "windows": (lambda p: p.edit("sequences: 8", "sequences: 9"), TEXT_CHANGED),
     "text": (lambda p: p.text.write_text("x" + p.text.read_text()), TEXT_CHANGED),
     "weights": (lambda p: perturb(p.model), "the model's weights or config changed"),

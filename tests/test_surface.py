@@ -35,12 +35,13 @@ VERBS = {
     "passes": {"name": None, "--schema": False},
 }  # fmt: skip
 
-QUANTIZE = {"method": "gptq", "format": "int4:g128", "pins": {}, "damp": 0.01, "order": "activation", "clip": "mse", "drift": 0.5}
+QUANTIZE = {"method": "gptq", "format": "int4:g128", "pins": {}, "damp": None, "order": "activation", "clip": "mse", "drift": 0.5}
 OPTIONS: dict[str, dict[str, Any]] = {
     "allocate": {"budget": "4.0 bits", "formats": ["int2:g64", "int3:g64", "int4:g64", "int8:g64"], "ranks": [0],
                  "factors": "bf16", "pins": {}, "also": [], "limits": {}, "together": "engine", 
                  "metric": "kl", "probe": 4096, "trials": 0,
                  "time_limit": 60.0, "plan": None},
+    "prune": {"mlp": 1.0, "kv_groups": 1.0, "method": "obs", "compensate": True, "multiple": None, "damp": 0.01, "drift": 1.0},
     "edit": {"drop_layers": [], "untie": False, "vocab": None},
     "smooth": {"strength": "search", "pairs": "all"},
     "quantize": QUANTIZE,

@@ -1,13 +1,13 @@
 """What can be cut out of a model only together, and what the model is without it.
 
-A neuron of an MLP is a column of down and a row of up and of gate; a group of heads is the columns of o that its query heads make,
-their rows of q, and the rows of k and v that they share. A `Coupling` is all such units of one sublayer: which inputs of its reader
-belong to each, and which rows of every other tensor. A norm over one head, a rotary pair and what lies in the residual stream are
-not touched by either, and need no entry.
+A neuron of an MLP is a column of down and a row of up and of gate; a group of heads is the columns of o that its query heads
+make, their rows of q, and the rows of k and v that they share. A `Coupling` is all such units of one sublayer: which inputs of its
+reader belong to each, and which rows of every other tensor. A norm over one head, a rotary pair and what lies in the residual
+stream are not touched by either, and need no entry.
 
-Which value of the config says how many there are is not listed by family: values that might are set in turn, the
-architecture is built from the config, and its shapes are held against those that are wanted. What a family does not allow (a norm over all
-heads, heads whose width is the model's divided by their number, an MLP of four times the model) shows in just that comparison, by the
+Which value of the config says how many there are is not listed by family: values that might are set in turn, the architecture is
+built from the config, and its shapes are held against those that are wanted. What a family does not allow (a norm over all heads,
+heads whose width is the model's divided by their number, an MLP of four times the model) shows in just that comparison, by the
 tensor that it would change.
 """
 
@@ -55,9 +55,9 @@ class Cut:
 class Coupling:
     """All units of one sublayer.
 
-    kind: `mlp` or `kv_groups`. reader: the site that reads what they put out. columns [units, width]: its inputs by unit. cuts: by
-    the name of every tensor in the checkpoint that loses entries with a unit, the reader's among them. obstacle: why none can go;
-    empty where they can.
+    kind: `mlp` or `kv_groups`. reader: the site that reads what they put out. columns [units, width]: its inputs by unit. cuts:
+    by the name of every tensor in the checkpoint that loses entries with a unit, the reader's among them. obstacle: why none can
+    go; empty where they can.
     """
 
     kind: str
