@@ -130,8 +130,7 @@ class Prune(Pass):
         self, before: State, made: State, found: Sequence[Coupling], left: dict[tuple[str, int], int], ctx: Context
     ) -> State:
         stream, batches = ctx.stream(before)
-        smaller, ours = ctx.stream(made)
-        twin = Twin(*swap(ctx.stream(before), before)) if self.corrects else None
+        twin, smaller, ours = self._twin(before, ctx), None, list[Batch]()
         for block in before.graph.blocks:
             ctx.progress(block.index, len(before.graph.blocks), block.module)
             done = ctx.store.committed(f"block-{block.index:04}")
@@ -144,12 +143,20 @@ class Prune(Pass):
             elif twin:
                 twin.stream.advance(twin.state, block.index, twin.batches)
             made = made.with_part(done)
+            if smaller is None:  # the first block has its tensors only now
+                smaller, ours = ctx.stream(made)
             smaller.advance(made, block.index, ours)
             if wanted is not None:
                 same(made, block.module, ours[0].hidden, wanted)
             for mine, theirs in zip(batches, ours, strict=True):
                 mine.hidden = theirs.hidden
         return made
+
+    def _twin(self, state: State, ctx: Context) -> Twin | None:
+        if not self.corrects:
+            return None
+        stream, batches = ctx.stream(state)
+        return Twin(stream, state, batches)
 
     def _without_data(
         self, state: State, made: State, found: Sequence[Coupling], left: dict[tuple[str, int], int], ctx: Context
@@ -187,10 +194,6 @@ def natural(units: int) -> int:
     while step < most and units % (2 * step) == 0:
         step *= 2
     return step
-
-
-def swap(streamed: tuple[Stream, list[Batch]], state: State) -> tuple[Stream, State, list[Batch]]:
-    return streamed[0], state, streamed[1]
 
 
 @dataclass

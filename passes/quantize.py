@@ -63,7 +63,10 @@ class Quantize(Pass):
     format: FormatText = Field("int4:g128", description="format of every matrix inside the blocks")  # type: ignore[assignment]
     pins: dict[str, str] = Field({}, description="pattern of sites -> format; later ones win; bf16 leaves a site as it is")
     damp: float | None = Field(
-        None, gt=0, le=1, description="damping, as a share of the Hessian's mean diagonal; default: 0.01, more where tokens are few"
+        None,
+        gt=0,
+        le=1,
+        description="damping, as a share of the Hessian's mean diagonal; default: 0.01, more where tokens are few",
     )
     order: Literal["activation", "natural"] = Field("activation", description="inputs by falling activation, or as they lie")
     clip: Literal["minmax", "mse", "hessian"] = Field("mse", description="how each group's range is chosen")

@@ -1,8 +1,8 @@
 """What can be cut out of a model only together, and what the model is without it.
 
 A neuron of an MLP is a column of down and a row of up and of gate; a group of heads is the columns of o that its query heads
-make, their rows of q, and the rows of k and v that they share. A `Coupling` is all such units of one sublayer: which inputs of its
-reader belong to each, and which rows of every other tensor. A norm over one head, a rotary pair and what lies in the residual
+make, their rows of q, and the rows of k and v that they share. A `Coupling` is all such units of one sublayer: which inputs of
+its reader belong to each, and which rows of every other tensor. A norm over one head, a rotary pair and what lies in the residual
 stream are not touched by either, and need no entry.
 
 Which value of the config says how many there are is not listed by family: values that might are set in turn, the architecture is
