@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -255,10 +255,7 @@ class _Block:
         gone = self._order(c, problem)[: c.units - self.left[c.kind, c.block]]
         kept = problem.kept(gone)
         columns = c.columns[kept].flatten()
-        if self.options.compensate:
-            solved = core.compensate(problem, kept)
-        else:
-            solved = problem.W_nk[:, columns]
+        solved = core.compensate(problem, kept) if self.options.compensate else problem.W_nk[:, columns]
         dtype = self.state.dense.specs[c.reader.weight].dtype
         solved = solved.to(dtype)
         for name, cut in c.cuts.items():

@@ -66,7 +66,7 @@ class Quantize(Pass):
         None,
         gt=0,
         le=1,
-        description="damping, as a share of the Hessian's mean diagonal; default: 0.01, more where tokens are few",
+        description="damping, as a share of the Hessian's mean diagonal; default: 0.01, more for few tokens",
     )
     order: Literal["activation", "natural"] = Field("activation", description="inputs by falling activation, or as they lie")
     clip: Literal["minmax", "mse", "hessian"] = Field("mse", description="how each group's range is chosen")
