@@ -94,9 +94,9 @@ class Cost:
     """What a pass is expected to take.
 
     model_flops: operations of matrix products in the model's dtype. exact_flops: the same in fp32. numbers: what matrices read
-    and write in a forward pass, with which all else in it goes. weights: matrix entries that are searched and solved. logits:
-    numbers that softmaxes are taken of. bytes: of files that are written and proven. seconds: of what depends on none of these.
-    peak_bytes: of memory, beyond an idle process.
+    and write in a forward pass, with which all else in it goes. weights: matrix entries that are searched and rounded. steps:
+    inputs of a matrix that are rounded one after the other. logits: numbers that softmaxes are taken of. bytes: of files that are
+    written and compared. seconds: of what depends on none of these. peak_bytes: of memory, beyond an idle process.
     """
 
     model_flops: float = 0.0
@@ -107,6 +107,7 @@ class Cost:
     bytes: int = 0
     numbers: float = 0.0
     seconds: float = 0.0
+    steps: float = 0.0
 
 
 class Pass(BaseModel, ABC):

@@ -30,7 +30,7 @@ from compress.recipe import Recipe
 from compress.report import allocation, page, report
 from compress.report.console import Console
 from compress.run import MARK, RunFolder, Step, digest, read_record, step_inputs, versions, write_atomic
-from compress.stages import Stage, largest, stages, too_large
+from compress.stages import Stage, largest, seconds, stages, too_large
 from compress.state import State
 from compress.state.checkpoint import Layout
 from compress.state.plan import size
@@ -87,7 +87,7 @@ def plan(
         layouts=layouts,
         original=Layout.of(ready.model.specs),
         largest=largest(todo),
-        seconds=sum(stage.seconds(ready.start.dtype) for stage in todo),
+        seconds=seconds(todo, ready.start.dtype),
         remarks=remarks,
     )
 

@@ -2,12 +2,15 @@
 
 Operations are counted from shapes and multiplied by rates that are measured on the machine (model/speed.py); memory is what each
 stage holds at its worst moment. The largest stage is what a machine must have room for.
+
+Memory is what a process allocates itself. Weights that are read as they lie in a file are mapped, not copied: the kernel may drop
+them at any moment, so they are not counted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import psutil
@@ -17,19 +20,24 @@ from compress.export.artifact.exporter import Exporter, Files
 from compress.formats import Dense, Int
 from compress.manager import Cost
 from compress.model import speed
-from compress.model.data import BATCH, Windows
+from compress.model.data import Windows
 from compress.model.head import PIECE, ROWS
 from compress.model.speed import computing
-from compress.model.work import block_bytes, per_token
+from compress.model.work import advancing_bytes, block_bytes, per_token
 from compress.prepare import Prepared, proof_tokens
 from compress.state import State
+from compress.state.graph import total
 from compress.state.plan import size
 
-BASELINE_BYTES = 450 * 2**20  # Python, torch and transformers, imported
-SECONDS_PER_WEIGHT = 1.5e-7  # of the search for ranges and the column loop, on one core of a server CPU
-SECONDS_PER_BYTE = 3e-8  # of an artifact: written, hashed, read again and compared
-SECONDS_PER_NUMBER = 2.5e-9  # that a matrix reads or writes: attention, norms, activations, on one core of a server CPU
-COPIES = 6  # of a part of the logits, while two models are compared
+# Measured on one core of a server CPU, as all seconds here are that no product takes.
+BASELINE_BYTES = 300 * 2**20  # Python, torch, transformers and the rest, imported, and a model without weights
+SECONDS_AT_START = 5.0  # until all that is imported
+SECONDS_PER_WEIGHT = 4.5e-8  # of the search for ranges, and of rounding
+SECONDS_PER_STEP = 2.3e-5  # of rounding one input of some outputs, whose numbers are few
+SECONDS_PER_BYTE = 6e-9  # of an artifact: written, hashed, read again and compared
+SECONDS_PER_NUMBER = 2.5e-9  # that a matrix reads or writes: attention, norms, activations
+COMPARED = 6  # times that a logit is read or written, while two models are compared
+COPIES = 6  # of a part of the logits, meanwhile
 PROVEN = 6  # of all logits of a proof: the run's, the engine's in its dtype and in fp32, and what is made of them
 
 
@@ -49,8 +57,13 @@ class Stage:
         c, fast, exact = self.cost, speed.matrix_speed(computing(dtype)), speed.matrix_speed(torch.float32)
         logits = c.logits / speed.softmax_speed() if c.logits else 0.0
         products = c.model_flops / fast + c.exact_flops / exact
-        others = c.numbers * SECONDS_PER_NUMBER + c.weights * SECONDS_PER_WEIGHT + c.bytes * SECONDS_PER_BYTE + c.seconds
-        return products + logits + others
+        others = c.numbers * SECONDS_PER_NUMBER + c.weights * SECONDS_PER_WEIGHT + c.steps * SECONDS_PER_STEP
+        return products + logits + others + c.bytes * SECONDS_PER_BYTE + c.seconds
+
+
+def seconds(found: Sequence[Stage], dtype: torch.dtype) -> float:
+    """Of a whole run, from its start."""
+    return SECONDS_AT_START + sum(stage.seconds(dtype) for stage in found)
 
 
 def stages(ready: Prepared, layouts: Mapping[str, Files]) -> list[Stage]:
@@ -61,7 +74,8 @@ def stages(ready: Prepared, layouts: Mapping[str, Files]) -> list[Stage]:
     found = [Stage(p.name, p.cost(ready.foreseen, tokens)) for p in ready.recipe.passes]
     if data.evaluation:
         found.append(Stage("evaluation", evaluation(ready.foreseen, data.evaluation)))
-    return found + [Stage(e.name, proof(e, ready.foreseen, layouts[e.name])) for e in ready.exports]
+    run = windows is not None or data.evaluation is not None  # without text, tensors are compared and no logits
+    return found + [Stage(e.name, proof(e, ready.foreseen, layouts[e.name], run)) for e in ready.exports]
 
 
 def evaluation(state: State, windows: Windows) -> Cost:
@@ -69,22 +83,25 @@ def evaluation(state: State, windows: Windows) -> Cost:
     graph, tokens = state.graph, windows.sequences * windows.length
     vocabulary, width = graph["embed"].shape
     work = per_token(state)
-    number = computing(state.dtype).itemsize
-    hidden = 2 * tokens * width * number
-    batch = max(BATCH, windows.length) * 4 * max(s.shape[0] for s in graph.linear) * number
+    hidden = tokens * width * computing(state.dtype).itemsize  # of the other model
     parts = COPIES * PIECE * min(ROWS, vocabulary) * 4
-    return Cost(2 * 2.0 * tokens * (work.weights + vocabulary * width), logits=2.0 * tokens * vocabulary,
-                numbers=2 * tokens * work.numbers,
-                peak_bytes=hidden + max(2 * block_bytes(state) + batch, parts + unpacked_bytes(state)))  # fmt: skip
+    return Cost(2 * 2.0 * tokens * (work.weights + vocabulary * width), logits=COMPARED * 2.0 * tokens * vocabulary,
+                numbers=2 * (tokens * work.numbers + total(graph.linear)),
+                peak_bytes=hidden + max(block_bytes(state) + advancing_bytes(state, tokens),
+                                        hidden + parts + unpacked_bytes(state)))  # fmt: skip
 
 
-def proof(exporter: Exporter, state: State, layout: Files) -> Cost:
-    """An artifact is written tensor by tensor; its proof has an engine in memory, and some logits."""
+def proof(exporter: Exporter, state: State, layout: Files, run: bool) -> Cost:
+    """An artifact is written tensor by tensor, and compared with what was to be written; where it is run, its proof has an engine
+    in memory, and some logits."""
     vocabulary = state.graph["embed"].shape[0]
+    largest = max((fmt.nbytes(state.graph[name].shape) for name, fmt in state.formats.items()), default=0)
+    written = Cost(bytes=layout.nbytes, peak_bytes=2 * largest)
+    if not run:
+        return written
     logits = PROVEN * prod(proof_tokens(vocabulary)) * vocabulary * 4
-    largest = max(spec.nbytes for spec in state.specs)  # compared with its original
-    return Cost(bytes=layout.nbytes, seconds=exporter.proof_seconds(state),
-                peak_bytes=max(2 * largest, exporter.proof_bytes(state, layout) + logits))  # fmt: skip
+    peak = max(written.peak_bytes, exporter.proof_bytes(state, layout) + logits)
+    return replace(written, seconds=exporter.proof_seconds(state), peak_bytes=peak)
 
 
 def unpacked_bytes(state: State) -> int:

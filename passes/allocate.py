@@ -41,16 +41,18 @@ from compress.model.speed import computing
 from compress.model.work import per_token
 from compress.nodes import load_yaml
 from compress.passes import allocate_core as core
-from compress.passes import choices
+from compress.passes import choices, costs
 from compress.passes.choices import Bounds, Resource, Space
 from compress.passes.error_table import CERTAIN, DRAWN, SOME, ErrorTable, Squares, measure
 from compress.passes.gradients import fisher, output_gradients, table_gradients
 from compress.passes.lqlora import LqLora
-from compress.passes.quantize import FLOPS_PER_WEIGHT_AND_INPUT, FormatText, Quantize
+from compress.passes.quantize import FormatText, Quantize
 from compress.passes.trials import Chain, Damage, Solved, share, split
 from compress.state import Aspect, Fact, State
 from compress.state.plan import BitPlan
 
+BACKWARD = 6  # passes forward that one forward and back is like, in all that is not a product: gradients, and their squares
+DRAWING = 8  # times that a logit is read or written, for probabilities, their sums, a draw, and the gradient
 OTHERS = ("weight", "output")  # metrics that any table has: their optima are tried too, for they err in other places
 
 
@@ -194,22 +196,24 @@ class Allocate(Pass):
         sites, n = state.graph.linear, len(self.formats)
         once, again = Quantize(drift=0.0).cost(state, tokens), Quantize().cost(state, tokens)
         drawn = [(min(s.shape[0], DRAWN) if max(self.ranks) == 0 else s.shape[0], s.shape[1]) for s in sites]
-        solving = FLOPS_PER_WEIGHT_AND_INPUT * sum(1.0 * rows * k * k for rows, k in drawn)
-        work = per_token(state)
+        solved, work = costs.solving(drawn), per_token(state)
+        factoring = costs.FACTORING * sum(k**3 for _, k in costs.joined(sites)) if tokens else 0
         if self.also:  # a pass forward for the head's Hessian, and some rows of the table
             once = replace(once, model_flops=2 * once.model_flops, numbers=2 * once.numbers)
             drawn.append((CERTAIN + SOME + min(self.probe, tokens), state.graph["embed"].shape[1]))
         table, held = state.graph["embed"], min(self.probe, max(1, tokens // 4)) if self.metric == "kl" else 0
         back = 2.0 * held * (3 * work.weights + 2 * table.numel)
-        # what went into each block; a table looked up and one multiplied with; logits, probabilities and their sums
-        born = (held * table.shape[1] * len(state.graph.blocks) + 2 * table.numel) * computing(state.dtype).itemsize
+        # what went into each block; the head's matrix; logits, probabilities and their sums
+        born = (held * table.shape[1] * len(state.graph.blocks) + table.numel) * computing(state.dtype).itemsize
         born += 16 * min(LOGITS, held * table.shape[0])
         return Cost(
             once.model_flops + back + self.trials * again.model_flops,
-            tokens * work.squares + n * solving + self.trials * again.exact_flops,
+            tokens * work.squares + factoring + n * solved.flops + self.trials * again.exact_flops,
             n * sum(rows * k for rows, k in drawn) + self.trials * again.weights,
             max(once.peak_bytes, born * (held > 0), again.peak_bytes * (self.trials > 0)),
-            numbers=once.numbers + 3 * held * work.numbers + self.trials * again.numbers,
+            logits=DRAWING * held * table.shape[0],
+            numbers=once.numbers + BACKWARD * held * work.numbers + self.trials * again.numbers,
+            steps=n * solved.steps + self.trials * again.steps,
         )
 
     # --- what may be chosen, and the best of it ---

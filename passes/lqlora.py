@@ -21,7 +21,7 @@ from compress.errors import RecipeError
 from compress.formats import Dense, Format, LowRank, Packed
 from compress.formats.grid import Quantized, plain, restore
 from compress.manager import Context, Cost, Pass
-from compress.passes import gptq_core
+from compress.passes import costs, gptq_core
 from compress.passes import lqlora_core as core
 from compress.passes.gradients import fisher
 from compress.passes.quantize import FormatText, Quantize
@@ -29,7 +29,8 @@ from compress.passes.solver import Answer, Case
 from compress.state import Aspect, Fact, State
 from compress.state.plan import BitPlan, check_fits
 
-EIGEN_FLOPS = 10.0  # of a symmetric eigenproblem of side m, in units of m³
+EIGEN_FLOPS = 30.0  # of a symmetric eigenproblem of side m in fp64, in units of m³: most of them wait for memory
+FITTED = 10.0  # operations for each weight and input of a correction: products with H and with itself, the loss
 
 
 class LqLora(Quantize):
@@ -104,9 +105,13 @@ class LqLora(Quantize):
         if self.init == "paper" or not sites:
             return once
         share, times = sum(s.numel for s in sites) / max(1, once.weights), 2 * (self.rounds + 1)
-        spectra = times * sum(EIGEN_FLOPS * min(s.shape) ** 3 for s in sites)
-        solving = once.exact_flops * (1 + share * (times - 1))
-        return replace(once, exact_flops=solving + spectra, weights=round(once.weights * (1 + share * (times - 1))))
+        fitted = (times + 1) * sum(EIGEN_FLOPS * min(s.shape) ** 3 + FITTED * s.numel * s.shape[1] for s in sites)
+        alone = costs.solving(s.shape for s in sites)  # a correction belongs to one matrix
+        solved = costs.solving(costs.joined(sites))
+        return replace(
+            once, exact_flops=once.exact_flops + times * alone.flops - solved.flops + fitted,
+            weights=round(once.weights * (1 + share * (times - 1))), steps=once.steps + times * alone.steps - solved.steps,
+        )  # fmt: skip
 
     def run(self, state: State, ctx: Context) -> State:
         if self.fisher:

@@ -9,6 +9,7 @@ third off the divergence at 4 to 2 bits.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -25,11 +26,12 @@ from compress.manager import Context, Cost, Pass
 from compress.model.lockstep import Batch
 from compress.model.speed import computing, precision
 from compress.model.stream import Stream, Twin
-from compress.model.work import block_bytes, per_token
+from compress.model.work import advancing_bytes, block_bytes, per_token, waiting_bytes
+from compress.passes import costs
 from compress.passes import gptq_core as core
-from compress.passes.solver import LOOKED_UP, TABLE, Answer, Case, Shared, Solver, matrix_bytes, stage_bytes
+from compress.passes.solver import LOOKED_UP, TABLE, Answer, Case, Shared, Solver
 from compress.state import Aspect, Fact, State
-from compress.state.graph import Site
+from compress.state.graph import Site, total
 from compress.state.plan import BitPlan
 
 FormatText = Annotated[
@@ -40,14 +42,6 @@ FormatText = Annotated[
 ]
 EMBEDDING, HEAD = "embedding", "head"
 UNSEEN = "no inputs: rounded, and the error is that of the weights"
-FLOPS_PER_WEIGHT_AND_INPUT = 8  # of the matrix products in the solver: feedback, refit, sweep, three losses
-
-
-def table_memory(state: State, tables: Sequence[Site]) -> int:
-    """A table as it is, some of its rows as they are solved, and what they become."""
-    formats = state.plan.formats if state.plan else {}
-    return max((matrix_bytes(min(s.numel, TABLE)) + s.numel * state.dtype.itemsize + 4 * formats[s.name].nbytes(s.shape)
-                for s in tables), default=0)  # fmt: skip
 
 
 class Quantize(Pass):
@@ -144,27 +138,60 @@ class Quantize(Pass):
         sites = state.plan.quantized(state.graph) if state.plan else []
         if not sites:
             return Cost()
-        numel = sum(s.numel for s in sites)
-        tables, matrices = ([s for s in sites if (s.role == "embed") == looked_up] for looked_up in (True, False))
-        work = per_token(state)
-        tied = [s for s in tables if self.method == "gptq" and any(other.tied == s.name for other in state.graph)]
-        passes = (1 + self.corrects + len(tied)) * tokens  # with a table, one to what the head is given
+        matrices, tables = ([s for s in sites if (s.block is None) == outside] for outside in (False, True))
+        watched = [s for s in tables if tokens and self._watches(state, s)]
+        work, factored = per_token(state), {(s.block, s.input_key): s.shape[1] for s in [*matrices, *watched] if tokens}
+        again = sum(s.role != "head" for s in watched)  # passes to what a head is given, before anything else changes
+        passes = (1 + self.corrects + again) * tokens
         forward = 2.0 * passes * work.weights + (2 * tokens * work.squares if self.corrects else 0)
-        solving = FLOPS_PER_WEIGHT_AND_INPUT * sum(1.0 * s.numel * s.shape[1] for s in [*matrices, *tied])
-        peak = max(self._matrix_memory(state, tokens, matrices, max(s.shape[1] for s in sites)), table_memory(state, tables))
-        return Cost(forward, tokens * work.squares + solving, numel, peak, numbers=passes * work.numbers)
+        shapes = costs.joined([*matrices, *watched]) if tokens else []
+        solved = costs.solving(shapes) if self.method == "gptq" else costs.rounding(shapes)
+        moved = costs.RETARGETING * self.corrects * sum(1.0 * s.numel * s.shape[1] for s in matrices)
+        factoring = sum(costs.FACTORING * k**3 for k in factored.values())
+        entries = self._loads(state, tokens) * total(state.graph.linear) + costs.ORDERING * sum(k * k for k in factored.values())
+        peaks = [self._block_memory(state, tokens, matrices), *(self._table_memory(state, tokens, s) for s in tables)]
+        return Cost(
+            forward, tokens * work.squares + solved.flops + moved + factoring, sum(s.numel for s in sites), max(peaks),
+            numbers=passes * work.numbers + entries, steps=solved.steps,
+        )  # fmt: skip
 
-    def _matrix_memory(self, state: State, tokens: int, matrices: Sequence[Site], widest: int) -> int:
-        """Activations as wide as `widest`, and the most that a stage adds: while it is seen, or, without the twin's weights,
-        solved."""
-        stages: dict[tuple[int | None, str], list[Site]] = {}
+    def _watches(self, state: State, table: Site) -> bool:
+        """Whether what the head is given is seen before a table is solved."""
+        return table.role == "head" or (self.method == "gptq" and any(s.tied == table.name for s in state.graph))
+
+    def _loads(self, state: State, tokens: int) -> int:
+        """How often a block's weights are read: once, and those of a twin again behind each of its stages."""
+        stages = {s.stage for s in state.graph.of_block(0)} if state.graph.blocks else set()
+        return bool(tokens) * (1 + (1 + len(stages)) * self.corrects)
+
+    def _block_memory(self, state: State, tokens: int, matrices: Sequence[Site]) -> int:
+        """Codes of a block; activations, weights, and the most that a stage adds: while it is seen, or, without the twin's
+        weights, solved. Where nothing streams, matrices come one by one."""
+        stages, packed = dict[tuple[int | None, str], list[Site]](), Counter[int | None]()
+        formats = state.plan.formats if state.plan else {}
         for s in matrices:
             stages.setdefault((s.block, s.stage), []).append(s)
+            packed[s.block] += formats[s.name].nbytes(s.shape)
+        codes = max(packed.values(), default=0)
+        if not tokens:
+            return codes + max((costs.matrix_bytes(s.numel) for s in matrices), default=0)
         models, block = 1 + self.corrects, block_bytes(state)
-        held = models * tokens * computing(state.dtype).itemsize * (widest + 2 * state.graph["embed"].shape[1])
-        seen = max((4 * s.shape[1] ** 2 for s in matrices), default=0) * (3 if self.corrects else 1)
-        solved = max((stage_bytes(members, self.corrects) for members in stages.values()), default=0)
-        return held + max(models * block + seen, block + solved)
+        seen = max((costs.seen_bytes(members, self.corrects) for members in stages.values()), default=0)
+        solved = max((costs.stage_bytes(members, self.corrects) for members in stages.values()), default=0)
+        return codes + waiting_bytes(state, tokens, models) + max(models * block + seen, block + solved)
+
+    def _table_memory(self, state: State, tokens: int, table: Site) -> int:
+        """Some rows of a table as they are solved, and all that they become, in parts and whole. What the head is given is seen
+        before that: then its matrix is there, as it computes, and its Hessian."""
+        formats = state.plan.formats if state.plan else {}
+        solved = costs.matrix_bytes(min(table.numel, TABLE)) + 2 * formats[table.name].nbytes(table.shape)
+        if not tokens or not self._watches(state, table):
+            return solved
+        number, hessian = computing(state.dtype).itemsize, 4 * table.shape[1] ** 2
+        models = 1 + self.corrects * (table.role == "head")  # the twin's activations wait beside
+        held = models * tokens * state.graph["embed"].shape[1] * number
+        passing = advancing_bytes(state, tokens) + block_bytes(state)
+        return held + max(solved + 2 * hessian, number * table.numel + hessian, passing)
 
     def run(self, state: State, ctx: Context) -> State:
         state = self.planned(state)

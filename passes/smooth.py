@@ -25,19 +25,18 @@ from compress.formats import Dense, Format
 from compress.manager import Context, Cost, Pass, Record, foresee
 from compress.model.feeds import Key, Rows, feeds, rows
 from compress.model.lockstep import Batch, Inputs
-from compress.model.speed import computing, precision
+from compress.model.speed import precision
 from compress.model.stream import Stream
-from compress.model.work import per_token
-from compress.passes import gptq_core
+from compress.model.work import block_bytes, per_token, waiting_bytes
+from compress.passes import costs, gptq_core
 from compress.passes import smooth_core as core
-from compress.passes.quantize import FLOPS_PER_WEIGHT_AND_INPUT, Quantize
-from compress.passes.solver import Case, stage_bytes
+from compress.passes.quantize import Quantize
+from compress.passes.solver import Case
 from compress.state import Aspect, Fact, State
-from compress.state.graph import Feed, Site
+from compress.state.graph import Feed, Site, total
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 TRIED_ROWS = 128  # of each reader, evenly spread: the search compares strengths, it does not report errors
-FACTORING = 4.0  # operations, in fp32, that take as long as factoring a Hessian of one input
 TRIED_READERS = 8  # of a norm that many experts read
 SAME = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the block's largest output
 
@@ -83,18 +82,23 @@ class Smooth(Pass):
         return state
 
     def cost(self, state: State, tokens: int) -> Cost:
-        """A forward pass, the Hessians of a block, and a quantization of some rows for every strength."""
+        """A forward pass, the Hessians of a stage, and for every strength that is tried a factor and a quantization of some
+        rows. What was scaled is held in fp64 until its block is done."""
         inputs = {(s.block, s.input_key): s.shape[1] for s in state.graph.linear}
         work, times = per_token(state), len(STRENGTHS) * (self.strength == "search")
         tried = [(min(TRIED_ROWS, s.shape[0]), s.shape[1]) for s in state.graph.linear]
-        solving = times * FLOPS_PER_WEIGHT_AND_INPUT * sum(1.0 * rows * k * k for rows, k in tried)
-        solving += times * sum(FACTORING * k**3 for k in inputs.values())
+        solved = costs.solving(tried)
+        exact = times * (solved.flops + sum(costs.FACTORING * k**3 for k in inputs.values()))
+        entries = (1 + times) * total(state.graph.linear) + 2 * times * costs.ORDERING * sum(k * k for k in inputs.values())
         blocks = [state.graph.of_block(b.index) for b in state.graph.blocks]
-        width = state.graph["embed"].shape[1]
-        held = tokens * computing(state.dtype).itemsize * (max(k for k in inputs.values()) + 3 * width)
-        peak = held + max(stage_bytes(b) + 4 * sum(s.numel for s in b) for b in blocks)
-        weights = times * sum(rows * k for rows, k in tried)
-        return Cost(2.0 * tokens * work.weights, tokens * work.squares + solving, weights, peak, numbers=tokens * work.numbers)
+        held = waiting_bytes(state, tokens) + block_bytes(state)
+        peak = held + max(
+            (8 * total(b) + costs.seen_bytes(b) + 14 * max(s.shape[1] for s in b) ** 2 for b in blocks if b), default=0
+        )
+        return Cost(
+            2.0 * tokens * work.weights, tokens * work.squares + exact, times * sum(rows * k for rows, k in tried), peak,
+            numbers=tokens * work.numbers + entries, steps=times * solved.steps,
+        )  # fmt: skip
 
     def _pairs(self, state: State) -> Iterator[Pair]:
         """Every pair inside the blocks, in the order of blocks."""

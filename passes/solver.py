@@ -12,7 +12,6 @@ expert's own neurons, so there the mean keeps only its trace. Both are reported.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -323,31 +322,6 @@ def joined(fmt: Quantized, site: Site, parts: Sequence[dict[str, Tensor]], scale
             same = parts[0][suffix].shape == shape
             found[suffix] = parts[0][suffix] if same else torch.cat([part[suffix] for part in parts])
     return found
-
-
-def stage_bytes(sites: Sequence[Site], corrects: bool = False) -> int:
-    """Memory for solving one stage: every Hessian in fp32; of one of them the factor, which takes its place, the weights as they
-    are and in fp32, and what the solver holds for the outputs that it has in hand. Where drift is corrected also its sum, and the
-    weights as they are moved."""
-    inputs, numels = {s.input_key: s.shape[1] for s in sites}, Counter[str]()
-    for s in sites:
-        numels[s.input_key] += s.numel
-    found = []
-    for key, k in inputs.items():
-        numel = numels[key]
-        drift = drift_bytes(numel, k) + 4 * numel if corrects else 0
-        found.append(max(6 * k * k, 4 * k * k + matrix_bytes(numel) + drift))
-    return 4 * sum(k * k for k in inputs.values()) + max(found)
-
-
-def drift_bytes(numel: int, inputs: int) -> int:
-    """Memory for the sum of drift of a stage (see `Drift`)."""
-    return 4 * (numel if 2 * numel < inputs**2 else inputs**2)
-
-
-def matrix_bytes(numel: int) -> int:
-    """Of that, what the weights take and the outputs in hand."""
-    return 7 * numel + 40 * min(numel, 1 << 22)
 
 
 def damping(factor: core.Factor | None) -> float | None:

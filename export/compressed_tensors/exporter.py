@@ -111,7 +111,7 @@ class CompressedTensors(Exporter):
         return Layout((*layout.files, adapter.weights_file(state))) if adapter.corrected(state) else layout
 
     def proof_bytes(self, state: State, layout: Files) -> int:
-        """transformers unpacks every matrix, and holds what it reads."""
+        """transformers unpacks every matrix."""
         return unpacked_bytes(state)
 
     def write(self, job: Job, folder: Path) -> None:

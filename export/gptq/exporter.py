@@ -77,7 +77,7 @@ class Gptq(Exporter):
         return Layout.of(list(specs(state)), self.shard_bytes)
 
     def proof_bytes(self, state: State, layout: Files) -> int:
-        """transformers unpacks every matrix, and holds what it reads."""
+        """transformers unpacks every matrix."""
         return unpacked_bytes(state)
 
     def write(self, job: Job, folder: Path) -> None:

@@ -71,7 +71,7 @@ class Onnx(Exporter):
     def proof_seconds(self, state: State) -> float:
         """The model is traced, and the graph made smaller by rules that look at its nodes again and again."""
         blocks = len(state.graph.blocks)
-        return 4.0 + 0.5 * blocks + 0.08 * blocks**2
+        return super().proof_seconds(state) + 4.0 + 0.5 * blocks + 0.11 * blocks**2
 
     def proof_bytes(self, state: State, layout: Files) -> int:
         """onnxruntime has codes as they are read, and packed anew for its kernels; what is dense in fp32, several times."""
