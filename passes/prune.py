@@ -12,6 +12,7 @@ Every layer keeps the same number, so that the result loads wherever the model d
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -109,13 +110,17 @@ class Prune(Pass):
         return found, counts
 
     def remarks(self, state: State) -> Iterator[str]:
-        """How many of each kind stay."""
+        """How many of each kind stay, what the config then says, and what becomes smaller."""
         made = self.foresee(state)
         now = {(c.kind, c.block): c.units for c in couplings(made)}
         for kind in (MLP, KV_GROUPS):
             found = next((c for c in couplings(state) if c.kind == kind), None)
             if found is not None and now[kind, found.block] != found.units:
                 yield f"prune keeps {now[kind, found.block]} of {found.units} {named(kind)} in every layer"
+        before, after = (s.config.get_text_config().to_dict() for s in (state, made))
+        told = [f"{k} {before.get(k)} → {v}" for k, v in sorted(after.items()) if isinstance(v, int) and before.get(k) != v]
+        counts = [f"{sum(math.prod(spec.shape) for spec in s.specs):,}" for s in (state, made)]
+        yield f"prune: {', '.join(told)}; {' → '.join(counts)} parameters{_cache(state, made)}"
 
     def run(self, state: State, ctx: Context) -> State:
         foreseen = self.foresee(state)
@@ -194,6 +199,13 @@ def natural(units: int) -> int:
     while step < most and units % (2 * step) == 0:
         step *= 2
     return step
+
+
+def _cache(before: State, after: State) -> str:
+    """What the cache of keys and values takes for a token, where that changes."""
+    found = [sum(site.shape[0] for site in s.graph.linear if site.role in ("k", "v")) * s.dtype.itemsize
+             for s in (before, after)]  # fmt: skip
+    return "" if found[0] == found[1] else f"; {found[0]:,} → {found[1]:,} bytes of cache for each token"
 
 
 @dataclass

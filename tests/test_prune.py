@@ -107,10 +107,13 @@ def test_a_unit_keeps_its_rows(tmp_path: Path) -> None:
 
 
 def test_plan_says_what_stays(project: Project) -> None:
-    project.edit("passes:\n", "passes:\n  - prune: {mlp: 0.6}\n")
+    project.edit("passes:\n", "passes:\n  - prune: {mlp: 0.6, kv_groups: 0.5}\n")
     said = project.plan().out
     assert "note: prune keeps 96 of 128 neurons of an MLP in every layer" in said
-    assert "prune     mlp 0.6" in said
+    assert "note: prune: head_dim" not in said
+    assert "intermediate_size 128 → 96" in said
+    assert "num_attention_heads 4 → 2, num_key_value_heads 2 → 1" in said
+    assert "256 → 128 bytes of cache for each token" in said
 
 
 def test_numbers_are_rounded_to_what_engines_divide_by() -> None:
