@@ -55,8 +55,10 @@ class Prune(Pass):
     multiple: int | None = Field(
         None, ge=1, description="what the number of neurons is rounded up to; default: 128 in wide MLPs, less in narrow ones"
     )
-    damp: float = Field(0.01, gt=0, le=1, description="damping, as a share of the Hessian's mean diagonal")
-    drift: float = Field(1.0, ge=0, le=1, description="share of the error in a block's inputs that it makes up for")
+    damp: float | None = Field(
+        None, gt=0, le=1, description="damping, as a share of the Hessian's mean diagonal; default: 0.01, more for few tokens"
+    )
+    drift: float = Field(0.5, ge=0, le=1, description="share of the error in a block's inputs that it makes up for")
 
     def check(self, calibrated: bool, following: Sequence[Pass] = ()) -> None:
         if self.mlp == self.kv_groups == 1:
@@ -284,12 +286,13 @@ class _Block:
         if H_kk is None:
             H_kk = torch.eye(W_nk.shape[1], device=W_nk.device)
         notes: tuple[str, ...] = ()
+        damp = self.options.damp or gptq_core.damp_for(len(H_kk), self.tokens)
         if self.drift is not None:
-            factor = gptq_core.factor(H_kk, damp=self.options.damp)
+            factor = gptq_core.factor(H_kk, damp=damp)
             notes = factor.notes
             if factor.lam > 0:
                 W_nk = gptq_core.retarget(W_nk, self.drift.of([c.reader], W_nk), factor, self.options.drift / self.drift.tokens)
-        return core.prepare(W_nk, H_kk, c.columns.to(W_nk.device), damp=self.options.damp), notes
+        return core.prepare(W_nk, H_kk, c.columns.to(W_nk.device), damp=damp), notes
 
     def _order(self, c: Coupling, p: core.Problem) -> Tensor:
         """The units in the order in which they go."""

@@ -41,7 +41,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
                  "factors": "bf16", "pins": {}, "also": [], "limits": {}, "together": "engine", 
                  "metric": "kl", "probe": 4096, "trials": 0,
                  "time_limit": 60.0, "plan": None},
-    "prune": {"mlp": 1.0, "kv_groups": 1.0, "method": "obs", "compensate": True, "multiple": None, "damp": 0.01, "drift": 1.0},
+    "prune": {"mlp": 1.0, "kv_groups": 1.0, "method": "obs", "compensate": True, "multiple": None, "damp": None, "drift": 0.5},
     "edit": {"drop_layers": [], "untie": False, "vocab": None},
     "smooth": {"strength": "search", "pairs": "all"},
     "quantize": QUANTIZE,
