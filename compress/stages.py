@@ -20,7 +20,7 @@ from compress.export.artifact.exporter import Exporter, Files
 from compress.formats import Dense, Int
 from compress.manager import Cost
 from compress.model import speed
-from compress.model.data import Windows
+from compress.model.data import BATCH, Windows
 from compress.model.head import PIECE, ROWS
 from compress.model.speed import computing
 from compress.model.work import advancing_bytes, block_bytes, per_token
@@ -87,7 +87,7 @@ def evaluation(state: State, windows: Windows) -> Cost:
     parts = COPIES * PIECE * min(ROWS, vocabulary) * 4
     return Cost(2 * 2.0 * tokens * (work.weights + vocabulary * width), logits=COMPARED * 2.0 * tokens * vocabulary,
                 numbers=2 * (tokens * work.numbers + total(graph.linear)),
-                peak_bytes=hidden + max(block_bytes(state) + advancing_bytes(state, tokens),
+                peak_bytes=hidden + max(block_bytes(state) + advancing_bytes(state, tokens, max(BATCH, windows.length)),
                                         hidden + parts + unpacked_bytes(state)))  # fmt: skip
 
 

@@ -29,7 +29,7 @@ from compress.passes.solver import Answer, Case
 from compress.state import Aspect, Fact, State
 from compress.state.plan import BitPlan, check_fits
 
-EIGEN_FLOPS = 30.0  # of a symmetric eigenproblem of side m in fp64, in units of m³: most of them wait for memory
+EIGEN_SECONDS = 2e-10  # of a symmetric eigenproblem of side m in fp64, in units of m³, on one core: half of it is no product
 FITTED = 10.0  # operations for each weight and input of a correction: products with H and with itself, the loss
 
 
@@ -105,12 +105,14 @@ class LqLora(Quantize):
         if self.init == "paper" or not sites:
             return once
         share, times = sum(s.numel for s in sites) / max(1, once.weights), 2 * (self.rounds + 1)
-        fitted = (times + 1) * sum(EIGEN_FLOPS * min(s.shape) ** 3 + FITTED * s.numel * s.shape[1] for s in sites)
+        spectra = EIGEN_SECONDS * sum(min(s.shape) ** 3 for s in sites)
+        fitted = (times + 1) * FITTED * sum(1.0 * s.numel * s.shape[1] for s in sites)
         alone = costs.solving(s.shape for s in sites)  # a correction belongs to one matrix
         solved = costs.solving(costs.joined(sites))
         return replace(
             once, exact_flops=once.exact_flops + times * alone.flops - solved.flops + fitted,
             weights=round(once.weights * (1 + share * (times - 1))), steps=once.steps + times * alone.steps - solved.steps,
+            seconds=once.seconds + (times + 1) * spectra,
         )  # fmt: skip
 
     def run(self, state: State, ctx: Context) -> State:

@@ -74,10 +74,10 @@ def waiting_bytes(state: State, tokens: int, models: int = 1) -> int:
     return int(computing(state.dtype).itemsize * (models * tokens * work.waiting + min(tokens, BATCH) * work.passing))
 
 
-def advancing_bytes(state: State, tokens: int) -> int:
+def advancing_bytes(state: State, tokens: int, batch: int = BATCH) -> int:
     """The same while batches go through blocks one after the other, and only what went in and what came out is held."""
     width, work = state.graph["embed"].shape[1], per_token(state)
-    batch = min(tokens, BATCH)
+    batch = min(tokens, batch)
     return int(computing(state.dtype).itemsize * (tokens * width + batch * (work.waiting + work.passing)))
 
 
