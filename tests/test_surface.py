@@ -41,6 +41,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
                  "factors": "bf16", "pins": {}, "also": [], "limits": {}, "together": "engine", 
                  "metric": "kl", "probe": 4096, "trials": 0,
                  "time_limit": 60.0, "plan": None},
+    "depth": {"drop": 1, "unit": "layer", "metric": "kl", "windows": 8, "keep_zeros": False},
     "edit": {"drop_layers": [], "untie": False, "vocab": None},
     "smooth": {"strength": "search", "pairs": "all"},
     "quantize": QUANTIZE,
