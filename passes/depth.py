@@ -80,7 +80,7 @@ class Depth(Pass):
             raise RecipeError("an earlier step has planned formats for layers by their numbers; move 'depth' in front of it")
         choice, gone = Choice.of(self, state), list[Unit]()
         for _ in range(self.drop):
-            gone.append(choice.left(gone)[-1])
+            gone.append(choice.last(gone))
         return choice.without(gone)
 
     def decided(self, state: State, foreseen: State, records: Sequence[Record]) -> State:
@@ -201,13 +201,23 @@ class Choice:
         return cls(state, units, options.drop, Kinds(state) if layers else None)
 
     def left(self, gone: Sequence[Unit]) -> list[Unit]:
-        """The units that may go next; ModelError where none may."""
-        rest = [unit for unit in self.units if unit not in gone]
-        found = [u for u in rest if self.kinds is None or self.kinds.odd([v.block for v in rest if v != u]) is None]
-        if not found:
+        """The units that may go next."""
+        self.last(gone)
+        return [unit for unit in self.units if self._may_go(unit, gone)]
+
+    def last(self, gone: Sequence[Unit]) -> Unit:
+        """The last of those that may go next; ModelError where none may."""
+        found = next((unit for unit in reversed(self.units) if self._may_go(unit, gone)), None)
+        if found is None:
             raise ModelError(f"'{self.state.graph.family}' decides by the number what a layer is: with {len(gone)} gone, no "
                              "other can go without changing what the rest are", ("drop",))  # fmt: skip
         return found
+
+    def _may_go(self, unit: Unit, gone: Sequence[Unit]) -> bool:
+        """Whether a unit is there, and the layers that are left without it are what they were."""
+        if self.kinds is None or unit in gone:
+            return unit not in gone
+        return self.kinds.odd([u.block for u in self.units if u != unit and u not in gone]) is None
 
     def least(self, units: Sequence[Unit], costs: Mapping[str, float | None]) -> tuple[Unit, list[Unit]]:
         """The unit that costs the least, and the others from there on; those that are gone before they go do not count."""

@@ -220,7 +220,25 @@ def test_models_with_norms_over_the_sum_are_refused(family: Any, tmp_path: Path)
         assert len(Depth().foresee(open_model(str(folder)).state).graph.blocks) == 1, number
 
 
-def test_layers_are_looked_at_one_by_one(tmp_path: Path) -> None:
+def test_an_attention_can_go_where_nobody_knows_the_experts(tmp_path: Path) -> None:
+    """Those of gpt-oss are no sites, and add a bias of their own."""
+    config = transformers.GptOssConfig(
+        vocab_size=272, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, num_local_experts=4, num_experts_per_tok=2, bos_token_id=256, eos_token_id=257, pad_token_id=258,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.bias.data.fill_(0.5)
+    folder = saved(tmp_path / "model", model)
+    state = open_model(str(folder)).state
+    assert [u.name for u in sublayers(state)] == ["layers.0.attn", "layers.1.attn"]
+    made, (told,), _ = ran(Depth.model_validate(ZEROS), folder, tmp_path)
+    assert kl(state, made, folder) == pytest.approx(told["cost"], rel=1e-3)
+    assert not made.dense.read(f"model.{told['site'].replace('attn', 'self_attn')}.o_proj.bias").any()
+
+
+def test_attentions_of_several_kinds_can_go(tmp_path: Path) -> None:
     """Qwen3-Next: a linear attention in some layers, a gated one in others; both are gone where o is zero."""
     config = transformers.Qwen3NextConfig(
         vocab_size=272, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

@@ -25,7 +25,7 @@ from compress.model.discover import discover, has_experts
 from compress.model.names import anchor, layers_beyond
 from compress.model.skeleton import is_experts, is_matrix, skeleton
 from compress.state import State
-from compress.state.graph import ATTENTION, Site
+from compress.state.graph import Site
 from compress.state.overlay import Bare
 
 BY_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers")  # config values with an entry for each layer
@@ -131,26 +131,44 @@ class Unit:
 
 def sublayers(state: State) -> list[Unit]:
     """The attentions and MLPs that are gone where their output matrices are zero; ModelError where this architecture has none."""
-    found = []
-    for block in state.graph.blocks:
-        ends = [s for s in state.graph.of_block(block.index) if s.role in ("o", "down")]
-        for part in ("attn", "mlp"):
-            sites = tuple(s for s in ends if (s.role in ATTENTION) == (part == "attn"))
-            if sites:
-                found.append(Unit(f"layers.{block.index}.{part}", block.index, sites))
-    through = let_through(state, {site.module for unit in found for site in unit.sites})
-    fit = [unit for unit in found if through[unit.block] and not any(site.aliases for site in unit.sites)]
+    fit = list[Unit]()
+    for part in ("attn", "mlp"):
+        through = let_through(state, silent_without(state, part))
+        for block in state.graph.blocks:
+            sites = ends(state, block.index, part)
+            if sites and through[block.index] and not any(site.aliases for site in sites):
+                fit.append(Unit(f"layers.{block.index}.{part}", block.index, sites))
     if not fit:
         raise ModelError(f"a layer of '{state.graph.family}' does more than add what its attention and MLP put out (a norm over "
                          "the sum, a bias, a scale), so zeros do not take them away; use unit: layer")  # fmt: skip
-    return fit
+    return sorted(fit, key=lambda unit: unit.block)
+
+
+def ends(state: State, block: int, part: str) -> tuple[Site, ...]:
+    """The matrices that put out what the attention, or the MLP with all its experts, of a block adds."""
+    roles = {"attn": "o", "mlp": "down"}
+    return tuple(s for s in state.graph.of_block(block) if s.role == roles[part])
+
+
+def silent_without(state: State, part: str) -> set[str]:
+    """Paths of the modules that put out zeros while it is seen whether zeros take this part away: what ends either part, and of
+    what is no site whatever makes the other one, such as experts of another layout."""
+    found, model = set[str](), skeleton(state.config)
+    for block in state.graph.blocks:
+        sites = {each: ends(state, block.index, each) for each in ("attn", "mlp")}
+        found |= {site.module for each in sites.values() for site in each}
+        other = sites["mlp" if part == "attn" else "attn"]
+        left = [path for path in state.graph.left if path.startswith(f"{block.module}.")]
+        found |= {p for p in left if not other or (part == "attn" and has_experts(model.get_submodule(p)))}
+    return found
 
 
 def let_through(state: State, silent: set[str]) -> list[bool]:
     """Of every block, whether it gives what it is given where the modules `silent` put out zeros."""
     model, same = skeleton(state.config), dict[int, bool]()
+    plain = {path for site in state.graph for path in (site.module, *site.aliases)} | silent
     for path, module in model.named_modules():
-        _without_weights(module, 0.0 if path in silent else 0.5)
+        _without_weights(module, path in plain, 0.0 if path in silent else 0.5)
     for block in state.graph.blocks:
         _watch(model.get_submodule(block.module), block.index, same, len(state.graph.blocks))
     try:
@@ -168,12 +186,12 @@ class _Seen(Exception):  # noqa: N818  a signal, not an error
     """Ends a forward pass behind the last block."""
 
 
-def _without_weights(module: nn.Module, value: float) -> None:
-    """Give a module of a skeleton numbers that take no memory; one that multiplies puts out `value` instead."""
-    if is_matrix(module):
+def _without_weights(module: nn.Module, plain: bool, value: float) -> None:
+    """Give a module of a skeleton numbers that take no memory; one that does nothing but multiply puts out `value` instead."""
+    if is_matrix(module) and plain:
         width = module.weight.shape[int(type(module).__name__ == "Conv1D")]  # type: ignore[index]
         module.forward = lambda x: x.new_full((*x.shape[:-1], width), value)
-    elif is_experts(module) or has_experts(module):
+    elif is_experts(module) or has_experts(module):  # of whatever layout
         module.forward = lambda x, *_, **__: torch.full_like(x, value)
     for name, p in module.named_parameters(recurse=False):
         held = torch.rand(p.shape) + 0.5 if p.ndim == 1 else torch.full((), 0.5).expand(p.shape)
