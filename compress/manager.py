@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -128,13 +129,18 @@ class Pass(BaseModel, ABC):
     def foresee(self, state: State) -> State:
         """The state as it will be, without touching a weight: graph, config, specs of dense tensors, promised formats, plan.
 
-        Raises on options that do not fit. What `run` leaves otherwise than foreseen is a ContractError.
+        Raises on options that do not fit. What `run` leaves otherwise than foreseen, or than `decided`, is a ContractError.
         """
 
     def outcomes(self, state: State) -> Iterable[State]:
         """States as `foresee` gives them that show everything that may come of this pass: exporters are asked about each, so that
         what none of them can hold is told before anything is measured."""
         yield self.foresee(state)
+
+    def decided(self, state: State, foreseen: State, records: Sequence[Record]) -> State:
+        """The state as it would have been foreseen from `state`, had it been known what `run` has found: `records` are those that
+        it committed. `foreseen` is the guess. Only a pass that decides on more than a plan has something to say here."""
+        return foreseen
 
     @abstractmethod
     def run(self, state: State, ctx: Context) -> State:
@@ -146,6 +152,10 @@ class Pass(BaseModel, ABC):
     def cost(self, state: State, tokens: int) -> Cost:
         """What running it on `tokens` calibration tokens will take; `state` is the foreseen one."""
         return Cost()
+
+    def reads(self, windows: int) -> int:
+        """How many of so many calibration windows it reads: what `cost` is asked for."""
+        return windows
 
     def remarks(self, state: State) -> Iterable[str]:
         """What `plan` is to say of it, in a line each; `state` is the one that it will be given."""
@@ -205,7 +215,9 @@ def foresee(passes: Sequence[Pass], state: State) -> State:
 class Steps(Protocol):
     """The run folder, seen from the loop: one step at a time, finished or to be done."""
 
-    def restore(self, state: State) -> State | None: ...
+    @property
+    def records(self) -> list[Record]: ...
+    def restore(self, known: Callable[[Sequence[Record]], State]) -> State | None: ...
     def finish(self, seconds: float, peak_bytes: int, plan: BitPlan | None) -> None: ...
     def context(self) -> Context: ...
 
@@ -214,16 +226,17 @@ def fold(passes: Sequence[Pass], state: State, open_step: Callable[[int, Pass], 
     """Fold the passes over the state."""
     for number, p in enumerate(passes, 1):
         step = open_step(number, p)
-        foreseen = p.foresee(state)
-        done = step.restore(foreseen)
+        known = partial(p.decided, state, p.foresee(state))
+        done = step.restore(known)
         if done is None:
             start = time.perf_counter()
-            made = kept(p, foreseen, settle(p, state, p.run(state, step.context())))
+            made = settle(p, state, p.run(state, step.context()))
+            kept(p, known(step.records), made)
             step.finish(time.perf_counter() - start, peak_memory(), made.plan)
             give_back(made)
-            done = step.restore(foreseen)  # finished files lie elsewhere than the ones in hand did
+            done = step.restore(known)  # finished files lie elsewhere than the ones in hand did
             assert done is not None, "a step that was just finished can be restored"
-        state = kept(p, foreseen, settle(p, state, done))
+        state = kept(p, known(step.records), settle(p, state, done))
     return state
 
 

@@ -25,7 +25,7 @@ from compress.export.artifact.place import place, refuse_foreign
 from compress.manager import Context, Pass
 from compress.model import data
 from compress.model.speed import computing
-from compress.prepare import Prepared, prepare, proof_tokens
+from compress.prepare import Prepared, check_exports, prepare, proof_tokens
 from compress.recipe import Recipe
 from compress.report import allocation, page, report
 from compress.report.console import Console
@@ -93,11 +93,14 @@ def plan(
 
 
 def told_by_passes(ready: Prepared) -> list[str]:
-    """What passes say of the states that they will be given."""
+    """What passes say of the states that they will be given; those that decide, also what they have found."""
     state, found = ready.start, list[str]()
-    for p in ready.recipe.passes:
+    for i, p in enumerate(ready.recipe.passes):
+        records = ready.told[i] if i < len(ready.told) else ()
         found += p.remarks(state)
-        state = manager.foresee([p], state)
+        found += [f"{r['site']}: {'; '.join(r['notes'])}" for r in records if p.decides and r.get("notes")]
+        foreseen = p.foresee(state)
+        state = manager.settle(p, state, p.decided(state, foreseen, records) if records else foreseen)
     return found
 
 
@@ -127,7 +130,9 @@ def decided(ready: Prepared, out: Path, measure: bool, device: str, console: Con
         with RunFolder(out).held():
             state = fold(ready, steps, last, console)
             save_plan(state, out)
-    return replace(ready, foreseen=manager.foresee(ready.recipe.passes[last:], state))
+    foreseen = manager.foresee(ready.recipe.passes[last:], state)
+    check_exports(ready.recipe, foreseen)
+    return replace(ready, foreseen=foreseen, told=tuple(step.records for step in steps[:last]))
 
 
 def save_plan(state: State, out: Path) -> None:

@@ -26,12 +26,16 @@ PROOF_LOGITS = 1 << 24  # numbers that these may be
 
 @dataclass(frozen=True)
 class Prepared:
-    """A recipe whose every claim has been checked against the model, before a weight is read."""
+    """A recipe whose every claim has been checked against the model, before a weight is read.
+
+    told: the records of its first steps, where these are known.
+    """
 
     recipe: Recipe
     model: Model
     start: State
     foreseen: State
+    told: tuple[Sequence[manager.Record], ...] = ()
 
     @property
     def seed(self) -> int:

@@ -233,8 +233,9 @@ class Step(Parts):
         source = [self.made_of[n] for n in ("parent", "data", "seed", "computes")]
         return Parts(self.root.with_name("analyses"), name, digest(SCHEMA, source, of))
 
-    def restore(self, foreseen: State) -> State | None:
-        """The state after this step from its finished folder, or None; its records and its plan come back too.
+    def restore(self, known: Callable[[Sequence[Record]], State]) -> State | None:
+        """The state after this step from its finished folder, or None; its records and its plan come back too. `known` makes of
+        the records what the state was known to become.
 
         RunError where the folder was damaged after it was finished.
         """
@@ -243,9 +244,12 @@ class Step(Parts):
         record = read_record(self.folder)
         if record is None or any(not (self.folder / f"{name}{SUFFIX}").exists() for name in record["parts"]):
             raise RunError(f"{self.folder}: its files are damaged or missing; delete this folder and run again")
-        state, self.noted = foreseen, {}
+        parts, self.noted = [], {}
         for name in record["parts"]:
             part, self.noted[name] = read_part(self.folder / f"{name}{SUFFIX}")  # its hash holds the records too
+            parts.append(part)
+        state = known(self.records)
+        for part in parts:
             state = state.with_part(part)
         plan = None if record["plan"] is None else BitPlan.of_json(record["plan"])
         return replace(state, plan=plan)

@@ -70,8 +70,8 @@ def stages(ready: Prepared, layouts: Mapping[str, Files]) -> list[Stage]:
     """All stages of a run, in order."""
     data = ready.recipe.document.data
     windows = data.calibration
-    tokens = windows.sequences * windows.length if windows else 0
-    found = [Stage(p.name, p.cost(ready.foreseen, tokens)) for p in ready.recipe.passes]
+    count, length = (windows.sequences, windows.length) if windows else (0, 0)
+    found = [Stage(p.name, p.cost(ready.foreseen, p.reads(count) * length)) for p in ready.recipe.passes]
     if data.evaluation:
         found.append(Stage("evaluation", evaluation(ready.foreseen, data.evaluation)))
     run = windows is not None or data.evaluation is not None  # without text, tensors are compared and no logits

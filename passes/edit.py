@@ -1,15 +1,13 @@
 """The pass `edit`: plain surgery on a model, with no calibration and no loss beyond what is cut away.
 
 What is kept lies where it lay, under the name that it has in the smaller model; only tables that lose some of their rows are
-written. The result is a model of the same architecture, or the pass refuses: the new config is built into a skeleton, and every
-kept layer must there be what it was. Which tokens a smaller vocabulary holds, and what becomes of the tokenizer, is in
+written. How layers go is in model/layers.py; which tokens a smaller vocabulary holds, and what becomes of the tokenizer, is in
 model/vocabulary.py.
 """
 
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Sequence
 from copy import deepcopy
@@ -25,13 +23,12 @@ from compress.documents import local_path
 from compress.errors import CompressError, ModelError, RecipeError
 from compress.manager import Context, Pass
 from compress.model.discover import discover
-from compress.model.names import anchor, check_tensors, layers_beyond, passed_over, same_parameters
+from compress.model.layers import fewer
+from compress.model.names import anchor, check_tensors, passed_over, same_parameters
 from compress.model.skeleton import skeleton
 from compress.model.vocabulary import NAMES_IDS, closed, cut_tokenizer, keep_list, numbers, with_new_ids
 from compress.state import Aspect, Fact, State
 from compress.state.overlay import Bare
-
-BY_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers")  # config values with an entry for each layer
 
 
 class Edit(Pass):
@@ -64,33 +61,10 @@ class Edit(Pass):
             raise RecipeError("an earlier step has planned formats for layers by their numbers; move 'edit' in front of it")
         if state.vocabulary is not None:
             raise RecipeError("an earlier step has cut the vocabulary; make one 'edit' of the two")
-        config = deepcopy(state.config)
-        places = {spec.name: spec.name for spec in state.specs}  # name in the new checkpoint -> name in the old one
-        specs = list(state.specs)
         if self.drop_layers:
-            kept = self._kept(state)
-            shorten(config, len(state.graph.blocks), kept)
-            beyond = layers_beyond(state.graph, places, skeleton(state.config))  # they predict further tokens, and stay the last
-            names = renumbered([s.name for s in specs], stack_of(state), [*kept, *sorted(beyond)])
-            places = {new: old for old, new in names.items()}
-            specs = [replace(s, name=names[s.name]) for s in specs if s.name in names]
-            same_layers(state, config, kept)
+            state = fewer(state, self._kept(state))
         if self.untie:
-            config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
-            head, embed = untied(state, config)
-            if head not in places:  # a file may hold an equal head, which was not read so far
-                specs += [replace(spec, name=head) for spec in specs if spec.name == embed]
-            places[head] = places[embed]
-            bias = f"{head.rpartition('.')[0]}.bias"
-            same = next((paths for paths in same_parameters(skeleton(state.config)) if bias in paths), [])
-            shared = next((name for name in same if name in places), None)
-            if shared and bias not in places:  # a checkpoint may hold it under another module's name alone
-                specs += [replace(spec, name=bias) for spec in specs if spec.name == shared]
-                places[bias] = places[shared]
-        dense = state.dense.moved(places)
-        graph = anchor(discover(model := skeleton(config), config, state.graph.leave), dense, model)
-        check_tensors(graph, dense)
-        state = replace(state, graph=graph, config=config, specs=tuple(specs), dense=dense)
+            state = untied(state)
         return state if self.vocab is None else with_tokens(state, self._tokens(state))
 
     def run(self, state: State, ctx: Context) -> State:
@@ -137,36 +111,27 @@ class Edit(Pass):
         return [i for i in range(count) if i not in named]
 
 
-def shorten(config: Any, count: int, kept: list[int]) -> None:
-    """Make a config one of fewer layers: their number, and the lists that are known to have an entry for each layer."""
-    text = config.get_text_config()
-    for name in BY_LAYER:
-        value = getattr(text, name, None)
-        if isinstance(value, list | tuple) and len(value) == count:
-            setattr(text, name, [value[i] for i in kept])
-    text.num_hidden_layers = len(kept)
+def untied(state: State) -> State:
+    """The state with a head that has a matrix of its own, which lies where the embedding's does."""
+    config = deepcopy(state.config)
+    config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+    head, embed = names_of_tables(state, config)
+    specs, places = list(state.specs), {spec.name: spec.name for spec in state.specs}
+    if head not in places:  # a file may hold an equal head, which was not read so far
+        specs += [replace(spec, name=head) for spec in specs if spec.name == embed]
+    places[head] = embed
+    bias = f"{head.rpartition('.')[0]}.bias"
+    same = next((paths for paths in same_parameters(skeleton(state.config)) if bias in paths), [])
+    shared = next((name for name in same if name in places), None)
+    if shared and bias not in places:  # a checkpoint may hold it under another module's name alone
+        specs += [replace(spec, name=bias) for spec in specs if spec.name == shared]
+        places[bias] = shared
+    model = skeleton(config)
+    graph = anchor(discover(model, config, state.graph.leave), Bare(state.dense.folder, specs), model)
+    return replace(state, graph=graph, config=config, specs=tuple(specs), dense=state.dense.moved(places))
 
 
-def stack_of(state: State) -> str:
-    """What the names of all tensors in blocks begin with in the checkpoint, up to the number."""
-    site = next(s for s in state.graph.linear if s.block == 0)
-    return site.weight.partition(".0.")[0]
-
-
-def renumbered(names: Sequence[str], stack: str, kept: list[int]) -> dict[str, str]:
-    """Name of a tensor -> its name once only the `kept` layers of a stack are there; those of its other layers are left out."""
-    found = {}
-    for name in names:
-        match = re.match(rf"{re.escape(stack)}\.(\d+)\.", name)
-        if match is None:
-            found[name] = name
-        elif int(match[1]) in kept:
-            start, end = match.span(1)
-            found[name] = f"{name[:start]}{kept.index(int(match[1]))}{name[end:]}"
-    return found
-
-
-def untied(state: State, config: Any) -> tuple[str, str]:
+def names_of_tables(state: State, config: Any) -> tuple[str, str]:
     """The name of the head's own matrix once it has one, and the name of the embedding's."""
     head = state.graph.sites.get("lm_head")
     if head is None or head.tied is None:
@@ -211,25 +176,3 @@ def with_tokens(state: State, kept: tuple[int, ...]) -> State:
     anchored = anchor(graph, Bare(state.dense.folder, specs), model)
     check_tensors(anchored, Bare(state.dense.folder, specs))
     return replace(state, graph=anchored, config=config, specs=specs, vocabulary=kept)
-
-
-def same_layers(state: State, config: Any, kept: list[int]) -> None:
-    """ModelError where a kept layer would be another than it was, since the architecture decides something by its number."""
-    before, after = skeleton(state.config), skeleton(config)
-    for new, old in enumerate(kept):
-        path = state.graph.blocks[old].module
-        ours = before.get_submodule(path)
-        theirs = after.get_submodule(f"{path.rpartition('.')[0]}.{new}")
-        if traits(ours) != traits(theirs):
-            raise ModelError(f"layer {old} of '{state.graph.family}' would be another as layer {new}: this architecture decides "
-                             "by the number what a layer is; drop others, so that the kinds keep their places")  # fmt: skip
-
-
-def traits(block: nn.Module) -> dict[str, Any]:
-    """What a layer is, besides its weights: classes, shapes, and every plain number or word in its modules but its own number."""
-    found: dict[str, Any] = {}
-    for path, module in block.named_modules():
-        plain = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str) and k != "layer_idx"}
-        shapes = {n: tuple(p.shape) for n, p in module.named_parameters(recurse=False)}
-        found[path] = type(module).__name__, plain, shapes
-    return found

@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from compress.errors import CompressError, ModelError
 from compress.export.artifact.proof import logits
 from compress.export.table import KINDS
+from compress.model.layers import renumbered
 from compress.model.model import open_model
-from compress.passes.edit import Edit, renumbered
+from compress.passes.edit import Edit
+from compress.passes.prune import Prune
 from tests.conftest import FAMILIES, Project, make_model
 from tests.cooking import bake
 from tests.pass_laws import TOKENS
@@ -172,3 +174,11 @@ def test_a_tied_head_stays_tied_where_nobody_asks(tmp_path: Path) -> None:
     assert state.graph["lm_head"].tied == "embed"
     with pytest.raises(CompressError):
         Edit(untie=True).foresee(Edit(untie=True).foresee(open_model(str(tmp_path)).state))
+
+
+def test_behind_a_pass_that_has_changed_shapes_it_is_foreseen_as_it_will_be(tmp_path: Path) -> None:
+    """What `prune` is going to write has other shapes than what lies there while it is foreseen."""
+    smaller = Prune(mlp=0.5).foresee(open_model(str(deep(tmp_path, "qwen2"))).state)
+    state = Edit(drop_layers=(1,), untie=True).foresee(smaller)
+    assert {s.shape for s in state.graph.linear if s.role == "down"} == {(64, 64)}
+    assert len(state.graph.blocks) == 3

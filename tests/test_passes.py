@@ -29,6 +29,11 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # at least one set for every pass,
         {"format": "lut3:g32", "pins": {"*.down": "nf3:g64:dq8x16", "layers.0.*": "nf4:g32"}},
     ],
     "edit": [{"drop_layers": [0]}],
+    "depth": [
+        {"windows": 2},
+        {"drop": 2, "unit": "sublayer", "keep_zeros": True, "windows": 2},
+        {"metric": "angle"},
+    ],
     "prune": [
         {"mlp": 0.5, "kv_groups": 0.5},
         {"mlp": 0.75, "method": "magnitude", "compensate": False},

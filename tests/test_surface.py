@@ -42,6 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
                  "metric": "kl", "probe": 4096, "trials": 0,
                  "time_limit": 60.0, "plan": None},
     "prune": {"mlp": 1.0, "kv_groups": 1.0, "method": "obs", "compensate": True, "multiple": None, "damp": None, "drift": 0.5},
+    "depth": {"drop": 1, "unit": "layer", "metric": "kl", "windows": 8, "keep_zeros": False},
     "edit": {"drop_layers": [], "untie": False, "vocab": None},
     "smooth": {"strength": "search", "pairs": "all"},
     "quantize": QUANTIZE,

@@ -1,0 +1,358 @@
+"""The pass `depth`: the layers, or their attentions and MLPs, whose loss costs the least go, one after the other.
+
+What it costs is measured, not scored: the KL between the model as it was and the model without the candidate, on windows of the
+calibration text, and anew in every round, for with one layer gone others may go than before (SLEB, arXiv 2402.09025; BlockPruner,
+arXiv 2406.10594, which loses 7 to 31 % of its average score without the rounds). `metric: angle` is the cheap score to compare
+with: how far a layer turns what it is given, 1 - cos, from one forward pass (ShortGPT, arXiv 2403.03853).
+
+A candidate is run from what stands in front of it, so a round over L layers takes about L²/2 passes of a block and L of the head.
+All candidates that are on their way go through a block together, so its weights are loaded once for all of them, or for as many
+as `HELD` bytes of hidden states allow; of the model without any candidate, only what stands in front of the next one is held.
+Logits are never kept: a part of the vocabulary is met by the original once, and by all candidates (model/head.py).
+
+Eight windows by default: of 2,048 tokens each they are 16,384 predictions, somewhat more than such methods are commonly run
+on, and time goes with their number.
+
+Rounds are kept as an analysis of the state: a run that was stopped goes on at the round where it was, and a larger `drop`
+measures only what it adds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, StrictInt
+from torch import Tensor, nn
+
+from compress.errors import ModelError, RecipeError
+from compress.manager import Context, Cost, Pass, Record
+from compress.model.data import BATCH, Tokens
+from compress.model.head import PIECE, ROWS, Compared, Head, Piece, cut, parts
+from compress.model.layers import Kinds, Unit, fewer, sublayers
+from compress.model.lockstep import Batch
+from compress.model.speed import computing
+from compress.model.stream import Stream
+from compress.model.work import block_bytes, per_token
+from compress.state import Aspect, Fact, State
+
+HELD = 1 << 30  # bytes of hidden states of candidates that are on their way at once
+WHY = "no engine has layers without an attention or an MLP"
+
+
+class Depth(Pass):
+    """Take layers away, or put zeros in place of attentions and MLPs: those whose loss costs the least, measured one by one."""
+
+    name: ClassVar[str] = "depth"
+    needs: ClassVar[Fact] = Fact.DENSE
+    gives: ClassVar[Fact] = Fact.PRUNED
+    writes: ClassVar[Aspect] = Aspect.STRUCTURE | Aspect.WEIGHTS
+    decides: ClassVar[bool] = True
+
+    drop: StrictInt = Field(1, ge=1, description="how many units go")
+    unit: Literal["layer", "sublayer"] = Field("layer", description="what goes: whole layers, or attentions and MLPs of layers")
+    metric: Literal["kl", "angle"] = Field(
+        "kl", description="what it costs: KL from the original, measured anew in every round; or how far a layer turns its input"
+    )
+    windows: StrictInt = Field(8, ge=1, description="calibration windows to measure on, spread over the text; at most all")
+    keep_zeros: bool = Field(False, description="put zeros in place of a sublayer's output matrix; the file keeps its size")
+
+    # --- before anything is measured ---
+
+    def check(self, calibrated: bool, following: Sequence[Pass] = ()) -> None:
+        if self.unit == "sublayer" and not self.keep_zeros:
+            raise RecipeError(f"{WHY}; with keep_zeros: true the output matrix of a sublayer becomes zeros, which every engine "
+                              "loads and which makes nothing smaller; or use unit: layer", ("unit",))  # fmt: skip
+        if self.unit == "layer" and self.keep_zeros:
+            raise RecipeError("a layer is taken away whole; leave keep_zeros out, or use unit: sublayer", ("keep_zeros",))
+        if self.unit == "sublayer" and self.metric == "angle":
+            raise RecipeError("an angle is that of a whole layer; use metric: kl, or unit: layer", ("metric",))
+        if not calibrated:
+            raise RecipeError("to measure what it costs, 'depth' needs data.calibration; add it, or name layers in 'edit'")
+
+    def foresee(self, state: State) -> State:
+        """The last of the layers that may go, as a guess."""
+        if state.plan is not None:
+            raise RecipeError("an earlier step has planned formats for layers by their numbers; move 'depth' in front of it")
+        choice, gone = Choice.of(self, state), list[Unit]()
+        for _ in range(self.drop):
+            gone.append(choice.last(gone))
+        return choice.without(gone)
+
+    def decided(self, state: State, foreseen: State, records: Sequence[Record]) -> State:
+        choice = Choice.of(self, state)
+        names = [r["site"] for r in records]
+        return choice.without([unit for unit in choice.units if unit.name in names])
+
+    def reads(self, windows: int) -> int:
+        return min(windows, self.windows)
+
+    def remarks(self, state: State) -> Iterable[str]:
+        if self.unit == "sublayer":
+            yield f"depth puts zeros in place of {self.drop} sublayers: {WHY}, so files and time stay what they are"
+        else:
+            yield (f"depth takes {self.drop} of {len(state.graph.blocks)} layers away; which ones is measured, and until then a "
+                   "guess: the last ones")  # fmt: skip
+
+    def cost(self, state: State, tokens: int) -> Cost:
+        """The original; in each round what stands in front of candidates, and every candidate from there to its logits."""
+        if not tokens:
+            return Cost()
+        work, blocks, table = per_token(state), len(state.graph.blocks), state.graph["embed"]
+        passes, heads, most = float(blocks), 0, 0
+        for done in range(self.drop if self.metric == "kl" else 0):
+            layers = blocks + self.drop - done if self.unit == "layer" else blocks
+            each = 1 if self.unit == "layer" else 2
+            passes += layers + each * layers * (layers + (1 if each == 2 else -1)) / 2
+            heads, most = heads + each * layers + 1, max(most, each * layers)
+        number = computing(state.dtype).itemsize
+        hidden = tokens * table.shape[1] * number
+        batch = max(BATCH, tokens // self.windows) * 4 * max(s.shape[0] for s in state.graph.linear) * number
+        head = min(ROWS, table.shape[0]) * (6 * 4 * PIECE + 4 * table.shape[1]) * (heads > 0)
+        held = hidden * (4 + min(most, room(hidden))) if heads else 2 * hidden
+        return Cost(2.0 * tokens * (passes * work.weights / blocks + heads * table.numel),
+                    peak_bytes=held + max(block_bytes(state) + batch, head), logits=2.0 * heads * tokens * table.shape[0],
+                    numbers=tokens * passes * work.numbers / blocks)  # fmt: skip
+
+    # --- measuring ---
+
+    def run(self, state: State, ctx: Context) -> State:
+        choice, gone, zeroed = Choice.of(self, state), list[Unit](), list[Any]()
+        for unit, record in self._rounds(choice, ctx):
+            part = f"round-{record['round']:04}"
+            done = ctx.store.committed(part)
+            if done is None:
+                matrices = {site.name: torch.zeros(site.shape) for site in unit.sites}
+                done = ctx.store.commit(part, dense=choice.zeros(unit, matrices), records=[record])
+            ctx.say(record)
+            gone.append(unit)
+            zeroed.append(done)
+        made = choice.without(gone)
+        for done in zeroed:
+            made = made.with_part(done)
+        return made
+
+    def _rounds(self, choice: Choice, ctx: Context) -> Iterator[tuple[Unit, Record]]:
+        """What goes in each round, and what is to be told of it: measured, or found where it was before."""
+        assert ctx.calibration is not None, "`check` asks for calibration data"
+        sample = spread(ctx.calibration, self.windows)
+        of = {"version": self.version, "unit": self.unit, "metric": self.metric, "windows": sample.hash}
+        store, walk, gone = ctx.store.analysis("depth", of), Walk(choice.state, ctx, sample), list[Unit]()
+        for number in range(1, self.drop + 1):
+            part, left = f"round-{number:04}", choice.left(gone)
+            if store.committed(part) is None:
+                inner = replace(ctx, progress=share(ctx, number - 1, self.drop))
+                found = walk.kl(gone, left, inner) if self.metric == "kl" else walk.angles(left, inner)
+                store.commit(part, records=[{"site": n, "round": number, "cost": cost} for n, cost in found.items()])
+            costs = {r["site"]: r["cost"] for r in store.records if r["round"] == number}
+            unit, others = choice.least(left, costs)
+            gone.append(unit)
+            yield unit, self._record(unit, number, costs, others)
+
+    def _record(self, unit: Unit, number: int, costs: Mapping[str, float | None], others: Sequence[Unit]) -> Record:
+        what = "KL" if self.metric == "kl" else "angle"
+        note = f"{number} of {self.drop} to go, {what} {costs[unit.name]:.3g}"
+        note += f"; next best {others[0].name}, {costs[others[0].name]:.3g}" if others else ""
+        return {"site": unit.name, "round": number, "metric": self.metric, "cost": costs[unit.name], "candidates": dict(costs),
+                "notes": [note, *(["zeros"] if unit.sites else [])]}  # fmt: skip
+
+
+def room(hidden: int) -> int:
+    """How many candidates may be on their way, each with so many bytes of hidden states."""
+    return max(1, HELD // hidden)
+
+
+def share(ctx: Context, done: int, total: int) -> Any:
+    """Progress within one of several parts, in per cent of all."""
+    return lambda part, whole, what: ctx.progress(100 * (done + part / whole) / total, 100, what)
+
+
+def spread(tokens: Tokens, count: int) -> Tokens:
+    """So many windows, evenly spread, so that each source of a text has its share; all where there are no more."""
+    have = len(tokens.ids)
+    rows = [i * have // count for i in range(count)] if count < have else list(range(have))
+    return replace(tokens, ids=tokens.ids[rows])
+
+
+# --- what may go ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Choice:
+    """What may go of a model, in the order of its blocks."""
+
+    state: State
+    units: list[Unit]
+    drop: int
+    kinds: Kinds | None  # of layers
+
+    @classmethod
+    def of(cls, options: Depth, state: State) -> Choice:
+        count = len(state.graph.blocks)
+        layers = options.unit == "layer"
+        units = [Unit(f"layers.{i}", i) for i in range(count)] if layers else sublayers(state)
+        if options.drop > len(units) - layers:
+            raise RecipeError(f"there are {len(units)} {options.unit}s to choose from, and {options.drop} are to go"
+                              f"{'; keep one' if layers else ''}", ("drop",))  # fmt: skip
+        return cls(state, units, options.drop, Kinds(state) if layers else None)
+
+    def left(self, gone: Sequence[Unit]) -> list[Unit]:
+        """The units that may go next."""
+        self.last(gone)
+        return [unit for unit in self.units if self._may_go(unit, gone)]
+
+    def last(self, gone: Sequence[Unit]) -> Unit:
+        """The last of those that may go next; ModelError where none may."""
+        found = next((unit for unit in reversed(self.units) if self._may_go(unit, gone)), None)
+        if found is None:
+            raise ModelError(f"'{self.state.graph.family}' decides by the number what a layer is: with {len(gone)} gone, no "
+                             "other can go without changing what the rest are", ("drop",))  # fmt: skip
+        return found
+
+    def _may_go(self, unit: Unit, gone: Sequence[Unit]) -> bool:
+        """Whether a unit is there, and the layers that are left without it are what they were."""
+        if self.kinds is None or unit in gone:
+            return unit not in gone
+        return self.kinds.odd([u.block for u in self.units if u != unit and u not in gone]) is None
+
+    def least(self, units: Sequence[Unit], costs: Mapping[str, float | None]) -> tuple[Unit, list[Unit]]:
+        """The unit that costs the least, and the others from there on; those that are gone before they go do not count."""
+        finite = [(cost, unit) for unit in units if (cost := costs[unit.name]) is not None]
+        ranked = [unit for _, unit in sorted(finite, key=lambda found: found[0])]
+        while ranked and ranked[0].sites and not any(self.state.reference(s).any() for s in ranked[0].sites):
+            ranked.pop(0)
+        if not ranked:
+            raise ModelError(f"nothing is left to go: without any of {units[0].name} to {units[-1].name} the model puts out "
+                             "what is not finite, or what it did before; lower 'drop'", ("drop",))  # fmt: skip
+        return ranked[0], ranked[1:]
+
+    def without(self, gone: Sequence[Unit]) -> State:
+        """The state without these layers; what loses a sublayer keeps its shape."""
+        if self.kinds is None:
+            return self.state
+        lost = {unit.block for unit in gone}
+        return fewer(self.state, [unit.block for unit in self.units if unit.block not in lost])
+
+    def zeros(self, unit: Unit, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of the checkpoint that hold these matrices, and the biases behind them, at zero."""
+        dense = self.state.dense
+        biases = [name for site in unit.sites if (name := f"{site.stem}.bias") in dense]
+        return {**self.state.stored(matrices), **{name: torch.zeros_like(dense.read(name)) for name in biases}}
+
+
+# --- the walk ---------------------------------------------------------------------------------------------------------
+
+
+class Walk:
+    """A model, streamed, to be seen without some units. Nothing is loaded before something is asked."""
+
+    def __init__(self, state: State, ctx: Context, sample: Tokens):
+        self.state, self.device = state, ctx.device
+        self.ids = [state.ids(batch) for batch in sample.batches()]
+        self.count = len(state.graph.blocks)
+
+    @cached_property
+    def stream(self) -> Stream:
+        return Stream(self.state, self.device)
+
+    @cached_property
+    def start(self) -> list[Batch]:
+        """The batches in front of the first block."""
+        return self.stream.start(self.state, self.ids)
+
+    @cached_property
+    def original(self) -> list[Piece]:
+        """What the model as it is puts out behind its last block."""
+        batches = copies(self.start)
+        for index in range(self.count):
+            self.stream.advance(self.state, index, batches)
+        return cut(batches, causal=False)
+
+    def angles(self, units: Sequence[Unit], ctx: Context) -> dict[str, float | None]:
+        """1 - cos between what a layer is given and what it puts out, the mean over tokens."""
+        batches, found = copies(self.start), dict[str, float | None]()
+        names = {unit.block: unit.name for unit in units}
+        for index in range(self.count):
+            ctx.progress(index, self.count, "measuring angles")
+            given = [batch.hidden for batch in batches]
+            self.stream.advance(self.state, index, batches)
+            cosines = [torch.cosine_similarity(x.float(), b.hidden.float(), -1).flatten()
+                       for x, b in zip(given, batches, strict=True)]  # fmt: skip
+            if index in names:
+                found[names[index]] = 1 - float(torch.cat(cosines).mean())
+        return found
+
+    def kl(self, gone: Sequence[Unit], units: Sequence[Unit], ctx: Context) -> dict[str, float | None]:
+        """KL (nats per token) from the original of the model without what is gone and without each unit; None where it is not
+        finite. Units are in the order of their blocks."""
+        _ = self.original
+        size = room(sum(b.hidden.numel() * b.hidden.element_size() for b in self.start))
+        prefix, first, found = copies(self.start), 0, dict[str, float | None]()
+        for at in range(0, len(units), size):
+            some, rest = units[at : at + size], units[at + size :]
+            end = rest[0].block if rest else some[-1].block
+            inner = replace(ctx, progress=share(ctx, at, len(units)))
+            found |= self._compared(self._behind(gone, some, prefix, first, end, inner))
+            first = end
+        return found
+
+    def _behind(
+        self, gone: Sequence[Unit], some: Sequence[Unit], prefix: Sequence[Batch], first: int, end: int, ctx: Context
+    ) -> dict[str, list[Batch]]:
+        """Each of `some` units -> what the last block puts out without it. `prefix` stands in front of block `first`, and
+        afterwards of block `end`."""
+        flight: dict[str, list[Batch]] = {}
+        for index in range(first, self.count):
+            ctx.progress(index - first, self.count - first, f"measuring {len(some)} candidates")
+            sites = [site for unit in gone if unit.block == index for site in unit.sites]
+            if any(unit.block == index and not unit.sites for unit in gone):
+                continue
+            with self.stream.block(self.state, index) as block, self._silent(block, index, sites):
+                for batches in flight.values():
+                    self._through(block, index, batches)
+                for unit in (u for u in some if u.block == index):
+                    flight[unit.name] = copies(prefix)
+                    with self._silent(block, index, unit.sites):
+                        self._through(block, index, flight[unit.name] if unit.sites else [])
+                self._through(block, index, prefix if index < end else [])
+        return flight
+
+    def _through(self, block: nn.Module, index: int, batches: Sequence[Batch]) -> None:
+        for batch in batches:
+            batch.hidden = self.stream.call(block, batch, index)
+
+    @contextmanager
+    def _silent(self, block: nn.Module, index: int, sites: Iterable[Any]) -> Iterator[None]:
+        """Inside, the modules of these sites put out zeros, as they will with zeros in their matrices and biases."""
+        path = self.state.graph.blocks[index].module
+        modules = [self.stream.model_module(path, block, module) for module in dict.fromkeys(site.module for site in sites)]
+        hooks = [m.register_forward_hook(lambda _, args, out: torch.zeros_like(out)) for m in modules]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _compared(self, flight: Mapping[str, Sequence[Batch]]) -> dict[str, float | None]:
+        """The KL of each candidate; the original's logits are made once for all of them."""
+        pieces = {name: cut(batches, causal=False) for name, batches in flight.items()}
+        sums = {name: [Compared(None) for _ in self.original] for name in flight}
+        head = Head(self.stream, self.state)
+        with torch.no_grad():
+            for rows in parts(head.size):
+                with head.part(rows) as ask:
+                    for i, piece in enumerate(self.original):
+                        p_nv = ask(piece)
+                        for name, theirs in pieces.items():
+                            sums[name][i].add(rows.start or 0, p_nv, ask(theirs[i]))
+        found = {name: torch.cat([each.kl for each in compared]).mean() for name, compared in sums.items()}
+        return {name: float(kl) if bool(kl.isfinite()) else None for name, kl in found.items()}
+
+
+def copies(batches: Sequence[Batch]) -> list[Batch]:
+    """Batches that go their own way from here; what they hold is shared, since no block writes into what it is given."""
+    return [replace(batch) for batch in batches]
