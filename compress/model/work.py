@@ -25,7 +25,7 @@ class Work:
 
 def per_token(state: State) -> Work:
     """The work for one token; of experts, for as many as it is sent to."""
-    used, experts = _used(state), Counter((s.block, s.role) for s in state.graph.linear if s.expert is not None)
+    used, experts = experts_used(state), Counter((s.block, s.role) for s in state.graph.linear if s.expert is not None)
     sites = [(s, 1.0 if s.expert is None else min(1.0, used / experts[s.block, s.role])) for s in state.graph.linear]
     keys = {(s.block, s.input_key): (s.shape[1], share) for s, share in sites}
     return Work(
@@ -41,7 +41,7 @@ def block_bytes(state: State) -> int:
     return largest * computing(state.dtype).itemsize
 
 
-def _used(state: State) -> float:
+def experts_used(state: State) -> float:
     """How many experts of a block a token is sent to; all, where no config says so."""
     config: Any = state.config.get_text_config()
     return next((getattr(config, name) for name in USED if isinstance(getattr(config, name, None), int)), inf)
