@@ -105,9 +105,10 @@ class Binding:
         """All names of a parameter of the module tree; a tied one has several."""
         return [n for n, p in self.meta.items() if p is self.meta[name]]
 
-    def load_buffers(self, state: State, model: nn.Module) -> None:
-        """Give a module tree the buffers that the checkpoint holds, such as a router's learnt correction of its scores."""
-        for path, module in model.named_modules():
+    def load_buffers(self, state: State, model: nn.Module, at: str = "") -> None:
+        """Give a module tree, or the part of it `at` a path, the buffers that the checkpoint holds, such as a router's learnt
+        correction of its scores."""
+        for path, module in model.named_modules(prefix=at):
             for name in module._buffers.keys() - module._non_persistent_buffers_set:
                 tensor = self._read(state, f"{path}.{name}")
                 if tensor is not None:

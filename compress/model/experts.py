@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import greenlet
@@ -11,11 +14,44 @@ from torch import Tensor, nn
 from compress.model.skeleton import is_experts
 
 
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """Where a mixture of `experts` experts sent some tokens, and what came of it.
+
+    hidden [tokens, width]: what the experts were given. index [tokens, slots]: the experts of each token; one beyond the last
+    leaves the slot empty. weights [tokens, slots]: the gate's. norms [tokens, slots]: ‖f(x)‖₂ of what each put out, unweighted.
+    """
+
+    experts: int
+    hidden: Tensor
+    index: Tensor
+    weights: Tensor
+    norms: Tensor
+
+    def by_expert(self, values: Tensor) -> Tensor:
+        """Values of slots [tokens, slots] by expert [tokens, experts], in fp32; zero where a token was not sent."""
+        found = values.new_zeros(len(values), self.experts + 1, dtype=torch.float32)
+        return found.scatter_(1, self.index.clamp(max=self.experts), values.float())[:, : self.experts]
+
+
 def run_experts_one_by_one(block: nn.Module) -> None:
     """Replace the forward of every experts module by one that visits experts in order and pauses at its taps."""
     for module in block.modules():
         if is_experts(module):
             module.forward = Experts(module)
+
+
+@contextmanager
+def heard(block: nn.Module, hear: Callable[[Routing], None]) -> Iterator[None]:
+    """Inside, `hear` is told of every batch that passes through the experts of a block."""
+    found: list[Any] = [module for module in block.modules() if is_experts(module)]
+    for module in found:
+        module.hear = hear
+    try:
+        yield
+    finally:
+        for module in found:
+            del module.hear
 
 
 class Experts:
@@ -41,10 +77,16 @@ class Experts:
             middle[e] = m._apply_gate(y)
         self._pause("experts.mid", middle)
         out = torch.zeros_like(hidden)
+        hear = getattr(m, "hear", None)
+        norms = torch.zeros_like(top_k_weights, dtype=torch.float32)
         for e, (token, slot) in enumerate(routed):
             y = nn.functional.linear(middle[e], m.down_proj[e])
             self._show(e, ("down",), middle[e], y)
+            if hear:
+                norms[token, slot] = y.float().norm(dim=-1)
             out.index_add_(0, token, (y * top_k_weights[token, slot, None]).to(out.dtype))
+        if hear:
+            hear(Routing(count, hidden, top_k_index, top_k_weights, norms))
         return out
 
     def _pause(self, stage: str, inputs: dict[int | None, Tensor] | dict[int, Tensor]) -> None:

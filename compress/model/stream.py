@@ -239,6 +239,8 @@ class Stream:
         with torch.no_grad():
             for name, module in self._modules(index):
                 self._names.load(state, name, module, self.device)
+            self._names.load_buffers(state, self.blocks[index], self.graph.blocks[index].module)
+            _move_buffers(self.blocks[index], self.device)
             try:
                 yield self.blocks[index]
             finally:

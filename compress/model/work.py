@@ -45,7 +45,7 @@ def per_token(state: State) -> Work:
 
 def _shares(state: State) -> Iterator[tuple[Site, float]]:
     """Every matrix inside blocks, and the share of the tokens that it sees."""
-    used, experts = _used(state), Counter((s.block, s.role) for s in state.graph.linear if s.expert is not None)
+    used, experts = experts_used(state), Counter((s.block, s.role) for s in state.graph.linear if s.expert is not None)
     for s in state.graph.linear:
         yield s, 1.0 if s.expert is None else min(1.0, used / experts[s.block, s.role])
 
@@ -87,7 +87,7 @@ def block_bytes(state: State) -> int:
     return largest * computing(state.dtype).itemsize
 
 
-def _used(state: State) -> float:
+def experts_used(state: State) -> float:
     """How many experts of a block a token is sent to; all, where no config says so."""
     config: Any = state.config.get_text_config()
     return next((getattr(config, name) for name in USED if isinstance(getattr(config, name, None), int)), inf)
