@@ -22,6 +22,8 @@ from tests.nursery import Nursery
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for what tests start; tiny models only wait for a second thread
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # kernels of every shape that ever was, a gigabyte
+    os.environ.setdefault(cache, "32")  # in the end, whose page tables every fork copies
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 272,
          "max_position_embeddings": 256}  # fmt: skip
 SLIDING = {"head_dim": 16, "sliding_window": 16}
@@ -106,7 +108,7 @@ def pytest_collection_finish() -> None:
     """What was imported stays: a million objects that the garbage collector need not look through again and again."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000)
+    gc.set_threshold(100_000)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -38,11 +38,11 @@ def several(folder: Path, model: Path, text: Path | None, *exporters: str, **opt
 
 
 def bake(
-    folder: Path, model: Path, text: Path | None, exporter: str, *passes: dict[str, Any], **options: Any
+    folder: Path, model: Path, text: Path | None, exporters: str, *passes: dict[str, Any], **options: Any
 ) -> pipeline.Outcome:
-    """A run of any passes, exported by one exporter with `options`; calibrated on `text` where there is one."""
+    """A run of any passes, exported by one exporter with `options`, or by several of which one word each is given."""
     path = recipe(folder, model, text)
-    content = yaml.safe_load(path.read_text()) | {"passes": list(passes), "export": [{exporter: options}]}
+    content = yaml.safe_load(path.read_text()) | {"passes": list(passes), "export": [{e: options} for e in exporters.split()]}
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return pipeline.run(path)
 

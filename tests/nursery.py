@@ -129,7 +129,8 @@ def live(order: Mapping[str, Any], files: list[int]) -> None:
         traceback.print_exc()
     finally:
         try:
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()
         except OSError:
             traceback.print_exc()
         os._exit(code if isinstance(code, int) else 1)

@@ -10,6 +10,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -32,9 +33,14 @@ COMMON = "int4:g32"  # what families are tried with
 REFUSED = "-"
 
 
+@cache
+def opened(source: Path) -> State:
+    return open_model(str(source)).state
+
+
 def state_of(source: Path, form: str) -> State:
     """A model with every matrix inside its blocks planned to be in one format."""
-    state = open_model(str(source)).state
+    state = opened(source)
     return state.promising({s.name: parse(form) for s in state.graph.linear})
 
 

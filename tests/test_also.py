@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import yaml
 
+from compress import pipeline
 from compress.errors import CompressError
 from compress.model.model import open_model
 from compress.passes.allocate import Allocate
 from compress.passes.quantize import Quantize
 from tests.conftest import IDS, make_model
-from tests.cooking import bake
+from tests.cooking import bake, recipe
 from tests.pass_laws import check_pass
 
 SOME = ["int2:g32", "int3:g32", "int4:g32", "int8:g32"]
@@ -43,13 +45,16 @@ def test_a_budget_of_the_file_is_kept_with_the_table_in_it(
 
 def test_more_bits_of_a_table_are_less_damage(family: Any, text: Path, tmp_path: Path) -> None:
     damages = []
+    path = recipe(tmp_path, family("qwen2", torch.float32), text)
+    content = yaml.safe_load(path.read_text()) | {"export": [{"native": {}}]}
     for fmt in ("int2:g32", "int3:g32", "int4:g32", "int8:g32"):
-        done = bake(tmp_path, family("qwen2", torch.float32), text, "native", {"allocate": {
-            "budget": "8.6 bits", "formats": SOME, "also": ["embed"], "pins": {"embed": fmt}}}, {"quantize": {}})  # fmt: skip
-        assert done.state.plan is not None
-        assert done.state.plan.forecast is not None
-        assert str(done.state.plan.formats["embed"]) == fmt
-        damages.append(done.state.plan.forecast.damage["embed"])
+        allocate = {"budget": "8.6 bits", "formats": SOME, "also": ["embed"], "pins": {"embed": fmt}, "trials": 0}
+        path.write_text(yaml.safe_dump(content | {"passes": [{"allocate": allocate}, {"quantize": {}}]}))
+        plan = pipeline.plan(path).prepared.foreseen.plan
+        assert plan is not None
+        assert plan.forecast is not None
+        assert str(plan.formats["embed"]) == fmt
+        damages.append(plan.forecast.damage["embed"])
     assert damages == sorted(damages, reverse=True)
     assert damages[0] > 4 * damages[2] > 0
 

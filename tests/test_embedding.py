@@ -261,7 +261,8 @@ def test_a_scaled_embedding_is_looked_up_too(text: Path, tmp_path: Path) -> None
                                             pytest.param("gemma3", "onnx", marks=pytest.mark.slow)])  # fmt: skip
 def test_a_tied_table_is_held_once_and_serves_both(family: Any, text: Path, tmp_path: Path, name: str, kind: str) -> None:
     options = {"pins": {"lm_head": "int4:g32"}, "format": "int4:g32"}
-    done = bake(tmp_path, family(name), text, kind, {"quantize": options})
+    source = family(name, blocks=1)
+    done = bake(tmp_path, source, text, kind, {"quantize": options})
     folder, proof = done.artifacts[kind]
     assert proof.engine.startswith({"native": "compress runtime", "onnx": "onnxruntime", "gguf": "transformers"}[kind])
     assert {n: str(f) for n, f in done.state.formats.items() if n in ("embed", "lm_head")} == {"embed": "int4:g32"}
@@ -275,7 +276,7 @@ def test_a_tied_table_is_held_once_and_serves_both(family: Any, text: Path, tmp_
     layout = pipeline.plan(done.out.parent / "recipe.yaml").layouts[kind]
     assert {f.name: f.nbytes for f in layout.files} == {f.name: (folder / f.name).stat().st_size for f in layout.files}
     site, whole = done.state.graph["embed"], sum(f.nbytes for f in layout.files)
-    assert whole < (family(name) / "model.safetensors").stat().st_size - 0.6 * site.numel * 2 or kind == "onnx"
+    assert whole < (source / "model.safetensors").stat().st_size - 0.6 * site.numel * 2 or kind == "onnx"
     if kind == "native":
         peer = runtime.load(folder)
         head, table = peer.get_output_embeddings(), peer.get_input_embeddings()
@@ -292,8 +293,9 @@ def test_a_bias_that_the_head_shares_too(text: Path, tmp_path: Path, data: bool)
     assert model.get_output_embeddings().bias is model.lm_head.bias
     wanted = stock.logits(dequantized(done, source), [ids(2, 24)])[0]
     torch.testing.assert_close(stock.logits(model, [ids(2, 24)])[0], wanted, atol=1e-4, rtol=1e-4)
-    bake(tmp_path / "untied", source, text, "native", {"edit": {"untie": True}},
-         {"quantize": {"method": "rtn", "format": FORM, "pins": {"lm_head": FORM}}})  # fmt: skip
+    if data:
+        bake(tmp_path / "untied", source, text, "native", {"edit": {"untie": True}},
+             {"quantize": {"method": "rtn", "format": FORM, "pins": {"lm_head": FORM}}})  # fmt: skip
 
 
 def test_a_table_in_pieces_is_the_same(family: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

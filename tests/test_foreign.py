@@ -23,6 +23,7 @@ from compress.nodes import MOST_NODES, load_yaml
 from compress.run import read_part
 from compress.state.plan import Budget
 from tests.conftest import ROOT, Project
+from tests.nursery import COMMAND, Nursery
 from tests.test_surface import SOURCES
 
 # --- JSON and names ---------------------------------------------------------------------------------------------------
@@ -366,11 +367,13 @@ def test_a_locale_that_is_not_utf_8_and_a_reader_that_goes_away(finished: Projec
     assert (finished.out / "report.html").exists()
 
 
-def test_closed_streams_are_no_mistake():
-    for closing, words in (("<&- >&- 2>&-", ["passes"]), (">&-", ["--help"]), ("2>&-", ["run", "--help"])):
+def test_closed_streams_are_no_mistake(nursery: Nursery):
+    for closing, words in ((">&-", ["--help"]), ("2>&-", ["run", "--help"])):
         done = compress(closing, *words)
         assert done.returncode == 0
         assert done.stderr == b""
+    closed = "import os, sys\nfor n in range(3): os.close(n)\nsys.stdin = sys.stdout = sys.stderr = None\n"  # as Python has it
+    assert nursery.run(closed + COMMAND, "passes", cwd=ROOT).code == 0
 
 
 class Broken(io.StringIO):

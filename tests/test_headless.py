@@ -20,7 +20,7 @@ from compress.export.table import KINDS
 from compress.model.model import open_model
 from compress.state import State
 from tests.conftest import FAMILIES, GROUPED, IDS, SMALL, saved
-from tests.cooking import bake
+from tests.cooking import bake, steps
 
 LABELS = {"num_labels": 3}
 MODELS: dict[str, tuple[Any, Any]] = {
@@ -68,9 +68,8 @@ def filled(source: Path, kind: Any, state: State) -> nn.Module:
 def test_an_artifact_is_the_model_as_its_users_load_it(name: str, text: Path, tmp_path: Path) -> None:
     source, ids = model_of(tmp_path / "model", name), torch.randint(3, 250, (1, 20), generator=torch.Generator().manual_seed(1))
     kind = MODELS[name][0]
-    for exporter in ("compressed_tensors", "native"):
-        made = bake(tmp_path / exporter, source, text, exporter, {"quantize": {"format": "int4:g32"}})
-        folder, proof = made.artifacts[exporter]
+    made = bake(tmp_path / "run", source, text, "compressed_tensors native", {"quantize": {"format": "int4:g32"}})
+    for exporter, (folder, proof) in made.artifacts.items():
         reader = next(k for k in KINDS if k.name == exporter)
         state = reader.read(folder)
         assert len(state.codes) == len(state.graph.linear)
@@ -108,10 +107,10 @@ def test_what_the_user_is_told(text: Path, tmp_path: Path) -> None:
     assert not open_model(str(source)).graph.causal
 
 
-def test_a_causal_artifact_loads_without_its_head(family: Any, text: Path, tmp_path: Path) -> None:
+def test_a_causal_artifact_loads_without_its_head(baked: Any) -> None:
     """AutoModel, by which embedders are made of language models, finds every matrix."""
     for name in ("llama", "mixtral", "roberta"):
-        made = bake(tmp_path / name, family(name), text, "compressed_tensors", {"quantize": {"format": "int4:g32"}})
+        made = baked(name, "compressed_tensors", steps("int4:g32"))
         _, said = transformers.AutoModel.from_pretrained(made.artifacts["compressed_tensors"][0], output_loading_info=True)
         assert not [key for key in said["missing_keys"] if "pooler" not in key]
 

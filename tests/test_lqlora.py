@@ -140,7 +140,7 @@ def test_ranks_are_bought_from_the_same_budget_and_used(project: Project, behind
 
 
 def measured(assets: Path, folder: Path, passes: list[dict[str, Any]]) -> float:
-    kl: float = stories(assets, folder, passes, 32, 32, 64).scores["compressed"]["kl"]
+    kl: float = stories(assets, folder, passes, 16, 24, 64).scores["compressed"]["kl"]
     return kl
 
 

@@ -185,6 +185,6 @@ def test_smoothing_helps_a_small_trained_model(assets: Path, tmp_path: Path) -> 
     kl = {}
     for name, before in (("plain", []), ("smoothed", [{"smooth": {}}])):
         (tmp_path / name).mkdir()
-        done = stories(assets, tmp_path / name, [*before, {"quantize": {"method": "rtn", "format": "int3:g64"}}], 16, 16)
+        done = stories(assets, tmp_path / name, [*before, {"quantize": {"method": "rtn", "format": "int3:g64"}}], 16, 16, 96)
         kl[name] = done.scores["compressed"]["kl"]
     assert kl["smoothed"] < kl["plain"]

@@ -21,20 +21,13 @@ def told() -> dict[tuple[str, str], str]:
 
 
 @pytest.mark.parametrize("exporter", EXPORTERS)
-def test_what_is_refused_is_a_dash(family: Any, exporter: str) -> None:
+def test_what_is_refused_is_a_dash_and_one_line(family: Any, exporter: str) -> None:
+    rows = [(form, "llama", form) for form in support.FORMATS] + [(name, name, support.COMMON) for name in FAMILIES]
     cells = told()
-    for form in support.FORMATS:
-        refused = support.refusal(exporter, family("llama"), form) is not None
-        assert refused == (cells[form, exporter] == support.REFUSED), form
-    for name in FAMILIES:
-        refused = support.refusal(exporter, family(name), support.COMMON) is not None
-        assert refused == (cells[name, exporter] == support.REFUSED), name
-
-
-@pytest.mark.parametrize("exporter", EXPORTERS)
-def test_a_refusal_is_one_line(family: Any, exporter: str) -> None:
-    for form in support.FORMATS:
-        assert "\n" not in (support.refusal(exporter, family("llama"), form) or "")
+    for row, name, form in rows:
+        refusal = support.refusal(exporter, family(name), form)
+        assert (refusal is not None) == (cells[row, exporter] == support.REFUSED), row
+        assert "\n" not in (refusal or ""), row
 
 
 @pytest.mark.slow
