@@ -14,33 +14,25 @@ Every layer keeps the same number, so that the result loads wherever the model d
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import ClassVar, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from compress.errors import ModelError, RecipeError
-from compress.manager import Context, Cost, Pass, Record
+from compress.manager import Context, Cost, Pass
 from compress.model.couplings import KV_GROUPS, MLP, Coupling, couplings, named, without
-from compress.model.experts import heard
-from compress.model.lockstep import Batch, Inputs
+from compress.model.feeds import norms_behind
+from compress.model.lockstep import Batch
 from compress.model.mixtures import Fewer, fewer, numbers
 from compress.model.speed import computing, precision
-from compress.model.stream import Stream, Twin
+from compress.model.stream import Twin
 from compress.model.work import block_bytes, per_token
-from compress.passes import gptq_core
-from compress.passes import obs_core as core
-from compress.passes.prune_experts import Mixture, alike
-from compress.passes.solver import Drift
+from compress.passes.prune_block import Aim, Block
 from compress.state import Aspect, Fact, State
-from compress.state.state import Part
 
-SAME = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the block's largest output
 WIDE = 1024  # neurons from which engines want multiples of 128
 
 
@@ -171,20 +163,27 @@ class Prune(Pass):
     def run(self, state: State, ctx: Context) -> State:
         (found, _), smaller = self._wanted(state), self._smaller(state)
         left = {(c.kind, c.block): c.units for c in couplings(smaller.state)}
-        aim = _Aim(smaller.state, found, left, smaller.cuts)
+        aim = Aim(smaller.state, found, left, smaller.cuts, self._norms(state))
         if ctx.calibration is None:
             return self._without_data(state, aim, ctx)
         with precision("bf16"):
             return self._walk(state, aim, ctx)
 
-    def _walk(self, before: State, aim: _Aim, ctx: Context) -> State:
+    def _norms(self, state: State) -> dict[str, Tensor]:
+        """Reader -> what the norm behind it multiplies each of its outputs by."""
+        if self.method != "obs":
+            return {}
+        return {name: norm.offset + state.dense.read_finite(norm.weight).float()
+                for name, norm in norms_behind(state).items() if norm.offset is not None}  # fmt: skip
+
+    def _walk(self, before: State, aim: Aim, ctx: Context) -> State:
         stream, batches = ctx.stream(before)
         made, twin, smaller, ours = aim.made, self._twin(before, ctx), None, list[Batch]()
         for block in before.graph.blocks:
             ctx.progress(block.index, len(before.graph.blocks), block.module)
             done, work = ctx.store.committed(f"block-{block.index:04}"), None
             if done is None:
-                work = _Block.of(self, before, ctx, aim, block.index)
+                work = Block.of(self, before, ctx, aim, block.index)
                 work.see(stream, batches, twin)
                 done = work.commit()
             elif twin:
@@ -206,14 +205,14 @@ class Prune(Pass):
         stream, batches = ctx.stream(state)
         return Twin(stream, state, batches)
 
-    def _without_data(self, state: State, aim: _Aim, ctx: Context) -> State:
+    def _without_data(self, state: State, aim: Aim, ctx: Context) -> State:
         """By weights alone: nothing streams."""
         made = aim.made
         for block in state.graph.blocks:
             ctx.progress(block.index, len(state.graph.blocks), block.module)
             done = ctx.store.committed(f"block-{block.index:04}")
             if done is None:
-                work = _Block.of(self, state, ctx, aim, block.index)
+                work = Block.of(self, state, ctx, aim, block.index)
                 for coupling in work.couplings:
                     work.cut(coupling, None)
                 done = work.commit()
@@ -248,165 +247,3 @@ def _cache(before: State, after: State) -> str:
     found = [sum(site.shape[0] for site in s.graph.linear if site.role in ("k", "v")) * s.dtype.itemsize
              for s in (before, after)]  # fmt: skip
     return "" if found[0] == found[1] else f"; {found[0]:,} → {found[1]:,} bytes of cache for each token"
-
-
-@dataclass(frozen=True)
-class _Aim:
-    """What is to be: the smaller model; the couplings that lose units, and what is left of each kind and block; and, by block and
-    tensor, the dimension along which experts go."""
-
-    made: State
-    found: Sequence[Coupling]
-    left: dict[tuple[str, int], int]
-    cuts: Mapping[int, Mapping[str, int]]
-
-
-@dataclass
-class _Block:
-    """One block's worth of pruning: sums as they are seen, then tensors."""
-
-    options: Prune
-    state: State
-    ctx: Context
-    index: int
-    couplings: list[Coupling]
-    left: dict[tuple[str, int], int]
-    mixture: Mixture | None
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    records: list[Record] = field(default_factory=list)
-    hessian: Tensor | None = None
-    mean: Tensor | None = None
-    drift: Drift | None = None
-    tokens: int = 0
-
-    @classmethod
-    def of(cls, options: Prune, state: State, ctx: Context, aim: _Aim, index: int) -> _Block:
-        mine, cuts = [c for c in aim.found if c.block == index], aim.cuts.get(index)
-        mixture = Mixture(state, index, numbers(aim.made)[0], cuts) if cuts else None
-        return cls(options, state, ctx, index, mine, aim.left, mixture)
-
-    def commit(self) -> Part:
-        """Choose the experts, which have all been seen by now, and keep everything that is left."""
-        if self.mixture:
-            tensors, record = self.mixture.cut(self.options.method == "magnitude")
-            self.tensors |= tensors
-            self.records.append(record)
-            self.ctx.say(record)
-        return self.ctx.store.commit(f"block-{self.index:04}", dense=self.tensors, records=self.records)
-
-    def heard_after(self, stream: Stream) -> AbstractContextManager[None]:
-        """Inside, what the smaller mixture does with the first batch is noted."""
-        return heard(stream.blocks[self.index], self.mixture.see_after) if self.mixture else nullcontext()
-
-    def compare(self, made: State, path: str, found: Tensor, wanted: Tensor) -> None:
-        """ModelError where the smaller block does not compute what it should; what comes out of a mixture cannot be compared."""
-        if self.mixture is None:
-            return same(made, path, found, wanted)
-        before, after = self.mixture.routings
-        same(made, path, after.hidden, before.hidden)
-        alike(path, made.graph.family, before, after, self.mixture.kept)
-
-    def see(self, stream: Stream, batches: Sequence[Batch], twin: Twin | None) -> None:
-        """Pass the batches through the block, and cut each coupling once what its reader is given has been seen."""
-        readers = [c.reader for c in self.couplings]
-        with heard(stream.blocks[self.index], self.mixture.see) if self.mixture else nullcontext():
-            if readers:
-                stream.calibrate(self.state, self.index, batches, readers, self._observe, self._solve, twin)
-                return
-            stream.advance(self.state, self.index, batches)
-        if twin:
-            twin.stream.advance(twin.state, self.index, twin.batches)
-
-    def _observe(self, stage: str, inputs: Inputs, clean: Inputs | None) -> None:
-        X_tk = inputs[None]
-        K = X_tk.shape[1]
-        if self.hessian is None:
-            self.hessian, self.mean = torch.zeros(K, K, device=X_tk.device), torch.zeros(K, device=X_tk.device)
-        assert self.mean is not None
-        gptq_core.accumulate(self.hessian, X_tk)
-        self.mean += X_tk.float().sum(0)
-        self.tokens += len(X_tk)
-        if clean is not None and self.options.corrects:
-            if self.drift is None:
-                self.drift = Drift([self._coupling(stage).reader], self.state, K, self.ctx.device)
-            self.drift.see(X_tk, clean[None])
-
-    def _coupling(self, stage: str) -> Coupling:
-        return next(c for c in self.couplings if c.reader.stage == stage)
-
-    def _solve(self, stage: str) -> dict[str, Tensor]:
-        assert self.hessian is not None
-        coupling = self._coupling(stage)
-        with precision("ieee"):
-            matrix = self.cut(coupling, gptq_core.finish(self.hessian).div_(self.tokens))
-        self.hessian = self.mean = self.drift = None
-        self.tokens = 0
-        return {coupling.reader.name: matrix}
-
-    def cut(self, c: Coupling, H_kk: Tensor | None) -> Tensor:
-        """Choose what stays, keep the tensors that are left; the reader's matrix [out, in], with zeros for what goes."""
-        start, W_nk = time.perf_counter(), self.state.reference(c.reader).to(self.ctx.device, torch.float32)
-        problem, notes = self._problem(c, W_nk, H_kk)
-        gone = self._order(c, problem)[: c.units - self.left[c.kind, c.block]]
-        kept = problem.kept(gone)
-        columns = c.columns[kept].flatten()
-        solved = core.compensate(problem, kept) if self.options.compensate else problem.W_nk[:, columns]
-        dtype = self.state.dense.specs[c.reader.weight].dtype
-        solved = solved.to(dtype)
-        for name, cut in c.cuts.items():
-            whole = self.state.dense.read_finite(name)
-            self.tensors[name] = whole.index_select(cut.dim, cut.left(whole.shape[cut.dim], kept)).contiguous()
-        order = columns.argsort()
-        small = solved[:, order].cpu()
-        self.tensors[c.reader.weight] = (small.T if c.reader.transposed else small).contiguous()
-        self._note(c, core.loss(problem, kept, solved), core.loss(problem, problem.columns_uw.new_empty(0)), notes, start)
-        return torch.zeros_like(W_nk, dtype=dtype).index_copy_(1, columns, solved)
-
-    def _problem(self, c: Coupling, W_nk: Tensor, H_kk: Tensor | None) -> tuple[core.Problem, tuple[str, ...]]:
-        """W, aimed at the outputs of the model as it was, and the Hessian of its inputs; the identity where nothing was seen."""
-        if H_kk is None:
-            H_kk = torch.eye(W_nk.shape[1], device=W_nk.device)
-        notes: tuple[str, ...] = ()
-        damp = self.options.damp or gptq_core.damp_for(len(H_kk), self.tokens)
-        if self.drift is not None:
-            factor = gptq_core.factor(H_kk, damp=damp)
-            notes = factor.notes
-            if factor.lam > 0:
-                W_nk = gptq_core.retarget(W_nk, self.drift.of([c.reader], W_nk), factor, self.options.drift / self.drift.tokens)
-        return core.prepare(W_nk, H_kk, c.columns.to(W_nk.device), damp=damp), notes
-
-    def _order(self, c: Coupling, p: core.Problem) -> Tensor:
-        """The units in the order in which they go."""
-        if self.options.method == "obs":
-            return core.sweep(p, c.units - self.left[c.kind, c.block]).order_u
-        if self.options.method == "wanda":
-            return core.ranked(core.wanda(p))
-        if self.options.method == "flap":
-            assert self.mean is not None
-            return core.ranked(core.flap(p, self.mean / self.tokens))
-        return core.ranked(core.magnitude(p, self._producers(c).to(p.W_nk.device)))
-
-    def _producers(self, c: Coupling) -> Tensor:
-        """The squared norm of the rows that make each unit's inputs [units]."""
-        total = torch.zeros(c.units, dtype=torch.float64)
-        for name, cut in c.cuts.items():
-            tensor = self.state.dense.read_finite(name)
-            if name != c.reader.weight and tensor.ndim == 2:
-                total += tensor.double().square().sum(1 - cut.dim)[cut.rows].sum(1)
-        return total
-
-    def _note(self, c: Coupling, loss: float, energy: float, notes: tuple[str, ...], start: float) -> None:
-        count, error = self.left[c.kind, c.block], loss / (energy or 1.0)
-        record = {"site": c.reader.name, "kind": c.kind, "kept": count, "units": c.units, "error": error,
-                  "seconds": time.perf_counter() - start,
-                  "notes": [f"{count} of {c.units} {named(c.kind)}, error {error:.2e}", *notes]}  # fmt: skip
-        self.records.append(record)
-        self.ctx.say(record)
-
-
-def same(state: State, path: str, found: Tensor, wanted: Tensor) -> None:
-    """ModelError where the smaller block does not compute what the block with zeros did: then its units are not those cut."""
-    off = float((found.float() - wanted.float()).abs().max() / wanted.float().abs().max().clamp(min=1e-9))
-    if not off <= SAME[state.dtype]:
-        raise ModelError(f"{path}: without what was cut it computes something else, by {off:.2%}; 'prune' does not know "
-                         f"'{state.graph.family}': leave out mlp or kv_groups, or the pass")  # fmt: skip

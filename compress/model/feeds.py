@@ -11,7 +11,7 @@ folds something into a feed is to compare what the block computes, since a gate 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -126,18 +126,54 @@ def _trace(model: nn.Module) -> dict[str, list[str]]:
                        module.register_forward_hook(watch.leaving(path, _is_norm(module) and not is_matrix(module)))]  # fmt: skip
             for handle in handles:
                 stack.callback(handle.remove)
-        ids = torch.zeros(1, 8, dtype=torch.int64, device="meta")
-        for mask in ({"attention_mask": torch.zeros(1, 1, 8, 8, device="meta")}, {}):  # of four sides it is taken as it is
-            try:
-                with watch, torch.no_grad():
-                    model(input_ids=ids, use_cache=False, **mask)
-                return watch.readers
-            except Exception as e:  # whatever an architecture's code makes of tensors without content
-                reason = first_line(e)
-                watch.clear()
+        _followed(model, watch, watch.clear)
+        return watch.readers
+
+
+def _followed(model: nn.Module, watch: AbstractContextManager[object], clear: Callable[[], None]) -> None:
+    """Run a model on the meta device with its hooks; ModelError where its code cannot do that."""
+    ids = torch.zeros(1, 8, dtype=torch.int64, device="meta")
+    for mask in ({"attention_mask": torch.zeros(1, 1, 8, 8, device="meta")}, {}):  # of four sides it is taken as it is
+        try:
+            with watch, torch.no_grad():
+                model(input_ids=ids, use_cache=False, **mask)
+            return
+        except Exception as e:  # whatever an architecture's code makes of tensors without content
+            reason = first_line(e)
+            clear()
     raise ModelError(
         f"{type(model).__name__}: cannot be followed on the meta device ({reason}), so what feeds its matrices is unknown"
     )
+
+
+def norms_behind(state: State) -> dict[str, Norm]:
+    """Site -> the norm that is given just what the site puts out, where there is one, as in Gemma behind o and down."""
+    model = skeleton(state.config).to("meta")
+    held = _norms(state, model, places(model, (spec.name for spec in state.specs)))
+    made: dict[int, tuple[Tensor, str]] = {}  # the tensor is kept, lest another gets its number
+    found: dict[str, Norm] = {}
+    sites = {site.module: site.name for site in state.graph if site.expert is None}
+
+    def note(path: str) -> Callable[..., None]:
+        return lambda _, args, out: made.update({id(out): (out, sites[path])})
+
+    def match(path: str) -> Callable[..., None]:
+        return lambda _, args: found.update({made[id(args[0])][1]: held[path]} if args and id(args[0]) in made else {})
+
+    for path, module in model.named_modules():
+        if is_experts(module):
+            module.forward = lambda hidden, *_: torch.zeros_like(hidden)
+        if path in sites:
+            module.register_forward_hook(note(path))
+        if path in held:
+            module.register_forward_pre_hook(match(path))
+
+    def clear() -> None:
+        made.clear()
+        found.clear()
+
+    _followed(model, nullcontext(), clear)
+    return found
 
 
 @dataclass(eq=False)
