@@ -108,9 +108,7 @@ def test_a_pattern_that_never_ends_is_refused_by_whoever_reads_the_folder(change
 @pytest.mark.parametrize("change", [
     {"rank_pattern": {EVIL: 8}}, {"alpha_pattern": {"^model": 8, EVIL: 8}}, {"exclude_modules": EVIL}, {"target_modules": EVIL},
 ])  # fmt: skip
-def test_a_pattern_of_an_adapter_that_never_ends_is_refused(
-    baked: Any, tmp_path: Path, capsys: Any, change: Any
-) -> None:
+def test_a_pattern_of_an_adapter_that_never_ends_is_refused(baked: Any, tmp_path: Path, capsys: Any, change: Any) -> None:
     made = baked("llama", "compressed_tensors", {"lqlora": {"method": "rtn", "format": "int4:g32", "rank": 4}})
     folder = Path(shutil.copytree(made.artifacts["compressed_tensors"][0], tmp_path / "artifact"))
     path = folder / "adapter" / "adapter_config.json"
