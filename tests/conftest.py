@@ -319,7 +319,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def project(tmp_path: Path, family: Any, text: Path, capsys: pytest.CaptureFixture[str]) -> Project:
-    """A llama of two blocks with its recipe."""
-    Project.make(tmp_path, family("llama"), text)
+def project(
+    tmp_path: Path, family: Any, text: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> Project:
+    """A llama with its recipe: of one block, or as many as the LAYERS of the test's file."""
+    Project.make(tmp_path, family("llama", blocks=getattr(request.module, "LAYERS", 1)), text)
     return Project(tmp_path, capsys)

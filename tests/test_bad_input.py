@@ -23,6 +23,8 @@ from safetensors.torch import load_file, save_file
 from compress import pipeline
 from tests.conftest import Project, contents
 
+LAYERS = 2  # of a project
+
 Change = Callable[[Project], Any]
 AGAIN = "download it again"
 APART = "config and weights do not belong together"

@@ -19,6 +19,8 @@ from compress.report.console import Console
 from tests.conftest import ROOT, Project, Result
 from tests.nursery import COMMAND, Nursery
 
+LAYERS = 2  # of a project
+
 
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str]) -> Any:

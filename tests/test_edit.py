@@ -22,6 +22,8 @@ from tests.conftest import FAMILIES, Project, make_model
 from tests.cooking import bake
 from tests.pass_laws import TOKENS
 
+LAYERS = 2  # of a project
+
 DEEP = ["llama", "qwen2", "gemma3", "gpt2", "opt", "phi3", "mixtral", "gpt_neox"]
 
 

@@ -104,7 +104,7 @@ def test_every_block_is_calibrated_on_what_it_gives(family: Any, text: Path, tmp
 
 
 def test_eight_bits_cost_little(family: Any, text: Path, tmp_path: Path) -> None:
-    kl = [several(tmp_path / str(i), family("llama"), text, format="int4:g32", pins=pins).scores["compressed"]["kl"]
+    kl = [several(tmp_path / str(i), family("llama", blocks=1), text, format="int4:g32", pins=pins).scores["compressed"]["kl"]
           for i, pins in enumerate([{}, {"embed": "int8:g32"}, {"embed": "int2:g32"}])]  # fmt: skip
     assert kl[1] < 1.1 * kl[0] < 0.8 * kl[2]
 
@@ -304,7 +304,7 @@ def test_a_table_in_pieces_is_the_same(family: Any, text: Path, tmp_path: Path, 
     for i, weights in enumerate((1 << 24, 32 * 64)):
         monkeypatch.setattr(solver, "TABLE", weights)
         options = {"format": "int4:g32", "pins": {"embed": "int3:g32:asym", "layers.*": "bf16"}}
-        made.append(bake(tmp_path / str(i), family("qwen2", torch.float32), text, "native", {"quantize": options}).state)
+        made.append(bake(tmp_path / str(i), family("qwen2", torch.float32, 1), text, "native", {"quantize": options}).state)
     one, two = (s.codes["embed"].load().dequantize(torch.float32) for s in made)
     torch.testing.assert_close(one, two)
 

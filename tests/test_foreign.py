@@ -169,7 +169,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory, family: Any, text: Path) -> P
     """A folder in which the test recipe has been run, by rounding."""
     folder = tmp_path_factory.mktemp("foreign") / "project"
     folder.mkdir()
-    recipe = Project.make(folder, family("llama"), text)
+    recipe = Project.make(folder, family("llama", blocks=1), text)
     recipe.write_text(recipe.read_text().replace("- quantize:", "- quantize:\n      method: rtn"))
     assert main(["run", str(recipe)]) == 0
     return folder

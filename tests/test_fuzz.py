@@ -84,7 +84,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, family: Any, text: Path) -> 
     """A folder in which a recipe has been run; a copy of it lies in `kept` beside."""
     folder = tmp_path_factory.mktemp("fuzz") / "project"
     folder.mkdir()
-    recipe = Project.make(folder, family("llama"), text)
+    recipe = Project.make(folder, family("llama", blocks=1), text)
     said = recipe.read_text("utf-8").replace("compressed_tensors", "native").replace("int4:g32", "int4:g32\n      method: rtn", 1)
     recipe.write_text(said.replace('"int4:g32\n      method: rtn"', '"int4:g32"\n      method: rtn'), "utf-8")
     assert command(folder, RUN) == 0

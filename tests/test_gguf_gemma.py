@@ -66,8 +66,14 @@ HEADS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}  
 OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
 
 
-@pytest.mark.parametrize("table", ["bf16", "int8:g32", "int3:channel"])
-@pytest.mark.parametrize("name", MODELS)
+def tables(*forms: str) -> list[Any]:
+    """Every model with a dense table; other formats of it where it serves the head too, and where it does not."""
+    quick = ("gemma3", "a head of its own")
+    return [pytest.param(name, form, marks=() if form == "bf16" or name in quick else pytest.mark.slow)
+            for name in MODELS for form in forms]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "table"), tables("bf16", "int8:g32", "int3:channel"))
 def test_the_gguf_package_reads_the_runs_weights(made: Any, name: str, table: str) -> None:
     done = made(name, table)
     state, blocks = done.state, open_model(str(artifact_of(done))).config.num_hidden_layers
@@ -117,8 +123,7 @@ def test_the_gguf_package_reads_the_keys(made: Any, name: str, own: dict[str, An
     assert {k.removeprefix(f"{arch}."): v for k, v in keys.items() if k.startswith(f"{arch}.")} == SHARED | own
 
 
-@pytest.mark.parametrize("table", ["bf16", "int8:g32"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "table"), tables("bf16", "int8:g32"))
 def test_it_is_proven_in_transformers_and_read_back(made: Any, name: str, table: str) -> None:
     done = made(name, table)
     proof = done.artifacts["gguf"][1]

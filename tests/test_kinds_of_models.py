@@ -183,7 +183,7 @@ def packed(folder: Path) -> Any:
 # --- language models inside of others --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "mistral3" else n for n in WRAPPERS])
 def test_of_a_model_with_a_tower_the_language_model_is_compressed(name: str, text: Path, tmp_path: Path) -> None:
     kind, config = WRAPPERS[name]
     source = made(tmp_path / "model", kind, config())
@@ -295,7 +295,7 @@ def replaced(state: State) -> State:
 # --- matrices that no table names -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "deepseek v2" else n for n in NAMED])
 def test_architectures_with_names_of_their_own(name: str, text: Path, tmp_path: Path) -> None:
     kind, config = NAMED[name]
     source = made(tmp_path / "model", kind, config())

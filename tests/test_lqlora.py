@@ -65,7 +65,7 @@ def test_a_correction_lowers_the_error_that_is_reported(family: Any, tmp_path: P
 def test_init_paper_is_seeded_and_needs_no_data(project: Project) -> None:
     text = project.recipe.read_text()
     start, end = text.index("  - quantize:"), text.index("export:")
-    lq = '  - lqlora: {init: paper, method: rtn, clip: minmax, format: "int3:g32", rank: 4, pins: {"layers.1.*": bf16}}\n'
+    lq = '  - lqlora: {init: paper, method: rtn, clip: minmax, format: "int3:g32", rank: 4, pins: {"*.down": bf16}}\n'
     project.recipe.write_text(text[:start] + lq + "export: []\n")
     project.edit("  calibration: {text: words.txt, sequences: 8, length: 32}\n", "")
     assert project.run().code == 0

@@ -20,6 +20,8 @@ from compress.recipe import load
 from compress.state import Fact
 from tests.conftest import RECIPE, ROOT, Project
 
+LAYERS = 2  # of a project
+
 FORMATS = ("int<2..8>:g<16..256>[:asym], int<2..8>:channel[:asym], nf<2,3,4,8>:g<16..256>[:dq<2,3,4,8>x<16..4096>[:fp16|:fp32]], "
            "lut<2..4>:g<16..256>[:shared], <any of these>+r<rank>[:<format of factors>], bf16, fp16, fp32")  # fmt: skip
 TOP = "model, out, seed, leave, data, passes, export"

@@ -32,6 +32,8 @@ from tests.conftest import FAMILIES, Project, make_model
 from tests.cooking import bake
 from tests.pass_laws import TOKENS, attempt, check_pass, step_of
 
+LAYERS = 2  # of a project
+
 
 class Scale(Pass):
     """Multiply every norm, and every matrix of a block, by a constant."""
@@ -253,6 +255,7 @@ def test_activations_that_overflow_name_the_block(tmp_path: Path, text: Path) ->
 def own_head(tmp_path: Path) -> Path:
     """A model whose config ties its head, and whose file holds another one, as transformers loads it."""
     config = FAMILIES["llama"]()
+    config.num_hidden_layers = 1
     folder = make_model(tmp_path / "model", config, torch.float32)
     said = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(said | {"tie_word_embeddings": True}))
