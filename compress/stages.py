@@ -13,6 +13,7 @@ from math import prod
 import psutil
 import torch
 
+from compress import calibration
 from compress.export.artifact.exporter import Exporter, Files
 from compress.formats import Dense, Int
 from compress.manager import Cost
@@ -58,7 +59,8 @@ def stages(ready: Prepared, layouts: Mapping[str, Files]) -> list[Stage]:
     data = ready.recipe.document.data
     windows = data.calibration
     tokens = windows.sequences * windows.length if windows else 0
-    found = [Stage(p.name, p.cost(ready.foreseen, tokens)) for p in ready.recipe.passes]
+    found = [Stage(name, cost) for name, cost in calibration.costs(windows, ready.start).items()]
+    found += [Stage(p.name, p.cost(ready.foreseen, tokens)) for p in ready.recipe.passes]
     if data.evaluation:
         found.append(Stage("evaluation", evaluation(ready.foreseen, data.evaluation)))
     return found + [Stage(e.name, proof(e, ready.foreseen, layouts[e.name])) for e in ready.exports]
