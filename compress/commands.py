@@ -42,6 +42,7 @@ from compress.planning import plan_command as plan_command
 from compress.recipe import Recipe, load, schema
 from compress.report import page
 from compress.report.console import Console
+from compress.report.report import source_rows
 from compress.run import digest, is_run
 from compress.state import State
 from compress.state.plan import size
@@ -141,6 +142,9 @@ def eval_command(options: argparse.Namespace) -> None:
             ["bits per weight, linear layers", f"{figures.linear_bits:.3f}"],
             ["bits per weight, whole file", f"{figures.file_bits:.3f}"]]  # fmt: skip
     print(page.columns(rows, right=(1,)))
+    by_source, head = source_rows({"compressed": scores.json()})
+    if by_source:
+        print("\n" + page.columns(by_source, head, right=range(1, len(head))))
     print(f"\n{scores.tokens:,} tokens of {tokens.place}, context {scores.length}; through {said}")
     for remark in known:
         print(f"note: {remark}")

@@ -4,6 +4,9 @@ A state is streamed block by block, and its logits are never all there (model/he
 
 KL is KL(original || compressed) in nats, the mean over predicted tokens. Perplexity is exp of the mean negative
 log-likelihood of each window's tokens after its first, so it depends on the window's length, which is always stated.
+
+Where the windows come from several sources, each has figures of its own: an average hides a language or a kind of text that
+suffers.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -28,16 +31,20 @@ from compress.state.graph import total
 @dataclass(frozen=True)
 class Scores:
     """perplexity: None for models that do not predict the next token. kl (nats) and agreement (share of equal top-1
-    tokens) are to the original; None when there is none to compare with. tokens: how many predictions were scored."""
+    tokens) are to the original; None when there is none to compare with. tokens: how many predictions were scored. sources: the
+    same of each source alone, where there are several; source: the one that these figures are of."""
 
     perplexity: float | None
     kl: float | None
     agreement: float | None
     tokens: int
     length: int
+    source: str | None = None
+    sources: tuple[Scores, ...] = ()
 
     def json(self) -> dict[str, Any]:
-        return asdict(self)
+        found = asdict(self) | {"sources": [each.json() for each in self.sources]}
+        return {k: v for k, v in found.items() if k not in ("source", "sources") or v}
 
 
 @dataclass(frozen=True)
@@ -74,8 +81,18 @@ def compare(
             found = both(theirs, ours, known)
         else:
             found = asked(theirs, ask, state.ids(tokens.ids), causal, known)
-        length = int(tokens.ids.shape[1])
-        return None if theirs is None else original_scores(found, length), scores(found, length)
+        return None if theirs is None else told(original_scores, found, tokens), told(scores, found, tokens)
+
+
+def told(of: Callable[[list[Compared], int], Scores], found: list[Compared], tokens: Tokens) -> Scores:
+    """The scores of all windows, with those of each source where there are several."""
+    length, pieces = int(tokens.ids.shape[1]), len(found) // len(tokens.ids)
+    sources, start = [], 0
+    for name, windows in tokens.sources:
+        end = start + windows * pieces
+        sources.append(replace(of(found[start:end], length), source=name))
+        start = end
+    return replace(of(found, length), sources=tuple(sources))
 
 
 def asked(theirs: Streamed | None, ask: Ask, ids: Tensor, causal: bool, known: list[int] | None) -> list[Compared]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 
-from compress import evaluate, manager
+from compress import calibration, evaluate, manager
 from compress.documents import json_mapping
 from compress.errors import RecipeError, RunError, first_line
 from compress.export.artifact.carried import carried
@@ -69,9 +69,9 @@ def plan(
     ready = prepare(path, overrides, console.note)
     out = out or ready.recipe.out
     if ready.model.has_weights:
-        _ = ready.model.state, ready.calibration, ready.evaluation  # their mistakes are known now, not after hours
+        _ = ready.model.state, ready.pool, ready.evaluation  # their mistakes are known now, not after hours
         RunFolder(out).refuse_foreign()
-        ready = decided(ready, out, measure, device, console)
+        ready = decided(windows_for(ready, out, measure, device, console), out, measure, device, console)
     remarks = list(ready.model.remarks)
     remarks += told_by_passes(ready)
     remarks += [r for e in ready.exports for r in e.remarks(ready.foreseen)]
@@ -115,8 +115,20 @@ def over_budget(state: State, layouts: Mapping[str, Files]) -> list[str]:
     return found
 
 
+def windows_for(ready: Prepared, out: Path, measure: bool, device: str, console: Console) -> Prepared:
+    """The same with its calibration windows, where they are known; they are asked of the model if the first step decides by
+    them, and that is to be measured."""
+    passes = ready.recipe.passes
+    if ready.settled or not (measure and passes and passes[0].decides):
+        return calibration.recalled(ready, out, device)
+    with RunFolder(out).held():
+        return calibration.settled(ready, out, device, console)
+
+
 def decided(ready: Prepared, out: Path, measure: bool, device: str, console: Console) -> Prepared:
     """The same with what its first passes decide, if nothing but deciding and finished steps stand before that."""
+    if not ready.settled:  # no step can be finished then
+        return ready
     steps = steps_of(ready, out, device, lambda step: context_of(ready, step, device, console))
     known = [step.finished or (p.decides and measure) for p, step in zip(ready.recipe.passes, steps, strict=True)]
     reach = known.index(False) if False in known else len(known)
@@ -147,14 +159,15 @@ def step_states(ready: Prepared, out: Path, device: str) -> list[tuple[str, str,
     for p, step in zip(ready.recipe.passes, make_steps(ready, out, device), strict=True):
         chosen = {k: v for k, v in p.model_dump(mode="json").items() if k in p.model_fields_set}
         options = ", ".join(f"{k} {page.brief(v)}" for k, v in chosen.items())
-        status = "?" if step is None else "cached" if step.finished else "in part" if step.partial.exists() else "to do"
+        unknown = "to do" if ready.model.has_weights else "?"  # no step is finished that reads windows yet to be found
+        status = unknown if step is None else "cached" if step.finished else "in part" if step.partial.exists() else "to do"
         rows.append((p.name, options, status))
     return rows
 
 
 def make_steps(ready: Prepared, out: Path, device: str) -> list[Step | None]:
-    """The steps with their keys; None where there are no weights to take a key from."""
-    if not ready.model.has_weights:
+    """The steps with their keys; None where there are no weights, or no calibration windows yet, to take a key from."""
+    if not (ready.model.has_weights and ready.settled):
         return [None] * len(ready.recipe.passes)
     return list(steps_of(ready, out, device, lambda _: None))
 
@@ -201,13 +214,14 @@ def run(
     last = last_step(ready.recipe, until)
     check_device(device)
     out = out or ready.recipe.out
-    _ = ready.model.state, ready.calibration, ready.evaluation  # what can fail by itself does so before anything is written
+    _ = ready.model.state, ready.pool, ready.evaluation  # what can fail by itself does so before anything is written
     for exporter in ready.exports:
         refuse_foreign(out / exporter.name)
     with RunFolder(out).held():
         for remark in ready.model.remarks:
             console.note(f"note: {remark}")
         write_atomic(out / "recipe.resolved.yaml", ready.recipe.resolved(ready.recipe.base, out).encode())
+        ready = calibration.settled(ready, out, device, console)
         write_atomic(out / "run.json", json.dumps(run_record(ready), indent=1).encode())
         return execute(ready, out, last, device, console)
 
@@ -300,7 +314,7 @@ def result_bytes(ready: Prepared, state: State) -> int:
 
 def scored(start: State, made: Folded, tokens: data.Tokens, out: Path, device: str, console: Console) -> dict[str, Any]:
     """Figures of the original and of the result, from evaluation.json where the same ones were measured before."""
-    mark = digest(made.key, tokens.hash)
+    mark = digest(made.key, tokens.hash, [windows for _, windows in tokens.sources])
     file = out / "evaluation.json"
     known = scores_of(file)
     if known.get("key") == mark:
@@ -318,7 +332,9 @@ def scores_of(file: Path) -> dict[str, Any]:
     try:
         known = json_mapping(file, RunError)
         before, after = (TypeAdapter(evaluate.Scores).validate_python(known[n]) for n in ("original", "compressed"))
-        compared = None not in (after.kl, after.agreement) and (before.perplexity is None) == (after.perplexity is None)
+        pairs = [(before, after), *zip(before.sources, after.sources, strict=True)]
+        compared = all(None not in (a.kl, a.agreement) and (b.perplexity is None) == (a.perplexity is None)
+                       and b.source == a.source for b, a in pairs)  # fmt: skip
         return known if compared and isinstance(known["text"], str) else {}
     except (ValueError, LookupError, TypeError):
         return {}

@@ -18,6 +18,7 @@ from compress.model.model import Model, open_model
 from compress.passes import PASSES
 from compress.recipe import Recipe, load
 from compress.run import digest
+from compress.sampling import check
 from compress.state import State
 
 PROOF_TOKENS = (2, 64)  # windows and tokens on which an artifact's logits are compared
@@ -36,6 +37,7 @@ class Prepared:
     start: State
     foreseen: State
     told: tuple[Sequence[manager.Record], ...] = ()
+    asked: data.Tokens | None = None  # calibration windows that the model was asked for, see calibration.py
 
     @property
     def seed(self) -> int:
@@ -45,8 +47,20 @@ class Prepared:
     def exports(self) -> tuple[Exporter, ...]:
         return self.recipe.exports
 
-    @cached_property
+    @property
+    def settled(self) -> bool:
+        """Whether the calibration windows are known: read, or asked of the model."""
+        windows = self.recipe.document.data.calibration
+        return windows is None or not windows.measured or self.asked is not None
+
+    @property
     def calibration(self) -> data.Tokens | None:
+        assert self.settled, "whoever needs calibration windows settles them before"
+        return self.asked or self.pool
+
+    @cached_property
+    def pool(self) -> data.Tokens | None:
+        """What is read for calibration: the windows, those to choose from, or what sampled ones begin with."""
         return self._tokens("calibration")
 
     @cached_property
@@ -59,8 +73,13 @@ class Prepared:
             return None
         try:
             data.check_length(windows.length, self.model.config)
+            if isinstance(windows, data.Calibration) and windows.generate:
+                check(self.start)
+            reading = windows.reading
+            if reading is None:
+                return data.beginnings(self.model.folder, windows.sequences)
             vocabulary = self.foreseen.vocabulary
-            return data.read(windows, self.model.folder, self.recipe.base, self.start.graph["embed"].shape[0], vocabulary)
+            return data.read(reading, self.model.folder, self.recipe.base, self.start.graph["embed"].shape[0], vocabulary)
         except CompressError as e:
             raise type(e)(f"{self.recipe.place(('data', which))}  {e}") from None
 

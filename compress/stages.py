@@ -16,6 +16,7 @@ from math import prod
 import psutil
 import torch
 
+from compress import calibration
 from compress.export.artifact.exporter import Exporter, Files
 from compress.formats import Dense, Int
 from compress.manager import Cost
@@ -71,7 +72,8 @@ def stages(ready: Prepared, layouts: Mapping[str, Files]) -> list[Stage]:
     data = ready.recipe.document.data
     windows = data.calibration
     count, length = (windows.sequences, windows.length) if windows else (0, 0)
-    found = [Stage(p.name, p.cost(ready.foreseen, p.reads(count) * length)) for p in ready.recipe.passes]
+    found = [Stage(name, cost) for name, cost in calibration.costs(windows, ready.start).items()]
+    found += [Stage(p.name, p.cost(ready.foreseen, p.reads(count) * length)) for p in ready.recipe.passes]
     if data.evaluation:
         found.append(Stage("evaluation", evaluation(ready.foreseen, data.evaluation)))
     run = windows is not None or data.evaluation is not None  # without text, tensors are compared and no logits

@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 
 # From the top. A room or a module may import from its own line, without cycles, and from lines below; nobody from above.
 LAYERS = (
-    ("cli", "commands", "planning", "pipeline", "stages", "prepare", "bench", "terminal", "__main__"),
+    ("cli", "commands", "planning", "pipeline", "stages", "prepare", "bench", "calibration", "sampling", "terminal", "__main__"),
     ("recipe", "run", "parts", "report", "evaluate"),
     ("passes", "export"),
     ("manager",),

@@ -20,7 +20,7 @@ import pytest
 import compress
 from compress.cli import parser
 from compress.export.table import EXPORTERS
-from compress.model.data import Data, Text, Windows
+from compress.model.data import Calibration, Data, Generate, Prompts, Text, Windows
 from compress.passes import PASSES
 from compress.recipe import Document
 from tests.conftest import ROOT
@@ -62,6 +62,11 @@ DATA: dict[type, dict[str, Any]] = {
     Text: {"text": None, "jsonl": None, "dataset": None, "field": "text", "split": "train", "weight": 1.0},
     Windows: {"text": None, "jsonl": None, "dataset": None, "field": "text", "split": "train", "weight": 1.0, "sequences": 128,
               "length": 2048, "bos": False, "sources": []},
+    Calibration: {"text": None, "jsonl": None, "dataset": None, "field": "text", "split": "train", "weight": 1.0,
+                  "sequences": 128, "length": 2048, "bos": False, "sources": [], "select": "first", "pool": None,
+                  "generate": None},
+    Generate: {"temperature": [1.0, 1.0], "first": 16, "prompts": None},
+    Prompts: {"text": None, "jsonl": None, "dataset": None, "field": "text", "split": "train", "tokens": 8},
 }  # fmt: skip
 
 PARTS = ("passes", "export", "recipes", "benchmarks")

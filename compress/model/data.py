@@ -17,7 +17,7 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -32,10 +32,11 @@ START = 1 << 16  # characters that are tokenized at first
 BATCH = 4096  # tokens that go through a model at once, or one window
 MARGIN = 256  # tokens behind the windows
 MOST = 2**40  # tokens that anybody may ask for
+POOL = 8  # windows that each chosen one is chosen from
 
 
-class Text(BaseModel):
-    """One source of text: exactly one of `text`, `jsonl` and `dataset`."""
+class Source(BaseModel):
+    """A text: exactly one of `text`, `jsonl` and `dataset`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -47,7 +48,6 @@ class Text(BaseModel):
     dataset: str | None = Field(None, description="a hub data set, `name` or `name:config`; needs the extra `datasets`")
     field: str = Field("text", description="the field that holds the text or messages, for jsonl and dataset")
     split: str = Field("train", description="the split, for dataset")
-    weight: float = Field(1.0, gt=0, le=1e9, description="share of the windows that this source gives, among several")
 
     @field_validator("text", "jsonl")
     @classmethod
@@ -57,7 +57,7 @@ class Text(BaseModel):
         return named
 
     @model_validator(mode="after")
-    def _one_kind(self) -> Text:
+    def _one_kind(self) -> Source:
         if sum(k is not None for k in (self.text, self.jsonl, self.dataset)) > 1:
             raise ValueError("give only one of text, jsonl, dataset")
         return self
@@ -65,6 +65,12 @@ class Text(BaseModel):
     @property
     def place(self) -> str:
         return self.text or self.jsonl or self.dataset or ""
+
+
+class Text(Source):
+    """One source of text, and how much it gives."""
+
+    weight: float = Field(1.0, gt=0, le=1e9, description="share of the windows that this source gives, among several")
 
 
 class Windows(Text):
@@ -75,6 +81,11 @@ class Windows(Text):
     bos: bool = Field(False, description="put the tokenizer's begin-of-text token first in every window (Gemma wants it)")
     sources: tuple[Text, ...] = Field((), description="several sources with weights, instead of one")
 
+    @property
+    def reading(self) -> Windows | None:
+        """What is read for it; None where nothing is."""
+        return self
+
     @model_validator(mode="after")
     def _some_source(self) -> Windows:
         if bool(self.place) == bool(self.sources):
@@ -84,21 +95,100 @@ class Windows(Text):
         return self
 
 
+class Prompts(Source):
+    """What sampled windows begin with: pieces of a text."""
+
+    tokens: int = Field(8, gt=1, le=MOST, description="tokens that each window takes from the text")
+
+    @model_validator(mode="after")
+    def _some_source(self) -> Prompts:
+        if not self.place:
+            raise ValueError("prompts need text, jsonl or dataset")
+        return self
+
+
+Temperature = Annotated[float, Field(gt=0, le=100)]
+
+
+class Generate(BaseModel):
+    """How windows are sampled from the model itself."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    temperature: tuple[Temperature, Temperature] = Field(
+        (1.0, 1.0), description="of the first token, and of those from `first` tokens on; in between it falls evenly"
+    )
+    first: int = Field(16, gt=0, le=MOST, description="tokens after which the temperature is the second one")
+    prompts: Prompts | None = Field(None, description="a text to go on from; else windows begin after the begin-of-text token")
+
+
+class Calibration(Windows):
+    """Windows to calibrate on: the first of a text, those of a larger pool that cover it best, or sampled from the model."""
+
+    select: Literal["first", "activations"] = Field(
+        "first", description="which windows of the text: the first, or of `pool` times as many those that cover the activations"
+    )
+    pool: int | None = Field(None, ge=1, le=10_000, description="for select: activations, windows per chosen one; default 8")
+    generate: Generate | None = Field(None, description="sample the windows from the model, instead of a text")
+
+    @model_validator(mode="after")
+    def _some_source(self) -> Calibration:
+        if self.generate is None:
+            super()._some_source()  # type: ignore[operator]
+        elif self.place or self.sources:
+            raise ValueError("generate samples text from the model; leave out text, jsonl, dataset and sources, or put a text to "
+                             "go on from under generate: prompts")  # fmt: skip
+        return self
+
+    @model_validator(mode="after")
+    def _all_of_use(self) -> Calibration:
+        if self.pool is not None and self.select == "first":
+            raise ValueError("pool is for select: activations; without it the first windows are taken")
+        if self.generate and self.select != "first":
+            raise ValueError("select chooses among windows of a text, and generate samples no more than are used; leave one out")
+        if self.generate and self.generate.prompts and self.generate.prompts.tokens + self.bos >= self.length:
+            raise ValueError(f"prompts of {self.generate.prompts.tokens} tokens fill windows of {self.length}; ask for fewer")
+        return self
+
+    @property
+    def candidates(self) -> int:
+        """How many windows are read."""
+        return self.sequences * (self.pool or POOL) if self.select == "activations" else self.sequences
+
+    @property
+    def measured(self) -> bool:
+        """Whether reading is not all: the model has to be asked which windows, or for them."""
+        return self.generate is not None or self.candidates > self.sequences
+
+    @property
+    def reading(self) -> Windows | None:
+        """A pool, prompts, or the windows themselves; nothing where windows begin with the begin-of-text token."""
+        if self.generate is None:
+            return self.model_copy(update={"sequences": self.candidates})
+        prompts = self.generate.prompts
+        if prompts is None:
+            return None
+        source = prompts.model_dump(exclude={"tokens"})
+        return Windows(**source, sequences=self.sequences, length=prompts.tokens + self.bos, bos=self.bos)
+
+
 class Data(BaseModel):
     """What a run reads: text to calibrate on, and other text to evaluate on."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    calibration: Windows | None = Field(None, description="what GPTQ sees")
+    calibration: Calibration | None = Field(None, description="what GPTQ sees")
     evaluation: Windows | None = Field(None, description="what the figures of the report are measured on")
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """ids: int64 [sequences, length]. place: where they come from, for people. hash: of the ids."""
+    """ids: int64 [sequences, length]. place: where they come from, for people. sources: of several ones that gave windows, in
+    order, each one's name and number of windows. hash: of the ids."""
 
     ids: torch.Tensor
     place: str
+    sources: tuple[tuple[str, int], ...] = ()
 
     @property
     def hash(self) -> str:
@@ -130,7 +220,16 @@ def read(windows: Windows, model: Path, base: Path, size: int, vocabulary: tuple
     if int(ids.max()) >= size:
         raise DataError(f"{model}: the tokenizer gives token {int(ids.max())}, the model knows only {size}; "
                         "they do not belong together")  # fmt: skip
-    return Tokens(ids, ", ".join(s.place for s in sources))
+    given = [(source.place, n) for source, n in zip(sources, counts, strict=True) if n]
+    return Tokens(ids, ", ".join(s.place for s in sources), tuple(given) if len(given) > 1 else ())
+
+
+def beginnings(model: Path, count: int) -> Tokens:
+    """The begin-of-text token `count` times, as windows of one token; DataError where the tokenizer has none."""
+    with tokenizer_of(model) as tokenizer:
+        if tokenizer.begin is None:
+            raise DataError("generate: the tokenizer has no begin-of-text token to begin with; name a text under prompts")
+    return Tokens(torch.full((count, 1), tokenizer.begin), "the begin-of-text token")
 
 
 def check_length(length: int, config: Any) -> None:

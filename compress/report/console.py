@@ -19,7 +19,7 @@ class Console:
         self.live = not quiet and self.stream.isatty()
         self._began = 0.0
         self._status = ""
-        self._first = 0.0
+        self._first = -1.0
 
     def say(self, record: dict[str, Any]) -> None:
         self.note(site_line(record))

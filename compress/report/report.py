@@ -66,6 +66,23 @@ def score_rows(scores: Mapping[str, Any], before: Sizes, after: Sizes) -> list[R
     return rows
 
 
+def source_rows(scores: Mapping[str, Any]) -> tuple[list[Row], Row]:
+    """The figures on each source of the evaluation text, and what they are; no rows where there is one source alone."""
+    after = scores["compressed"].get("sources", []) if scores else []
+    before = scores["original"]["sources"] if after and "original" in scores else []
+    rows: list[Row] = []
+    for i, score in enumerate(after):
+        perplexities = [shown(s["perplexity"], ".4f") for s in (*before[i : i + 1], score)]
+        rows.append([score["source"], f"{score['tokens']:,}", *perplexities, shown(score["kl"], ".5f"),
+                     shown(score["agreement"], ".2%").replace("%", " %")])  # fmt: skip
+    perplexity = ["original's perplexity", "perplexity"] if before else ["perplexity"]
+    return rows, ["source", "tokens", *perplexity, "KL (nats)", "same top token"]
+
+
+def shown(figure: float | None, form: str) -> str:
+    return "-" if figure is None else f"{figure:{form}}"
+
+
 def recipe_text(recipe: Recipe) -> str:
     """The recipe with its defaults, without the folder it was written to: the same for the same artifact."""
     full = yaml.safe_load(recipe.resolved())
@@ -120,6 +137,9 @@ class Report:
     def summary(self) -> str:
         """One screen."""
         text = columns(score_rows(self.scores, self.before, self.after), ["", "original", "compressed"], right=(1, 2))
+        rows, head = source_rows(self.scores)
+        if rows:
+            text += f"\n\n{columns(rows, head, right=range(1, len(head)))}"
         if self.scores:
             text += f"\n\n{self.measured}"
         text += "".join(f"\n{a['name']}: {a['path']}\n  {a['proof']}" for a in self.artifacts)
@@ -144,7 +164,8 @@ class Report:
                  "## Artifacts", *[f"- `{a['path']}`: {a['proof']}" for a in self.artifacts],
                  "## Recipe", f"```yaml\n{self.recipe}```"]  # fmt: skip
         if self.scores:
-            parts.insert(2, self.measured)
+            by_source, head = source_rows(self.scores)
+            parts[2:2] = [self.measured, *([pipes(by_source, head)] if by_source else [])]
         if self.allocation:
             at = parts.index("## Steps")
             parts[at:at] = ["## Allocation", "\n".join(f"- {line}" for line in self.allocation),
@@ -176,6 +197,7 @@ class Report:
         body = [f"<h1>{html.escape(self.title)}, compressed</h1>",
                 html_table(score_rows(self.scores, self.before, self.after), ["", "original", "compressed"]),
                 *([f"<p>{html.escape(self.measured)}</p>"] if self.scores else []),
+                *([html_table(*source_rows(self.scores))] if source_rows(self.scores)[0] else []),
                 *(f"<p><strong>Warning:</strong> {html.escape(line)}.</p>" for line in self.warnings),
                 *self._allocated(),
                 "<h2>Bits per weight</h2>", heat_map(self.state.graph, bits, "{:.2f}"),
@@ -242,6 +264,7 @@ def card_writer(
                  *(f"{remark}." for remark in model.source_remarks),
                  *([f"Perplexity and KL on {scores['compressed']['tokens']:,} tokens, windows of "
                     f"{scores['compressed']['length']}."] if scores else []),
+                 *([pipes(*source_rows(scores))] if source_rows(scores)[0] else []),
                  "## Use", f"Loads in: {extra['loads in']}.", extra["use"],
                  "## Damage, matrix by matrix",
                  "Errors are relative and weighted by the inputs' Hessian, tr(ΔHΔᵀ) / tr(WHWᵀ), beside those of plain rounding.",

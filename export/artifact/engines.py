@@ -71,12 +71,12 @@ class Transformers:
         return out.logits.float().cpu(), out.get("past_key_values")
 
 
-def dense(model: Model, device: str) -> Engine:
-    """The model as it is, in transformers. EngineError where that cannot load it."""
+def dense(model: Model, device: str, dtype: torch.dtype | None = None) -> Engine:
+    """The model as it is, in transformers, computing in its own dtype or another one. EngineError where that cannot load it."""
     try:
         with redirect_stderr(io.StringIO()):  # progress bars
             kind = model_class(model.config)
-            found = kind.from_pretrained(model.folder, config=model.config, dtype=model.dtype, **LOCAL).to(device)
+            found = kind.from_pretrained(model.folder, config=model.config, dtype=dtype or model.dtype, **LOCAL).to(device)
     except Exception as e:
         raise EngineError(f"transformers' {model_class(model.config).__name__} fails on it ({first_line(e)})") from e
     return Transformers(found, "transformers")
