@@ -2,8 +2,9 @@
 
 Rows of a reader are solved one by one, so what an output counts for matters to nothing but the choice of who goes. Where a norm
 stands behind the reader, as in Gemma, its weights say that: they differ by factors of a thousand, and unweighed errors are
-those of a few outputs that hardly pass. On Gemma 3 270M without a quarter of its neurons, nothing made up for, KL is PN with the
-squares of weights and inputs alone and PW with the norm's.
+those of a few outputs that hardly pass. Gemma 3 270M without a quarter of its neurons, calibrated on 8,192 tokens: KL 0.551 with
+the norm's weights, 0.70 without, where Wanda's choice, not compensated, has 0.70 and FLAP's 0.84. The Fisher information of the
+outputs, from a backward pass, was tried in place of it, and gave 0.69.
 """
 
 from __future__ import annotations

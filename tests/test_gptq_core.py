@@ -283,6 +283,11 @@ def test_hopeless_hessians(hessian: Tensor, note: str) -> None:
         assert torch.equal(s.codes, gptq_core.round_to_nearest(W, None, fmt).codes)
 
 
+def test_damping_grows_where_tokens_are_few() -> None:
+    found = [gptq_core.damp_for(inputs, tokens) for inputs, tokens in ((64, 8192), (2048, 8192), (2048, 262_144), (2048, 0))]
+    assert found == [0.01, pytest.approx(0.1), 0.01, 1.0]
+
+
 def test_damping_grows_until_it_factors() -> None:
     _, H = problem(1, 40)
     H.diagonal().sub_(0.05 * H.diagonal().mean() + torch.linalg.eigvalsh(H)[0])

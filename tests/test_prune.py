@@ -15,6 +15,7 @@ from compress.errors import CompressError
 from compress.export.artifact.proof import logits
 from compress.export.table import KINDS
 from compress.model.couplings import couplings
+from compress.model.feeds import norms_behind
 from compress.model.model import open_model
 from compress.passes.prune import Prune, natural
 from tests.conftest import FAMILIES, Project, make_model
@@ -165,3 +166,30 @@ def test_without_data_weights_alone_can_say(tmp_path: Path) -> None:
     assert torch.equal(left, whole[:64])
     with pytest.raises(CompressError, match=r"needs data\.calibration"):
         Prune(mlp=0.5).check(calibrated=False)
+
+
+@pytest.mark.parametrize(("name", "expected"), [
+    ("gemma3", {"layers.1.attn.o": "post_attention_layernorm", "layers.1.mlp.down": "post_feedforward_layernorm"}),
+    ("llama", {}),
+    ("gpt2", {}),
+])  # fmt: skip
+def test_the_norm_behind_a_reader_is_found(family: Any, name: str, expected: dict[str, str]) -> None:
+    found = norms_behind(open_model(str(family(name))).state)
+    behind = {site: norm.weight.split(".")[-2] for site, norm in found.items() if site.startswith("layers.1.")}
+    assert behind == expected
+
+
+def test_outputs_count_by_the_norm_behind_them(tmp_path: Path) -> None:
+    """Neurons whose outputs the norm takes away go first, however large these are."""
+    folder = make_model(tmp_path / "model", FAMILIES["gemma3"](), torch.float32)
+    tensors = load_file(folder / "model.safetensors")
+    for i in range(2):
+        down = tensors[f"model.layers.{i}.mlp.down_proj.weight"]
+        down[:32], down[32:, :64], down[:32, 64:] = 0.0, 0.0, 0.0
+        down[:32, :64] = 10 * torch.randn(32, 64, generator=torch.Generator().manual_seed(i))
+        tensors[f"model.layers.{i}.post_feedforward_layernorm.weight"][:32] = -1.0  # Gemma computes with 1 + w
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    model = open_model(str(folder))
+    after = attempt(Prune(mlp=0.5), model, tmp_path / "steps")
+    whole, left = (s.dense.read("model.layers.1.mlp.up_proj.weight") for s in (model.state, after))
+    assert torch.equal(left, whole[64:])
