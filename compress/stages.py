@@ -33,7 +33,7 @@ from compress.state.plan import size
 # Measured on one core of a server CPU, as all seconds here are that no product takes.
 BASELINE_BYTES = 300 * 2**20  # Python, torch, transformers and the rest, imported, and a model without weights
 SECONDS_AT_START = 5.0  # until all that is imported
-SECONDS_PER_WEIGHT = 4.5e-8  # of the search for ranges, and of rounding
+SECONDS_PER_WEIGHT = 5e-8  # of the search for ranges, and of rounding
 SECONDS_PER_STEP = 2.3e-5  # of rounding one input of some outputs, whose numbers are few
 SECONDS_PER_BYTE = 6e-9  # of an artifact: written, hashed, read again and compared
 SECONDS_PER_NUMBER = 2.5e-9  # that a matrix reads or writes: attention, norms, activations

@@ -17,6 +17,7 @@ MEASURING = 3.0  # of rounding to nearest: two losses 2, and half as much again
 RETARGETING = 6.0  # two triangular solutions and a product with the drift 4, and half as much again
 FACTORING = 2.0  # operations, in fp32, for K³ of a Hessian, which is factored in fp64
 ORDERING = 6.0  # times that an entry of it is read or written before and behind that
+ROUNDED = 8  # copies of the outputs in hand where nothing is fed back
 CHUNK = 1 << 22  # weights that are solved at a time
 
 
@@ -77,6 +78,7 @@ def drift_bytes(numel: int, inputs: int) -> int:
     return 4 * (numel if 2 * numel < inputs**2 else inputs**2)
 
 
-def matrix_bytes(numel: int) -> int:
-    """Memory for solving a matrix: the weights, their codes and what they become, and the outputs in hand."""
-    return 7 * numel + 40 * min(numel, CHUNK)
+def matrix_bytes(numel: int, copies: int = 10) -> int:
+    """Memory for solving a matrix: the weights, their codes and what they become, and so many copies, in fp32, of the outputs in
+    hand."""
+    return 7 * numel + 4 * copies * min(numel, CHUNK)

@@ -174,7 +174,7 @@ class Quantize(Pass):
             packed[s.block] += formats[s.name].nbytes(s.shape)
         codes = max(packed.values(), default=0)
         if not tokens:
-            return codes + max((costs.matrix_bytes(s.numel) for s in matrices), default=0)
+            return codes + max((costs.matrix_bytes(s.numel, costs.ROUNDED) for s in matrices), default=0)
         models, block = 1 + self.corrects, block_bytes(state)
         seen = max((costs.seen_bytes(members, self.corrects) for members in stages.values()), default=0)
         solved = max((costs.stage_bytes(members, self.corrects) for members in stages.values()), default=0)
