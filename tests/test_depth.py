@@ -29,6 +29,8 @@ from tests.cooking import bake
 from tests.pass_laws import TOKENS, step_of, tensors_of
 from tests.test_edit import deep, without
 
+LAYERS = 2  # of a project's model
+
 ALL = Depth(windows=100)
 ZEROS = {"unit": "sublayer", "keep_zeros": True, "windows": 100}
 

@@ -22,6 +22,8 @@ from tests.conftest import FAMILIES, Project, make_model
 from tests.cooking import bake
 from tests.pass_laws import TOKENS, attempt
 
+LAYERS = 2  # of a project's model
+
 METHODS = ("obs", "wanda", "flap", "magnitude")
 
 
