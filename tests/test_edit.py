@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from compress.errors import CompressError, ModelError
 from compress.export.artifact.proof import logits
-from compress.export.table import KINDS
+from compress.export.table import EXPORTERS, KINDS
 from compress.model.layers import renumbered
 from compress.model.model import open_model
 from compress.passes.edit import Edit
@@ -61,11 +61,18 @@ def test_a_model_without_two_layers_is_transformers_without_them(tmp_path: Path,
     torch.testing.assert_close(logits(state, [TOKENS.ids[:2]], "cpu")[0], wanted, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["compressed_tensors", "native", "onnx", "gguf", "gptq"])
-def test_fewer_layers_and_an_own_head_go_through_every_exporter_and_back(tmp_path: Path, text: Path, kind: str) -> None:
+@pytest.fixture(scope="module")
+def edited(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A run that made an artifact of every kind."""
+    tmp_path = tmp_path_factory.mktemp("edited")
     folder = deep(tmp_path / "model", "qwen2", 2)  # whose head is tied
-    done = bake(tmp_path, folder, text, kind, {"edit": {"drop_layers": [0], "untie": True}},
+    return bake(tmp_path, folder, text, " ".join(EXPORTERS), {"edit": {"drop_layers": [0], "untie": True}},
                 {"quantize": {"format": "int4:g32", "pins": {"lm_head": "int8:g32"}}})  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", EXPORTERS)
+def test_fewer_layers_and_an_own_head_go_through_every_exporter_and_back(edited: Any, kind: str) -> None:
+    done = edited
     place, proof = done.artifacts[kind]
     assert "not proven" not in proof.remark or kind == "gptq"  # transformers reads no packed head there
     config = json.loads((place / "config.json").read_text())

@@ -80,7 +80,7 @@ def divergence(
     return kl
 
 
-@pytest.mark.parametrize("bits", [4, pytest.param(3, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("bits", [*(pytest.param(bits, marks=pytest.mark.slow) for bits in (4, 3)), 2])
 def test_error_feedback_beats_rounding_on_held_out_text(assets: Path, tmp_path: Path, bits: int) -> None:
     texts = assets / "texts" / "stories-split"
     model = assets / "models" / "stories260K-mlp192"

@@ -100,23 +100,24 @@ def test_a_pass_that_changes_shapes_and_config_keeps_the_laws(family: Any, tmp_p
     check_pass(Narrow(), family("llama"), tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["compressed_tensors", "native", pytest.param("onnx", marks=pytest.mark.slow), "gguf"])
+@pytest.mark.parametrize("kinds", ["compressed_tensors native gguf", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_a_changed_norm_and_shape_are_in_the_artifact(
-    family: Any, tmp_path: Path, text: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+    family: Any, tmp_path: Path, text: Path, kinds: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from compress.passes import PASSES
 
     for cls in (Scale, Narrow):
         monkeypatch.setitem(PASSES, cls.name, cls)
     done = bake(
-        tmp_path, family("llama"), text, kind, {"scale": {"factor": 1.5}}, {"narrow": {}}, {"quantize": {"format": "int4:g32"}}
+        tmp_path, family("llama"), text, kinds, {"scale": {"factor": 1.5}}, {"narrow": {}}, {"quantize": {"format": "int4:g32"}}
     )
-    place, _ = done.artifacts[kind]
-    assert json.loads((place / "config.json").read_text())["intermediate_size"] == 64
-    again = next(k for k in KINDS if k.name == kind).read(place)
-    norm = "model.layers.1.input_layernorm.weight"
-    assert torch.equal(again.dense.read(norm), open_model(str(family("llama"))).checkpoint.read(norm) * 1.5)
-    assert again.graph["layers.0.mlp.up"].shape == (64, 64)
+    assert list(done.artifacts) == kinds.split()
+    for kind, (place, _) in done.artifacts.items():
+        assert json.loads((place / "config.json").read_text())["intermediate_size"] == 64
+        again = next(k for k in KINDS if k.name == kind).read(place)
+        norm = "model.layers.1.input_layernorm.weight"
+        assert torch.equal(again.dense.read(norm), open_model(str(family("llama"))).checkpoint.read(norm) * 1.5)
+        assert again.graph["layers.0.mlp.up"].shape == (64, 64)
 
 
 # --- promises ----------------------------------------------------------------------------------------------------------
@@ -271,14 +272,15 @@ def test_a_head_of_its_own_is_read_though_the_config_ties(own_head: Path) -> Non
     torch.testing.assert_close(logits(state, [TOKENS.ids[:1]], "cpu")[0], theirs.float(), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["compressed_tensors", "gptq", "gguf", "native", pytest.param("onnx", marks=pytest.mark.slow)])
-def test_an_own_head_goes_into_every_artifact(own_head: Path, tmp_path: Path, text: Path, kind: str) -> None:
-    done = bake(tmp_path, own_head, text, kind, {"quantize": {"format": "int8:g32"}})
-    place, _ = done.artifacts[kind]
-    assert json.loads((place / "config.json").read_text())["tie_word_embeddings"] is False
-    state = next(k for k in KINDS if k.name == kind).read(place)
-    assert torch.equal(state.weight(state.graph["lm_head"]), done.state.weight(done.state.graph["lm_head"]))
-    assert not torch.equal(state.weight(state.graph["lm_head"]), state.weight(state.graph["embed"]))
+@pytest.mark.parametrize("kinds", ["compressed_tensors gptq gguf native", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_an_own_head_goes_into_every_artifact(own_head: Path, tmp_path: Path, text: Path, kinds: str) -> None:
+    done = bake(tmp_path, own_head, text, kinds, {"quantize": {"format": "int8:g32"}})
+    assert list(done.artifacts) == kinds.split()
+    for kind, (place, _) in done.artifacts.items():
+        assert json.loads((place / "config.json").read_text())["tie_word_embeddings"] is False
+        state = next(k for k in KINDS if k.name == kind).read(place)
+        assert torch.equal(state.weight(state.graph["lm_head"]), done.state.weight(done.state.graph["lm_head"]))
+        assert not torch.equal(state.weight(state.graph["lm_head"]), state.weight(state.graph["embed"]))
 
 
 def test_equal_bytes_stay_tied(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -138,10 +139,22 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     return source, listed(folder, source, words[:300]), folder / "text.txt"
 
 
-@pytest.mark.parametrize("kind", ["compressed_tensors", "native", pytest.param("onnx", marks=pytest.mark.slow), "gguf", "gptq"])
-def test_a_smaller_vocabulary_goes_through_every_exporter_and_back(tmp_path: Path, model: Any, kind: str) -> None:
+@pytest.fixture(scope="module")
+def cut(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """cut(exporter) -> a run that made its artifact; one run for all that are quick."""
     source, keep, text = model
-    done = bake(tmp_path, source, text, kind, {"edit": {"vocab": str(keep)}}, {"quantize": {"format": "int4:g32"}})
+
+    @cache
+    def run(exporters: str) -> Any:
+        steps = {"edit": {"vocab": str(keep)}}, {"quantize": {"format": "int4:g32"}}
+        return bake(tmp_path_factory.mktemp("cut"), source, text, exporters, *steps)
+
+    return lambda kind: run("onnx" if kind == "onnx" else "compressed_tensors native gguf gptq")
+
+
+@pytest.mark.parametrize("kind", ["compressed_tensors", "native", pytest.param("onnx", marks=pytest.mark.slow), "gguf", "gptq"])
+def test_a_smaller_vocabulary_goes_through_every_exporter_and_back(cut: Any, model: Any, kind: str) -> None:
+    (source, _, text), done = model, cut(kind)
     place, kept = done.artifacts[kind][0], list(done.state.vocabulary or ())
     assert 50 < len(kept) < 390
     assert json.loads((place / "tokenizer.source_ids.json").read_text()) == kept
