@@ -23,7 +23,7 @@ from tests.conftest import RECIPE, ROOT, Project
 FORMATS = ("int<2..8>:g<16..256>[:asym], int<2..8>:channel[:asym], nf<2,3,4,8>:g<16..256>[:dq<2,3,4,8>x<16..4096>[:fp16|:fp32]], "
            "lut<2..4>:g<16..256>[:shared], <any of these>+r<rank>[:<format of factors>], bf16, fp16, fp32")  # fmt: skip
 TOP = "model, out, seed, leave, data, passes, export"
-WINDOWS = "text, jsonl, dataset, field, split, weight, sequences, length, bos, sources"
+WINDOWS = "text, jsonl, dataset, field, split, weight, sequences, length, bos, sources, select, pool, generate"
 QUANTIZE = ", ".join(PASSES["quantize"].model_fields)
 NO_FIT = "groups of 48 do not divide 64 inputs; groups that do: g16, g32, g64, or channel  (or pin this site to another format)"
 
