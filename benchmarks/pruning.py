@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import argparse
 import time
-from datetime import date
-from pathlib import Path
 from typing import Any
 
-from report import line, machine
-from smooth import measured
+from report import line
+from variants import measured, parser, publish
 
 CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("obs", {}),
@@ -26,7 +24,7 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
 
 
 def rows(options: argparse.Namespace) -> list[str]:
-    """A Markdown table, a row for each share and method."""
+    """A Markdown table, a row for each share and method; CPU seconds are of the whole run, evaluation included."""
     found = [line(["neurons left", "method", "KL", "beside obs", "CPU s"]), line(["---"] * 5)]
     for share in options.shares:
         first = 0.0
@@ -41,23 +39,9 @@ def rows(options: argparse.Namespace) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--evaluation", type=Path, required=True)
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.75, 0.5], help="of the neurons of every MLP, that stay")
-    parser.add_argument("--sequences", type=int, default=64, help="windows to calibrate on")
-    parser.add_argument("--judged", type=int, default=32, help="windows to judge on")
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--bos", action="store_true", help="a begin-of-text token in front of every window, as Gemma wants it")
-    parser.add_argument("--save", type=Path)
-    options = parser.parse_args()
-    what = (f"{options.model.resolve().name}, {options.sequences} windows of {options.length} tokens calibrated on, "
-            f"{options.judged} judged; KL in nats per token; CPU seconds of the whole run, evaluation included")  # fmt: skip
-    page = "\n".join([f"# Fewer neurons, {date.today()}", "", what, "", machine(), "", *rows(options), ""])
-    print(page)
-    if options.save:
-        (options.save / f"{date.today()}-pruning-{options.model.resolve().name}.md").write_text(page, encoding="utf-8")
+    options = parser(__doc__)
+    options.add_argument("--shares", type=float, nargs="+", default=[0.75, 0.5], help="of the neurons of every MLP, that stay")
+    publish("pruning", "Fewer neurons", options.parse_args(), rows)
 
 
 if __name__ == "__main__":
