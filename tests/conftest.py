@@ -194,6 +194,15 @@ def assets() -> Path:
     return folder
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Matrix libraries split sums by threads: for what is compared to the last bit, or nearly."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _quiet_transformers() -> None:
     transformers.logging.set_verbosity_error()
