@@ -21,7 +21,7 @@ from compress.manager import Cost
 from compress.model import selection
 from compress.model.data import BATCH, Calibration, Tokens
 from compress.model.speed import computing
-from compress.model.work import block_bytes, per_token
+from compress.model.work import advancing_bytes, block_bytes, per_token
 from compress.prepare import Prepared
 from compress.report.console import Console
 from compress.run import Parts, digest
@@ -159,7 +159,5 @@ def selecting(windows: Calibration, state: State) -> Cost:
     blocks, work = len(state.graph.blocks), per_token(state)
     share = selection.depths(blocks)[-1] / blocks
     tokens = share * windows.candidates * windows.length
-    number, width = computing(state.dtype).itemsize, state.graph["embed"].shape[1]
-    hidden = windows.sequences * windows.length * width * number
-    batch = max(BATCH, windows.length) * 4 * max(s.shape[0] for s in state.graph.linear) * number
-    return Cost(2 * tokens * work.weights, numbers=tokens * work.numbers, peak_bytes=hidden + block_bytes(state) + batch)
+    held = advancing_bytes(state, windows.sequences * windows.length, max(BATCH, windows.length))
+    return Cost(2 * tokens * work.weights, numbers=tokens * work.numbers, peak_bytes=held + block_bytes(state))

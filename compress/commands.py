@@ -42,7 +42,7 @@ from compress.planning import plan_command as plan_command
 from compress.recipe import Recipe, load, schema
 from compress.report import page
 from compress.report.console import Console
-from compress.report.report import source_rows
+from compress.report.report import shown, source_rows
 from compress.run import digest, is_run
 from compress.state import State
 from compress.state.plan import size
@@ -135,9 +135,9 @@ def eval_command(options: argparse.Namespace) -> None:
         remarks = {"remarks": known} if known else {}
         print(json.dumps({**scores.json(), **figures.json(), "text": tokens.place, "engine": said, **remarks}, indent=1))
         return
-    rows = [["perplexity", "-" if scores.perplexity is None else f"{scores.perplexity:.4f}"],
-            ["KL from the original (nats)", "-" if scores.kl is None else f"{scores.kl:.5f}"],
-            ["same top token", "-" if scores.agreement is None else f"{scores.agreement:.2%}"],
+    rows = [["perplexity", shown(scores.perplexity, ".4f")],
+            ["KL from the original (nats)", shown(scores.kl, ".5f")],
+            ["same top token", shown(scores.agreement, ".2%")],
             ["weights on disk", size(figures.tensor_bytes)],
             ["bits per weight, linear layers", f"{figures.linear_bits:.3f}"],
             ["bits per weight, whole file", f"{figures.file_bits:.3f}"]]  # fmt: skip

@@ -8,7 +8,6 @@ folder if it is there under the same key, else run it; then compare what it prom
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import json
 import resource
 import time
@@ -27,6 +26,7 @@ from compress.errors import ContractError, OrderError
 from compress.formats import Packed
 from compress.model.data import Tokens
 from compress.model.lockstep import Batch
+from compress.model.seeds import seeded
 from compress.model.stream import Stream
 from compress.state import Aspect, Fact, State
 from compress.state.graph import Site
@@ -80,8 +80,15 @@ class Context:
 
     def generator(self, site: Site) -> torch.Generator:
         """Randomness for one site: the same for the same seed and name, whatever ran before."""
-        digest = hashlib.sha256(f"{self.seed}:{site.name}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        return seeded(self.seed, site.name)
+
+    def part(self, start: float, end: float) -> Context:
+        """The same for a part of the work, which takes the whole from one share to another; progress is told in per cent."""
+
+        def progress(done: float, total: float, what: str) -> None:
+            self.progress(100 * (start + (end - start) * done / total), 100, what)
+
+        return replace(self, progress=progress)
 
     def stream(self, state: State) -> tuple[Stream, list[Batch]]:
         """The model and the calibration batches, embedded and in front of the first block."""
@@ -157,8 +164,8 @@ class Pass(BaseModel, ABC):
         """How many of so many calibration windows it reads: what `cost` is asked for."""
         return windows
 
-    def remarks(self, state: State) -> Iterable[str]:
-        """What `plan` is to say of it, in a line each; `state` is the one that it will be given."""
+    def remarks(self, state: State, foreseen: State) -> Iterable[str]:
+        """What `plan` is to say of it, in a line each; `state` is the one that it will be given, `foreseen` what it foresees."""
         return ()
 
     def chosen(self) -> dict[str, Any]:

@@ -97,9 +97,9 @@ def told_by_passes(ready: Prepared) -> list[str]:
     state, found = ready.start, list[str]()
     for i, p in enumerate(ready.recipe.passes):
         records = ready.told[i] if i < len(ready.told) else ()
-        found += p.remarks(state)
-        found += [f"{r['site']}: {'; '.join(r['notes'])}" for r in records if p.decides and r.get("notes")]
         foreseen = p.foresee(state)
+        found += p.remarks(state, foreseen)
+        found += [f"{r['site']}: {'; '.join(r['notes'])}" for r in records if p.decides and r.get("notes")]
         state = manager.settle(p, state, p.decided(state, foreseen, records) if records else foreseen)
     return found
 

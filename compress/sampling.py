@@ -22,9 +22,9 @@ from compress.export.artifact.engines import Engine, EngineError, dense
 from compress.manager import Cost
 from compress.model.data import Generate
 from compress.model.model import Model
-from compress.model.selection import seeded
+from compress.model.seeds import seeded
 from compress.model.speed import computing
-from compress.model.work import per_token
+from compress.model.work import cached, per_token
 from compress.state import State
 from compress.state.checkpoint import Layout
 from compress.state.plan import size
@@ -123,8 +123,7 @@ def memory(state: State, length: int, device: str = "cpu") -> int:
     """Bytes: all weights, the cache, and the logits of a step."""
     number = computing(state.dtype, device).itemsize
     weights = Layout.of(state.specs).tensor_bytes * number // state.dtype.itemsize
-    kept = sum(s.shape[0] for s in state.graph.linear if s.role in ("k", "v", "qkv"))
-    return weights + TOGETHER * (length * kept * number + SPREAD * state.graph["embed"].shape[0])
+    return weights + TOGETHER * (length * cached(state) * number + SPREAD * state.graph["embed"].shape[0])
 
 
 def cost(state: State, sequences: int, length: int) -> Cost:

@@ -47,7 +47,7 @@ from compress.passes.error_table import CERTAIN, DRAWN, SOME, ErrorTable, Square
 from compress.passes.gradients import fisher, output_gradients, table_gradients
 from compress.passes.lqlora import LqLora
 from compress.passes.quantize import FormatText, Quantize
-from compress.passes.trials import Chain, Damage, Solved, share, split
+from compress.passes.trials import Chain, Damage, Solved, split
 from compress.state import Aspect, Fact, State
 from compress.state.plan import BitPlan
 
@@ -251,15 +251,15 @@ class Allocate(Pass):
             assert held is not None, "`check` asks for calibration data"
             others = [self._solved(state, sp, limits, by_entry(table, m), self.time_limit).solution.choice for m in OTHERS]
             sample = [state.ids(batch) for batch in held.batches()]
-            solved = solved.tried(self.trials, others, chain, share(inner, self._measuring, 1.0), sample)
+            solved = solved.tried(self.trials, others, chain, inner.part(self._measuring, 1.0), sample)
         return replace(state, plan=solved.plan())
 
     def _table(self, state: State, ctx: Context, chain: Chain, sp: Space, held: Tokens | None) -> ErrorTable:
         """What every candidate would do, in all metrics that need no more than the chosen one."""
-        squares = self._squares(state, share(ctx, 0.0, self._backward), chain, held) if self.metric == "kl" and held else None
+        squares = self._squares(state, ctx.part(0.0, self._backward), chain, held) if self.metric == "kl" and held else None
         of = {"chain": [(p.version, p.text()) for p in chain.passes], "version": self.version,
               "held": held.hash if held else None, "gradients": squares is not None}  # fmt: skip
-        walk = share(ctx, self._backward, self._measuring)
+        walk = ctx.part(self._backward, self._measuring)
         wanted, kept = self._wanted(state, sp), ctx.store.analysis("errors", of)
         tables = table_gradients(state, ctx, held) if self.also and self.metric == "kl" and held else None
         return measure(chain, state, walk, wanted, kept, squares, tables)

@@ -37,7 +37,7 @@ from compress.model.layers import Kinds, Unit, fewer, sublayers
 from compress.model.lockstep import Batch
 from compress.model.speed import computing
 from compress.model.stream import Stream
-from compress.model.work import block_bytes, per_token
+from compress.model.work import advancing_bytes, block_bytes, per_token
 from compress.state import Aspect, Fact, State
 
 HELD = 1 << 30  # bytes of hidden states of candidates that are on their way at once
@@ -91,7 +91,7 @@ class Depth(Pass):
     def reads(self, windows: int) -> int:
         return min(windows, self.windows)
 
-    def remarks(self, state: State) -> Iterable[str]:
+    def remarks(self, state: State, foreseen: State) -> Iterable[str]:
         if self.unit == "sublayer":
             yield f"depth puts zeros in place of {self.drop} sublayers: {WHY}, so files and time stay what they are"
         else:
@@ -111,7 +111,7 @@ class Depth(Pass):
             heads, most = heads + each * layers + 1, max(most, each * layers)
         number = computing(state.dtype).itemsize
         hidden = tokens * table.shape[1] * number
-        batch = max(BATCH, tokens // self.windows) * 4 * max(s.shape[0] for s in state.graph.linear) * number
+        batch = advancing_bytes(state, tokens, max(BATCH, tokens // self.windows)) - hidden
         head = min(ROWS, table.shape[0]) * (6 * 4 * PIECE + 4 * table.shape[1]) * (heads > 0)
         held = hidden * (4 + min(most, room(hidden))) if heads else 2 * hidden
         return Cost(2.0 * tokens * (passes * work.weights / blocks + heads * table.numel),
@@ -145,7 +145,7 @@ class Depth(Pass):
         for number in range(1, self.drop + 1):
             part, left = f"round-{number:04}", choice.left(gone)
             if store.committed(part) is None:
-                inner = replace(ctx, progress=share(ctx, number - 1, self.drop))
+                inner = ctx.part((number - 1) / self.drop, number / self.drop)
                 found = walk.kl(gone, left, inner) if self.metric == "kl" else walk.angles(left, inner)
                 store.commit(part, records=[{"site": n, "round": number, "cost": cost} for n, cost in found.items()])
             costs = {r["site"]: r["cost"] for r in store.records if r["round"] == number}
@@ -164,11 +164,6 @@ class Depth(Pass):
 def room(hidden: int) -> int:
     """How many candidates may be on their way, each with so many bytes of hidden states."""
     return max(1, HELD // hidden)
-
-
-def share(ctx: Context, done: int, total: int) -> Any:
-    """Progress within one of several parts, in per cent of all."""
-    return lambda part, whole, what: ctx.progress(100 * (done + part / whole) / total, 100, what)
 
 
 def spread(tokens: Tokens, count: int) -> Tokens:
@@ -295,7 +290,7 @@ class Walk:
         for at in range(0, len(units), size):
             some, rest = units[at : at + size], units[at + size :]
             end = rest[0].block if rest else some[-1].block
-            inner = replace(ctx, progress=share(ctx, at, len(units)))
+            inner = ctx.part(at / len(units), (at + len(some)) / len(units))
             found |= self._compared(self._behind(gone, some, prefix, first, end, inner))
             first = end
         return found

@@ -51,8 +51,8 @@ from compress.formats.grid import Grid, Quantized, in_groups, join
 from compress.passes import clip_core
 
 ORDERS = ("activation", "natural")
-# Where nothing else is said: at least the first, and the second times inputs per token (see `damp_for`). Held-out KL at 3 bits,
-# 8,192 tokens, with 0.01 alone and with 0.4 inputs per token: Gemma 3 270M 0.414, 0.358; a llama of 7 M 0.0191, 0.0190.
+# Where nothing else is said: at least the first, and the second times inputs per token (see `damp_for`); benchmarks/damping.py
+# measures what that is worth.
 LEAST_DAMP, DAMP_BY_INPUTS_PER_TOKEN = 0.01, 0.4
 _DAMPS = (1, 10, 100)  # times `damp`, in turn, while the factorisation fails
 _TILE = 128  # inputs; side of the blocks in which triangular products skip what is zero

@@ -25,8 +25,7 @@ Removals go in batches. Inside one, only the diagonal blocks of M and G follow e
 which cost O(BK); then both matrices are brought up to date by one product, on and above the diagonal only. The choice is that of
 the plain algorithm, step by step. R of K single inputs cost 3K²R flops at most, less as matrices are closed up over what is
 left, and K³ for the first inverse; N enters by WᵀW alone. `sweep` holds two K×K matrices of fp64 and strips of a third, besides
-H as given; `compensate` less. On one core, to remove half: K = 2048, N = 640, 0.9 s (GPTQ of it at int4:g64 0.4 s); K = 6144,
-15 s.
+H as given; `compensate` less.
 
 Choices.
 - λ = `damp` times the mean diagonal is added to H, as in gptq_core. Losses of a sweep are those of H + λI, so they also count
@@ -41,26 +40,17 @@ Choices.
 - Drift. Where inputs carry earlier error, `gptq_core.retarget` first moves W to where it undoes that. To compensate the result
   under the H of those inputs is to solve for the wanted outputs by least squares (OSSCAR's target), drawn to W by λ.
 
-Measured on down_proj of Gemma 3 270M (2048 neurons; layers 1, 8 and 15; H of 32 thousand tokens), loss over energy on other
-text when half are removed:
-
-                   greedy         obs, once      wanda          flap           magnitude      random
-    deleted        .083 .065 .045 .084 .066 .047 .079 .063 .041 .078 .065 .043 .633 .619 .103 .253 .289 .558
-    compensated    .060 .033 .032 .061 .034 .032 .061 .034 .032 .061 .034 .032 .205 .084 .048 .125 .078 .066
-
-Compensation is worth far more than the choice among scores that know the inputs, and the magnitude of weights is a trap. From
-damp 0.0001 to 0.03 the losses are within 4 % of each other; 0.1 gains 3 % on one layer and loses up to 9 % on others; 1 adds 12
-to 100 %.
+Compensation is worth more than the choice among scores that know the inputs, and the magnitude of weights is a trap
+(benchmarks/pruning.py has a model of yours by method, with and without compensation).
 
 Alternatives not taken.
 - W and M updated in full at each removal, as the formulas read: more flops, all of them in outer products, which run at the
   speed of memory.
 - Many units by the same scores (SlimGPT, arXiv 2412.18110, which gets scores of groups from a Cholesky factor): an approximation
-  for a speed that is not needed here. Scores that are never renewed ("obs, once") lose up to 3 % more on Gemma, and 5 to 37 %
-  more on random inputs of low rank.
-- Swaps of a kept unit for a removed one while the loss falls (local search of OSSCAR, arXiv 2403.12983). Tried, each step the
-  best of all swaps: on 96 random correlated inputs the loss falls by less than 1 %, by 3 % at most (three quarters removed, low
-  rank), and on Gemma, with eight candidates at each step, by 0.02 % at most. Levels would no longer nest.
+  for a speed that is not needed here. Scores that are never renewed lose little on a real model, and much on random inputs of
+  low rank.
+- Swaps of a kept unit for a removed one while the loss falls (local search of OSSCAR, arXiv 2403.12983). Tried: the loss falls
+  by a few per cent on random inputs of low rank, and by next to nothing on a real model. Levels would no longer nest.
 - Wanda (arXiv 2306.11695) by columns and FLAP (2312.11983) are here as baselines only. FLAP's own compensation, a bias, needs one
   in the model; it is what least squares gives to a constant input alone.
 

@@ -27,12 +27,14 @@ from compress.model.couplings import KV_GROUPS, MLP, Coupling, couplings, named,
 from compress.model.feeds import norms_behind
 from compress.model.lockstep import Batch
 from compress.model.mixtures import Fewer, fewer, numbers
-from compress.model.speed import computing, precision
+from compress.model.speed import precision
 from compress.model.stream import Twin
-from compress.model.work import block_bytes, per_token
+from compress.model.work import advancing_bytes, block_bytes, cached, per_token, waiting_bytes
 from compress.passes.prune_block import Aim, Block
 from compress.state import Aspect, Fact, State
 
+SWEEP, JUDGED = 8.0, 12.0  # operations, as of fp32, for K³ of a reader's sweep and factors, and for N K² of its losses
+SOLVED = 26  # bytes for K²: the Hessian, and two matrices in fp64 with what is in hand of them
 WIDE = 1024  # neurons from which engines want multiples of 128
 
 
@@ -88,15 +90,15 @@ class Prune(Pass):
         """Experts go after everything else."""
         state = self._narrower(state)
         if self.experts == 1:
-            return Fewer(state, {}, ())
+            return Fewer(state, {})
         try:
-            units, least = numbers(state)
-            count = max(1, math.ceil(units * self.experts - 1e-9))
-            if count == units:
-                raise RecipeError(f"{self.experts:g} of {units} experts, rounded up, are all of them")
+            had, least = numbers(state)
+            count = max(1, math.ceil(had * self.experts - 1e-9))
+            if count == had:
+                raise RecipeError(f"{self.experts:g} of {had} experts, rounded up, are all of them")
             if count < least:
-                raise RecipeError(f"{self.experts:g} of {units} experts are {count}, and every token wants {least}; "
-                                  f"keep at least {least} of {units}")  # fmt: skip
+                raise RecipeError(f"{self.experts:g} of {had} experts are {count}, and every token wants {least}; "
+                                  f"keep at least {least} of {had}")  # fmt: skip
             return fewer(state, count)
         except (ModelError, RecipeError) as e:
             raise type(e)(str(e), ("experts",)) from None
@@ -134,36 +136,36 @@ class Prune(Pass):
                 )
             if len({c.units for c in mine}) > 1:
                 raise ModelError(f"layers of '{state.graph.family}' differ in their {named(kind)}; leave '{kind}' out", (kind,))
-            units = mine[0].units
-            step = 1 if kind == KV_GROUPS else self.multiple or natural(units)
-            counts[kind] = min(units, max(1, -int(-units * share // step)) * step)
-            if counts[kind] == units:
-                raise RecipeError(f"{share:g} of {units} {named(kind)}, rounded up to {step}s, are all of them", (kind,))
+            had = mine[0].units
+            step = 1 if kind == KV_GROUPS else self.multiple or natural(had)
+            counts[kind] = min(had, max(1, -int(-had * share // step)) * step)
+            if counts[kind] == had:
+                raise RecipeError(f"{share:g} of {had} {named(kind)}, rounded up to {step}s, are all of them", (kind,))
             found += mine
         return found, counts
 
-    def remarks(self, state: State) -> Iterator[str]:
+    def remarks(self, state: State, foreseen: State) -> Iterator[str]:
         """How many of each kind stay, what the config then says, and what becomes smaller."""
-        smaller = self._smaller(state)
-        made = smaller.state
-        now = {(c.kind, c.block): c.units for c in couplings(made)}
+        now = units(foreseen)
         for kind in (MLP, KV_GROUPS):
             found = next((c for c in couplings(state) if c.kind == kind), None)
             if found is not None and now[kind, found.block] != found.units:
                 yield f"prune keeps {now[kind, found.block]} of {found.units} {named(kind)} in every layer"
         if self.experts < 1:
-            yield f"prune keeps {numbers(made)[0]} of {numbers(state)[0]} experts in every layer"
-        if smaller.gone:
+            yield f"prune keeps {numbers(foreseen)[0]} of {numbers(state)[0]} experts in every layer"
+        experts = {site.weight for site in state.graph if site.expert is not None}
+        if {spec.name for spec in state.specs} - {spec.name for spec in foreseen.specs} - experts:
             yield "prune takes away what predicts further tokens: it has experts of its own, which no text reaches here"
-        before, after = (s.config.get_text_config().to_dict() for s in (state, made))
+        before, after = (s.config.get_text_config().to_dict() for s in (state, foreseen))
         told = [f"{k} {before.get(k)} → {v}" for k, v in sorted(after.items()) if isinstance(v, int) and before.get(k) != v]
-        counts = [f"{sum(math.prod(spec.shape) for spec in s.specs):,}" for s in (state, made)]
-        yield f"prune: {', '.join(told)}; {' → '.join(counts)} parameters{_cache(state, made)}"
+        counts = [f"{sum(math.prod(spec.shape) for spec in s.specs):,}" for s in (state, foreseen)]
+        cache = [cached(s) * s.dtype.itemsize for s in (state, foreseen)]
+        smaller = f"; {cache[0]:,} → {cache[1]:,} bytes of cache for each token" if cache[0] != cache[1] else ""
+        yield f"prune: {', '.join(told)}; {' → '.join(counts)} parameters{smaller}"
 
     def run(self, state: State, ctx: Context) -> State:
         (found, _), smaller = self._wanted(state), self._smaller(state)
-        left = {(c.kind, c.block): c.units for c in couplings(smaller.state)}
-        aim = Aim(smaller.state, found, left, smaller.cuts, self._norms(state))
+        aim = Aim(smaller.state, found, units(smaller.state), smaller.cuts, self._norms(state))
         if ctx.calibration is None:
             return self._without_data(state, aim, ctx)
         with precision("bf16"):
@@ -220,17 +222,19 @@ class Prune(Pass):
         return made
 
     def cost(self, state: State, tokens: int) -> Cost:
-        """Forward passes of the model as it was, of its twin, and of the smaller one; the Hessians of readers, in fp64."""
-        readers = [c.reader for c in couplings(state) if (self.mlp if c.kind == MLP else self.kv_groups) < 1]
-        if not (readers or self.experts < 1) or not tokens:
+        """Forward passes of the model as it was, of its twin, and of the smaller one; for each reader, at its old width, a
+        Hessian, what `obs_core` makes of it, and the weights as they are solved and judged."""
+        shares = {MLP: self.mlp, KV_GROUPS: self.kv_groups}
+        shapes = [(c.reader.shape[0], round(c.reader.shape[1] / shares[c.kind]))
+                  for c in couplings(state) if shares[c.kind] < 1]  # fmt: skip
+        if not (shapes or self.experts < 1) or not tokens:
             return Cost(peak_bytes=block_bytes(state))
-        work, widest = per_token(state), max((s.shape[1] for s in readers), default=0)
-        passes = (2 + self.corrects) * tokens
-        hessians = sum(1.0 * s.shape[1] ** 2 for s in readers)
-        solving = sum(4.0 * float(s.shape[1]) ** 3 + 4.0 * s.numel * s.shape[1] for s in readers)
-        held = (2 + self.corrects) * tokens * computing(state.dtype).itemsize * (widest + 2 * state.graph["embed"].shape[1])
-        peak = held + 2 * block_bytes(state) + 28 * widest**2
-        return Cost(2.0 * passes * work.weights + 4.0 * tokens * hessians, solving, 0, peak, numbers=passes * work.numbers)
+        work, models, block = per_token(state), 1 + self.corrects, block_bytes(state)
+        exact = sum(1.0 * tokens * k * k * models + SWEEP * k**3 + JUDGED * n * k * k for n, k in shapes)
+        numbers = (1 + models) * tokens * work.numbers
+        held = waiting_bytes(state, tokens, models) + advancing_bytes(state, tokens)
+        solved = max((SOLVED * k * k + 24 * n * k for n, k in shapes), default=0)
+        return Cost(2.0 * (1 + models) * tokens * work.weights, exact, peak_bytes=held + models * block + solved, numbers=numbers)
 
 
 def natural(units: int) -> int:
@@ -242,8 +246,6 @@ def natural(units: int) -> int:
     return step
 
 
-def _cache(before: State, after: State) -> str:
-    """What the cache of keys and values takes for a token, where that changes."""
-    found = [sum(site.shape[0] for site in s.graph.linear if site.role in ("k", "v")) * s.dtype.itemsize
-             for s in (before, after)]  # fmt: skip
-    return "" if found[0] == found[1] else f"; {found[0]:,} → {found[1]:,} bytes of cache for each token"
+def units(state: State) -> dict[tuple[str, int], int]:
+    """How many units there are of each kind in each block."""
+    return {(c.kind, c.block): c.units for c in couplings(state)}

@@ -31,9 +31,7 @@ from compress.model.mixtures import experts_of, left
 from compress.passes import obs_core as core
 from compress.state import State
 
-APART = (
-    0.05  # of the gate's weight, on the mean of tokens: in 16 bits some choose otherwise between experts that are nearly equal
-)
+APART = 0.05  # of the gate's weight, the mean over tokens: in 16 bits some choose otherwise where experts are nearly equal
 
 
 @dataclass

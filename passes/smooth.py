@@ -24,7 +24,7 @@ from compress.errors import ModelError, RecipeError
 from compress.formats import Dense, Format
 from compress.manager import Context, Cost, Pass, Record, foresee
 from compress.model.feeds import Key, Rows, feeds, rows
-from compress.model.lockstep import Batch, Inputs
+from compress.model.lockstep import Batch, Inputs, apart
 from compress.model.speed import precision
 from compress.model.stream import Stream
 from compress.model.work import block_bytes, per_token, waiting_bytes
@@ -268,7 +268,7 @@ def same(stream: Stream, state: State, index: int, batch: Batch, wanted: Tensor,
     """ModelError where a block no longer computes what it did: then something stands between a feed and its readers."""
     with stream.block(state, index) as block:
         found = stream.call(block, batch, index)
-    off = float((found.float() - wanted.float()).abs().max() / wanted.float().abs().max().clamp(min=1e-9))
+    off = apart(found, wanted)
     if not off <= allowed:
         raise ModelError(f"{state.graph.blocks[index].module}: factors folded into norms and rows change what it computes, by "
                          f"{off:.2%}; 'smooth' does not know '{state.graph.family}': use pairs: norms or no smooth")  # fmt: skip

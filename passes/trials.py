@@ -123,7 +123,7 @@ class Solved:
         The optimum comes first, then the `others`, then neighbours of the best so far. A difference within its own standard error
         changes nothing.
         """
-        parts = iter(share(ctx, i / trials, (i + 1) / trials) for i in range(trials))
+        parts = iter(ctx.part(i / trials, (i + 1) / trials) for i in range(trials))
         best, least = self.solution, self._measured(self.solution, chain, next(parts), sample)
         seen = {best.choice: least}
         while len(seen) < trials:
@@ -173,15 +173,6 @@ def divergence(original: State, changed: State, ctx: Context, sample: Sequence[T
     kl, windows = torch.cat([compared.kl for compared in found]), sum(len(batch) for batch in sample)
     means: list[float] = kl.view(windows, -1).mean(-1).tolist()
     return means
-
-
-def share(ctx: Context, start: float, end: float) -> Context:
-    """The context for a part of the work, which takes the whole from one share to another; told in per cent."""
-
-    def progress(done: float, total: float, what: str) -> None:
-        ctx.progress(100 * (start + (end - start) * done / total), 100, what)
-
-    return replace(ctx, progress=progress)
 
 
 def windows(sample: Sequence[Tensor]) -> int:

@@ -255,7 +255,7 @@ def test_layers_that_predict_further_tokens_go_whole(tmp_path: Path) -> None:
     (model.folder / "config.json").write_text(json.dumps(config))
     model = open_model(str(model.folder))
     p = Prune(experts=0.5)
-    assert list(p.remarks(model.state))[:2] == [
+    assert list(p.remarks(model.state, p.foresee(model.state)))[:2] == [
         "prune keeps 3 of 6 experts in every layer",
         "prune takes away what predicts further tokens: it has experts of its own, which no text reaches here",
     ]

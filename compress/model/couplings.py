@@ -71,6 +71,11 @@ class Coupling:
     def units(self) -> int:
         return len(self.columns)
 
+    @property
+    def producers(self) -> dict[str, Cut]:
+        """The cuts of all tensors but the reader's."""
+        return {name: cut for name, cut in self.cuts.items() if name != self.reader.weight}
+
 
 def couplings(state: State) -> Iterator[Coupling]:
     """Those of every block, the attention's before the MLP's. Experts are none of these."""
@@ -170,8 +175,9 @@ def without(state: State, found: Sequence[Coupling], counts: Mapping[str, int]) 
     specs = tuple(_shorter(spec, *lengths[spec.name]) if spec.name in lengths else spec for spec in state.specs)
     config, why, done = state.config, "", set[str]()
     for kind, count in counts.items():
-        done |= {name for c in found if c.kind == kind for name in c.cuts}
-        for changed in _configs(config, state, kind, count):
+        mine = [c for c in found if c.kind == kind]
+        done |= {name for c in mine for name in c.cuts}
+        for changed in _configs(config, mine[0], count):
             why = _misfit(state, changed, specs, done)
             if not why:
                 config = changed
@@ -199,30 +205,23 @@ def _shorter(spec: Spec, dim: int, lost: int) -> Spec:
     return replace(spec, shape=tuple(shape))
 
 
-def _configs(config: Any, state: State, kind: str, count: int) -> Iterator[Any]:
-    """Configs that may be the one of a model with `count` units of a kind."""
-    text = config.get_text_config()
-    if kind == KV_GROUPS:
+def _configs(config: Any, c: Coupling, count: int) -> Iterator[Any]:
+    """Configs that may be the one of a model with `count` units in place of those of a coupling."""
+    if c.kind == KV_GROUPS:
         changed = deepcopy(config)
         text = changed.get_text_config()
-        groups = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        width = state.graph[f"layers.{_first(state.graph, 'o')}.attn.o"].shape[1] // text.num_attention_heads
-        heads = text.num_attention_heads // groups * count
-        text.num_attention_heads = heads
+        heads = text.num_attention_heads
+        text.num_attention_heads, text.head_dim = heads // c.units * count, c.reader.shape[1] // heads
         if getattr(text, "num_key_value_heads", None) is not None:
             text.num_key_value_heads = count
-        text.head_dim = width
         yield changed
         return
-    for name in (n for n in WIDTHS if hasattr(text, n)):
+    for name in (n for n in WIDTHS if hasattr(config.get_text_config(), n)):
         changed = deepcopy(config)
+        text = changed.get_text_config()
         value = getattr(text, name)
-        setattr(changed.get_text_config(), name, [count] * len(value) if isinstance(value, list | tuple) else count)
+        setattr(text, name, [count] * len(value) if isinstance(value, list | tuple) else count)
         yield changed
-
-
-def _first(graph: Graph, role: str) -> int:
-    return next(s.block or 0 for s in graph.linear if s.role == role)
 
 
 def _misfit(state: State, config: Any, specs: Sequence[Spec], done: Collection[str]) -> str:

@@ -118,8 +118,6 @@ def _trace(model: nn.Module) -> dict[str, list[str]]:
     with ExitStack() as stack:
         watch = _Watch()
         for path, module in model.named_modules():
-            if is_experts(module):
-                module.forward = lambda hidden, *_: torch.zeros_like(hidden)
             if not path:
                 continue
             handles = [module.register_forward_pre_hook(watch.entering(path), prepend=True, with_kwargs=True),
@@ -131,7 +129,9 @@ def _trace(model: nn.Module) -> dict[str, list[str]]:
 
 
 def _followed(model: nn.Module, watch: AbstractContextManager[object], clear: Callable[[], None]) -> None:
-    """Run a model on the meta device with its hooks; ModelError where its code cannot do that."""
+    """Run a model on the meta device with its hooks, experts left out; ModelError where its code cannot do that."""
+    for module in filter(is_experts, model.modules()):
+        module.forward = lambda hidden, *_: torch.zeros_like(hidden)
     ids = torch.zeros(1, 8, dtype=torch.int64, device="meta")
     for mask in ({"attention_mask": torch.zeros(1, 1, 8, 8, device="meta")}, {}):  # of four sides it is taken as it is
         try:
@@ -161,8 +161,6 @@ def norms_behind(state: State) -> dict[str, Norm]:
         return lambda _, args: found.update({made[id(args[0])][1]: held[path]} if args and id(args[0]) in made else {})
 
     for path, module in model.named_modules():
-        if is_experts(module):
-            module.forward = lambda hidden, *_: torch.zeros_like(hidden)
         if path in sites:
             module.register_forward_hook(note(path))
         if path in held:

@@ -56,3 +56,8 @@ class Lockstep:
         if not self.waiting:
             for batch, hidden in zip(self.batches, self.out, strict=True):
                 batch.hidden = hidden
+
+
+def apart(found: Tensor, wanted: Tensor) -> float:
+    """The largest difference between what two blocks put out, as a share of the largest number that was wanted."""
+    return float((found.float() - wanted.float()).abs().max() / wanted.float().abs().max().clamp(min=1e-9))

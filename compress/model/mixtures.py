@@ -38,13 +38,12 @@ GROUPS = ("n_group", "num_expert_group")
 class Fewer:
     """A model with fewer experts in every mixture, foreseen.
 
-    state: that model. cuts: by block, name in the checkpoint -> the dimension along which a tensor has an entry for each expert.
-    gone: the tensors of layers that predict further tokens, which have mixtures of their own and go whole.
+    state: that model; layers that predict further tokens, which have mixtures of their own, are gone from it whole. cuts: by
+    block, name in the checkpoint -> the dimension along which a tensor has an entry for each expert.
     """
 
     state: State
     cuts: Mapping[int, Mapping[str, int]]
-    gone: tuple[str, ...]
 
 
 def experts_of(state: State) -> dict[int, list[list[Site]]]:
@@ -107,7 +106,7 @@ def fewer(state: State, count: int) -> Fewer:
     bare = Bare(state.dense.folder, specs)
     graph = anchor(discover(after, config, state.graph.leave), bare, after)
     dense = state.dense.moved({s.name: s.name for s in specs})
-    return Fewer(replace(state, graph=graph, config=config, specs=specs, dense=dense), cuts, gone)
+    return Fewer(replace(state, graph=graph, config=config, specs=specs, dense=dense), cuts)
 
 
 def left(state: State, block: int, cuts: Mapping[str, int], kept: Sequence[int]) -> dict[str, Tensor]:

@@ -10,7 +10,6 @@ The pool goes through the model in rounds of as many windows as are chosen, so i
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from compress.model.data import Tokens
 from compress.model.lockstep import Batch
+from compress.model.seeds import seeded
 from compress.model.stream import Stream
 from compress.state import State
 
@@ -29,12 +29,6 @@ NOTHING = 1e-9  # of the largest variance
 DECIMALS = 6  # that count, so that windows which differ by rounding alone are equal
 
 Tick = Callable[[int], None]  # told how many blocks are behind
-
-
-def seeded(seed: int, what: str) -> torch.Generator:
-    """Randomness for one purpose."""
-    digest = hashlib.sha256(f"{seed}:{what}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def depths(blocks: int) -> list[int]:

@@ -87,6 +87,17 @@ def block_bytes(state: State) -> int:
     return largest * computing(state.dtype).itemsize
 
 
+def cached(state: State) -> int:
+    """Numbers that a cache of keys and values holds for each token: what k and v put out, and of a matrix that holds q as well
+    all that is not q, which is as wide as the input of o."""
+    found = 0
+    for block in state.graph.blocks:
+        rows = {s.role: s.shape for s in state.graph.of_block(block.index) if s.role in ("k", "v", "qkv", "o")}
+        found += sum(shape[0] for role, shape in rows.items() if role != "o")
+        found -= rows["o"][1] if {"qkv", "o"} <= rows.keys() else 0
+    return found
+
+
 def experts_used(state: State) -> float:
     """How many experts of a block a token is sent to; all, where no config says so."""
     config: Any = state.config.get_text_config()
