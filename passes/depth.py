@@ -5,10 +5,7 @@ calibration text, and anew in every round, for with one layer gone others may go
 arXiv 2406.10594, which loses 7 to 31 % of its average score without the rounds). `metric: angle` is the cheap score to compare
 with: how far a layer turns what it is given, 1 - cos, from one forward pass (ShortGPT, arXiv 2403.03853).
 
-A candidate is run from what stands in front of it, so a round over L layers takes about L²/2 passes of a block and L of the head.
-All candidates that are on their way go through a block together, so its weights are loaded once for all of them, or for as many
-as `HELD` bytes of hidden states allow; of the model without any candidate, only what stands in front of the next one is held.
-Logits are never kept: a part of the vocabulary is met by the original once, and by all candidates (model/head.py).
+A round over L layers takes about L²/2 passes of a block and L of the head; changed.py walks it.
 
 Eight windows by default: of 2,048 tokens each they are 16,384 predictions, somewhat more than such methods are commonly run
 on, and time goes with their number.
@@ -20,27 +17,23 @@ measures only what it adds.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, StrictInt
-from torch import Tensor, nn
+from torch import Tensor
 
 from compress.errors import ModelError, RecipeError
 from compress.manager import Context, Cost, Pass, Record
-from compress.model.data import BATCH, Tokens
-from compress.model.head import PIECE, ROWS, Compared, Head, Piece, cut, parts
+from compress.model.data import BATCH
+from compress.model.head import PIECE, ROWS
 from compress.model.layers import Kinds, Unit, fewer, sublayers
-from compress.model.lockstep import Batch
 from compress.model.speed import computing
-from compress.model.stream import Stream
 from compress.model.work import advancing_bytes, block_bytes, per_token
+from compress.passes.changed import Change, Walk, room, silent, spread
 from compress.state import Aspect, Fact, State
 
-HELD = 1 << 30  # bytes of hidden states of candidates that are on their way at once
 WHY = "no engine has layers without an attention or an MLP"
 
 
@@ -146,7 +139,7 @@ class Depth(Pass):
             part, left = f"round-{number:04}", choice.left(gone)
             if store.committed(part) is None:
                 inner = ctx.part((number - 1) / self.drop, number / self.drop)
-                found = walk.kl(gone, left, inner) if self.metric == "kl" else walk.angles(left, inner)
+                found = walk.kl(changes(gone), changes(left), inner) if self.metric == "kl" else walk.angles(changes(left), inner)
                 store.commit(part, records=[{"site": n, "round": number, "cost": cost} for n, cost in found.items()])
             costs = {r["site"]: r["cost"] for r in store.records if r["round"] == number}
             unit, others = choice.least(left, costs)
@@ -159,18 +152,6 @@ class Depth(Pass):
         note += f"; next best {others[0].name}, {costs[others[0].name]:.3g}" if others else ""
         return {"site": unit.name, "round": number, "metric": self.metric, "cost": costs[unit.name], "candidates": dict(costs),
                 "notes": [note, *(["zeros"] if unit.sites else [])]}  # fmt: skip
-
-
-def room(hidden: int) -> int:
-    """How many candidates may be on their way, each with so many bytes of hidden states."""
-    return max(1, HELD // hidden)
-
-
-def spread(tokens: Tokens, count: int) -> Tokens:
-    """So many windows, evenly spread, so that each source of a text has its share; all where there are no more."""
-    have = len(tokens.ids)
-    rows = [i * have // count for i in range(count)] if count < have else list(range(have))
-    return replace(tokens, ids=tokens.ids[rows])
 
 
 # --- what may go ------------------------------------------------------------------------------------------------------
@@ -239,115 +220,6 @@ class Choice:
         return {**self.state.stored(matrices), **{name: torch.zeros_like(dense.read(name)) for name in biases}}
 
 
-# --- the walk ---------------------------------------------------------------------------------------------------------
-
-
-class Walk:
-    """A model, streamed, to be seen without some units. Nothing is loaded before something is asked."""
-
-    def __init__(self, state: State, ctx: Context, sample: Tokens):
-        self.state, self.device = state, ctx.device
-        self.ids = [state.ids(batch) for batch in sample.batches()]
-        self.count = len(state.graph.blocks)
-
-    @cached_property
-    def stream(self) -> Stream:
-        return Stream(self.state, self.device)
-
-    @cached_property
-    def start(self) -> list[Batch]:
-        """The batches in front of the first block."""
-        return self.stream.start(self.state, self.ids)
-
-    @cached_property
-    def original(self) -> list[Piece]:
-        """What the model as it is puts out behind its last block."""
-        batches = copies(self.start)
-        for index in range(self.count):
-            self.stream.advance(self.state, index, batches)
-        return cut(batches, causal=False)
-
-    def angles(self, units: Sequence[Unit], ctx: Context) -> dict[str, float | None]:
-        """1 - cos between what a layer is given and what it puts out, the mean over tokens."""
-        batches, found = copies(self.start), dict[str, float | None]()
-        names = {unit.block: unit.name for unit in units}
-        for index in range(self.count):
-            ctx.progress(index, self.count, "measuring angles")
-            given = [batch.hidden for batch in batches]
-            self.stream.advance(self.state, index, batches)
-            cosines = [torch.cosine_similarity(x.float(), b.hidden.float(), -1).flatten()
-                       for x, b in zip(given, batches, strict=True)]  # fmt: skip
-            if index in names:
-                found[names[index]] = 1 - float(torch.cat(cosines).mean())
-        return found
-
-    def kl(self, gone: Sequence[Unit], units: Sequence[Unit], ctx: Context) -> dict[str, float | None]:
-        """KL (nats per token) from the original of the model without what is gone and without each unit; None where it is not
-        finite. Units are in the order of their blocks."""
-        _ = self.original
-        size = room(sum(b.hidden.numel() * b.hidden.element_size() for b in self.start))
-        prefix, first, found = copies(self.start), 0, dict[str, float | None]()
-        for at in range(0, len(units), size):
-            some, rest = units[at : at + size], units[at + size :]
-            end = rest[0].block if rest else some[-1].block
-            inner = ctx.part(at / len(units), (at + len(some)) / len(units))
-            found |= self._compared(self._behind(gone, some, prefix, first, end, inner))
-            first = end
-        return found
-
-    def _behind(
-        self, gone: Sequence[Unit], some: Sequence[Unit], prefix: Sequence[Batch], first: int, end: int, ctx: Context
-    ) -> dict[str, list[Batch]]:
-        """Each of `some` units -> what the last block puts out without it. `prefix` stands in front of block `first`, and
-        afterwards of block `end`."""
-        flight: dict[str, list[Batch]] = {}
-        for index in range(first, self.count):
-            ctx.progress(index - first, self.count - first, f"measuring {len(some)} candidates")
-            sites = [site for unit in gone if unit.block == index for site in unit.sites]
-            if any(unit.block == index and not unit.sites for unit in gone):
-                continue
-            with self.stream.block(self.state, index) as block, self._silent(block, index, sites):
-                for batches in flight.values():
-                    self._through(block, index, batches)
-                for unit in (u for u in some if u.block == index):
-                    flight[unit.name] = copies(prefix)
-                    with self._silent(block, index, unit.sites):
-                        self._through(block, index, flight[unit.name] if unit.sites else [])
-                self._through(block, index, prefix if index < end else [])
-        return flight
-
-    def _through(self, block: nn.Module, index: int, batches: Sequence[Batch]) -> None:
-        for batch in batches:
-            batch.hidden = self.stream.call(block, batch, index)
-
-    @contextmanager
-    def _silent(self, block: nn.Module, index: int, sites: Iterable[Any]) -> Iterator[None]:
-        """Inside, the modules of these sites put out zeros, as they will with zeros in their matrices and biases."""
-        path = self.state.graph.blocks[index].module
-        modules = [self.stream.model_module(path, block, module) for module in dict.fromkeys(site.module for site in sites)]
-        hooks = [m.register_forward_hook(lambda _, args, out: torch.zeros_like(out)) for m in modules]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _compared(self, flight: Mapping[str, Sequence[Batch]]) -> dict[str, float | None]:
-        """The KL of each candidate; the original's logits are made once for all of them."""
-        pieces = {name: cut(batches, causal=False) for name, batches in flight.items()}
-        sums = {name: [Compared(None) for _ in self.original] for name in flight}
-        head = Head(self.stream, self.state)
-        with torch.no_grad():
-            for rows in parts(head.size):
-                with head.part(rows) as ask:
-                    for i, piece in enumerate(self.original):
-                        p_nv = ask(piece)
-                        for name, theirs in pieces.items():
-                            sums[name][i].add(rows.start or 0, p_nv, ask(theirs[i]))
-        found = {name: torch.cat([each.kl for each in compared]).mean() for name, compared in sums.items()}
-        return {name: float(kl) if bool(kl.isfinite()) else None for name, kl in found.items()}
-
-
-def copies(batches: Sequence[Batch]) -> list[Batch]:
-    """Batches that go their own way from here; what they hold is shared, since no block writes into what it is given."""
-    return [replace(batch) for batch in batches]
+def changes(units: Iterable[Unit]) -> list[Change]:
+    """The model without each of these."""
+    return [Change(unit.name, unit.block, silent(unit.sites) if unit.sites else None) for unit in units]
