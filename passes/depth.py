@@ -5,7 +5,7 @@ calibration text, and anew in every round, for with one layer gone others may go
 arXiv 2406.10594, which loses 7 to 31 % of its average score without the rounds). `metric: angle` is the cheap score to compare
 with: how far a layer turns what it is given, 1 - cos, from one forward pass (ShortGPT, arXiv 2403.03853).
 
-A round over L layers takes about L²/2 passes of a block and L of the head; changed.py walks it.
+A round over L layers takes about L²/2 passes of a block and L of the head; perturbed.py walks it.
 
 Eight windows by default: of 2,048 tokens each they are 16,384 predictions, somewhat more than such methods are commonly run
 on, and time goes with their number.
@@ -31,7 +31,7 @@ from compress.model.head import PIECE, ROWS
 from compress.model.layers import Kinds, Unit, fewer, sublayers
 from compress.model.speed import computing
 from compress.model.work import advancing_bytes, block_bytes, per_token
-from compress.passes.changed import Change, Walk, room, silent, spread
+from compress.passes.perturbed import Change, Walk, room, silent, spread
 from compress.state import Aspect, Fact, State
 
 WHY = "no engine has layers without an attention or an MLP"

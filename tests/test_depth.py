@@ -18,9 +18,9 @@ from compress.export.artifact.proof import logits
 from compress.manager import settle
 from compress.model.layers import fewer, sublayers
 from compress.model.model import open_model
-from compress.passes import changed as module
-from compress.passes.changed import spread
+from compress.passes import perturbed as module
 from compress.passes.depth import Depth
+from compress.passes.perturbed import spread
 from compress.passes.prune import Prune
 from compress.passes.trials import divergence
 from compress.run import Parts, Step
