@@ -99,7 +99,9 @@ def told_by_passes(ready: Prepared) -> list[str]:
         records = ready.told[i] if i < len(ready.told) else ()
         foreseen = p.foresee(state)
         found += p.remarks(state, foreseen)
-        found += [f"{r['site']}: {'; '.join(r['notes'])}" for r in records if p.decides and r.get("notes")]
+        known = state.graph.sites  # what was found of single matrices is told in the report
+        found += [f"{r['site']}: {'; '.join(r['notes'])}" for r in records
+                  if p.decides and r.get("notes") and r["site"] not in known]  # fmt: skip
         state = manager.settle(p, state, p.decided(state, foreseen, records) if records else foreseen)
     return found
 

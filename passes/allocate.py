@@ -5,14 +5,16 @@ choice itself, exact and with its gap, is made by allocate_core.py. Here they me
 
 1. the damage of every candidate, in the chosen metric: a pass over the model forward and back, and one forward;
 2. the integer program, its optimum, bound, price, and the frontier over all budgets;
-3. where `trials` asks for it, the optimum and a few others tried for real: quantized as the recipe will do it, their KL measured
+3. with `structure`, the same for every shape that the model may have, which is then pruned to the best (joint.py);
+4. where `trials` asks for it, the optimum and a few others tried for real: quantized as the recipe will do it, their KL measured
    on calibration windows that the trial was not calibrated on. First the optima by the errors alone, which are worse guesses but
    never the same ones, then neighbours of whichever did best so far. Each is a whole quantization.
 
 KL to second order, from gradients, takes the place of measuring: the logits' KL with one matrix replaced at a time ranks no
 better, chooses no better (docs/allocation.md), and takes a time that grows with the square of the number of layers.
 
-`foresee` can measure nothing. It solves the same program with a guess, so that whatever cannot fit is told before anything runs.
+`foresee` can measure nothing. It solves the same program with a guess, for the largest shape that fits, so that whatever cannot
+fit is told before anything runs.
 """
 
 from __future__ import annotations
@@ -31,22 +33,24 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from compress.documents import local_path
-from compress.errors import CompressError, MatchError, RecipeError
+from compress.errors import CompressError, FormatError, MatchError, RecipeError
 from compress.formats import Dense, Format, LowRank
 from compress.formats.codebooks import paper_grid
-from compress.manager import Context, Cost, Pass
+from compress.manager import Context, Cost, Pass, Record
 from compress.model.backward import LOGITS
 from compress.model.data import Tokens
 from compress.model.speed import computing
 from compress.model.work import per_token
 from compress.nodes import load_yaml
 from compress.passes import allocate_core as core
-from compress.passes import choices, costs
+from compress.passes import choices, costs, joint, structure
 from compress.passes.choices import Bounds, Resource, Space
 from compress.passes.error_table import CERTAIN, DRAWN, SOME, ErrorTable, Squares, measure
 from compress.passes.gradients import fisher, output_gradients, table_gradients
+from compress.passes.joint import Shape
 from compress.passes.lqlora import LqLora
 from compress.passes.quantize import FormatText, Quantize
+from compress.passes.structure import Damages, Structure
 from compress.passes.trials import Chain, Damage, Solved, split
 from compress.state import Aspect, Fact, State
 from compress.state.plan import BitPlan
@@ -62,8 +66,6 @@ class Allocate(Pass):
     name: ClassVar[str] = "allocate"
     version: ClassVar[int] = 2
     needs: ClassVar[Fact] = Fact.DENSE
-    gives: ClassVar[Fact] = Fact.PLANNED
-    writes: ClassVar[Aspect] = Aspect.PLAN
     decides: ClassVar[bool] = True
     looks_ahead: ClassVar[bool] = True
 
@@ -77,6 +79,10 @@ class Allocate(Pass):
     pins: dict[str, str | Bounds] = Field({}, description="pattern -> a format, or {min: FORMAT, max: FORMAT}; later ones win")
     also: tuple[str, ...] = Field((), description="patterns of matrices outside the blocks to choose formats for: embed, lm_head")
     limits: dict[str, str] = Field({}, description="pattern -> a budget of its own for these matrices")
+    structure: Structure | None = Field(None, description="what may become smaller, {mlp: [shares], kv_groups: [shares] or all}")
+    constraints: dict[str, str] = Field(
+        {}, description="with structure: limits of the shape, such as {parameters: '<= 80 %', kv_cache: '<= 50 %'}"
+    )
     together: Literal["engine", "none"] | tuple[tuple[str, ...], ...] = Field(
         "engine", description="what gets one format: what engines join; nothing; or lists of patterns, block by block"
     )
@@ -139,6 +145,25 @@ class Allocate(Pass):
     def _read(cls, plan: Any, info: ValidationInfo) -> Any:
         return read_plan((info.context or {}).get("base", Path()) / local_path(plan)) if isinstance(plan, str) else plan
 
+    @field_validator("constraints")
+    @classmethod
+    def _limits(cls, constraints: dict[str, str]) -> dict[str, str]:
+        for name, text in constraints.items():
+            if name not in joint.CONSTRAINED:
+                raise ValueError(f"'{name}' is none of {', '.join(joint.CONSTRAINED)}")
+            joint.parsed(text)
+        return constraints
+
+    @model_validator(mode="after")
+    def _shaped(self) -> Allocate:
+        if self.constraints and self.structure is None:
+            raise ValueError("'constraints' are limits of a shape, and 'structure' names no other; name some, or leave them out")
+        if self.structure is not None and self.trials:
+            raise ValueError("'trials' try formats of one shape; leave them out, or 'structure'")
+        if self.structure is not None and self.metric != "kl":
+            raise ValueError(f"what a shape costs is measured as KL, and '{self.metric}' cannot be added to it; use metric: kl")
+        return self
+
     @model_validator(mode="after")
     def _nothing_idle(self) -> Allocate:
         if self.plan is not None:
@@ -148,6 +173,16 @@ class Allocate(Pass):
         elif self.factors != Dense(torch.bfloat16) and max(self.ranks) == 0:
             raise ValueError("'factors' is the format of what 'ranks' may buy; name ranks, or leave it out")
         return self
+
+    # What it gives and writes hangs on whether it may choose a shape.
+
+    @property
+    def gives(self) -> Fact:  # type: ignore[override]
+        return Fact.PLANNED | (Fact.NONE if self.structure is None else Fact.PRUNED)
+
+    @property
+    def writes(self) -> Aspect:  # type: ignore[override]
+        return Aspect.PLAN | (Aspect.NONE if self.structure is None else Aspect.STRUCTURE | Aspect.WEIGHTS)
 
     # --- before anything is measured ---
 
@@ -174,15 +209,29 @@ class Allocate(Pass):
             raise RecipeError("an earlier step has planned every format already; keep one 'allocate'")
         if self.plan is not None:
             return replace(state, plan=given_plan(state, self.plan))
-        sp, limits = self._space(state)
-        return replace(state, plan=self._solved(state, sp, limits, choices.guess, 2.0).plan(measured=False))
+        found: list[tuple[Shape, Solved | joint.Tight | FormatError]] = []
+        for shape in self._shapes(state, None):
+            found.append((shape, self._solved(state, shape, choices.guess, 2.0)))
+            if isinstance(found[-1][1], Solved):
+                break
+        best = joint.Best.of(found)
+        return replace(best.shape.state, plan=best.plan(measured=False))
+
+    def decided(self, state: State, foreseen: State, records: Sequence[Record]) -> State:
+        """With `structure`, the shape that was chosen; the formats are the plan's business."""
+        shares = next((r["shape"] for r in records if "shape" in r), None)
+        if shares is None:
+            return foreseen
+        shape = joint.shaped(state, shares)
+        solved = self._solved(state, shape, choices.guess, 2.0)
+        return replace(shape.state, plan=joint.Best.of([(shape, solved)]).plan(measured=False))
 
     def outcomes(self, state: State) -> Iterator[State]:
         """The guess, and for every format a plan in which each group has it that may."""
         guessed = self.foresee(state)
         yield guessed
         if self.plan is None and guessed.plan is not None:
-            groups = [(g, frozenset(g.options)) for g in self._space(state)[0].groups]
+            groups = [(g, frozenset(g.options)) for g in self._space(guessed, state)[0].groups]
             for fmt in dict.fromkeys(f for g, _ in groups for o in g.options for f in o):
                 found = {s.name: fmt for g, options in groups if (fmt,) * len(g.sites) in options for s in g.sites}
                 formats = {n: f for n, f in {**guessed.plan.formats, **found}.items() if f != Dense(state.dtype)}
@@ -218,21 +267,33 @@ class Allocate(Pass):
 
     # --- what may be chosen, and the best of it ---
 
-    def _space(self, state: State) -> tuple[Space, list[Resource]]:
+    def _shapes(self, state: State, damages: Damages | None) -> Iterator[Shape]:
+        if self.structure is None:
+            return iter([joint.whole(state)])
+        return joint.shapes(state, self.structure, self.constraints, damages)
+
+    def _space(self, state: State, whole: State) -> tuple[Space, list[Resource]]:
+        """What may be chosen for a state, and the limits, which count from the `whole` model that it was."""
         sp = choices.space(state, self.formats, self.ranks, self.factors, self.pins, self.together, self.also)
         budgets = (self.budget,) if isinstance(self.budget, str) else self.budget
-        return sp, choices.resources(state, sp, budgets, self.limits)
+        return sp, choices.resources(state, sp, budgets, self.limits, whole)
 
-    def _solved(self, state: State, sp: Space, limits: list[Resource], damage: Damage, seconds: float) -> Solved:
+    def _solved(self, state: State, shape: Shape, damage: Damage, seconds: float) -> Solved | joint.Tight | FormatError:
+        """The best formats of a shape of a state's; or why it can have none."""
+        try:
+            sp, limits = self._space(shape.state, state)
+        except FormatError as e:
+            if shape.prune is None:
+                raise
+            return e
         problem = choices.problem(sp, limits, damage)
         try:
             with silence():
                 solution = core.solve(problem, time_limit=seconds)
         except core.Infeasible as e:
-            r = limits[e.limit_index]
-            todo = "Raise it, allow smaller formats, or prune first"
-            raise RecipeError(f"no allocation keeps to {r.name}; the least possible is {r.say(e.least)}.  {todo}", r.at) from None
-        return Solved(self.metric, state, sp, limits, damage, problem, solution)
+            return joint.Tight(limits[e.limit_index], e.least)
+        weights = sum(s.numel for s in state.graph.linear)
+        return Solved(self.metric, shape.state, sp, limits, damage, problem, solution, weights=weights)
 
     # --- measuring ---
 
@@ -240,27 +301,46 @@ class Allocate(Pass):
         if self.plan is not None:
             return self.foresee(state)
         chain = self.chain(ctx.following)
-        sp, limits = self._space(state)
         held, rest = split(ctx.calibration, self.probe)
         inner = replace(ctx, calibration=rest)
-        table = self._table(state, inner, chain, sp, held)
+        table = self._table(state, inner, chain, held)
         damage = by_entry(table, self.metric)
         name = keep(table, damage, state, ctx)
-        solved = replace(self._solved(state, sp, limits, damage, self.time_limit), table=name)
+        best = self._best(state, damage, self._levels(state, inner, held))
+        best = replace(best, solved=replace(best.solved, table=name))
         if self.trials:
             assert held is not None, "`check` asks for calibration data"
-            others = [self._solved(state, sp, limits, by_entry(table, m), self.time_limit).solution.choice for m in OTHERS]
+            others = [self._best(state, by_entry(table, m), None).solved.solution.choice for m in OTHERS]
             sample = [state.ids(batch) for batch in held.batches()]
-            solved = solved.tried(self.trials, others, chain, inner.part(self._measuring, 1.0), sample)
-        return replace(state, plan=solved.plan())
+            best = replace(best, solved=best.solved.tried(self.trials, others, chain, inner.part(self._measuring, 1.0), sample))
+        return replace(self._shaped_as(best.shape, state, ctx), plan=best.plan())
 
-    def _table(self, state: State, ctx: Context, chain: Chain, sp: Space, held: Tokens | None) -> ErrorTable:
+    def _best(self, state: State, damage: Damage, damages: Damages | None) -> joint.Best:
+        every = list(self._shapes(state, damages))
+        return joint.Best.of([(shape, self._solved(state, shape, damage, self.time_limit / len(every))) for shape in every])
+
+    def _levels(self, state: State, ctx: Context, held: Tokens | None) -> Damages | None:
+        """What every level of every sublayer costs."""
+        if self.structure is None:
+            return None
+        assert held is not None, "`check` asks for calibration data"
+        return structure.measured(state, ctx, self.structure, held)
+
+    def _shaped_as(self, shape: Shape, state: State, ctx: Context) -> State:
+        """The state pruned to the shape that was chosen."""
+        if self.structure is None:
+            return state
+        said = f"shape: {shape.text}" + (f", expected damage {shape.damage:.3g}" if shape.prune else "")
+        ctx.store.commit("shape", records=[{"site": "layers", "shape": dict(shape.shares), "notes": [said]}])
+        return state if shape.prune is None else shape.prune.run(state, ctx)
+
+    def _table(self, state: State, ctx: Context, chain: Chain, held: Tokens | None) -> ErrorTable:
         """What every candidate would do, in all metrics that need no more than the chosen one."""
         squares = self._squares(state, ctx.part(0.0, self._backward), chain, held) if self.metric == "kl" and held else None
         of = {"chain": [(p.version, p.text()) for p in chain.passes], "version": self.version,
               "held": held.hash if held else None, "gradients": squares is not None}  # fmt: skip
         walk = ctx.part(self._backward, self._measuring)
-        wanted, kept = self._wanted(state, sp), ctx.store.analysis("errors", of)
+        wanted, kept = self._wanted(state, self._space(state, state)[0]), ctx.store.analysis("errors", of)
         tables = table_gradients(state, ctx, held) if self.also and self.metric == "kl" and held else None
         return measure(chain, state, walk, wanted, kept, squares, tables)
 

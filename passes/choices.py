@@ -265,20 +265,21 @@ class Resource:
         return f"{8 * total / self.numel:.4g} bits" if self.numel else f"{total:,} bytes ({size(total)})"
 
 
-def resources(state: State, sp: Space, budgets: Sequence[str], limits: Mapping[str, str]) -> list[Resource]:
-    """The limits of a recipe, the main budget first. FormatError and MatchError with the place in the options."""
-    found = [resource(state, sp, text, None, ("budget",)) for text in budgets]
-    return found + [resource(state, sp, text, pattern, ("limits", pattern)) for pattern, text in limits.items()]
+def resources(state: State, sp: Space, budgets: Sequence[str], limits: Mapping[str, str], whole: State) -> list[Resource]:
+    """The limits of a recipe, the main budget first; bits and shares are of the `whole` model, of which `state` may be a smaller
+    one. FormatError and MatchError with the place in the options."""
+    found = [resource(state, sp, text, None, ("budget",), whole) for text in budgets]
+    return found + [resource(state, sp, text, pattern, ("limits", pattern), whole) for pattern, text in limits.items()]
 
 
-def resource(state: State, sp: Space, text: str, pattern: str | None, at: tuple[str, ...]) -> Resource:
+def resource(state: State, sp: Space, text: str, pattern: str | None, at: tuple[str, ...], whole: State) -> Resource:
     try:
         budget = Budget.parse(text)
         sites = sp.sites if pattern is None else owners(state.graph, state.graph.match(pattern))
     except CompressError as e:
         raise type(e)(str(e), at) from None
     inside = {s.name for s in sites}
-    numel = sum(s.numel for s in sites if not s.tied)
+    numel = sum(whole.graph[s.name].numel for s in sites if not s.tied)
     own = state.dtype.itemsize
     if pattern is not None or budget.average:
 
@@ -288,7 +289,7 @@ def resource(state: State, sp: Space, text: str, pattern: str | None, at: tuple[
         loose = sum(s.numel * own for s in sites if s.name not in {m.name for g in sp.groups for m in g.sites} and not s.tied)
         name = str(budget) if pattern is None else f"{pattern}: {budget}"
         return Resource(name, at, budget.bytes(numel, numel * own) - loose, plain, loose, numel if budget.average else 0)
-    before = Layout.of(state.specs).nbytes
+    before = Layout.of(whole.specs).nbytes
     digits = len(str(before))
     fixed = aside(state, sp, digits)
 

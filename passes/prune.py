@@ -165,13 +165,13 @@ class Prune(Pass):
 
     def run(self, state: State, ctx: Context) -> State:
         (found, _), smaller = self._wanted(state), self._smaller(state)
-        aim = Aim(smaller.state, found, units(smaller.state), smaller.cuts, self._norms(state))
+        aim = Aim(smaller.state, found, units(smaller.state), smaller.cuts, self.norms(state))
         if ctx.calibration is None:
             return self._without_data(state, aim, ctx)
         with precision("bf16"):
             return self._walk(state, aim, ctx)
 
-    def _norms(self, state: State) -> dict[str, Tensor]:
+    def norms(self, state: State) -> dict[str, Tensor]:
         """Reader -> what the norm behind it multiplies each of its outputs by."""
         if self.method != "obs":
             return {}

@@ -79,6 +79,7 @@ class Solved:
     solution: core.Solution
     table: str = ""
     results: tuple[Trial, ...] = ()
+    weights: int = 0  # that bits are averaged over, where the model had more of them than it has
 
     def formats(self, choice: Sequence[int]) -> dict[str, Format]:
         return self.space.plan(choice, Dense(self.state.dtype))
@@ -101,19 +102,24 @@ class Solved:
 
     def frontier(self) -> tuple[Point, ...]:
         """The damage to expect at other budgets, from the least that is possible to the most that can be used."""
-        uses = [item.use[0] for item in self.problem.items]
-        least, most = sum(int(u.min()) for u in uses), sum(int(u.max()) for u in uses)
-        budgets = [least + (most - least) * i // STEPS for i in range(STEPS + 1)]
-        r = self.limits[0]
-        found = {}
-        for p in core.frontier(self.problem, budgets):
-            found[p.used] = Point(self.bits(p.choice), p.used + r.fixed, p.damage)
-        return tuple(found.values())
+        return tuple({p.bytes: p for p in self.at(steps(*self.reach()))}.values())
+
+    def reach(self) -> tuple[int, int]:
+        """The least and the most bytes of the main budget that a choice uses."""
+        uses, fixed = [item.use[0] for item in self.problem.items], self.limits[0].fixed
+        return sum(int(u.min()) for u in uses) + fixed, sum(int(u.max()) for u in uses) + fixed
+
+    def at(self, budgets: Sequence[int]) -> Iterator[Point]:
+        """What to expect at those of these budgets, in bytes, that can be kept."""
+        fixed = self.limits[0].fixed
+        for p in core.frontier(self.problem, [budget - fixed for budget in budgets]):
+            yield Point(self.bits(p.choice), p.used + fixed, p.damage)
 
     def bits(self, choice: Sequence[int]) -> float:
         """Average stored bits of the matrices inside blocks."""
         linear = self.state.graph.linear
-        return BitPlan(self.formats(choice)).bits(linear, self.state.dtype.itemsize)
+        found = BitPlan(self.formats(choice)).bits(linear, self.state.dtype.itemsize)
+        return found * sum(s.numel for s in linear) / self.weights if self.weights else found
 
     # --- trying for real ---
 
@@ -163,6 +169,11 @@ class Solved:
         for kept in work:
             kept.drop()
         return kl
+
+
+def steps(least: int, most: int) -> list[int]:
+    """Budgets from the one to the other."""
+    return [least + (most - least) * i // STEPS for i in range(STEPS + 1)]
 
 
 def divergence(original: State, changed: State, ctx: Context, sample: Sequence[Tensor]) -> list[float]:

@@ -27,6 +27,7 @@ def grid(plan: BitPlan, graph: Graph, own: str) -> str:
     """Layers down, roles across: formats (several where experts differ), and the damage that each layer adds."""
     roles = list(dict.fromkeys(s.role for s in graph.linear))
     damage = plan.forecast.damage if plan.forecast else {}
+    shape = plan.forecast.structure if plan.forecast else {}
     rows = []
     for block in graph.blocks:
         sites = graph.of_block(block.index)
@@ -34,7 +35,8 @@ def grid(plan: BitPlan, graph: Graph, own: str) -> str:
         for role in roles:
             texts = dict.fromkeys(str(plan.formats.get(s.name, own)) for s in sites if s.role == role)
             cells.append(", ".join(texts) if len(texts) < 3 else f"{len(texts)} formats")
-        rows.append([str(block.index), *cells, figure(sum(damage.get(s.name, 0.0) for s in sites)) if damage else ""])
+        of_shape = sum(cost for name, cost in shape.items() if name.startswith(f"layers.{block.index}."))
+        rows.append([str(block.index), *cells, figure(sum(damage.get(s.name, 0.0) for s in sites) + of_shape) if damage else ""])
     outside = [s for s in graph if s.block is None and s.name in plan.formats]
     text = columns(rows, ["layer", *roles, "damage"], right=(len(roles) + 1,))
     return text + "".join(f"\n{s.name}: {plan.formats[s.name]}" for s in outside)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -93,9 +93,9 @@ class Spent:
 @dataclass(frozen=True)
 class Forecast:
     """What an allocation is expected to do. spent: of each limit, the main budget first. damage: by site, in the metric's units
-    (nats for ``kl``); `total` is their sum, and `bound` what no allocation within the limits is predicted to go below, `gap` what
-    the predicted optimum may lack to it. measured: whether the damages were; else they
-    are a guess. table: the name of the error table in the run folder.
+    (nats for ``kl``); structure: the same by sublayer that becomes smaller. `total` is the sum of both, and `bound` what no
+    allocation within the limits is predicted to go below, `gap` what the predicted optimum may lack to it. measured: whether the
+    damages were; else they are a guess. table: the name of the error table in the run folder.
     """
 
     metric: str
@@ -110,6 +110,7 @@ class Forecast:
     measured: bool = True
     notes: tuple[str, ...] = ()
     table: str = ""
+    structure: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def used(self) -> int:

@@ -1,0 +1,179 @@
+"""Shape and bits from one budget: which levels of `structure` and which formats together do the least damage.
+
+Damages of shapes (structure.py) and of formats (error_table.py) are added up, and one program chooses both. Where every layer
+has the same shape, as engines want it, there are few shapes: for each the formats are chosen exactly (allocate_core.py), and the
+best of these choices is the best of all. A model that keeps its shape is one of them.
+
+A limit in bits is per weight of the model as it was, or pruning would raise what it allows. Limits of the shape alone
+(`constraints`) leave shapes out before formats are chosen.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+from compress.errors import FormatError, RecipeError
+from compress.model.couplings import named
+from compress.model.work import cached
+from compress.passes.choices import Resource
+from compress.passes.prune import Prune, units
+from compress.passes.structure import Damages, Structure, narrower
+from compress.passes.trials import Solved, steps
+from compress.state import State
+from compress.state.plan import BitPlan, Point
+
+CONSTRAINED = {"parameters": "parameters", "kv_cache": "bytes of cache for each token"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model as it would be: what stays of each kind, what makes it so (None: it is), the state that this leaves, and what it
+    costs by sublayer."""
+
+    text: str
+    shares: Mapping[str, float]
+    prune: Prune | None
+    state: State
+    damages: Mapping[str, float]
+
+    @property
+    def damage(self) -> float:
+        return sum(self.damages.values())
+
+
+def whole(state: State) -> Shape:
+    """The model as it is."""
+    return Shape("whole", {}, None, state, {})
+
+
+def shapes(state: State, structure: Structure, constraints: Mapping[str, str], damages: Damages | None) -> Iterator[Shape]:
+    """Every shape that is within the constraints, the largest first; what they cost, if that is known. RecipeError if none is."""
+    kinds, room = structure.shares(state), allowed(state, constraints)
+    least: dict[str, int] = {}
+    for levels in product(*([1.0, *kinds[kind]] for kind in kinds)):
+        shape = shaped(state, {kind: share for kind, share in zip(kinds, levels, strict=True) if share < 1}, damages)
+        used = amounts(shape.state)
+        least = {name: min(used[name], least.get(name, used[name])) for name in used}
+        if all(used[name] <= room[name] for name in room):
+            yield shape
+    over = next((name for name in room if least[name] > room[name]), None)
+    if over is not None:
+        share = least[over] / amounts(state)[over]
+        raise RecipeError(f"no shape has {room[over]:,} {CONSTRAINED[over]} or fewer; the least that 'structure' allows is "
+                          f"{least[over]:,}, {share:.1%} of what there are", ("constraints", over))  # fmt: skip
+
+
+def shaped(state: State, shares: Mapping[str, float], damages: Damages | None = None) -> Shape:
+    """A model of which only these shares stay."""
+    if not shares:
+        return whole(state)
+    prune = narrower(shares)
+    made, before, text = prune.foresee(state), units(state), dict[str, None]()
+    lost = {}
+    for (kind, block), count in units(made).items():
+        if count != before[kind, block]:
+            lost[f"layers.{block}.{kind}"] = damages[kind, block, count] if damages else 0.0
+            text[f"{count} of {before[kind, block]} {named(kind)}"] = None
+    return Shape(", ".join(text), shares, prune, made, lost)
+
+
+# --- what a shape must keep to ---------------------------------------------------------------------------------------
+
+
+def amounts(state: State) -> dict[str, int]:
+    """What `constraints` are about, counted."""
+    return {"parameters": sum(math.prod(spec.shape) for spec in state.specs), "kv_cache": cached(state) * state.dtype.itemsize}
+
+
+def allowed(state: State, constraints: Mapping[str, str]) -> dict[str, int]:
+    """The constraints on a state as numbers."""
+    have, found = amounts(state), {}
+    for name, text in constraints.items():
+        number, share = parsed(text)
+        found[name] = math.floor(number / 100 * have[name] + 1e-9) if share else math.floor(number)
+    return found
+
+
+def parsed(text: str) -> tuple[float, bool]:
+    """A number, and whether it is a share in per cent. ValueError where it is none."""
+    match = re.fullmatch(r"(?:<=)?\s*(\d+(?:\.\d+)?)\s*(%?)", text.strip())
+    if match is None:
+        raise ValueError(f"'{text}' is no limit; write '<= 80 %' of what the model has, or a number")
+    return float(match[1]), bool(match[2])
+
+
+# --- the best of all -------------------------------------------------------------------------------------------------
+
+
+class Tight(Exception):  # noqa: N818
+    """A limit that cannot be kept, and the least of it that is possible."""
+
+    def __init__(self, resource: Resource, least: int):
+        super().__init__(resource.name)
+        self.resource, self.least = resource, least
+
+
+@dataclass(frozen=True)
+class Best:
+    """The shape and the formats of least damage; `every`: the best formats of each shape that can keep to the limits."""
+
+    shape: Shape
+    solved: Solved
+    every: tuple[tuple[Shape, Solved], ...]
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, found: Sequence[tuple[Shape, Solved | Tight | FormatError]]) -> Best:
+        """RecipeError where no shape can keep to the limits."""
+        able = [(shape, solved) for shape, solved in found if isinstance(solved, Solved)]
+        if not able:
+            raise infeasible([solved for _, solved in found if not isinstance(solved, Solved)])
+        notes = tuple(f"a shape is left out, {shape.text}: {e}" for shape, e in found if isinstance(e, FormatError))
+        if any(shape.prune for shape, _ in able):
+            notes += ("bits of a budget are per weight of the model as it was",)
+        shape, solved = min(able, key=lambda pair: pair[0].damage + pair[1].solution.damage)  # of equals the larger shape
+        return cls(shape, solved, tuple(able), notes)
+
+    def plan(self, measured: bool = True) -> BitPlan:
+        """The formats, with what is expected of them and of the shape."""
+        plan = self.solved.plan(measured)
+        forecast = plan.forecast
+        if forecast is None or (len(self.every) == 1 and self.shape.prune is None):
+            return plan
+        bound = min(shape.damage + solved.solution.bound for shape, solved in self.every)
+        total = forecast.total + self.shape.damage
+        gap = (total - bound) / total if total else 0.0
+        return replace(plan, forecast=replace(
+            forecast, total=total, bound=bound, gap=gap, structure=self.shape.damages,
+            frontier=self.frontier() if measured else (), notes=(*forecast.notes, *self.notes),
+        ))  # fmt: skip
+
+    def frontier(self) -> tuple[Point, ...]:
+        """What the best shape at each budget would do."""
+        reach = [solved.reach() for _, solved in self.every]
+        budgets = steps(min(least for least, _ in reach), max(most for _, most in reach))
+        best: dict[int, Point] = {}
+        for shape, solved in self.every:
+            low, high = solved.reach()
+            within = [min(b, high) for b in budgets if b >= low]
+            points = list(solved.at(within))
+            for budget, p in zip([b for b in budgets if b >= low][-len(points) :], points, strict=True):
+                p = replace(p, damage=p.damage + shape.damage)
+                if budget not in best or p.damage < best[budget].damage:
+                    best[budget] = p
+        return tuple({p.bytes: p for _, p in sorted(best.items())}.values())
+
+
+def infeasible(found: Sequence[Tight | FormatError]) -> Exception:
+    """Why no shape will do: the limit of which one comes nearest, or what hinders every one."""
+    tight = [e for e in found if isinstance(e, Tight)]
+    if not tight:
+        return next(e for e in found if isinstance(e, FormatError))
+    nearest = min(tight, key=lambda e: e.least / max(1, e.resource.allowed))
+    r = nearest.resource
+    return RecipeError(f"no allocation keeps to {r.name}; the least possible is {r.say(nearest.least)}.  Raise it, allow smaller "
+                       "formats, or prune first", r.at)  # fmt: skip
