@@ -28,7 +28,7 @@ from compress.model.couplings import KV_GROUPS, MLP, couplings, named
 from compress.model.feeds import norms_behind
 from compress.model.lockstep import Batch
 from compress.model.mixtures import Fewer, fewer, numbers
-from compress.model.shapes import differ
+from compress.model.skeleton import free
 from compress.model.speed import precision
 from compress.model.stream import Twin
 from compress.model.work import advancing_bytes, block_bytes, cached, per_token, waiting_bytes
@@ -134,7 +134,8 @@ class Prune(Pass):
             before = {c.block: c.units for c in couplings(state) if c.kind == kind}
             after = {block: now[kind, block] for block in before}
             if after != before:
-                yield f"prune keeps {span(after)} of {span(before)} {named(kind)} in every layer"
+                where = "in every layer" if len(set(after.values())) == 1 else "by layer"
+                yield f"prune keeps {span(after)} of {span(before)} {named(kind)} {where}"
         if self.experts < 1:
             yield f"prune keeps {numbers(foreseen)[0]} of {numbers(state)[0]} experts in every layer"
         experts = {site.weight for site in state.graph if site.expert is not None}
@@ -146,8 +147,8 @@ class Prune(Pass):
         cache = [cached(s) * s.dtype.itemsize for s in (state, foreseen)]
         smaller = f"; {cache[0]:,} → {cache[1]:,} bytes of cache for each token" if cache[0] != cache[1] else ""
         yield f"prune: {''.join(told).removesuffix(', ')}{'; ' * bool(told)}{' → '.join(counts)} parameters{smaller}"
-        if differ(foreseen.config):
-            yield ("prune: layers differ in shape; native (in transformers, with compress-pipeline) and onnx load that, and stock "
+        if free(foreseen.config):
+            yield ("prune: layers differ in shape; native (in transformers with compress-pipeline) and onnx load that, and stock "
                    "transformers, vLLM and llama.cpp do not: one share for all layers gives a model that they load")  # fmt: skip
 
     def run(self, state: State, ctx: Context) -> State:

@@ -20,6 +20,7 @@ import copy
 import functools
 import inspect
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -45,6 +46,11 @@ def text_of(config: Any) -> Any:
 def differ(config: Any) -> bool:
     """Whether the layers of a config's language model have shapes of their own."""
     return bool(values_of(config))
+
+
+def said_to_differ(config: Mapping[str, Any]) -> bool:
+    """The same of a config.json, which nobody has looked at yet."""
+    return KEY in config or any(isinstance(part, dict) and KEY in part for part in config.values())
 
 
 def values_of(config: Any) -> dict[int, dict[str, Any]]:
@@ -99,16 +105,11 @@ class Layer:
         self.__dict__["whole"]._experts_implementation_internal = value
 
 
-@functools.cache
-def layer_kind(kind: Any) -> Any:
-    """The class of a config, for one layer."""
-    return type(kind.__name__, (Layer, kind), {"__module__": kind.__module__})
-
-
 def follower(config: Any, layer: int) -> Any:
     """The config of a layer that is built from it."""
     found = config.per_layer_config[layer]
-    found.__class__ = layer_kind(type(config))
+    kind = type(config)
+    found.__class__ = type(kind.__name__, (Layer, kind), {"__module__": kind.__module__})
     found.__dict__["whole"] = config
     found.__dict__.pop(OPEN, None)
     return found
@@ -122,7 +123,6 @@ def stack(model: nn.Module, count: int) -> nn.ModuleList | None:
     return None
 
 
-@functools.cache
 def number_of(kind: Any) -> str | None:
     """What a class of layers calls its number; None where it is not made from a config and a number alone."""
     known = inspect.signature(kind).parameters
@@ -132,10 +132,12 @@ def number_of(kind: Any) -> str | None:
 
 
 @functools.cache
-def native(kind: Any) -> bool:
+def native(module: str) -> bool:
     """Whether the code of an architecture goes by the shapes of each layer itself; it is left alone."""
-    module = inspect.getmodule(kind)
-    return module is not None and KEY in inspect.getsource(module)
+    try:
+        return KEY in inspect.getsource(sys.modules[module])
+    except (OSError, TypeError):  # a class that somebody has written at a prompt
+        return False
 
 
 def reshape(model: Any) -> None:
@@ -150,7 +152,7 @@ def reshape(model: Any) -> None:
 
 def begin(stock: Callable[..., None], model: Any, config: Any, *args: Any, **kwargs: Any) -> None:
     """`PreTrainedModel.__init__`, with which every model begins: from here on the config answers for all layers."""
-    if getattr(config, "is_heterogeneous", False) and OPEN not in vars(config) and not native(type(model)):
+    if getattr(config, "is_heterogeneous", False) and OPEN not in vars(config) and not native(type(model).__module__):
         setattr(config, OPEN, True)
         vars(model)["opened"] = config
         MUTED.addFilter(unremarkable)
@@ -159,7 +161,7 @@ def begin(stock: Callable[..., None], model: Any, config: Any, *args: Any, **kwa
 
 def finish(stock: Callable[..., None], model: Any) -> None:
     """`post_init`, with which every model ends: the layers take their shapes, then the config is strict again."""
-    if getattr(model.config, "is_heterogeneous", False) and not native(type(model)):
+    if getattr(model.config, "is_heterogeneous", False) and not native(type(model).__module__):
         reshape(model)
     stock(model)
     config = vars(model).pop("opened", None)

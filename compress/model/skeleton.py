@@ -57,6 +57,11 @@ def model_class(config: Any) -> Any:
     return known[type(config)]
 
 
+def free(config: Any) -> bool:
+    """Whether layers differ in shape, and the architecture's own code does not build them so: only ours does."""
+    return shapes.differ(config) and not shapes.native(model_class(config).__module__)
+
+
 def base_class(config: Any) -> Any:
     """What `AutoModel` makes of a config: the model without a head; None where it knows none."""
     known = transformers.AutoModel._model_mapping
