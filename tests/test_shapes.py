@@ -255,3 +255,14 @@ def test_layers_that_go_take_their_shapes_with_them(tmp_path: Path) -> None:
     state = Prune(mlp={"layers.1.*": 64, "layers.3.*": 32}).foresee(state)
     assert values_of(fewer(state, [0, 3, 1]).config) == {1: {"intermediate_size": 32}, 2: {"intermediate_size": 64}}
     assert of_layer(fewer(state, [3]).config, 0).intermediate_size == 32
+
+
+@pytest.mark.parametrize("then", [{"edit": {"drop_layers": [1]}}, {"depth": {"drop": 1}}])
+def test_free_shapes_and_fewer_layers_in_one_recipe(tmp_path: Path, text: Path, then: dict[str, Any]) -> None:
+    config = FAMILIES["llama"]()
+    config.num_hidden_layers = 3
+    folder = make_model(tmp_path / "model", config, torch.float32)
+    done = bake(tmp_path, folder, text, "native", {"prune": {"mlp": {"layers.2.*": 32}}}, then, INT4)
+    assert done.artifacts["native"][1].greedy == 16
+    widths = [of_layer(done.state.config, i).intermediate_size for i in range(2)]
+    assert widths == [done.state.graph[f"layers.{i}.mlp.down"].shape[1] for i in range(2)]

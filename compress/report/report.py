@@ -199,7 +199,8 @@ class Report:
         """One self-contained page: the figures, heat maps of bits and error over layers, steps, sites, recipe."""
         rows, head = site_table(self.state, self.records)
         bits = {r["site"]: 8 * r["bytes"] / self.state.graph[r["site"]].numel for r in encoded(self.records)}
-        errors = {r["site"]: r["error"] for r in self.records if r.get("error") is not None}
+        known = self.state.graph.sites  # of layers that were taken away later nothing is shown
+        errors = {r["site"]: r["error"] for r in self.records if r.get("error") is not None and r["site"] in known}
         body = [f"<h1>{html.escape(self.title)}, compressed</h1>",
                 html_table(score_rows(self.scores, self.before, self.after), ["", "original", "compressed"]),
                 *([f"<p>{html.escape(self.measured)}</p>"] if self.scores else []),
