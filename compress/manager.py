@@ -174,8 +174,8 @@ class Pass(BaseModel, ABC):
         return {n: v for n, v in self.model_dump(mode="json").items() if v != usual[n]}
 
     def text(self) -> str:
-        """Name and options, byte-stable; part of the step's key."""
-        return f"{self.name}{json.dumps(self.model_dump(mode='json'), sort_keys=True)}"
+        """Name and options, byte-stable; part of the step's key. Patterns stay in their order, since later ones win."""
+        return f"{self.name}{json.dumps(self.model_dump(mode='json'))}"
 
 
 def check_order(passes: Sequence[Pass], facts: Fact = Fact.DENSE) -> None:

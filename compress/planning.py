@@ -20,6 +20,7 @@ from compress.model.model import Model
 from compress.passes.quantize import Quantize
 from compress.report import allocation, page
 from compress.report.console import Console
+from compress.report.shapes import Survivors
 from compress.run import is_run
 from compress.stages import BASELINE_BYTES
 from compress.state import State
@@ -48,6 +49,8 @@ def plan_command(options: argparse.Namespace) -> None:
     graph, bits = ready.foreseen.graph, ready.foreseen.plan
     if bits and bits.forecast:
         print("\n" + allocated(bits, ready.foreseen))
+    if survivors := Survivors.of(ready.start, ready.foreseen):
+        print("\n" + survivors.text())
     print()
     print(page.columns(format_rows(ready.foreseen), ["format", "sites", "weights", "bytes"], right=(1, 2, 3)))
     linear = evaluate.sizes(ready.foreseen, 0).linear_bits

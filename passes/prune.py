@@ -8,7 +8,8 @@ its place, and what it puts out is compared with that, so that a coupling which 
 the first block. Experts are chosen in prune_experts.py by what the same walk shows of them; there nothing is made up for, and
 the check is another one.
 
-Every layer keeps the same number, so that the result loads wherever the model did.
+Where every layer keeps the same number the result loads wherever the model did. Where layers are given their own, by patterns, it
+is a model of free shapes (see model/shapes.py), which fewer engines load. How many stay is found in prune_counts.py.
 """
 
 from __future__ import annotations
@@ -23,19 +24,20 @@ from torch import Tensor
 
 from compress.errors import ModelError, RecipeError
 from compress.manager import Context, Cost, Pass
-from compress.model.couplings import KV_GROUPS, MLP, Coupling, couplings, named, without
+from compress.model.couplings import KV_GROUPS, MLP, couplings, named
 from compress.model.feeds import norms_behind
 from compress.model.lockstep import Batch
 from compress.model.mixtures import Fewer, fewer, numbers
+from compress.model.skeleton import free
 from compress.model.speed import precision
 from compress.model.stream import Twin
 from compress.model.work import advancing_bytes, block_bytes, cached, per_token, waiting_bytes
 from compress.passes.prune_block import Aim, Block
+from compress.passes.prune_counts import Counts, Stays, as_before, cuts, fitted, losing, wanted
 from compress.state import Aspect, Fact, State
 
 SWEEP, JUDGED = 8.0, 12.0  # operations, as of fp32, for K³ of a reader's sweep and factors, and for N K² of its losses
 SOLVED = 26  # bytes for K²: the Hessian, and two matrices in fp64 with what is in hand of them
-WIDE = 1024  # neurons from which engines want multiples of 128
 
 
 class Prune(Pass):
@@ -46,8 +48,14 @@ class Prune(Pass):
     gives: ClassVar[Fact] = Fact.PRUNED
     writes: ClassVar[Aspect] = Aspect.STRUCTURE | Aspect.WEIGHTS
 
-    mlp: float = Field(1.0, gt=0, le=1, description="share of the neurons of every MLP that stays")
-    kv_groups: float = Field(1.0, gt=0, le=1, description="share of the groups of heads, with their keys and values, that stays")
+    mlp: Stays = Field(
+        1.0,
+        description="share of the neurons of every MLP that stays; or pattern -> share or number, for layers of their own "
+        "shapes: later ones win, layers that none names stay whole",
+    )
+    kv_groups: Stays = Field(
+        1.0, description="share of the groups of heads, with their keys and values, that stays; or by pattern, as `mlp`"
+    )
     experts: float = Field(1.0, gt=0, le=1, description="share of the experts of every mixture that stays")
     method: Literal["obs", "wanda", "flap", "magnitude"] = Field(
         "obs",
@@ -64,7 +72,7 @@ class Prune(Pass):
     drift: float = Field(0.5, ge=0, le=1, description="share of the error in a block's inputs that it makes up for")
 
     def check(self, calibrated: bool, following: Sequence[Pass] = ()) -> None:
-        if self.mlp == self.kv_groups == self.experts == 1:
+        if not self._narrows and self.experts == 1:
             raise RecipeError("'prune' takes nothing away; name a share below 1 under mlp, kv_groups or experts, or leave it out")
         if self.experts < 1 and self.method not in ("obs", "magnitude"):
             raise RecipeError(f"'{self.method}' does not rank experts; use obs or magnitude, or two steps 'prune'", ("method",))
@@ -72,9 +80,13 @@ class Prune(Pass):
             raise RecipeError("'prune' needs data.calibration; add it, or use method: magnitude with compensate: false")
 
     @property
+    def _narrows(self) -> bool:
+        return cuts(self.mlp) or cuts(self.kv_groups)
+
+    @property
     def _compensates(self) -> bool:
         """Whether there is a matrix that makes up for what goes: what is lost with experts nothing makes up for."""
-        return self.compensate and (self.mlp < 1 or self.kv_groups < 1)
+        return self.compensate and self._narrows
 
     @property
     def corrects(self) -> bool:
@@ -105,66 +117,43 @@ class Prune(Pass):
 
     def _narrower(self, state: State) -> State:
         """With fewer neurons and groups of heads."""
-        if self.mlp == self.kv_groups == 1:
+        if not self._narrows:
             return state
-        found, counts = self._wanted(state)
-        if self.kv_groups == 1:
-            return without(state, found, counts)
-        groups = next(c.units for c in found if c.kind == KV_GROUPS)
-        refused: ModelError | None = None
-        for count in range(counts[KV_GROUPS], groups):  # some architectures allow only some numbers of heads
-            try:
-                return without(state, found, {**counts, KV_GROUPS: count})
-            except ModelError as e:
-                refused = refused or e
-        assert refused is not None
-        raise ModelError(str(refused), ("kv_groups",))
+        fixed = isinstance(self.kv_groups, dict) and any(type(n) is int for n in self.kv_groups.values())
+        return fitted(state, self._counts(state), fixed)
 
-    def _wanted(self, state: State) -> tuple[list[Coupling], dict[str, int]]:
-        """The couplings that lose units, and how many of each kind are to stay."""
-        every, found, counts = list(couplings(state)), [], {}
-        for kind, share in ((MLP, self.mlp), (KV_GROUPS, self.kv_groups)):
-            if share == 1:
-                continue
-            mine = [c for c in every if c.kind == kind]
-            if not mine:
-                raise ModelError(f"'{state.graph.family}' has no {named(kind)} that 'prune' knows; leave '{kind}' out", (kind,))
-            odd = next((c for c in mine if c.obstacle), None)
-            if odd is not None:
-                raise ModelError(
-                    f"{named(kind)} of '{state.graph.family}' cannot go: {odd.obstacle}; leave '{kind}' out", (kind,)
-                )
-            if len({c.units for c in mine}) > 1:
-                raise ModelError(f"layers of '{state.graph.family}' differ in their {named(kind)}; leave '{kind}' out", (kind,))
-            had = mine[0].units
-            step = 1 if kind == KV_GROUPS else self.multiple or natural(had)
-            counts[kind] = min(had, max(1, -int(-had * share // step)) * step)
-            if counts[kind] == had:
-                raise RecipeError(f"{share:g} of {had} {named(kind)}, rounded up to {step}s, are all of them", (kind,))
-            found += mine
-        return found, counts
+    def _counts(self, state: State) -> Counts:
+        """Of each kind that loses units, how many are asked for in each block that loses some."""
+        options = ((MLP, self.mlp), (KV_GROUPS, self.kv_groups))
+        return {kind: wanted(state, kind, stays, self.multiple) for kind, stays in options if cuts(stays)}
 
     def remarks(self, state: State, foreseen: State) -> Iterator[str]:
         """How many of each kind stay, what the config then says, and what becomes smaller."""
         now = units(foreseen)
         for kind in (MLP, KV_GROUPS):
-            found = next((c for c in couplings(state) if c.kind == kind), None)
-            if found is not None and now[kind, found.block] != found.units:
-                yield f"prune keeps {now[kind, found.block]} of {found.units} {named(kind)} in every layer"
+            before = {c.block: c.units for c in couplings(state) if c.kind == kind}
+            after = {block: now[kind, block] for block in before}
+            if after != before:
+                where = "in every layer" if len(set(after.values())) == 1 else "by layer"
+                yield f"prune keeps {span(after)} of {span(before)} {named(kind)} {where}"
         if self.experts < 1:
             yield f"prune keeps {numbers(foreseen)[0]} of {numbers(state)[0]} experts in every layer"
         experts = {site.weight for site in state.graph if site.expert is not None}
         if {spec.name for spec in state.specs} - {spec.name for spec in foreseen.specs} - experts:
             yield "prune takes away what predicts further tokens: it has experts of its own, which no text reaches here"
-        before, after = (s.config.get_text_config().to_dict() for s in (state, foreseen))
-        told = [f"{k} {before.get(k)} → {v}" for k, v in sorted(after.items()) if isinstance(v, int) and before.get(k) != v]
+        old, new = (s.config.get_text_config().to_dict() for s in (state, foreseen))
+        told = [f"{k} {old.get(k)} → {v}, " for k, v in sorted(new.items()) if isinstance(v, int) and old.get(k) != v]
         counts = [f"{sum(math.prod(spec.shape) for spec in s.specs):,}" for s in (state, foreseen)]
         cache = [cached(s) * s.dtype.itemsize for s in (state, foreseen)]
         smaller = f"; {cache[0]:,} → {cache[1]:,} bytes of cache for each token" if cache[0] != cache[1] else ""
-        yield f"prune: {', '.join(told)}; {' → '.join(counts)} parameters{smaller}"
+        yield f"prune: {''.join(told).removesuffix(', ')}{'; ' * bool(told)}{' → '.join(counts)} parameters{smaller}"
+        if free(foreseen.config):
+            yield ("prune: layers differ in shape; native (in transformers with compress-pipeline) and onnx load that, and stock "
+                   "transformers, vLLM and llama.cpp do not: one share for all layers gives a model that they load")  # fmt: skip
 
     def run(self, state: State, ctx: Context) -> State:
-        (found, _), smaller = self._wanted(state), self._smaller(state)
+        smaller = self._smaller(state)
+        found = losing(state, self._counts(state)) if self._narrows else []
         aim = Aim(smaller.state, found, units(smaller.state), smaller.cuts, self.norms(state))
         if ctx.calibration is None:
             return self._without_data(state, aim, ctx)
@@ -224,9 +213,8 @@ class Prune(Pass):
     def cost(self, state: State, tokens: int) -> Cost:
         """Forward passes of the model as it was, of its twin, and of the smaller one; for each reader, at its old width, a
         Hessian, what `obs_core` makes of it, and the weights as they are solved and judged."""
-        shares = {MLP: self.mlp, KV_GROUPS: self.kv_groups}
-        shapes = [(c.reader.shape[0], round(c.reader.shape[1] / shares[c.kind]))
-                  for c in couplings(state) if shares[c.kind] < 1]  # fmt: skip
+        shapes = [(n, k) for kind, stays in ((MLP, self.mlp), (KV_GROUPS, self.kv_groups)) if cuts(stays)
+                  for n, k in as_before(state, kind, stays)]  # fmt: skip
         if not (shapes or self.experts < 1) or not tokens:
             return Cost(peak_bytes=block_bytes(state))
         work, models, block = per_token(state), 1 + self.corrects, block_bytes(state)
@@ -237,15 +225,12 @@ class Prune(Pass):
         return Cost(2.0 * (1 + models) * tokens * work.weights, exact, peak_bytes=held + models * block + solved, numbers=numbers)
 
 
-def natural(units: int) -> int:
-    """What the number of neurons is rounded up to: what formats and engines divide them by."""
-    most = 128 if units >= WIDE else 32
-    step = 1
-    while step < most and units % (2 * step) == 0:
-        step *= 2
-    return step
-
-
 def units(state: State) -> dict[tuple[str, int], int]:
     """How many units there are of each kind in each block."""
     return {(c.kind, c.block): c.units for c in couplings(state)}
+
+
+def span(counts: dict[int, int]) -> str:
+    """One number, or from where to where."""
+    least, most = min(counts.values()), max(counts.values())
+    return f"{least}" if least == most else f"{least} to {most}"

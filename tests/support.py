@@ -21,6 +21,7 @@ from compress.export.artifact.exporter import Proof
 from compress.export.table import EXPORTERS
 from compress.formats import parse
 from compress.model.model import open_model
+from compress.passes.prune import Prune
 from compress.report.page import pipes
 from compress.state import State
 from tests.conftest import FAMILIES, make_model, write_text
@@ -30,6 +31,8 @@ FORMATS = (*(f"int{b}:g32" for b in range(2, 9)), "int4:g64", "int4:channel", "i
            "nf3:g64", "nf4:g64:dq8x256", "nf8:g64", "lut4:g64", "lut3:g64:shared", "lut2:g64", "int4:g32+r4",
            "nf4:g64+r4")  # fmt: skip
 COMMON = "int4:g32"  # what families are tried with
+FREE = {"mlp": {"layers.0.*": 0.5}}  # as `prune` leaves layers that differ in shape
+SHAPED = ("llama", "qwen3", "gemma3", "phi3", "gpt2", "opt")
 REFUSED = "-"
 
 
@@ -38,43 +41,49 @@ def opened(source: Path) -> State:
     return open_model(str(source)).state
 
 
-def state_of(source: Path, form: str) -> State:
+def state_of(source: Path, form: str, free: bool = False) -> State:
     """A model with every matrix inside its blocks planned to be in one format."""
-    state = opened(source)
+    state = Prune.model_validate(FREE).foresee(opened(source)) if free else opened(source)
     return state.promising({s.name: parse(form) for s in state.graph.linear})
 
 
-def refusal(exporter: str, source: Path, form: str) -> str | None:
+def refusal(exporter: str, source: Path, form: str, free: bool = False) -> str | None:
     """Why an exporter does not take a model in a format; None where it does."""
     try:
-        EXPORTERS[exporter]().check(state_of(source, form))
+        EXPORTERS[exporter]().check(state_of(source, form, free))
     except CompressError as e:
         return str(e)
     return None
 
 
-def proven(exporter: str, source: Path, text: Path, form: str, folder: Path) -> Proof:
+def proven(exporter: str, source: Path, text: Path, form: str, folder: Path, free: bool = False) -> Proof:
     """The proof of one run."""
     method = "lqlora" if "+r" in form else "quantize"
     options = {"rank": parse(form).rank, "format": str(parse(form).base)} if method == "lqlora" else {"format": form}  # type: ignore[union-attr]
-    return bake(folder, source, text, exporter, {method: {"method": "rtn", **options}}).artifacts[exporter][1]
+    first = [{"prune": FREE}] if free else []
+    return bake(folder, source, text, exporter, *first, {method: {"method": "rtn", **options}}).artifacts[exporter][1]
 
 
-def cell(exporter: str, source: Path, text: Path, form: str) -> str:
+def cell(exporter: str, source: Path, text: Path, form: str, free: bool = False) -> str:
     """What the table says of one exporter, model and format."""
-    if refusal(exporter, source, form):
+    if refusal(exporter, source, form, free):
         return REFUSED
     with tempfile.TemporaryDirectory() as folder:
-        proof = proven(exporter, source, text, form, Path(folder))
+        proof = proven(exporter, source, text, form, Path(folder), free)
     return re.sub(r" [\d.]+\S*", "", proof.engine)
 
 
-def rows(names: tuple[str, ...], pairs: Iterator[tuple[str, Path, str]], text: Path) -> list[list[str]]:
+def rows(names: tuple[str, ...], pairs: Iterator[tuple[str, Path, str]], text: Path, free: bool = False) -> list[list[str]]:
     found = []
     for name, source, form in pairs:
-        found.append([f"`{name}`", *(cell(exporter, source, text, form) for exporter in names)])
+        found.append([f"`{name}`", *(cell(exporter, source, text, form, free) for exporter in names)])
         print(" | ".join(found[-1]), file=sys.stderr, flush=True)
     return found
+
+
+def shaped(name: str) -> str:
+    """The row of a family whose layers differ in shape."""
+    return f"{name}, by layer"
 
 
 HEAD = """\
@@ -94,8 +103,10 @@ def page(folder: Path) -> str:
     models = {name: make_model(folder / name, config()) for name, config in FAMILIES.items()}
     by_format = rows(names, ((form, models["llama"], form) for form in FORMATS), text)
     by_family = rows(names, ((name, models[name], COMMON) for name in models), text)
+    by_layer = rows(names, ((shaped(name), models[name], COMMON) for name in SHAPED), text, free=True)
     return "\n\n".join([HEAD, "## Formats, on Llama", pipes(by_format, ["format", *names]),
-                        f"## Families, in `{COMMON}`", pipes(by_family, ["family", *names])]) + "\n"  # fmt: skip
+                        f"## Families, in `{COMMON}`", pipes(by_family, ["family", *names]),
+                        f"## Layers of different shapes, in `{COMMON}`", pipes(by_layer, ["family", *names])]) + "\n"  # fmt: skip
 
 
 if __name__ == "__main__":

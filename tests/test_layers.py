@@ -38,7 +38,8 @@ TRANSFORMERS = {
     "export.runtime",
 }
 # All that an artifact needs of the rest to be run.
-RUNTIME = ("formats", "errors", "state.checkpoint", "export.artifact.files", "export.artifact.config", "export.artifact.checks")
+RUNTIME = ("formats", "errors", "state.checkpoint", "export.artifact.files", "export.artifact.config", "export.artifact.checks",
+           "model.shapes")  # fmt: skip
 FOLDERS = {"compress": ROOT / "compress", "passes": ROOT / "passes", "export": ROOT / "export"}
 
 

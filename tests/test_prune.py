@@ -17,7 +17,8 @@ from compress.export.table import KINDS
 from compress.model.couplings import couplings
 from compress.model.feeds import norms_behind
 from compress.model.model import open_model
-from compress.passes.prune import Prune, natural
+from compress.passes.prune import Prune
+from compress.passes.prune_counts import natural
 from tests.conftest import FAMILIES, Project, make_model
 from tests.cooking import bake
 from tests.pass_laws import TOKENS, attempt

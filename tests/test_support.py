@@ -22,10 +22,11 @@ def told() -> dict[tuple[str, str], str]:
 
 @pytest.mark.parametrize("exporter", EXPORTERS)
 def test_what_is_refused_is_a_dash_and_one_line(family: Any, exporter: str) -> None:
-    rows = [(form, "llama", form) for form in support.FORMATS] + [(name, name, support.COMMON) for name in FAMILIES]
+    rows = [(form, "llama", form, False) for form in support.FORMATS] + [(name, name, support.COMMON, False) for name in FAMILIES]
+    rows += [(support.shaped(name), name, support.COMMON, True) for name in support.SHAPED]
     cells = told()
-    for row, name, form in rows:
-        refusal = support.refusal(exporter, family(name), form)
+    for row, name, form, free in rows:
+        refusal = support.refusal(exporter, family(name), form, free)
         assert (refusal is not None) == (cells[row, exporter] == support.REFUSED), row
         assert "\n" not in (refusal or ""), row
 

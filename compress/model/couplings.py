@@ -8,13 +8,12 @@ stream are not touched by either, and need no entry.
 Which value of the config says how many there are is not listed by family: values that might are set in turn, the architecture is
 built from the config, and its shapes are held against those that are wanted. What a family does not allow (a norm over all heads,
 heads whose width is the model's divided by their number, an MLP of four times the model) shows in just that comparison, by the
-tensor that it would change.
+tensor that it would change. Where layers are to differ, each is told its own value (see shapes.py), and the same is asked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +24,7 @@ from compress.errors import ModelError
 from compress.model.discover import discover
 from compress.model.feeds import BY_HEAD, STACKED
 from compress.model.names import anchor
+from compress.model.shapes import of_layer, values_of, with_values
 from compress.model.skeleton import skeleton
 from compress.state import State
 from compress.state.checkpoint import Spec
@@ -115,10 +115,11 @@ def _mlp(state: State, mates: Mapping[str, Site]) -> Coupling:
 
 def _attention(state: State, mates: Mapping[str, Site]) -> Coupling:
     """Groups of heads: the query heads that share keys and values, and these."""
-    o, config = mates["o"], state.config.get_text_config()
+    o, block = mates["o"], mates["o"].block or 0
+    config = of_layer(state.config, block)
     heads = config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or heads
-    family, block = config.model_type, o.block or 0
+    family = config.model_type
     obstacle = f"what a head of '{family}' attends to depends on its number" if family in BY_NUMBER_OF_HEADS else ""
     if not mates.keys() >= {"q", "k", "v"} and "qkv" not in mates:
         obstacle = obstacle or "its queries, keys and values come from other matrices than q, k and v"
@@ -166,28 +167,45 @@ def spread(blocks: Tensor, width: int) -> Tensor:
 # --- the model without some of them ----------------------------------------------------------------------------------
 
 
-def without(state: State, found: Sequence[Coupling], counts: Mapping[str, int]) -> State:
-    """The state as it will be with `counts` units of each kind in every block; its tensors are those of before.
+Counts = Mapping[str, int | Mapping[int, int]]
+
+
+def without(state: State, found: Sequence[Coupling], counts: Counts) -> State:
+    """The state as it will be with `counts` units of each kind, in every block or by block, of the couplings `found`; its tensors
+    are those of before. Where all blocks come out alike the config says so in the plain way.
 
     Raises ModelError where the architecture has no such shape.
     """
-    lengths = {name: cut for c in found for name, cut in _lost(c, counts.get(c.kind, c.units)).items()}
+    left = {(c.kind, c.block): _count(counts, c) for c in found}
+    lengths = {name: cut for c in found for name, cut in _lost(c, left[c.kind, c.block]).items()}
     specs = tuple(_shorter(spec, *lengths[spec.name]) if spec.name in lengths else spec for spec in state.specs)
     config, why, done = state.config, "", set[str]()
-    for kind, count in counts.items():
+    for kind in counts:
         mine = [c for c in found if c.kind == kind]
         done |= {name for c in mine for name in c.cuts}
-        for changed in _configs(config, mine[0], count):
+        every = {c.block: left.get((kind, c.block), c.units) for c in couplings(state) if c.kind == kind}
+        for changed in _configs(config, mine, every):
             why = _misfit(state, changed, specs, done)
             if not why:
                 config = changed
                 break
         else:
-            raise ModelError(f"'{state.graph.family}' has no shape with {count} of its {named(kind)}: "
+            raise ModelError(f"'{state.graph.family}' has no shape with {_span(every)} of its {named(kind)}: "
                              f"{why or 'no value of its config says how many there are'}")  # fmt: skip
     model = skeleton(config)
     graph = anchor(discover(model, config, state.graph.leave), Bare(state.dense.folder, specs), model)
     return replace(state, graph=graph, config=config, specs=specs)
+
+
+def _count(counts: Counts, c: Coupling) -> int:
+    """How many units of a coupling are to stay."""
+    wanted = counts.get(c.kind, c.units)
+    return wanted if isinstance(wanted, int) else wanted.get(c.block, c.units)
+
+
+def _span(counts: Mapping[int, int]) -> str:
+    least, most = min(counts.values()), max(counts.values())
+    return str(least) if least == most else f"{least} to {most}"
 
 
 def named(kind: str) -> str:
@@ -205,23 +223,39 @@ def _shorter(spec: Spec, dim: int, lost: int) -> Spec:
     return replace(spec, shape=tuple(shape))
 
 
-def _configs(config: Any, c: Coupling, count: int) -> Iterator[Any]:
-    """Configs that may be the one of a model with `count` units in place of those of a coupling."""
-    if c.kind == KV_GROUPS:
-        changed = deepcopy(config)
-        text = changed.get_text_config()
-        heads = text.num_attention_heads
-        text.num_attention_heads, text.head_dim = heads // c.units * count, c.reader.shape[1] // heads
-        if getattr(text, "num_key_value_heads", None) is not None:
-            text.num_key_value_heads = count
+def _configs(config: Any, mine: Sequence[Coupling], counts: Mapping[int, int]) -> Iterator[Any]:
+    """Configs that may be the one of a model with `counts` units by block, where some couplings of a kind lose some."""
+    first = of_layer(config, mine[0].block)
+    if mine[0].kind == KV_GROUPS:
+        heads = first.num_attention_heads
+        values = {"num_attention_heads": {block: heads // mine[0].units * count for block, count in counts.items()}}
+        if getattr(first, "num_key_value_heads", None) is not None:
+            values["num_key_value_heads"] = dict(counts)
+        changed = _with(config, values)
+        changed.get_text_config().head_dim = mine[0].reader.shape[1] // heads
         yield changed
         return
-    for name in (n for n in WIDTHS if hasattr(config.get_text_config(), n)):
-        changed = deepcopy(config)
-        text = changed.get_text_config()
-        value = getattr(text, name)
-        setattr(text, name, [count] * len(value) if isinstance(value, list | tuple) else count)
-        yield changed
+    for name in (n for n in WIDTHS if hasattr(first, n)):
+        yield _with(config, {name: dict(counts)})
+
+
+def _with(config: Any, values: Mapping[str, dict[int, int]]) -> Any:
+    """A config with these values, by name and block; for all layers where all blocks that there are have the same."""
+    own, known = values_of(config), config.get_text_config().attribute_map
+    whole: dict[str, Any] = {}
+    for name, wanted in ((known.get(name, name), wanted) for name, wanted in values.items()):
+        held, alike = getattr(of_layer(config, min(wanted)), name), len(set(wanted.values())) == 1
+        if isinstance(held, list | tuple):
+            whole[name] = [wanted.get(i, n) if not alike else next(iter(wanted.values())) for i, n in enumerate(held)]
+        elif alike:
+            whole[name] = next(iter(wanted.values()))
+            own = {layer: {n: v for n, v in found.items() if n != name} for layer, found in own.items()}
+        else:
+            own = {layer: own.get(layer, {}) | ({name: wanted[layer]} if layer in wanted else {}) for layer in own | wanted}
+    changed = with_values(config, {})
+    for name, value in whole.items():
+        setattr(changed.get_text_config(), name, value)
+    return with_values(changed, own)
 
 
 def _misfit(state: State, config: Any, specs: Sequence[Spec], done: Collection[str]) -> str:

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from compress.errors import ModelError, first_line
 from compress.model.names import places
+from compress.model.shapes import of_layer
 from compress.model.skeleton import is_experts, is_matrix, skeleton
 from compress.state import State
 from compress.state.graph import Feed, Norm, Site
@@ -252,7 +253,7 @@ def rows(state: State) -> dict[Key, Rows]:
         for reader in sites:
             mates = {s.role: s for s in sites if s.expert == reader.expert and _together(s, reader)}
             if reader.role == "o":
-                found[block.index, reader.input_key] = _attention(reader, mates, config)
+                found[block.index, reader.input_key] = _attention(reader, mates, of_layer(config, block.index))
             elif reader.role == "down":
                 found[block.index, reader.input_key] = _mlp(reader, mates, config)
     return found

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from compress.errors import ModelError, first_line
 from compress.model.discover import discover, has_experts
 from compress.model.names import anchor, layers_beyond
+from compress.model.shapes import values_of, with_values
 from compress.model.skeleton import is_experts, is_matrix, skeleton
 from compress.state import State
 from compress.state.graph import Site
@@ -63,8 +64,9 @@ def shortened(state: State, kept: Sequence[int]) -> Any:
         value = getattr(text, name, None)
         if isinstance(value, list | tuple) and len(value) == count:
             setattr(text, name, [value[i] for i in kept])
+    own = values_of(config)
     text.num_hidden_layers = len(kept)
-    return config
+    return with_values(config, {new: own[old] for new, old in enumerate(kept) if old in own}) if own else config
 
 
 def stack_of(state: State) -> str:

@@ -18,8 +18,10 @@ from transformers.initialization import guard_torch_init_functions
 from transformers.pytorch_utils import Conv1D
 
 from compress.errors import ModelError, first_line
+from compress.model import shapes
 
 _PATCH = threading.Lock()
+shapes.install()
 
 
 @contextmanager
@@ -53,6 +55,11 @@ def model_class(config: Any) -> Any:
         raise ModelError(f"found architecture '{config.model_type}', which is no language model: transformers has no class "
                          "for it that predicts tokens")  # fmt: skip
     return known[type(config)]
+
+
+def free(config: Any) -> bool:
+    """Whether layers differ in shape, and the architecture's own code does not build them so: only ours does."""
+    return shapes.differ(config) and not shapes.native(model_class(config).__module__)
 
 
 def base_class(config: Any) -> Any:

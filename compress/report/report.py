@@ -16,6 +16,7 @@ from compress.recipe import Recipe
 from compress.report import allocation
 from compress.report.experts import starved
 from compress.report.page import Row, columns, html_table, number, pipes, span
+from compress.report.shapes import Survivors
 from compress.state import State
 from compress.state.checkpoint import Layout
 from compress.state.graph import Graph
@@ -105,6 +106,7 @@ class Report:
     steps: list[dict[str, Any]]
     artifacts: list[dict[str, str]]
     warnings: list[str]
+    survivors: Survivors | None = None
 
     @classmethod
     def of(
@@ -122,7 +124,8 @@ class Report:
         original = Layout.of(model.specs).tensor_bytes
         return cls(model.name, recipe.resolved(), state, records, scores, sizes(model.state, original),
                    sizes(state, tensor_bytes), [dict(s) for s in steps], artifacts,
-                   [*model.source_remarks, *starved(state.graph, records, recipe.document.data.calibration)])  # fmt: skip
+                   [*model.source_remarks, *starved(state.graph, records, recipe.document.data.calibration)],
+                   Survivors.of(model.state, state))  # fmt: skip
 
     @property
     def measured(self) -> str:
@@ -170,6 +173,9 @@ class Report:
             at = parts.index("## Steps")
             parts[at:at] = ["## Allocation", "\n".join(f"- {line}" for line in self.allocation),
                             f"```\n{allocation.frontier_table(self.forecast)}\n```"]  # fmt: skip
+        if self.survivors:
+            at = parts.index("## Steps")
+            parts[at:at] = ["## What is left of each layer", f"```\n{self.survivors.text()}\n```"]
         return "\n\n".join(parts) + "\n"
 
     def _others(self) -> list[str]:
@@ -193,13 +199,15 @@ class Report:
         """One self-contained page: the figures, heat maps of bits and error over layers, steps, sites, recipe."""
         rows, head = site_table(self.state, self.records)
         bits = {r["site"]: 8 * r["bytes"] / self.state.graph[r["site"]].numel for r in encoded(self.records)}
-        errors = {r["site"]: r["error"] for r in self.records if r.get("error") is not None}
+        known = self.state.graph.sites  # of layers that were taken away later nothing is shown
+        errors = {r["site"]: r["error"] for r in self.records if r.get("error") is not None and r["site"] in known}
         body = [f"<h1>{html.escape(self.title)}, compressed</h1>",
                 html_table(score_rows(self.scores, self.before, self.after), ["", "original", "compressed"]),
                 *([f"<p>{html.escape(self.measured)}</p>"] if self.scores else []),
                 *([html_table(*source_rows(self.scores))] if source_rows(self.scores)[0] else []),
                 *(f"<p><strong>Warning:</strong> {html.escape(line)}.</p>" for line in self.warnings),
                 *self._allocated(),
+                *(["<h2>What is left of each layer</h2>", self.survivors.svg()] if self.survivors else []),
                 "<h2>Bits per weight</h2>", heat_map(self.state.graph, bits, "{:.2f}"),
                 "<h2>Error of each matrix, relative, weighted by its inputs</h2>",
                 heat_map(self.state.graph, errors, "{:.1e}", logarithmic=True),
@@ -285,6 +293,8 @@ td,th{padding:.25rem .7rem;border-bottom:1px solid var(--line);text-align:left}t
 .heat td{background:color-mix(in oklab,var(--hot) calc(var(--s)*100%),var(--cold))}.heat td.none{background:none}
 .frontier{max-width:44rem;width:100%;font:12px system-ui,sans-serif;fill:currentColor}
 .frontier polyline{fill:none;stroke:currentColor}.frontier .point{opacity:.4}
+.shapes{max-width:56rem;width:100%;font:12px system-ui,sans-serif;fill:currentColor}
+.shapes .whole{fill:var(--line)}.shapes .left{fill:var(--hot)}
 .frontier .chosen{fill:var(--hot)}.frontier .ring{fill:none;stroke:var(--hot);stroke-width:2}
 pre,code{font:13px/1.45 ui-monospace,monospace}details{margin:1rem 0}summary{cursor:pointer}
 </style><body>{body}</body></html>

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict
 from compress.errors import ExportError
 from compress.formats import Dense, Format
 from compress.model.model import Model
+from compress.model.skeleton import free
 from compress.state import State
 from compress.state.graph import Graph, total
 from compress.state.plan import size
@@ -69,6 +70,13 @@ def refuse_packed_table(exporter: str, state: State, name: str, fmt: Format) -> 
         todo = (f"export native, onnx or gguf, or put 'edit: {{untie: true}}' in front and pin 'lm_head' alone: the dense table "
                 f"then takes {size(site.numel * state.dtype.itemsize)} beside the head")  # fmt: skip
     raise ExportError(f"{exporter}: '{name}' has {fmt}, and engines of this layout look rows up in dense tables only; {todo}")
+
+
+def refuse_free_shapes(exporter: str, state: State) -> None:
+    """ExportError for layers that differ in shape, where stock engines are to load what is written."""
+    if free(state.config):
+        raise ExportError(f"{exporter}: layers differ in shape, and no stock engine loads such a '{state.graph.family}'; let all "
+                          "layers keep the same number, or export native or onnx")  # fmt: skip
 
 
 def state_bytes(state: State, width: int) -> int:

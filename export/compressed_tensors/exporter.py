@@ -23,7 +23,17 @@ from pydantic import Field
 
 from compress.errors import ExportError
 from compress.export.artifact.engines import EngineError
-from compress.export.artifact.exporter import Exporter, Files, Job, Proof, headless, refuse_packed_table, unpacked_bytes, way_for
+from compress.export.artifact.exporter import (
+    Exporter,
+    Files,
+    Job,
+    Proof,
+    headless,
+    refuse_free_shapes,
+    refuse_packed_table,
+    unpacked_bytes,
+    way_for,
+)
 from compress.export.artifact.place import carry_over
 from compress.export.artifact.proof import FP32_TOLERANCE, TOLERANCE, prove, proven
 from compress.export.artifact.tensors import same_tensors, tensors, write_config
@@ -79,6 +89,7 @@ class CompressedTensors(Exporter):
     shard_bytes: int = Field(5_000_000_000, ge=1_000_000, description="largest size of one safetensors file")
 
     def check(self, state: State) -> None:
+        refuse_free_shapes("compressed_tensors", state)
         adapter.check(state)
         formats = adapter.base_of(state).formats
         for name, fmt in formats.items():

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 
 from compress.errors import ExportError
-from compress.export.artifact.exporter import Exporter, Files, Job, Proof, headless, state_bytes, way_for
+from compress.export.artifact.exporter import Exporter, Files, Job, Proof, headless, refuse_free_shapes, state_bytes, way_for
 from compress.export.artifact.place import carry_over
 from compress.export.artifact.proof import prove, proven
 from compress.export.artifact.tensors import same_site, write_config
@@ -65,6 +65,7 @@ class Gguf(Exporter):
             raise ExportError(f"gguf: '{state.graph.family}' is a language model within another, whose towers the file would "
                               "leave out; export native or compressed_tensors")  # fmt: skip
         family = family_of(state.graph.family)
+        refuse_free_shapes("gguf", state)
         if headless(state.graph):
             raise ExportError("gguf: the model predicts no tokens, and how llama.cpp is to use it otherwise is not written; "
                               "export compressed_tensors or native instead")  # fmt: skip

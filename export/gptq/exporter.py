@@ -23,7 +23,17 @@ from pydantic import Field
 
 from compress.errors import ExportError
 from compress.export.artifact import tensors as common
-from compress.export.artifact.exporter import Exporter, Files, Job, Proof, headless, refuse_packed_table, unpacked_bytes, way_for
+from compress.export.artifact.exporter import (
+    Exporter,
+    Files,
+    Job,
+    Proof,
+    headless,
+    refuse_free_shapes,
+    refuse_packed_table,
+    unpacked_bytes,
+    way_for,
+)
 from compress.export.artifact.place import carry_over
 from compress.export.artifact.proof import prove, proven
 from compress.export.artifact.tensors import same_tensors, write_config
@@ -54,6 +64,7 @@ class Gptq(Exporter):
     shard_bytes: int = Field(5_000_000_000, ge=1_000_000, description="largest size of one safetensors file")
 
     def check(self, state: State) -> None:
+        refuse_free_shapes("gptq", state)
         formats = state.formats
         if headless(state.graph):
             raise ExportError("gptq: the model predicts no tokens, and engines of this layout load such models with a head only; "

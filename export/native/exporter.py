@@ -36,7 +36,7 @@ from compress.export.native.engine import engine
 from compress.export.native.reader import belonging, read
 from compress.formats import Dense, LowRank
 from compress.model.model import Model
-from compress.model.skeleton import auto_class
+from compress.model.skeleton import auto_class, free
 from compress.state import State
 from compress.state.checkpoint import OWN, Layout
 
@@ -88,9 +88,10 @@ class Native(Exporter):
 
 
 def for_vllm(state: State) -> bool:
-    """Whether our plug-in serves it in vLLM: not masked models, not experts, and not a packed embedding."""
+    """Whether our plug-in serves it in vLLM: not masked models, not experts, not a packed embedding, and layers of one shape."""
     formats = state.formats
     served = isinstance(formats.get("embed"), Dense | None)
+    served = served and not free(state.config)
     return state.graph.causal and served and all(state.graph[name].expert is None for name in formats)
 
 

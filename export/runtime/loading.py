@@ -18,6 +18,7 @@ from compress.export.artifact import files
 from compress.export.runtime.correction import correct
 from compress.export.runtime.linear import prepare
 from compress.export.runtime.quantizer import DeclaredConfig, IntegerQuantizer, NativeQuantizer
+from compress.model import shapes
 
 CONFIGS, QUANTIZERS = auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING
 INTEGERS = "compressed-tensors"
@@ -25,6 +26,7 @@ STOCK: tuple[Any, Any] = CONFIGS[INTEGERS], QUANTIZERS[INTEGERS]
 
 CONFIGS.setdefault(artifact_config.METHOD, DeclaredConfig)
 QUANTIZERS.setdefault(artifact_config.METHOD, NativeQuantizer)
+shapes.install()
 
 
 class ChosenConfig:
@@ -74,7 +76,8 @@ def auto_class(named: Any) -> Any:
 
 
 def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Any:
-    """The model of a native artifact or a compressed-tensors folder, packed, on a device; in `dtype`, or its own.
+    """The model of a native artifact or a compressed-tensors folder, packed, on a device; in `dtype`, or its own. A plain folder
+    is taken where layers differ in shape, which needs what is registered here.
 
     Low-rank factors that lie beside it in `adapter/` are applied. ModelError where the folder is damaged or cannot be loaded
     so; it is one line.
@@ -82,7 +85,7 @@ def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dt
     folder = Path(folder)
     config = files.document(folder / "config.json")
     method = artifact_config.method(folder)
-    if method not in (artifact_config.METHOD, INTEGERS):
+    if method not in (artifact_config.METHOD, INTEGERS) and (method or not shapes.said_to_differ(config)):
         raise ModelError(f"{folder}: holds no packed matrices; load it with transformers alone")
     kind = auto_class(config.get("architectures"))
     with keep_packed():

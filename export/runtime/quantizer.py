@@ -90,6 +90,8 @@ class PackedQuantizer(HfQuantizer):
         return None if kept else super().get_new_dtype(converter, param, dtype)
 
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
+        if not self.artifact.matrices:  # nothing in it is packed: from here on a model like any other, to be trained and saved
+            self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
         prepare(model)
         return model
 

@@ -20,9 +20,11 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 
 from compress.errors import ModelError
 from compress.export.artifact import config as artifact_config
+from compress.export.artifact import files
 from compress.export.runtime import reading
 from compress.export.runtime.linear import PackedLinear
 from compress.formats import Dense, Format
+from compress.model.shapes import said_to_differ
 
 SHARDS = {"q": 0, "k": 1, "v": 2, None: 0}
 
@@ -57,6 +59,8 @@ class NativeConfig(QuantizationConfig):  # type: ignore[misc]
         """Called with the model's folder before anything is loaded: read it as every reader does."""
         if Path(model_name).is_dir():
             reading.open_native(Path(model_name))
+            if said_to_differ(files.document(Path(model_name) / "config.json")):
+                raise ModelError(f"{model_name}: its layers differ in shape, and vLLM builds them all alike; use transformers")
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         if isinstance(layer, RoutedExperts) and any(name.startswith(f"{prefix}.") for name in self.formats):
