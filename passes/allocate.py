@@ -48,9 +48,10 @@ from compress.passes.choices import Bounds, Resource, Space
 from compress.passes.error_table import CERTAIN, DRAWN, SOME, ErrorTable, Squares, measure
 from compress.passes.gradients import fisher, output_gradients, table_gradients
 from compress.passes.joint import Shape
+from compress.passes.joint_free import Program
 from compress.passes.lqlora import LqLora
 from compress.passes.quantize import FormatText, Quantize
-from compress.passes.structure import Damages, Structure
+from compress.passes.structure import Counts, Damages, Structure
 from compress.passes.trials import Chain, Damage, Solved, split
 from compress.state import Aspect, Fact, State
 from compress.state.plan import BitPlan
@@ -80,6 +81,9 @@ class Allocate(Pass):
     also: tuple[str, ...] = Field((), description="patterns of matrices outside the blocks to choose formats for: embed, lm_head")
     limits: dict[str, str] = Field({}, description="pattern -> a budget of its own for these matrices")
     structure: Structure | None = Field(None, description="what may become smaller, {mlp: [shares], kv_groups: [shares] or all}")
+    shapes: Literal["uniform", "free"] = Field(
+        "uniform", description="with structure: every layer the same shape, as engines want it; or each its own"
+    )
     constraints: dict[str, str] = Field(
         {}, description="with structure: limits of the shape, such as {parameters: '<= 80 %', kv_cache: '<= 50 %'}"
     )
@@ -156,8 +160,9 @@ class Allocate(Pass):
 
     @model_validator(mode="after")
     def _shaped(self) -> Allocate:
-        if self.constraints and self.structure is None:
-            raise ValueError("'constraints' are limits of a shape, and 'structure' names no other; name some, or leave them out")
+        idle = next((n for n in ("constraints", "shapes") if n in self.chosen()), None) if self.structure is None else None
+        if idle:
+            raise ValueError(f"'{idle}' is about shapes, and 'structure' names no other; name some there, or leave it out")
         if self.structure is not None and self.trials:
             raise ValueError("'trials' try formats of one shape; leave them out, or 'structure'")
         if self.structure is not None and self.metric != "kl":
@@ -219,10 +224,10 @@ class Allocate(Pass):
 
     def decided(self, state: State, foreseen: State, records: Sequence[Record]) -> State:
         """With `structure`, the shape that was chosen; the formats are the plan's business."""
-        shares = next((r["shape"] for r in records if "shape" in r), None)
-        if shares is None:
+        stays = next((r["shape"] for r in records if "shape" in r), None)
+        if stays is None:
             return foreseen
-        shape = joint.shaped(state, shares)
+        shape = joint.shaped(state, stays)
         solved = self._solved(state, shape, choices.guess, 2.0)
         return replace(shape.state, plan=joint.Best.of([(shape, solved)]).plan(measured=False))
 
@@ -268,9 +273,12 @@ class Allocate(Pass):
     # --- what may be chosen, and the best of it ---
 
     def _shapes(self, state: State, damages: Damages | None) -> Iterator[Shape]:
-        if self.structure is None:
-            return iter([joint.whole(state)])
-        return joint.shapes(state, self.structure, self.constraints, damages)
+        """The shapes with all layers alike."""
+        return joint.uniform(state, self._counts(state), self.constraints, damages)
+
+    def _counts(self, state: State) -> Counts:
+        """What there may be of the kinds that may become smaller."""
+        return self.structure.counts(state, self.formats, self.shapes == "free") if self.structure else {}
 
     def _space(self, state: State, whole: State) -> tuple[Space, list[Resource]]:
         """What may be chosen for a state, and the limits, which count from the `whole` model that it was."""
@@ -283,7 +291,7 @@ class Allocate(Pass):
         try:
             sp, limits = self._space(shape.state, state)
         except FormatError as e:
-            if shape.prune is None:
+            if not shape.stays:
                 raise
             return e
         problem = choices.problem(sp, limits, damage)
@@ -306,7 +314,8 @@ class Allocate(Pass):
         table = self._table(state, inner, chain, held)
         damage = by_entry(table, self.metric)
         name = keep(table, damage, state, ctx)
-        best = self._best(state, damage, self._levels(state, inner, held))
+        damages = self._levels(state, inner, held)
+        best = self._free(state, damage, damages) if damages and self.shapes == "free" else self._best(state, damage, damages)
         best = replace(best, solved=replace(best.solved, table=name))
         if self.trials:
             assert held is not None, "`check` asks for calibration data"
@@ -319,19 +328,30 @@ class Allocate(Pass):
         every = list(self._shapes(state, damages))
         return joint.Best.of([(shape, self._solved(state, shape, damage, self.time_limit / len(every))) for shape in every])
 
+    def _free(self, state: State, damage: Damage, damages: Damages) -> joint.Best:
+        """The best with every layer's shape its own."""
+        sp, limits = self._space(state, state)
+        program = Program.of(state, self._counts(state), sp, limits, self.constraints, damage, damages)
+        with silence():
+            found = program.solved(self.time_limit)
+        shape = joint.shaped(state, found.stays, damages)
+        best = joint.Best.of([(shape, self._solved(state, shape, damage, self.time_limit))])
+        return replace(best, points=found.frontier(), bound=found.solution.bound)
+
     def _levels(self, state: State, ctx: Context, held: Tokens | None) -> Damages | None:
         """What every level of every sublayer costs."""
         if self.structure is None:
             return None
         assert held is not None, "`check` asks for calibration data"
-        return structure.measured(state, ctx, self.structure, held)
+        return structure.measured(state, ctx, self._counts(state), held)
 
     def _shaped_as(self, shape: Shape, state: State, ctx: Context) -> State:
         """The state pruned to the shape that was chosen."""
         if self.structure is None:
             return state
-        said = f"shape: {shape.text}" + (f", expected damage {shape.damage:.3g}" if shape.prune else "")
-        ctx.store.commit("shape", records=[{"site": "layers", "shape": dict(shape.shares), "notes": [said]}])
+        said = f"shape: {shape.text}" + (f", expected damage {shape.damage:.3g}" if shape.stays else "")
+        stays = {kind: dict(of) for kind, of in shape.stays.items()}
+        ctx.store.commit("shape", records=[{"site": "layers", "shape": stays, "notes": [said]}])
         return state if shape.prune is None else shape.prune.run(state, ctx)
 
     def _table(self, state: State, ctx: Context, chain: Chain, held: Tokens | None) -> ErrorTable:

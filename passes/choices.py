@@ -258,6 +258,7 @@ class Resource:
     use: Callable[[Site, Format], int]
     fixed: int  # bytes that count towards it whatever is chosen; `allowed` is what they leave
     numel: int  # weights that an average is over; 0 where it is not one
+    file: bool = False  # whether it is about all tensors of the file
 
     def say(self, least: int) -> str:
         """A number of bytes of what may be chosen, in the unit of the budget."""
@@ -296,7 +297,7 @@ def resource(state: State, sp: Space, text: str, pattern: str | None, at: tuple[
     def written(site: Site, fmt: Format) -> int:
         return sum(s.nbytes + header_bytes(s, digits) for s, _, _ in site_entries(site, fmt, state.dtype, state.scale_dtype))
 
-    return Resource(str(budget), at, budget.bytes(0, before) - fixed, written, fixed, 0)
+    return Resource(str(budget), at, budget.bytes(0, before) - fixed, written, fixed, 0, file=True)
 
 
 def aside(state: State, sp: Space, digits: int) -> int:

@@ -20,23 +20,22 @@ from compress.errors import FormatError, RecipeError
 from compress.model.couplings import named
 from compress.model.work import cached
 from compress.passes.choices import Resource
-from compress.passes.prune import Prune, units
-from compress.passes.structure import Damages, Structure, narrower
+from compress.passes.prune import Prune, span, units
+from compress.passes.structure import EVERY, Counts, Damages, made_of
 from compress.passes.trials import Solved, steps
 from compress.state import State
 from compress.state.plan import BitPlan, Point
 
 CONSTRAINED = {"parameters": "parameters", "kv_cache": "bytes of cache for each token"}
+Stays = Mapping[str, Mapping[str, int]]  # kind -> pattern -> units that stay, as `prune` is told
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model as it would be: what stays of each kind, what makes it so (None: it is), the state that this leaves, and what it
-    costs by sublayer."""
+    """A model as it would be: what stays of it, in words too, the state that this leaves, and what it costs by sublayer."""
 
     text: str
-    shares: Mapping[str, float]
-    prune: Prune | None
+    stays: Stays
     state: State
     damages: Mapping[str, float]
 
@@ -44,41 +43,45 @@ class Shape:
     def damage(self) -> float:
         return sum(self.damages.values())
 
+    @property
+    def prune(self) -> Prune | None:
+        """What makes it so; None where the model is."""
+        return made_of({kind: dict(stays) for kind, stays in self.stays.items()}) if self.stays else None
 
-def whole(state: State) -> Shape:
-    """The model as it is."""
-    return Shape("whole", {}, None, state, {})
+
+def shaped(state: State, stays: Stays, damages: Damages | None = None) -> Shape:
+    """A model of which only so much stays."""
+    shape = Shape("as it is", stays, state, {})
+    if shape.prune is None:
+        return shape
+    made, before, text, lost = shape.prune.foresee(state), units(state), dict[str, None](), dict[str, float]()
+    for kind in stays:
+        left = {block: count for (k, block), count in units(made).items() if k == kind}
+        text[f"{span(left)} of {span({b: n for (k, b), n in before.items() if k == kind})} {named(kind)}"] = None
+        lost |= {f"layers.{block}.{kind}": damages[kind, block, count] if damages else 0.0
+                 for block, count in left.items() if count < before[kind, block]}  # fmt: skip
+    return Shape(", ".join(text), stays, made, lost)
 
 
-def shapes(state: State, structure: Structure, constraints: Mapping[str, str], damages: Damages | None) -> Iterator[Shape]:
-    """Every shape that is within the constraints, the largest first; what they cost, if that is known. RecipeError if none is."""
-    kinds, room = structure.shares(state), allowed(state, constraints)
-    least: dict[str, int] = {}
-    for levels in product(*([1.0, *kinds[kind]] for kind in kinds)):
-        shape = shaped(state, {kind: share for kind, share in zip(kinds, levels, strict=True) if share < 1}, damages)
+def uniform(state: State, counts: Counts, constraints: Mapping[str, str], damages: Damages | None) -> Iterator[Shape]:
+    """Every shape with all layers alike that is within the constraints, the largest first. RecipeError where none is."""
+    room, least = allowed(state, constraints), dict[str, int]()
+    for chosen in product(*([None, *counts[kind]] for kind in counts)):
+        stays = {kind: {EVERY: count} for kind, count in zip(counts, chosen, strict=True) if count is not None}
+        shape = shaped(state, stays, damages)
         used = amounts(shape.state)
         least = {name: min(used[name], least.get(name, used[name])) for name in used}
         if all(used[name] <= room[name] for name in room):
             yield shape
     over = next((name for name in room if least[name] > room[name]), None)
     if over is not None:
-        share = least[over] / amounts(state)[over]
-        raise RecipeError(f"no shape has {room[over]:,} {CONSTRAINED[over]} or fewer; the least that 'structure' allows is "
-                          f"{least[over]:,}, {share:.1%} of what there are", ("constraints", over))  # fmt: skip
+        raise too_many(state, over, room[over], least[over])
 
 
-def shaped(state: State, shares: Mapping[str, float], damages: Damages | None = None) -> Shape:
-    """A model of which only these shares stay."""
-    if not shares:
-        return whole(state)
-    prune = narrower(shares)
-    made, before, text = prune.foresee(state), units(state), dict[str, None]()
-    lost = {}
-    for (kind, block), count in units(made).items():
-        if count != before[kind, block]:
-            lost[f"layers.{block}.{kind}"] = damages[kind, block, count] if damages else 0.0
-            text[f"{count} of {before[kind, block]} {named(kind)}"] = None
-    return Shape(", ".join(text), shares, prune, made, lost)
+def too_many(state: State, over: str, room: int, least: int) -> RecipeError:
+    """That a constraint cannot be kept, and the least that can."""
+    return RecipeError(f"no shape has {room:,} {CONSTRAINED[over]} or fewer; the least that 'structure' allows is {least:,}, "
+                       f"{least / amounts(state)[over]:.1%} of what there are", ("constraints", over))  # fmt: skip
 
 
 # --- what a shape must keep to ---------------------------------------------------------------------------------------
@@ -119,12 +122,15 @@ class Tight(Exception):  # noqa: N818
 
 @dataclass(frozen=True)
 class Best:
-    """The shape and the formats of least damage; `every`: the best formats of each shape that can keep to the limits."""
+    """The shape and the formats of least damage. every: the best formats of each uniform shape that can keep to the limits.
+    points, bound: the frontier and what no choice goes below, where these are not all that there is."""
 
     shape: Shape
     solved: Solved
     every: tuple[tuple[Shape, Solved], ...]
     notes: tuple[str, ...] = ()
+    points: tuple[Point, ...] | None = None
+    bound: float | None = None
 
     @classmethod
     def of(cls, found: Sequence[tuple[Shape, Solved | Tight | FormatError]]) -> Best:
@@ -133,23 +139,28 @@ class Best:
         if not able:
             raise infeasible([solved for _, solved in found if not isinstance(solved, Solved)])
         notes = tuple(f"a shape is left out, {shape.text}: {e}" for shape, e in found if isinstance(e, FormatError))
-        if any(shape.prune for shape, _ in able):
+        if any(shape.stays for shape, _ in able):
             notes += ("bits of a budget are per weight of the model as it was",)
         shape, solved = min(able, key=lambda pair: pair[0].damage + pair[1].solution.damage)  # of equals the larger shape
         return cls(shape, solved, tuple(able), notes)
+
+    @property
+    def damage(self) -> float:
+        """Of shape and formats."""
+        return self.shape.damage + self.solved.solution.damage
 
     def plan(self, measured: bool = True) -> BitPlan:
         """The formats, with what is expected of them and of the shape."""
         plan = self.solved.plan(measured)
         forecast = plan.forecast
-        if forecast is None or (len(self.every) == 1 and self.shape.prune is None):
+        if forecast is None or not any(shape.stays for shape, _ in self.every):
             return plan
-        bound = min(shape.damage + solved.solution.bound for shape, solved in self.every)
+        bound = min(shape.damage + solved.solution.bound for shape, solved in self.every) if self.bound is None else self.bound
         total = forecast.total + self.shape.damage
-        gap = (total - bound) / total if total else 0.0
+        points = () if not measured else self.frontier() if self.points is None else self.points
         return replace(plan, forecast=replace(
-            forecast, total=total, bound=bound, gap=gap, structure=self.shape.damages,
-            frontier=self.frontier() if measured else (), notes=(*forecast.notes, *self.notes),
+            forecast, total=total, bound=bound, gap=(total - bound) / total if total else 0.0, structure=self.shape.damages,
+            frontier=points, notes=(*forecast.notes, *self.notes),
         ))  # fmt: skip
 
     def frontier(self) -> tuple[Point, ...]:

@@ -10,89 +10,113 @@ The matrices are kept while they are measured, level by level of a block, and dr
 inputs of the blocks that were pruned before it. Losses of outputs are no substitute: they rank sublayers no better than chance
 spends the budget.
 
-Levels are shares, rounded as `prune` rounds them, and what an architecture cannot be is left out as `prune` would refuse it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from compress.errors import CompressError, ModelError
+from compress.errors import CompressError, FormatError, ModelError
+from compress.formats import Format
 from compress.manager import Context, Store
-from compress.model.couplings import KV_GROUPS, MLP, Coupling, couplings
+from compress.model.couplings import KV_GROUPS, MLP, Coupling, couplings, named
 from compress.model.data import Tokens
 from compress.model.speed import precision
 from compress.passes import obs_core as core
 from compress.passes.perturbed import Change, Walk, replaced, spread
 from compress.passes.prune import Prune, units
 from compress.passes.prune_block import Aim, Block
+from compress.passes.prune_counts import natural
 from compress.state import State
 from compress.state.state import Part
 
 SHAPED = 512  # tokens that levels are measured on
 Share = Annotated[float, Field(gt=0, le=1)]
-Where = tuple[str, int]  # kind of a coupling, block
-Level = tuple[str, int, int]  # kind, block, units that stay
-Damages = Mapping[Level, float]  # nats per token; 0 for what stays whole
+Level = tuple[str, int, int]  # kind of a coupling, block, units that stay
+Damages = Mapping[Level, float]  # nats per token
+Counts = Mapping[str, Sequence[int]]  # kind -> units that may stay, fewer than there are, falling
+EVERY = "layers.*"
 
 
 class Structure(BaseModel):
-    """What may become smaller, and by how much; 1 is always among the levels."""
+    """What may become smaller, and by how much; that all stays is always a choice too."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    mlp: tuple[Share, ...] = Field((1.0,), description="shares of an MLP's neurons to choose from")
+    mlp: tuple[Share, ...] = Field((), description="shares of an MLP's neurons to choose from")
     kv_groups: Literal["all"] | tuple[Share, ...] = Field(
-        (1.0,), description="shares of the groups of heads to choose from; all: every number"
+        (), description="shares of the groups of heads to choose from; all: every number"
     )
 
-    @field_validator("mlp", "kv_groups")
-    @classmethod
-    def _levels(cls, shares: Literal["all"] | tuple[float, ...]) -> Literal["all"] | tuple[float, ...]:
-        return shares if shares == "all" else tuple(sorted({1.0, *shares}, reverse=True))
+    @model_validator(mode="after")
+    def _something(self) -> Structure:
+        if not self.mlp and not self.kv_groups:
+            raise ValueError("name what may become smaller: mlp: [0.75, 0.5], kv_groups: all")
+        return self
 
-    def shares(self, state: State) -> dict[str, list[float]]:
-        """Kind -> the shares below 1 that this model can have, each another number of units, falling."""
-        groups = tuple(n / most(state) for n in range(most(state), 0, -1)) if self.kv_groups == "all" else self.kv_groups
-        return {MLP: distinct(state, MLP, self.mlp), KV_GROUPS: distinct(state, KV_GROUPS, groups, self.kv_groups == "all")}
-
-
-def most(state: State) -> int:
-    """The number of groups of heads."""
-    return next((c.units for c in couplings(state) if c.kind == KV_GROUPS), 1)
-
-
-def distinct(state: State, kind: str, shares: Sequence[float], lenient: bool = False) -> list[float]:
-    """Shares that come out as different numbers of units, all of them less than there are; what an architecture cannot be is
-    an error, or, where any number will do, left out."""
-    found: dict[int, float] = {}
-    for share in (s for s in shares if s < 1):
-        try:
-            count = units_of(state, kind, share)
-        except CompressError as e:
-            if lenient:
-                continue
-            raise type(e)(str(e), ("structure", kind)) from None
-        found.setdefault(count, share)
-    return [found[count] for count in sorted(found, reverse=True)]
+    def counts(self, state: State, formats: Sequence[Format], free: bool) -> dict[str, list[int]]:
+        """The numbers of units that layers of this model may have; `free`: not all of them the same."""
+        found, shares = dict[str, list[int]](), {MLP: self.mlp, KV_GROUPS: self.kv_groups}
+        for kind, wanted in shares.items():
+            if wanted:
+                try:
+                    found[kind] = sorted(set(levels(state, kind, wanted, formats, free)), reverse=True)
+                except CompressError as e:
+                    raise type(e)(str(e), ("structure", kind)) from None
+        return found
 
 
-def units_of(state: State, kind: str, share: float) -> int:
-    """How many units of a kind stay in a layer."""
-    smaller = narrower({kind: share}).foresee(state)
-    return next(count for (k, _), count in units(smaller).items() if k == kind)
+def levels(
+    state: State, kind: str, shares: Literal["all"] | Sequence[float], formats: Sequence[Format], free: bool
+) -> Iterator[int]:
+    """The numbers that shares come to, rounded as `prune` rounds them and to what the formats divide; ModelError where an
+    architecture has none. Of all numbers, those that it has."""
+    had = {c.units for c in couplings(state) if c.kind == kind}
+    if len(had) > 1:
+        raise ModelError(f"layers of '{state.graph.family}' differ in their {named(kind)}; leave '{kind}' out")
+    if shares == "all":
+        for count in range(1, max(had, default=1)):
+            with suppress(ModelError):
+                made_of({kind: {"layers.0.*" if free else EVERY: count}}).foresee(state)
+                yield count
+        return
+    for share in shares:
+        if share < 1:
+            smaller = made_of({kind: share}, multiple(state, formats) if kind == MLP else None).foresee(state)
+            yield next(count for (k, _), count in units(smaller).items() if k == kind)
 
 
-def narrower(shares: Mapping[str, float]) -> Prune:
-    """The pass that makes a model so."""
-    return Prune(mlp=shares.get(MLP, 1.0), kv_groups=shares.get(KV_GROUPS, 1.0))
+def made_of(stays: Mapping[str, Any], multiple: int | None = None) -> Prune:
+    """The pass that leaves so much of each kind."""
+    return Prune(mlp=stays.get(MLP, 1.0), kv_groups=stays.get(KV_GROUPS, 1.0), multiple=multiple)
+
+
+def multiple(state: State, formats: Sequence[Format]) -> int:
+    """What numbers of neurons are rounded up to: what engines want, and what every format divides that fits the whole matrix."""
+    reader = next((c.reader for c in couplings(state) if c.kind == MLP), None)
+    if reader is None:
+        return 1
+    out, width = reader.shape
+    wanted = [f for f in formats if fits(f, (out, width))]
+    step = natural(width)
+    return next((n for n in range(step, width, step) if all(fits(f, (out, n)) for f in wanted)), step)
+
+
+def fits(fmt: Format, shape: tuple[int, int]) -> bool:
+    """Whether a matrix of this shape can have a format."""
+    try:
+        fmt.check(shape)
+    except FormatError:
+        return False
+    return True
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
@@ -102,7 +126,7 @@ def narrower(shares: Mapping[str, float]) -> Prune:
 class Levels(Block):
     """One block, of which every level of every coupling is kept, and which is passed as it was."""
 
-    counts: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    counts: Counts = field(default_factory=dict)
 
     def cut(self, c: Coupling, H_kk: Tensor | None) -> Tensor:
         W_nk = self.state.reference(c.reader)
@@ -116,12 +140,11 @@ class Levels(Block):
         return W_nk
 
 
-def measured(state: State, ctx: Context, structure: Structure, held: Tokens) -> Damages:
+def measured(state: State, ctx: Context, counts: Counts, held: Tokens) -> Damages:
     """KL of every level of every sublayer on some of the tokens that were `held` back.
 
     ModelError where one puts out what is not finite.
     """
-    counts = {kind: [units_of(state, kind, share) for share in shares] for kind, shares in structure.shares(state).items()}
     sample = spread(held, max(1, SHAPED // held.ids.shape[1]))
     of = {"counts": {k: list(v) for k, v in counts.items()}, "tokens": sample.hash, "version": Prune.version}
     store = ctx.store.analysis("structure", of)
@@ -144,9 +167,7 @@ def measured(state: State, ctx: Context, structure: Structure, held: Tokens) -> 
     return damages
 
 
-def _levels(
-    state: State, ctx: Context, counts: Mapping[str, Sequence[int]], found: Sequence[Coupling], store: Store
-) -> dict[int, Part]:
+def _levels(state: State, ctx: Context, counts: Counts, found: Sequence[Coupling], store: Store) -> dict[int, Part]:
     """Block -> the matrices of its readers at each level, from one pass of the calibration text."""
     least = {(c.kind, c.block): min(counts[c.kind]) for c in found}
     options = Prune(drift=0.0)

@@ -88,14 +88,16 @@ def block_bytes(state: State) -> int:
 
 
 def cached(state: State) -> int:
-    """Numbers that a cache of keys and values holds for each token: what k and v put out, and of a matrix that holds q as well
-    all that is not q, which is as wide as the input of o."""
-    found = 0
-    for block in state.graph.blocks:
-        rows = {s.role: s.shape for s in state.graph.of_block(block.index) if s.role in ("k", "v", "qkv", "o")}
-        found += sum(shape[0] for role, shape in rows.items() if role != "o")
-        found -= rows["o"][1] if {"qkv", "o"} <= rows.keys() else 0
-    return found
+    """Numbers that a cache of keys and values holds for each token."""
+    return sum(cached_in(state, block.index) for block in state.graph.blocks)
+
+
+def cached_in(state: State, block: int) -> int:
+    """The same of one block: what k and v put out, and of a matrix that holds q as well all that is not q, which is as wide as
+    the input of o."""
+    rows = {s.role: s.shape for s in state.graph.of_block(block) if s.role in ("k", "v", "qkv", "o")}
+    found = sum(shape[0] for role, shape in rows.items() if role != "o")
+    return found - (rows["o"][1] if {"qkv", "o"} <= rows.keys() else 0)
 
 
 def experts_used(state: State) -> float:
