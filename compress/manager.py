@@ -14,7 +14,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -116,6 +116,11 @@ class Cost:
     numbers: float = 0.0
     seconds: float = 0.0
     steps: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        """The one after the other."""
+        found = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        return Cost(**found | {"peak_bytes": max(self.peak_bytes, other.peak_bytes)})
 
 
 class Pass(BaseModel, ABC):

@@ -98,11 +98,12 @@ def told_by_passes(ready: Prepared) -> list[str]:
     for i, p in enumerate(ready.recipe.passes):
         records = ready.told[i] if i < len(ready.told) else ()
         foreseen = p.foresee(state)
+        foreseen = p.decided(state, foreseen, records) if records else foreseen
         found += p.remarks(state, foreseen)
         known = state.graph.sites  # what was found of single matrices is told in the report
         found += [f"{r['site']}: {'; '.join(r['notes'])}" for r in records
                   if p.decides and r.get("notes") and r["site"] not in known]  # fmt: skip
-        state = manager.settle(p, state, p.decided(state, foreseen, records) if records else foreseen)
+        state = manager.settle(p, state, foreseen)
     return found
 
 

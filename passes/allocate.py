@@ -19,39 +19,31 @@ fit is told before anything runs.
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, replace
-from pathlib import Path
-from typing import Any, ClassVar, Literal
+from dataclasses import replace
+from typing import ClassVar
 
-import torch
-from pydantic import Field, ValidationInfo, field_validator, model_validator
-
-from compress.documents import local_path
-from compress.errors import CompressError, FormatError, MatchError, RecipeError
-from compress.formats import Dense, Format, LowRank
-from compress.formats.codebooks import paper_grid
+from compress.errors import FormatError, RecipeError
+from compress.formats import Dense, Format
 from compress.manager import Context, Cost, Pass, Record
 from compress.model.backward import LOGITS
+from compress.model.couplings import named
 from compress.model.data import Tokens
 from compress.model.speed import computing
 from compress.model.work import per_token
-from compress.nodes import load_yaml
 from compress.passes import allocate_core as core
 from compress.passes import choices, costs, joint, structure
+from compress.passes.allocate_options import Options
 from compress.passes.choices import Bounds, Resource, Space
-from compress.passes.error_table import CERTAIN, DRAWN, SOME, ErrorTable, Squares, measure
+from compress.passes.error_table import CERTAIN, DRAWN, SOME, ErrorTable, Squares, keep, measure
 from compress.passes.gradients import fisher, output_gradients, table_gradients
 from compress.passes.joint import Shape
 from compress.passes.joint_free import Program
 from compress.passes.lqlora import LqLora
-from compress.passes.quantize import FormatText, Quantize
-from compress.passes.structure import Counts, Damages, Structure
+from compress.passes.plan_file import given_plan
+from compress.passes.prune import Prune
+from compress.passes.quantize import Quantize
+from compress.passes.structure import EVERY, Counts, Damages, made_of
 from compress.passes.trials import Chain, Damage, Solved, split
 from compress.state import Aspect, Fact, State
 from compress.state.plan import BitPlan
@@ -61,7 +53,7 @@ DRAWING = 8  # times that a logit is read or written, for probabilities, their s
 OTHERS = ("weight", "output")  # metrics that any table has: their optima are tried too, for they err in other places
 
 
-class Allocate(Pass):
+class Allocate(Options):
     """Choose each matrix's format and rank: the least damage within a budget, by an exact integer program."""
 
     name: ClassVar[str] = "allocate"
@@ -69,115 +61,6 @@ class Allocate(Pass):
     needs: ClassVar[Fact] = Fact.DENSE
     decides: ClassVar[bool] = True
     looks_ahead: ClassVar[bool] = True
-
-    budget: str | tuple[str, ...] = Field("4.0 bits", description="3.0 bits (a weight), 1.2 GiB or 45 % (the file); or several")
-    formats: tuple[FormatText, ...] = Field(
-        ("int2:g64", "int3:g64", "int4:g64", "int8:g64"),  # type: ignore[arg-type]  # validated into Formats
-        description="candidates for every matrix in the blocks; lq-lora: the 432 of that paper",
-    )
-    ranks: tuple[int, ...] = Field((0,), description="ranks of a low-rank correction that may be bought; 0 is none")
-    factors: FormatText = Field("bf16", description="format of the correction's factors")  # type: ignore[assignment]
-    pins: dict[str, str | Bounds] = Field({}, description="pattern -> a format, or {min: FORMAT, max: FORMAT}; later ones win")
-    also: tuple[str, ...] = Field((), description="patterns of matrices outside the blocks to choose formats for: embed, lm_head")
-    limits: dict[str, str] = Field({}, description="pattern -> a budget of its own for these matrices")
-    structure: Structure | None = Field(None, description="what may become smaller, {mlp: [shares], kv_groups: [shares] or all}")
-    shapes: Literal["uniform", "free"] = Field(
-        "uniform", description="with structure: every layer the same shape, as engines want it; or each its own"
-    )
-    constraints: dict[str, str] = Field(
-        {}, description="with structure: limits of the shape, such as {parameters: '<= 80 %', kv_cache: '<= 50 %'}"
-    )
-    together: Literal["engine", "none"] | tuple[tuple[str, ...], ...] = Field(
-        "engine", description="what gets one format: what engines join; nothing; or lists of patterns, block by block"
-    )
-    metric: Literal["kl", "output", "weight"] = Field("kl", description="what damage is: KL by gradients; or squared errors")
-    probe: int = Field(4096, ge=1, description="tokens for gradients and trials, from the end of the calibration text")
-    trials: int = Field(
-        0, ge=0, description="allocations tried for real, a quantization each: the optimum and others; 0 trusts the prediction"
-    )
-    time_limit: float = Field(60.0, gt=0, description="seconds for the integer program; what gap is left is told")
-    plan: dict[str, str] | None = Field(None, description="a plan.yaml to take as it is: its path, or site -> format")
-
-    @field_validator("budget", mode="before")
-    @classmethod
-    def _budget(cls, budget: Any) -> Any:
-        texts = [budget] if isinstance(budget, str) else budget
-        if not isinstance(texts, list | tuple) or not texts or not all(isinstance(t, str) for t in texts):
-            raise ValueError(f"{budget} is no budget; write '3.0 bits', '1.2 GiB' or '45 %', or a list of such texts")
-        return budget
-
-    @field_validator("formats", mode="before")
-    @classmethod
-    def _paper(cls, formats: Any) -> Any:
-        return tuple(paper_grid()) if formats == "lq-lora" else formats
-
-    @field_validator("formats")
-    @classmethod
-    def _plain(cls, formats: tuple[Format, ...]) -> tuple[Format, ...]:
-        if not formats:
-            raise ValueError("name at least one format")
-        ranked = [str(f) for f in formats if isinstance(f, LowRank)]
-        if ranked:
-            raise ValueError(f"{ranked[0]} has a rank; give ranks by 'ranks', and their format by 'factors'")
-        return tuple(dict.fromkeys(formats))
-
-    @field_validator("ranks")
-    @classmethod
-    def _ranks(cls, ranks: tuple[int, ...]) -> tuple[int, ...]:
-        if not ranks or min(ranks) < 0:
-            raise ValueError("ranks are whole numbers from 0 on, at least one of them")
-        return tuple(sorted(set(ranks)))
-
-    @field_validator("pins", mode="before")
-    @classmethod
-    def _pins(cls, pins: Any) -> Any:
-        for pattern, pin in pins.items() if isinstance(pins, dict) else ():
-            bounds = isinstance(pin, dict) and pin and pin.keys() <= {"min", "max"}
-            if not bounds and not isinstance(pin, str | Bounds):
-                raise ValueError(f"'{pattern}' is pinned by a format, or by {{min: FORMAT, max: FORMAT}}, not by {pin}")
-        return pins
-
-    @field_validator("together", mode="before")
-    @classmethod
-    def _together(cls, together: Any) -> Any:
-        if isinstance(together, str) and together not in ("engine", "none"):
-            raise ValueError(f'\'{together}\' is neither engine nor none; else give lists of patterns, as in [["*.q", "*.k"]]')
-        return together
-
-    @field_validator("plan", mode="before")
-    @classmethod
-    def _read(cls, plan: Any, info: ValidationInfo) -> Any:
-        return read_plan((info.context or {}).get("base", Path()) / local_path(plan)) if isinstance(plan, str) else plan
-
-    @field_validator("constraints")
-    @classmethod
-    def _limits(cls, constraints: dict[str, str]) -> dict[str, str]:
-        for name, text in constraints.items():
-            if name not in joint.CONSTRAINED:
-                raise ValueError(f"'{name}' is none of {', '.join(joint.CONSTRAINED)}")
-            joint.parsed(text)
-        return constraints
-
-    @model_validator(mode="after")
-    def _shaped(self) -> Allocate:
-        idle = next((n for n in ("constraints", "shapes") if n in self.chosen()), None) if self.structure is None else None
-        if idle:
-            raise ValueError(f"'{idle}' is about shapes, and 'structure' names no other; name some there, or leave it out")
-        if self.structure is not None and self.trials:
-            raise ValueError("'trials' try formats of one shape; leave them out, or 'structure'")
-        if self.structure is not None and self.metric != "kl":
-            raise ValueError(f"what a shape costs is measured as KL, and '{self.metric}' cannot be added to it; use metric: kl")
-        return self
-
-    @model_validator(mode="after")
-    def _nothing_idle(self) -> Allocate:
-        if self.plan is not None:
-            idle = [n for n in self.chosen() if n != "plan"]
-            if idle:
-                raise ValueError(f"a plan is taken as it is; leave out {', '.join(idle)}")
-        elif self.factors != Dense(torch.bfloat16) and max(self.ranks) == 0:
-            raise ValueError("'factors' is the format of what 'ranks' may buy; name ranks, or leave it out")
-        return self
 
     # What it gives and writes hangs on whether it may choose a shape.
 
@@ -241,6 +124,26 @@ class Allocate(Pass):
                 found = {s.name: fmt for g, options in groups if (fmt,) * len(g.sites) in options for s in g.sites}
                 formats = {n: f for n, f in {**guessed.plan.formats, **found}.items() if f != Dense(state.dtype)}
                 yield replace(guessed, plan=BitPlan(formats))
+            yield from self._extremes(state)
+
+    def _extremes(self, state: State) -> Iterator[State]:
+        """The smallest model that may come of it, and one whose layers differ, where they may."""
+        least = {kind: min(counts) for kind, counts in self._counts(state).items() if counts}
+        for where in ("layers.*", "layers.0.*")[: (1 + (self.shapes == "free")) * bool(least)]:
+            shape = joint.shaped(state, {kind: {where: count} for kind, count in least.items()})
+            solved = self._solved(state, shape, choices.guess, 2.0)
+            if isinstance(solved, Solved):
+                yield replace(shape.state, plan=solved.plan(measured=False))
+
+    def remarks(self, state: State, foreseen: State) -> Iterator[str]:
+        """With `structure`, what may become smaller, or what did."""
+        if self.structure is None:
+            return
+        if foreseen.specs != state.specs:
+            yield from Prune().remarks(state, foreseen)
+        else:
+            levels = (f"{' or '.join(map(str, counts))} {named(kind)}" for kind, counts in self._counts(state).items() if counts)
+            yield f"allocate may leave {'; '.join(levels)} in {'a' if self.shapes == 'free' else 'every'} layer"
 
     def cost(self, state: State, tokens: int) -> Cost:
         """For gradients a pass forward and two back on some tokens, the head included; for the table a pass forward, all
@@ -260,7 +163,11 @@ class Allocate(Pass):
         # what went into each block; the head's matrix; logits, probabilities and their sums
         born = (held * table.shape[1] * len(state.graph.blocks) + table.numel) * computing(state.dtype).itemsize
         born += 16 * min(LOGITS, held * table.shape[0])
-        return Cost(
+        counts = self._counts(replace(state, plan=None))
+        shape = structure.cost(state, counts, tokens)
+        if any(counts.values()):
+            shape += made_of({kind: {EVERY: min(n)} for kind, n in counts.items() if n}).cost(state, tokens)
+        return shape + Cost(
             once.model_flops + back + self.trials * again.model_flops,
             tokens * work.squares + factoring + n * solved.flops + self.trials * again.exact_flops,
             n * sum(rows * k for rows, k in drawn) + self.trials * again.weights,
@@ -283,6 +190,7 @@ class Allocate(Pass):
     def _space(self, state: State, whole: State) -> tuple[Space, list[Resource]]:
         """What may be chosen for a state, and the limits, which count from the `whole` model that it was."""
         sp = choices.space(state, self.formats, self.ranks, self.factors, self.pins, self.together, self.also)
+        sp = sp if state is whole else sp.measured(whole.graph)
         budgets = (self.budget,) if isinstance(self.budget, str) else self.budget
         return sp, choices.resources(state, sp, budgets, self.limits, whole)
 
@@ -296,8 +204,7 @@ class Allocate(Pass):
             return e
         problem = choices.problem(sp, limits, damage)
         try:
-            with silence():
-                solution = core.solve(problem, time_limit=seconds)
+            solution = core.solve(problem, time_limit=seconds)
         except core.Infeasible as e:
             return joint.Tight(limits[e.limit_index], e.least)
         weights = sum(s.numel for s in state.graph.linear)
@@ -312,14 +219,14 @@ class Allocate(Pass):
         held, rest = split(ctx.calibration, self.probe)
         inner = replace(ctx, calibration=rest)
         table = self._table(state, inner, chain, held)
-        damage = by_entry(table, self.metric)
+        damage = table.damage(self.metric)
         name = keep(table, damage, state, ctx)
         damages = self._levels(state, inner, held)
         best = self._free(state, damage, damages) if damages and self.shapes == "free" else self._best(state, damage, damages)
         best = replace(best, solved=replace(best.solved, table=name))
         if self.trials:
             assert held is not None, "`check` asks for calibration data"
-            others = [self._best(state, by_entry(table, m), None).solved.solution.choice for m in OTHERS]
+            others = [self._best(state, table.damage(m), None).solved.solution.choice for m in OTHERS]
             sample = [state.ids(batch) for batch in held.batches()]
             best = replace(best, solved=best.solved.tried(self.trials, others, chain, inner.part(self._measuring, 1.0), sample))
         return replace(self._shaped_as(best.shape, state, ctx), plan=best.plan())
@@ -332,8 +239,7 @@ class Allocate(Pass):
         """The best with every layer's shape its own."""
         sp, limits = self._space(state, state)
         program = Program.of(state, self._counts(state), sp, limits, self.constraints, damage, damages)
-        with silence():
-            found = program.solved(self.time_limit)
+        found = program.solved(self.time_limit)
         shape = joint.shaped(state, found.stays, damages)
         best = joint.Best.of([(shape, self._solved(state, shape, damage, self.time_limit))])
         return replace(best, points=found.frontier(), bound=found.solution.bound)
@@ -392,56 +298,3 @@ class Allocate(Pass):
             if name in wanted:
                 wanted[name] += [f for f in formats if f not in wanted[name]]
         return {n: [f for f in formats if not isinstance(f, Dense)] for n, formats in wanted.items()}
-
-
-@contextmanager
-def silence() -> Iterator[None]:
-    """Inside, what native code prints to standard output is dropped: HiGHS has a line of its own now and then."""
-    sys.stdout.flush()
-    before, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 1)
-        yield
-    finally:
-        os.dup2(before, 1)
-        os.close(before)
-        os.close(nowhere)
-
-
-def keep(table: ErrorTable, damage: Damage, state: State, ctx: Context) -> str:
-    """Keep the table where `inspect` finds it, every candidate's bytes, errors and damage; the name it is found by."""
-    rows = [{"site": name, "format": str(fmt), "bytes": fmt.nbytes(state.graph[name].shape), **asdict(entry),
-             "damage": damage(state.graph[name], fmt)} for (name, fmt), entry in table.entries.items()]  # fmt: skip
-    name = f"table-{zlib.crc32(json.dumps(rows).encode()):08x}"
-    store = ctx.store.analysis("tables", {})
-    if store.committed(name) is None:
-        store.commit(name, records=rows)
-    return name
-
-
-def by_entry(table: ErrorTable, metric: str) -> Damage:
-    """Damage as the table has it."""
-    return lambda site, fmt: float(getattr(table[site.name, fmt], metric)) if (site.name, fmt) in table.entries else 0.0
-
-
-def read_plan(path: Path) -> dict[str, str]:
-    """The `sites` of a plan.yaml; RecipeError in one line where it is none."""
-    held = load_yaml(path)
-    sites = held.get("sites") if isinstance(held, dict) else None
-    if not isinstance(sites, dict) or not all(isinstance(v, str) for v in sites.values()):
-        raise RecipeError(f"{path}: is no plan; it needs 'sites', a mapping from site to format")
-    return {str(n): f for n, f in sites.items()}
-
-
-def given_plan(state: State, sites: dict[str, str]) -> BitPlan:
-    """A plan that a person wrote or edited; errors name the site."""
-    for name in sites:
-        if name not in state.graph.sites:
-            try:
-                state.graph.match(name)
-            except MatchError as e:
-                raise MatchError(str(e), ("plan",)) from None
-    try:
-        return BitPlan.of(state.graph, Dense(state.dtype), sites, state.dtype)
-    except CompressError as e:
-        raise type(e)(str(e), ("plan",)) from None

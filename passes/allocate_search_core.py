@@ -7,6 +7,10 @@ forbids nothing else.
 from __future__ import annotations
 
 import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
@@ -95,7 +99,8 @@ def integer(menu: Menu, cost_ij: Floats, price_c: Floats, span: float, seconds: 
     deadline = perf_counter() + seconds
     while True:
         options = {"mip_rel_gap": gap / (span + paid), "time_limit": max(deadline - perf_counter(), 0.0)}
-        found = optimize.milp(cost_v, integrality=np.ones(len(item)), bounds=(0, 1), constraints=rows, options=options)
+        with silence():
+            found = optimize.milp(cost_v, integrality=np.ones(len(item)), bounds=(0, 1), constraints=rows, options=options)
         bound = -math.inf if found.mip_dual_bound is None else found.mip_dual_bound + paid
         if found.x is None:
             return None, bound
@@ -138,3 +143,17 @@ def least(menu: Menu, c: int, others: list[int]) -> Ints | None:
         unit = max(float(menu.U_cij[c].max()) / LARGEST, 1.0)
         least, _ = integer(given, use_ij / unit, np.zeros(len(others)), math.inf, math.inf, 0.0)
     return least
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Inside, what native code prints to standard output is dropped: HiGHS has a line of its own now and then."""
+    sys.stdout.flush()
+    before, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(before, 1)
+        os.close(before)
+        os.close(nowhere)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -72,6 +72,17 @@ class Space:
             for i, site in enumerate(group.sites):
                 found[site.name] = {o[i]: None for o in group.options if not isinstance(o[i], Dense)}
         return {name: list(formats) for name, formats in found.items()}
+
+    def measured(self, whole: Graph) -> Space:
+        """The same of a smaller model, without formats that did not fit the matrices as they were: nothing is known of them."""
+        groups = []
+        for group in self.groups:
+            shapes = [whole[s.name].shape for s in group.sites]
+            known = tuple(o for o in group.options if all(map(fits, o, shapes)))
+            if not known:
+                raise FormatError(f"'{group.name}': none of the formats fits it both as it is and smaller", ("formats",))
+            groups.append(replace(group, options=known))
+        return replace(self, groups=tuple(groups))
 
     def plan(self, choice: Sequence[int], own: Format) -> dict[str, Format]:
         """The formats of a choice, one option for each group; what stays as it is (`own`) is left out."""
@@ -150,6 +161,15 @@ def fitting(
             except FormatError:
                 misfits.setdefault(fmt, []).append(site)
     return found
+
+
+def fits(fmt: Format, shape: tuple[int, int]) -> bool:
+    """Whether a matrix of this shape can have a format."""
+    try:
+        fmt.check(shape)
+    except FormatError:
+        return False
+    return True
 
 
 def pinned(

@@ -26,12 +26,8 @@ from torch import Tensor
 
 from compress.errors import ModelError, RecipeError
 from compress.manager import Context, Cost, Pass, Record
-from compress.model.data import BATCH
-from compress.model.head import PIECE, ROWS
 from compress.model.layers import Kinds, Unit, fewer, sublayers
-from compress.model.speed import computing
-from compress.model.work import advancing_bytes, block_bytes, per_token
-from compress.passes.perturbed import Change, Walk, room, silent, spread
+from compress.passes.perturbed import Change, Walk, silent, spread, walking
 from compress.state import Aspect, Fact, State
 
 WHY = "no engine has layers without an attention or an MLP"
@@ -95,21 +91,14 @@ class Depth(Pass):
         """The original; in each round what stands in front of candidates, and every candidate from there to its logits."""
         if not tokens:
             return Cost()
-        work, blocks, table = per_token(state), len(state.graph.blocks), state.graph["embed"]
+        blocks = len(state.graph.blocks)
         passes, heads, most = float(blocks), 0, 0
         for done in range(self.drop if self.metric == "kl" else 0):
             layers = blocks + self.drop - done if self.unit == "layer" else blocks
             each = 1 if self.unit == "layer" else 2
             passes += layers + each * layers * (layers + (1 if each == 2 else -1)) / 2
             heads, most = heads + each * layers + 1, max(most, each * layers)
-        number = computing(state.dtype).itemsize
-        hidden = tokens * table.shape[1] * number
-        batch = advancing_bytes(state, tokens, max(BATCH, tokens // self.windows)) - hidden
-        head = min(ROWS, table.shape[0]) * (6 * 4 * PIECE + 4 * table.shape[1]) * (heads > 0)
-        held = hidden * (4 + min(most, room(hidden))) if heads else 2 * hidden
-        return Cost(2.0 * tokens * (passes * work.weights / blocks + heads * table.numel),
-                    peak_bytes=held + max(block_bytes(state) + batch, head), logits=2.0 * heads * tokens * table.shape[0],
-                    numbers=tokens * passes * work.numbers / blocks)  # fmt: skip
+        return walking(state, tokens, self.windows, passes, heads, most)
 
     # --- measuring ---
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 import torch
@@ -71,6 +71,10 @@ class ErrorTable:
 
     def __getitem__(self, key: tuple[str, Format]) -> Entry:
         return self.entries[key]
+
+    def damage(self, metric: str) -> Callable[[Site, Format], float]:
+        """Damage of a site in a format by one of the figures; none where it stays as it is."""
+        return lambda site, fmt: float(getattr(self[site.name, fmt], metric)) if (site.name, fmt) in self.entries else 0.0
 
 
 class Meter(Solver):
@@ -240,3 +244,14 @@ def _measure(
         for part, members in parts:
             mine = {(n, str(f)) for n, formats in members.items() for f in formats}
             store.commit(part, records=[r for r in meter.records if (r["site"], r["format"]) in mine])
+
+
+def keep(table: ErrorTable, damage: Callable[[Site, Format], float], state: State, ctx: Context) -> str:
+    """Keep the table where `inspect` finds it, every candidate's bytes, errors and damage; the name it is found by."""
+    rows = [{"site": name, "format": str(fmt), "bytes": fmt.nbytes(state.graph[name].shape), **asdict(entry),
+             "damage": damage(state.graph[name], fmt)} for (name, fmt), entry in table.entries.items()]  # fmt: skip
+    name = f"table-{zlib.crc32(json.dumps(rows).encode()):08x}"
+    store = ctx.store.analysis("tables", {})
+    if store.committed(name) is None:
+        store.commit(name, records=rows)
+    return name

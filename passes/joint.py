@@ -58,7 +58,7 @@ def shaped(state: State, stays: Stays, damages: Damages | None = None) -> Shape:
     for kind in stays:
         left = {block: count for (k, block), count in units(made).items() if k == kind}
         text[f"{span(left)} of {span({b: n for (k, b), n in before.items() if k == kind})} {named(kind)}"] = None
-        lost |= {f"layers.{block}.{kind}": damages[kind, block, count] if damages else 0.0
+        lost |= {f"layers.{block}.{kind}": damages[kind, block, count] if damages is not None else 0.0
                  for block, count in left.items() if count < before[kind, block]}  # fmt: skip
     return Shape(", ".join(text), stays, made, lost)
 

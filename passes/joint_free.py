@@ -22,8 +22,8 @@ from compress.passes import allocate_core as core
 from compress.passes import joint
 from compress.passes.allocate_core import Item, Limit, Problem
 from compress.passes.allocate_menu_core import Floats, Ints
-from compress.passes.choices import Group, Option, Resource, Space, stored
-from compress.passes.structure import Counts, Damages, fits
+from compress.passes.choices import Group, Option, Resource, Space, fits, stored
+from compress.passes.structure import Counts, Damages
 from compress.passes.trials import Damage, steps
 from compress.state import State
 from compress.state.checkpoint import Spec

@@ -16,11 +16,13 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from compress.manager import Context
-from compress.model.data import Tokens
-from compress.model.head import Compared, Head, Piece, cut, parts
+from compress.manager import Context, Cost
+from compress.model.data import BATCH, Tokens
+from compress.model.head import PIECE, ROWS, Compared, Head, Piece, cut, parts
 from compress.model.lockstep import Batch
+from compress.model.speed import computing
 from compress.model.stream import Stream
+from compress.model.work import advancing_bytes, block_bytes, per_token
 from compress.state import State
 from compress.state.graph import Site
 
@@ -184,6 +186,19 @@ class Walk:
                             sums[name][i].add(rows.start or 0, p_nv, ask(theirs[i]))
         found = {name: torch.cat([each.kl for each in compared]).mean() for name, compared in sums.items()}
         return {name: float(kl) if bool(kl.isfinite()) else None for name, kl in found.items()}
+
+
+def walking(state: State, tokens: int, windows: int, passes: float, heads: int, most: int) -> Cost:
+    """What so many `passes` of a block take on windows of text, and so many of the head; `most` changes are on their way."""
+    work, blocks, table = per_token(state), len(state.graph.blocks), state.graph["embed"]
+    number = computing(state.dtype).itemsize
+    hidden = tokens * table.shape[1] * number
+    batch = advancing_bytes(state, tokens, max(BATCH, tokens // windows)) - hidden
+    head = min(ROWS, table.shape[0]) * (6 * 4 * PIECE + 4 * table.shape[1]) * (heads > 0)
+    held = hidden * (4 + min(most, room(hidden))) if heads else 2 * hidden
+    return Cost(2.0 * tokens * (passes * work.weights / blocks + heads * table.numel),
+                peak_bytes=held + max(block_bytes(state) + batch, head), logits=2.0 * heads * tokens * table.shape[0],
+                numbers=tokens * passes * work.numbers / blocks)  # fmt: skip
 
 
 def copies(batches: Sequence[Batch]) -> list[Batch]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -24,15 +24,17 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from compress.errors import CompressError, FormatError, ModelError
+from compress.errors import CompressError, ModelError
 from compress.formats import Format
-from compress.manager import Context, Store
+from compress.manager import Context, Cost, Store
 from compress.model.couplings import KV_GROUPS, MLP, Coupling, couplings, named
-from compress.model.data import Tokens
+from compress.model.data import BATCH, Tokens
 from compress.model.speed import precision
+from compress.model.work import block_bytes, per_token, waiting_bytes
 from compress.passes import obs_core as core
-from compress.passes.perturbed import Change, Walk, replaced, spread
-from compress.passes.prune import Prune, units
+from compress.passes.choices import fits
+from compress.passes.perturbed import Change, Walk, replaced, spread, walking
+from compress.passes.prune import SOLVED, SWEEP, Prune, units
 from compress.passes.prune_block import Aim, Block
 from compress.passes.prune_counts import natural
 from compress.state import State
@@ -110,15 +112,6 @@ def multiple(state: State, formats: Sequence[Format]) -> int:
     return next((n for n in range(step, width, step) if all(fits(f, (out, n)) for f in wanted)), step)
 
 
-def fits(fmt: Format, shape: tuple[int, int]) -> bool:
-    """Whether a matrix of this shape can have a format."""
-    try:
-        fmt.check(shape)
-    except FormatError:
-        return False
-    return True
-
-
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
@@ -165,6 +158,24 @@ def measured(state: State, ctx: Context, counts: Counts, held: Tokens) -> Damage
                              ("structure", kind))  # fmt: skip
         damages[kind, int(block), int(count)] = max(0.0, record["kl"])
     return damages
+
+
+def cost(state: State, counts: Counts, tokens: int) -> Cost:
+    """What `measured` takes on so many calibration tokens: a forward pass, a sweep and a solution of every level for each reader,
+    and the walk over all changes."""
+    found = [c for c in couplings(state) if counts.get(c.kind)]
+    if not found or not tokens:
+        return Cost()
+    blocks, sample = len(state.graph.blocks), min(SHAPED, tokens)
+    passes = blocks + sum(len(counts[c.kind]) * (blocks - c.block) for c in found)
+    changes = sum(len(counts[c.kind]) for c in found)
+    walk = walking(state, sample, max(1, sample // BATCH), passes, changes + 1, changes)
+    work, shapes = per_token(state), [(*c.reader.shape, len(counts[c.kind])) for c in found]
+    exact = sum(1.0 * tokens * k * k + SWEEP * k**3 + s * (k**3 / 3 + 2.0 * n * k * k) for n, k, s in shapes)
+    solved = max(SOLVED * k * k + (8 + 2 * s) * n * k for n, k, s in shapes)
+    peak = waiting_bytes(state, tokens, 1) + block_bytes(state) + solved
+    return replace(walk, model_flops=walk.model_flops + 2.0 * tokens * work.weights, exact_flops=exact,
+                   numbers=walk.numbers + tokens * work.numbers, peak_bytes=max(walk.peak_bytes, peak))  # fmt: skip
 
 
 def _levels(state: State, ctx: Context, counts: Counts, found: Sequence[Coupling], store: Store) -> dict[int, Part]:

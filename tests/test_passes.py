@@ -49,6 +49,19 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # at least one set for every pass,
         {"budget": "3.5 bits", "formats": SOME, "trials": 2, "pins": {"lm_head": "int8:g32", "layers.1.*": {"min": "int3:g32"}}},
         {"budget": ["60 %", "4 bits"], "formats": SOME, "ranks": [0, 4], "metric": "output", "trials": 0},
         {"budget": "4 bits", "formats": SOME, "trials": 1, "together": "none"},
+        {
+            "budget": "2.5 bits",
+            "formats": SOME,
+            "structure": {"mlp": [0.5], "kv_groups": "all"},
+            "constraints": {"parameters": "85 %"},
+        },
+        {
+            "budget": "2.5 bits",
+            "formats": SOME,
+            "structure": {"mlp": [0.75]},
+            "shapes": "free",
+            "constraints": {"parameters": "<= 94 %"},
+        },
     ],
 }
 FOLLOWING = {"allocate": (Quantize(), LqLora(rounds=0)), "smooth": (Quantize(format=parse("int3:g32"), method="rtn"),)}

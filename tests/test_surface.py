@@ -38,7 +38,8 @@ VERBS = {
 QUANTIZE = {"method": "gptq", "format": "int4:g128", "pins": {}, "damp": None, "order": "activation", "clip": "mse", "drift": 0.5}
 OPTIONS: dict[str, dict[str, Any]] = {
     "allocate": {"budget": "4.0 bits", "formats": ["int2:g64", "int3:g64", "int4:g64", "int8:g64"], "ranks": [0],
-                 "factors": "bf16", "pins": {}, "also": [], "limits": {}, "together": "engine", 
+                 "factors": "bf16", "pins": {}, "also": [], "limits": {}, "together": "engine",
+                 "structure": None, "shapes": "uniform", "constraints": {},
                  "metric": "kl", "probe": 4096, "trials": 0,
                  "time_limit": 60.0, "plan": None},
     "prune": {"mlp": 1.0, "kv_groups": 1.0, "experts": 1.0, "method": "obs", "compensate": True, "multiple": None, "damp": None,

@@ -1,0 +1,268 @@
+"""Shape and bits from one budget: the best of all that is possible, within every limit, and the model that it says."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from compress.errors import CompressError, RecipeError
+from compress.export.runtime import load
+from compress.model.model import open_model
+from compress.passes import joint
+from compress.passes.allocate import Allocate
+from compress.passes.prune import units
+from compress.passes.structure import Level
+from compress.passes.trials import Solved
+from compress.state import State
+from compress.state.graph import Site
+from tests.conftest import FAMILIES, Project, make_model
+from tests.cooking import bake, stories
+from tests.test_prune import redundant
+
+LAYERS = 2  # of a project's model
+
+FORMATS = ["int2:g32", "int4:g32"]
+SHAPES = {"mlp": [0.75, 0.5], "kv_groups": "all"}
+
+
+def allocating(**options: Any) -> Allocate:
+    return Allocate.model_validate({"formats": FORMATS, "structure": SHAPES, **options})
+
+
+# --- against every choice there is --------------------------------------------------------------------------------------
+
+
+def figure(seed: int, *of: object) -> float:
+    """A number that a name always has."""
+    return zlib.crc32(repr((seed, *of)).encode()) / 2**32
+
+
+class Drawn(dict[Level, float]):
+    """Damages of levels, drawn by name."""
+
+    def __init__(self, seed: int):
+        super().__init__()
+        self.seed = seed
+
+    def __missing__(self, level: Level) -> float:
+        return 3 * figure(self.seed, *level)
+
+
+def drawn(seed: int) -> Callable[[Site, Any], float]:
+    return lambda site, fmt: figure(seed, site.name, str(fmt))
+
+
+@dataclass(frozen=True)
+class Made:
+    """One choice: what its levels and its formats are, and what it uses, counted on the state that it makes."""
+
+    alike: bool
+    levels: tuple[Level, ...]
+    formats: tuple[tuple[Site, Any], ...]
+    use: dict[str, int]
+
+    def damage(self, seed: int) -> float:
+        of, levels = drawn(seed), Drawn(seed)
+        return sum(levels[level] for level in self.levels) + sum(of(s, f) for s, f in self.formats)
+
+
+def every(state: State, allocate: Allocate) -> Iterator[Made]:
+    options = {kind: [None, *counts] for kind, counts in allocate._counts(state).items()}
+    keys = [(kind, b.index) for kind in options for b in state.graph.blocks]
+    for chosen in itertools.product(*(options[kind] for kind, _ in keys)):
+        stays: dict[str, dict[str, int]] = {}
+        for (kind, block), count in zip(keys, chosen, strict=True):
+            if count is not None:
+                stays.setdefault(kind, {})[f"layers.{block}.*"] = count
+        made = joint.shaped(state, stays).state
+        levels = tuple((kind, b, n) for (kind, b), n in units(made).items() if n < units(state)[kind, b])
+        alike = all(len({c for (k, _), c in zip(keys, chosen, strict=True) if k == kind}) == 1 for kind in options)
+        shape = {"parameters": sum(math.prod(spec.shape) for spec in made.specs),
+                 "kv_cache": sum(2 * s.shape[0] for s in made.graph if s.role in ("k", "v"))}  # fmt: skip
+        groups = allocate._space(made, state)[0].groups
+        for formats in itertools.product(*(g.options for g in groups)):
+            pairs = tuple((s, f) for g, o in zip(groups, formats, strict=True) for s, f in zip(g.sites, o, strict=True))
+            yield Made(alike, levels, pairs, {"bytes": sum(f.nbytes(s.shape) for s, f in pairs), **shape})
+
+
+@pytest.fixture(scope="module")
+def small(family: Any) -> tuple[State, list[Made]]:
+    state = open_model(str(family("llama"))).state
+    return state, list(every(state, allocating()))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 1000), bits=st.sampled_from([1.2, 1.6, 2.0, 2.6, 3.3]), parameters=st.sampled_from([100, 85, 75]),
+       cache=st.sampled_from([100, 75, 50]), free=st.booleans())  # fmt: skip
+def test_no_choice_within_the_limits_does_less_damage(
+    small: tuple[State, list[Made]], seed: int, bits: float, parameters: int, cache: int, free: bool
+) -> None:
+    state, choices = small
+    allocate = allocating(budget=f"{bits} bits", constraints={"parameters": f"<= {parameters} %", "kv_cache": f"{cache}%"},
+                          shapes="free" if free else "uniform")  # fmt: skip
+    whole = joint.amounts(state)
+    room = {"bytes": int(bits * sum(s.numel for s in state.graph.linear) / 8), "parameters": parameters * whole["parameters"] // 100,
+            "kv_cache": cache * whole["kv_cache"] // 100}  # fmt: skip
+    able = [c.damage(seed) for c in choices if (free or c.alike) and all(c.use[n] <= room[n] for n in room)]
+    find = allocate._free if free else allocate._best
+    if not able:
+        with pytest.raises(RecipeError, match="the least"):
+            find(state, drawn(seed), Drawn(seed))
+        return
+    best = find(state, drawn(seed), Drawn(seed))
+    assert best.damage == pytest.approx(min(able), rel=1e-6)
+    plan = best.plan()
+    assert plan.forecast is not None
+    assert plan.forecast.bound <= best.damage * (1 + 1e-9)
+    assert plan.forecast.total == pytest.approx(best.damage)
+    used = joint.amounts(best.shape.state)
+    assert all(used[name] <= room[name] for name in used)
+    assert sum(f.nbytes(best.shape.state.graph[n].shape) for n, f in plan.formats.items()) <= room["bytes"]
+
+
+def test_the_frontier_is_that_of_shape_and_bits(small: tuple[State, list[Made]]) -> None:
+    state, choices = small
+    for free in (False, True):
+        allocate = allocating(budget="2.6 bits", shapes="free" if free else "uniform")
+        points = (allocate._free if free else allocate._best)(state, drawn(1), Drawn(1)).plan().forecast.frontier  # type: ignore[union-attr]
+        assert len(points) > 4
+        assert [p.damage for p in points] == sorted((p.damage for p in points), reverse=True)
+        mine = [c for c in choices if free or c.alike]
+        for p in points:
+            assert p.damage >= min(c.damage(1) for c in mine if c.use["bytes"] <= p.bytes) - 1e-9
+
+
+# --- the model that comes of it ------------------------------------------------------------------------------------------
+
+
+def test_what_does_nothing_goes_and_its_bits_are_spent_on_the_rest(tmp_path: Path, text: Path) -> None:
+    folder = redundant(tmp_path / "model")
+    found = {}
+    for name, structure in (("bits", {}), ("both", {"structure": {"mlp": [0.5], "kv_groups": [0.5]}})):
+        (tmp_path / name).mkdir()
+        done = bake(tmp_path / name, folder, text, "native", {"allocate": {"budget": "3 bits", "formats": FORMATS, **structure}},
+                    {"quantize": {}})  # fmt: skip
+        found[name] = done.state
+    assert units(found["both"])[("mlp", 0)] == units(found["bits"])[("mlp", 0)] // 2
+    linear = found["both"].graph.linear
+    assert all(str(found["both"].formats[s.name]) == "int4:g32" for s in linear)
+    room = 3 * sum(s.numel for s in found["bits"].graph.linear) / 8
+    assert sum(found["both"].formats[s.name].nbytes(s.shape) for s in linear) <= room
+    forecast = found["both"].plan.forecast if found["both"].plan else None
+    assert forecast is not None
+    assert sum(forecast.structure.values()) < 1e-3
+    assert "bits of a budget are per weight of the model as it was" in forecast.notes
+
+
+@pytest.mark.parametrize(("name", "shapes"), [("qwen2", "free"), ("gemma3", "uniform")])
+def test_a_budget_of_the_file_holds_for_the_smaller_model(tmp_path: Path, text: Path, name: str, shapes: str) -> None:
+    folder = make_model(tmp_path / "model", FAMILIES[name](), torch.float32)
+    whole = (folder / "model.safetensors").stat().st_size
+    options = {"budget": f"{0.2 * whole:.0f} B", "formats": FORMATS, "also": ["embed"], "shapes": shapes, "structure": SHAPES,
+               "constraints": {"parameters": "<= 95 %"}}  # fmt: skip
+    done = bake(tmp_path, folder, text, "native", {"allocate": options}, {"quantize": {}})
+    place = done.artifacts["native"][0]
+    assert sum(p.stat().st_size for p in place.glob("*.safetensors")) <= 0.2 * whole
+    assert joint.amounts(done.state)["parameters"] <= 0.95 * joint.amounts(open_model(str(folder)).state)["parameters"]
+    model = load(place)
+    with torch.no_grad():
+        assert model(input_ids=torch.arange(3, 11)[None]).logits.isfinite().all()
+
+
+def test_a_uniform_shape_alone_is_a_plain_model(tmp_path: Path, text: Path) -> None:
+    folder = make_model(tmp_path / "model", FAMILIES["llama"](), torch.float32)
+    options = {"budget": "100 %", "formats": ["int8:g32"], "pins": {"layers.*": "fp32"}, "structure": {"mlp": [0.5]},
+               "constraints": {"parameters": "<= 90 %"}}  # fmt: skip
+    done = bake(tmp_path, folder, text, "compressed_tensors", {"allocate": options}, {"quantize": {}})
+    place = done.artifacts["compressed_tensors"][0]
+    assert json.loads((place / "config.json").read_text())["intermediate_size"] == 64
+    transformers.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+
+
+def write(project: Project, allocate: dict[str, Any], *exports: str) -> None:
+    """The recipe, with these steps in place of its own."""
+    held = yaml.safe_load(project.recipe.read_text())
+    held |= {"passes": [{"allocate": allocate}, {"quantize": {}}], "export": [{name: {}} for name in exports]}
+    project.recipe.write_text(yaml.safe_dump(held, sort_keys=False))
+
+
+def test_plan_and_report_say_what_is_left(project: Project) -> None:
+    allocate = {"budget": "2.2 bits", "formats": FORMATS, "structure": SHAPES, "probe": 64}
+    write(project, allocate)
+    guessed = project("plan", project.recipe, "--no-measure")
+    assert "note: allocate may leave 96 or 64 neurons of an MLP; 1 groups of heads in every layer" in guessed.out
+    told = project("plan", project.recipe).out
+    assert "note: layers: shape: " in told
+    assert "layers.0.mlp.down:" not in told, "matrices are the report's"
+    assert project("run", project.recipe).code == 0
+    assert project("plan", project.recipe).out == told, "nothing is measured again"
+
+
+@pytest.mark.parametrize(("options", "line"), [
+    ({"structure": {}}, "name what may become smaller"),
+    ({"structure": {"mlp": [1.5]}}, "less than or equal to 1"),
+    ({"shapes": "free"}, "'shapes' is about shapes, and 'structure' names no other"),
+    ({"constraints": {"parameters": "80 %"}}, "'constraints' is about shapes"),
+    ({"structure": SHAPES, "trials": 2}, "'trials' try formats of one shape"),
+    ({"structure": SHAPES, "metric": "output"}, "use metric: kl"),
+    ({"structure": SHAPES, "constraints": {"latency": "80 %"}}, "'latency' is none of parameters, kv_cache"),
+    ({"structure": SHAPES, "constraints": {"parameters": "few"}}, "'few' is no limit; write '<= 80 %'"),
+    ({"structure": {"mlp": [0.99]}}, "0.99 of 128 neurons of an MLP, rounded up to 32s, are all of them"),
+    ({"structure": SHAPES, "constraints": {"parameters": "<= 20 %"}}, "the least that 'structure' allows is"),
+    ({"structure": SHAPES, "budget": "0.5 bits"}, "no allocation keeps to 0.5 bits; the least possible is"),
+])  # fmt: skip
+def test_what_cannot_be_is_one_line_before_anything_is_measured(project: Project, options: dict[str, Any], line: str) -> None:
+    write(project, {"formats": FORMATS, **options})
+    failed = project("plan", project.recipe, "--no-measure")
+    assert failed.code == 2
+    assert line in failed.err
+    assert len(failed.err.strip().splitlines()) == 1
+
+
+def test_an_exporter_that_cannot_hold_layers_of_their_own_says_so_first(project: Project) -> None:
+    write(project, {"formats": FORMATS, "structure": SHAPES, "shapes": "free"}, "compressed_tensors")
+    failed = project("plan", project.recipe, "--no-measure")
+    assert failed.code == 2
+    assert "layers" in failed.err
+
+
+def test_matrices_of_two_sublayers_that_go_together_have_no_shape_of_their_own(family: Any) -> None:
+    state = open_model(str(family("llama"))).state
+    allocate = allocating(shapes="free", together=[["*.o", "*.gate"]])
+    with pytest.raises(CompressError, match="goes together with matrices of another sublayer"):
+        allocate._free(state, drawn(0), Drawn(0))
+
+
+def test_a_format_that_fits_only_what_is_left_is_not_taken_for_harmless(family: Any) -> None:
+    state = open_model(str(family("llama"))).state
+    allocate = allocating(formats=["int4:g32", "int2:g96"], structure={"mlp": [0.75]})
+    shape = joint.shaped(state, {"mlp": {"layers.*": 96}})
+    found = allocate._solved(state, shape, drawn(0), 1.0)
+    assert isinstance(found, Solved)
+    assert "int2:g96" not in {str(f) for g in found.space.groups for o in g.options for f in o}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [2.75, 3.0, 3.25])
+def test_shape_and_bits_together_beat_bits_alone(assets: Path, tmp_path: Path, bits: float) -> None:
+    kl = {}
+    for name, more in (("bits", {}), ("uniform", {"structure": {"mlp": [0.875, 0.75, 0.625, 0.5], "kv_groups": "all"}}),
+                       ("free", {"structure": {"mlp": [0.875, 0.75, 0.625, 0.5], "kv_groups": "all"}, "shapes": "free"})):  # fmt: skip
+        (tmp_path / name).mkdir()
+        done = stories(assets, tmp_path / name, [{"allocate": {"budget": f"{bits} bits", **more}}, {"quantize": {}}])
+        kl[name] = done.evaluation["compressed"]["kl"]
+    assert kl["uniform"] <= 1.02 * kl["bits"]
+    assert kl["free"] <= 1.02 * kl["uniform"]
