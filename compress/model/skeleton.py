@@ -18,6 +18,7 @@ from transformers.initialization import guard_torch_init_functions
 from transformers.pytorch_utils import Conv1D
 
 from compress.errors import ModelError, first_line
+from compress.model.known import key_of, known
 
 _PATCH = threading.Lock()
 
@@ -105,15 +106,22 @@ def with_logits(model: nn.Module) -> nn.Module:
 
 
 def skeleton(config: Any) -> nn.Module:
-    """The architecture in eval mode, parameters on meta; ModelError if transformers cannot build it."""
-    cls = model_class(config)
+    """The architecture in eval mode, parameters on meta, for the caller alone; ModelError if transformers cannot build it."""
+    cls, own = model_class(config), deepcopy(config)
+    own._name_or_path = ""  # what follows makes no other architecture
+    if hasattr(own, "quantization_config"):
+        del own.quantization_config
+    return with_logits(known(key_of(cls, own), lambda: built(cls, own)))
+
+
+def built(cls: Any, config: Any) -> nn.Module:
     try:
         with parameters_on_meta(), guard_torch_init_functions():
-            model: nn.Module = cls._from_config(deepcopy(config), dtype=torch.float32)
+            model: nn.Module = cls._from_config(config, dtype=torch.float32)
         model.tie_weights()  # type: ignore[operator]
     except Exception as e:
         raise ModelError(f"transformers cannot build {cls.__name__} from this config ({first_line(e)})") from e
-    return with_logits(model.eval().requires_grad_(False))
+    return model.eval().requires_grad_(False)
 
 
 def stand_on(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
