@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from compress.model import known
-from compress.model.skeleton import built, model_class, skeleton, with_logits
+from compress.model.model import open_model
+from compress.model.skeleton import built, glance, model_class, skeleton, with_logits
 from tests.conftest import FAMILIES
 
 
 def told(model: nn.Module) -> dict[str, Any]:
     """All of a skeleton that anybody asks: modules with their plain attributes, parameters and who shares them, buffers."""
-    modules = {path: (type(m), {k: v for k, v in vars(m).items() if isinstance(v, known.PLAIN)}, sorted(vars(m)))
+    modules = {path: (type(m), {k: v for k, v in vars(m).items() if isinstance(v, known.SHARED)}, sorted(vars(m)))
                for path, m in model.named_modules(remove_duplicate=False)}  # fmt: skip
     owners: dict[int, str] = {}
     parameters = {n: (owners.setdefault(id(p), n), p.shape, p.dtype, p.device, p.requires_grad, sorted(vars(p)))
@@ -60,6 +61,19 @@ def test_nothing_of_a_copy_is_anybody_elses(name: str) -> None:
     assert told(other) == told(skeleton(config)) == before
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_who_only_looks_changes_nothing(family: Any, name: str) -> None:
+    """A model is opened, its graph anchored in its weights, and what to know of it told."""
+    model = open_model(str(family(name)))
+    skeleton(model.config)
+    seen = glance(model.config)
+    before = told(seen)
+    assert model.graph
+    assert model.remarks is not None
+    assert glance(model.config) is seen
+    assert told(seen) == before
+
+
 def test_what_no_architecture_depends_on_makes_no_other() -> None:
     config = FAMILIES["llama"]()
     skeleton(config)
@@ -95,7 +109,7 @@ class Bound(nn.Module):
 
 def test_what_cannot_be_copied_is_built_each_time() -> None:
     with pytest.raises(TypeError, match="belongs to one module"):
-        known.copied(Bound())
+        known.Kept(Bound())
     first, again = (known.known(b"bound", Bound) for _ in range(2))
     assert first is not again
     assert b"bound" not in known._KEPT

@@ -18,7 +18,7 @@ from transformers.initialization import guard_torch_init_functions
 from transformers.pytorch_utils import Conv1D
 
 from compress.errors import ModelError, first_line
-from compress.model.known import key_of, known
+from compress.model.known import kept_under, key_of, known
 
 _PATCH = threading.Lock()
 
@@ -107,11 +107,23 @@ def with_logits(model: nn.Module) -> nn.Module:
 
 def skeleton(config: Any) -> nn.Module:
     """The architecture in eval mode, parameters on meta, for the caller alone; ModelError if transformers cannot build it."""
-    cls, own = model_class(config), deepcopy(config)
-    own._name_or_path = ""  # what follows makes no other architecture
+    cls, own = model_class(config), architecture(config)
+    return with_logits(known(key_of(cls, own), lambda: built(cls, own)))
+
+
+def glance(config: Any) -> nn.Module:
+    """The same for who only looks at modules, names and shapes and changes nothing: others may have it as well."""
+    kept = kept_under(key_of(model_class(config), architecture(config)))
+    return skeleton(config) if kept is None else kept.model
+
+
+def architecture(config: Any) -> Any:
+    """A config without what makes no other architecture: where it lies, and how its weights are stored."""
+    own = deepcopy(config)
+    own._name_or_path = ""
     if hasattr(own, "quantization_config"):
         del own.quantization_config
-    return with_logits(known(key_of(cls, own), lambda: built(cls, own)))
+    return own
 
 
 def built(cls: Any, config: Any) -> nn.Module:
