@@ -90,12 +90,15 @@ def test_what_no_architecture_depends_on_makes_no_other() -> None:
     assert len(known._KEPT) > len(kept) or len(kept) == known.MOST
 
 
-def test_in_a_rehearsal_without_memory_nothing_is_kept() -> None:
-    config = FAMILIES["llama"]()
-    config.intermediate_size = 99
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_in_a_rehearsal_without_memory_nothing_is_kept(name: str) -> None:
+    """Neither of a model that has buffers nor of one that has none."""
+    config = FAMILIES[name]()
+    config.initializer_range = 0.5  # of no other test
     with torch.device("meta"):
         assert all(b.is_meta for b in skeleton(config).buffers())
-    assert not any(b.is_meta for b in skeleton(config).buffers())
+        assert all(b.is_meta for b in glance(config).buffers())
+    assert told(skeleton(config)) == told(glance(config)) == told(new(config))
 
 
 class Bound(nn.Module):

@@ -44,9 +44,8 @@ def kept_under(key: bytes) -> Kept | None:
 
 
 def keep(key: bytes, model: nn.Module) -> nn.Module:
-    """Keep a model, if its buffers are real, which in a rehearsal they are not, and small; returns one for the caller alone."""
-    buffers = list(model.buffers())
-    if any(b.is_meta for b in buffers) or sum(b.nbytes for b in buffers) > MOST_BUFFERS:
+    """Keep a model, unless it was built without any memory, as in a rehearsal, or its buffers are large. Returns the caller's."""
+    if torch.empty(0).is_meta or sum(b.nbytes for b in model.buffers()) > MOST_BUFFERS:
         return model
     try:
         kept = Kept(model)
