@@ -55,7 +55,7 @@ def test_what_does_nothing_goes_first_and_nothing_changes(tmp_path: Path, method
 
 @pytest.fixture(scope="module")
 def smaller(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """smaller(kind) -> a run that made a smaller artifact of this kind: one for all kinds, of two blocks, and one for onnx, where a
+    """smaller(kind) -> a run that made a smaller artifact of this kind: one for all, of two blocks, and one for onnx, where a
     block takes seconds."""
 
     @cache
