@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-MOST, MOST_BUFFERS = 8, 64 << 20  # skeletons that are kept, and bytes of buffers of one of them
+MOST, MOST_BUFFERS = 16, 64 << 20  # skeletons that are kept, and bytes of buffers of one of them
 SHARED = (int, float, str, type(None), torch.dtype, torch.device, type, BuiltinFunctionType, FunctionType)
 
 _LOCK = threading.Lock()
