@@ -139,11 +139,11 @@ class Allocate(Options):
         """With `structure`, what may become smaller, or what did."""
         if self.structure is None:
             return
+        levels = (f"{' or '.join(map(str, counts))} {named(kind)}" for kind, counts in self._counts(state).items() if counts)
+        where = "a layer" if self.shapes == "free" else "every layer"
+        yield f"allocate may leave {'; '.join(levels)} in {where}; until that is measured the largest shape that fits is a guess"
         if foreseen.specs != state.specs:
             yield from Prune().remarks(state, foreseen)
-        else:
-            levels = (f"{' or '.join(map(str, counts))} {named(kind)}" for kind, counts in self._counts(state).items() if counts)
-            yield f"allocate may leave {'; '.join(levels)} in {'a' if self.shapes == 'free' else 'every'} layer"
 
     def cost(self, state: State, tokens: int) -> Cost:
         """For gradients a pass forward and two back on some tokens, the head included; for the table a pass forward, all

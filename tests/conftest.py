@@ -100,6 +100,7 @@ NURSERY = pytest.StashKey[Nursery]()
 def pytest_configure(config: pytest.Config) -> None:
     """Before tests are collected, so that no child of the nursery has anything of `compress`."""
     import transformers.quantizers.auto  # noqa: F401
+    from transformers import LlamaForCausalLM  # noqa: F401  a second of imports, which pytest needs itself
 
     config.stash[NURSERY] = Nursery()
 

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from scipy import sparse
 
 from compress.errors import CompressError, RecipeError
 from compress.export.runtime import load
@@ -66,20 +68,51 @@ def drawn(seed: int) -> Callable[[Site, Any], float]:
 
 
 @dataclass(frozen=True)
-class Made:
-    """One choice: what its levels and its formats are, and what it uses, counted on the state that it makes."""
+class Every:
+    """Every choice of shapes and formats, and what it uses, counted on the state that it makes.
 
-    alike: bool
-    levels: tuple[Level, ...]
-    formats: tuple[tuple[Site, Any], ...]
-    use: dict[str, int]
+    alike [C]: whether all layers have one shape. use: by limit [C]. keys: what damages hang on; has [C, keys]: which of them.
+    """
 
-    def damage(self, seed: int) -> float:
+    state: State
+    alike: np.ndarray[Any, Any]
+    use: dict[str, np.ndarray[Any, Any]]
+    keys: list[tuple[Any, ...]]
+    has: sparse.csr_array
+
+    def damage(self, seed: int) -> np.ndarray[Any, Any]:
         of, levels = drawn(seed), Drawn(seed)
-        return sum(levels[level] for level in self.levels) + sum(of(s, f) for s, f in self.formats)
+        found: np.ndarray[Any, Any] = self.has @ np.array([levels[k] if len(k) == 3 else of(*k) for k in self.keys])
+        return found
+
+    @classmethod
+    def of(cls, state: State, allocate: Allocate) -> Every:
+        numbers: dict[tuple[Any, ...], int] = {}
+        rows: list[tuple[bool, dict[str, int], list[int]]] = []
+        for levels, alike, made in shapes(state, allocate):
+            shape = {"parameters": sum(math.prod(spec.shape) for spec in made.specs),
+                     "kv_cache": sum(2 * s.shape[0] for s in made.graph if s.role in ("k", "v"))}  # fmt: skip
+            groups = allocate._space(made, state)[0].groups
+            for formats in itertools.product(*(g.options for g in groups)):
+                pairs = [(s, f) for g, o in zip(groups, formats, strict=True) for s, f in zip(g.sites, o, strict=True)]
+                held = [*levels, *((Named(s.name), f) for s, f in pairs)]
+                rows.append((alike, {"bytes": sum(f.nbytes(s.shape) for s, f in pairs), **shape},
+                             [numbers.setdefault(key, len(numbers)) for key in held]))  # fmt: skip
+        at = [(i, k) for i, (_, _, keys) in enumerate(rows) for k in keys]
+        has = sparse.csr_array((np.ones(len(at)), tuple(np.array(at).T)), shape=(len(rows), len(numbers)))
+        use = {name: np.array([use[name] for _, use, _ in rows]) for name in rows[0][1]}
+        return cls(state, np.array([alike for alike, _, _ in rows]), use, list(numbers), has)
 
 
-def every(state: State, allocate: Allocate) -> Iterator[Made]:
+@dataclass(frozen=True)
+class Named:
+    """A site, of which only the name is asked."""
+
+    name: str
+
+
+def shapes(state: State, allocate: Allocate) -> Iterator[tuple[tuple[Level, ...], bool, State]]:
+    """What each choice of levels takes away, whether layers are alike, and the state."""
     options = {kind: [None, *counts] for kind, counts in allocate._counts(state).items()}
     keys = [(kind, b.index) for kind in options for b in state.graph.blocks]
     for chosen in itertools.product(*(options[kind] for kind, _ in keys)):
@@ -90,40 +123,34 @@ def every(state: State, allocate: Allocate) -> Iterator[Made]:
         made = joint.shaped(state, stays).state
         levels = tuple((kind, b, n) for (kind, b), n in units(made).items() if n < units(state)[kind, b])
         alike = all(len({c for (k, _), c in zip(keys, chosen, strict=True) if k == kind}) == 1 for kind in options)
-        shape = {"parameters": sum(math.prod(spec.shape) for spec in made.specs),
-                 "kv_cache": sum(2 * s.shape[0] for s in made.graph if s.role in ("k", "v"))}  # fmt: skip
-        groups = allocate._space(made, state)[0].groups
-        for formats in itertools.product(*(g.options for g in groups)):
-            pairs = tuple((s, f) for g, o in zip(groups, formats, strict=True) for s, f in zip(g.sites, o, strict=True))
-            yield Made(alike, levels, pairs, {"bytes": sum(f.nbytes(s.shape) for s, f in pairs), **shape})
+        yield levels, alike, made
 
 
 @pytest.fixture(scope="module")
-def small(family: Any) -> tuple[State, list[Made]]:
-    state = open_model(str(family("llama"))).state
-    return state, list(every(state, allocating()))
+def choices(family: Any) -> Every:
+    return Every.of(open_model(str(family("llama"))).state, allocating())
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 1000), bits=st.sampled_from([1.2, 1.6, 2.0, 2.6, 3.3]), parameters=st.sampled_from([100, 85, 75]),
        cache=st.sampled_from([100, 75, 50]), free=st.booleans())  # fmt: skip
 def test_no_choice_within_the_limits_does_less_damage(
-    small: tuple[State, list[Made]], seed: int, bits: float, parameters: int, cache: int, free: bool
+    choices: Every, seed: int, bits: float, parameters: int, cache: int, free: bool
 ) -> None:
-    state, choices = small
+    state = choices.state
     allocate = allocating(budget=f"{bits} bits", constraints={"parameters": f"<= {parameters} %", "kv_cache": f"{cache}%"},
                           shapes="free" if free else "uniform")  # fmt: skip
     whole = joint.amounts(state)
-    room = {"bytes": int(bits * sum(s.numel for s in state.graph.linear) / 8), "parameters": parameters * whole["parameters"] // 100,
-            "kv_cache": cache * whole["kv_cache"] // 100}  # fmt: skip
-    able = [c.damage(seed) for c in choices if (free or c.alike) and all(c.use[n] <= room[n] for n in room)]
+    room = {"bytes": int(bits * sum(s.numel for s in state.graph.linear) / 8),
+            "parameters": parameters * whole["parameters"] // 100, "kv_cache": cache * whole["kv_cache"] // 100}  # fmt: skip
+    able = np.logical_and.reduce([choices.use[n] <= room[n] for n in room]) & (choices.alike | free)
     find = allocate._free if free else allocate._best
-    if not able:
+    if not able.any():
         with pytest.raises(RecipeError, match="the least"):
             find(state, drawn(seed), Drawn(seed))
         return
     best = find(state, drawn(seed), Drawn(seed))
-    assert best.damage == pytest.approx(min(able), rel=1e-6)
+    assert best.damage == pytest.approx(choices.damage(seed)[able].min(), rel=1e-6)
     plan = best.plan()
     assert plan.forecast is not None
     assert plan.forecast.bound <= best.damage * (1 + 1e-9)
@@ -133,16 +160,16 @@ def test_no_choice_within_the_limits_does_less_damage(
     assert sum(f.nbytes(best.shape.state.graph[n].shape) for n, f in plan.formats.items()) <= room["bytes"]
 
 
-def test_the_frontier_is_that_of_shape_and_bits(small: tuple[State, list[Made]]) -> None:
-    state, choices = small
-    for free in (False, True):
-        allocate = allocating(budget="2.6 bits", shapes="free" if free else "uniform")
-        points = (allocate._free if free else allocate._best)(state, drawn(1), Drawn(1)).plan().forecast.frontier  # type: ignore[union-attr]
-        assert len(points) > 4
-        assert [p.damage for p in points] == sorted((p.damage for p in points), reverse=True)
-        mine = [c for c in choices if free or c.alike]
-        for p in points:
-            assert p.damage >= min(c.damage(1) for c in mine if c.use["bytes"] <= p.bytes) - 1e-9
+@pytest.mark.parametrize("free", [False, True])
+def test_the_frontier_is_that_of_shape_and_bits(choices: Every, free: bool) -> None:
+    allocate = allocating(budget="2.6 bits", shapes="free" if free else "uniform")
+    forecast = (allocate._free if free else allocate._best)(choices.state, drawn(1), Drawn(1)).plan().forecast
+    assert forecast is not None
+    assert [p.damage for p in forecast.frontier] == sorted((p.damage for p in forecast.frontier), reverse=True)
+    assert len(forecast.frontier) > 2
+    for p in forecast.frontier:
+        able = (choices.use["bytes"] <= p.bytes) & (choices.alike | free)
+        assert p.damage >= choices.damage(1)[able].min() - 1e-9
 
 
 # --- the model that comes of it ------------------------------------------------------------------------------------------
@@ -200,10 +227,10 @@ def write(project: Project, allocate: dict[str, Any], *exports: str) -> None:
 
 
 def test_plan_and_report_say_what_is_left(project: Project) -> None:
-    allocate = {"budget": "2.2 bits", "formats": FORMATS, "structure": SHAPES, "probe": 64}
+    allocate = {"budget": "2.6 bits", "formats": FORMATS, "structure": SHAPES, "probe": 64}
     write(project, allocate)
     guessed = project("plan", project.recipe, "--no-measure")
-    assert "note: allocate may leave 96 or 64 neurons of an MLP; 1 groups of heads in every layer" in guessed.out
+    assert "note: allocate may leave 96 or 64 neurons of an MLP; 1 groups of heads in every layer; until" in guessed.out
     told = project("plan", project.recipe).out
     assert "note: layers: shape: " in told
     assert "layers.0.mlp.down:" not in told, "matrices are the report's"
@@ -259,8 +286,8 @@ def test_a_format_that_fits_only_what_is_left_is_not_taken_for_harmless(family: 
 @pytest.mark.parametrize("bits", [2.75, 3.0, 3.25])
 def test_shape_and_bits_together_beat_bits_alone(assets: Path, tmp_path: Path, bits: float) -> None:
     kl = {}
-    for name, more in (("bits", {}), ("uniform", {"structure": {"mlp": [0.875, 0.75, 0.625, 0.5], "kv_groups": "all"}}),
-                       ("free", {"structure": {"mlp": [0.875, 0.75, 0.625, 0.5], "kv_groups": "all"}, "shapes": "free"})):  # fmt: skip
+    structure = {"structure": {"mlp": [0.875, 0.75, 0.625, 0.5], "kv_groups": "all"}}
+    for name, more in (("bits", {}), ("uniform", structure), ("free", {**structure, "shapes": "free"})):
         (tmp_path / name).mkdir()
         done = stories(assets, tmp_path / name, [{"allocate": {"budget": f"{bits} bits", **more}}, {"quantize": {}}])
         kl[name] = done.evaluation["compressed"]["kl"]

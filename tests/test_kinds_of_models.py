@@ -132,11 +132,12 @@ def made(folder: Path, kind: Any, config: Any) -> Path:
     return saved(folder, kind(config))
 
 
-def ran(folder: Path, model: Path, text: Path, *exporters: str, **more: Any) -> pipeline.Outcome:
-    """A run of GPTQ in 4 bits, evaluated too, with some exporters; `more` are further keys of the recipe."""
+def ran(folder: Path, model: Path, text: Path, *exporters: str, evaluated: bool = False, **more: Any) -> pipeline.Outcome:
+    """A run of GPTQ in 4 bits with some exporters, `evaluated` or not; `more` are further keys of the recipe."""
     path = recipe(folder, model, text, format="int4:g32")
     content = {**yaml.safe_load(path.read_text()), "export": [{name: {}} for name in exporters], **more}
-    content["data"]["evaluation"] = content["data"]["calibration"]
+    if evaluated:
+        content["data"]["evaluation"] = content["data"]["calibration"]
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return pipeline.run(path)
 
@@ -187,7 +188,7 @@ def packed(folder: Path) -> Any:
 def test_of_a_model_with_a_tower_the_language_model_is_compressed(name: str, text: Path, tmp_path: Path) -> None:
     kind, config = WRAPPERS[name]
     source = made(tmp_path / "model", kind, config())
-    done = ran(tmp_path / "run", source, text, "compressed_tensors", "native", "gptq")
+    done = ran(tmp_path / "run", source, text, "compressed_tensors", "native", "gptq", evaluated=True)
     assert len(done.state.graph.blocks) == 2
     assert len(done.state.codes) == 14
     assert done.scores["original"]["perplexity"]

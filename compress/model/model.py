@@ -29,7 +29,7 @@ from compress.model.custom import code_passed_over, refuse_code
 from compress.model.discover import discover
 from compress.model.gguf_source import Say, Source, silent, source_of
 from compress.model.names import anchor, check_tensors, held, passed_over, places
-from compress.model.skeleton import is_matrix, skeleton
+from compress.model.skeleton import glance, is_matrix
 from compress.state import State
 from compress.state.checkpoint import INDEX, SINGLE, Checkpoint, Spec, within
 from compress.state.graph import Graph
@@ -94,15 +94,12 @@ class Model:
             found.append(f"{self.folder}: {len(odd)} modules of experts, the first '{odd[0]}', keep them in a layout that is not "
                          "compressed (transposed, or with biases); they stay as they are")  # fmt: skip
         source = self.has_weights and self.leave is not None  # an artifact has names of its own
-        extra = passed_over(self.checkpoint.specs, self.skeleton()) if source else []
+        extra = passed_over(self.checkpoint.specs, glance(self.config)) if source else []
         if extra:
             found.append(f"{self.folder}: {len(extra)} tensors, the first '{extra[0]}', are none that transformers loads, such "
                          "as those of a layer that predicts further tokens; they go along unchanged into artifacts of "
                          "safetensors, and not into gguf and onnx")  # fmt: skip
         return found
-
-    def skeleton(self) -> nn.Module:
-        return skeleton(self.config)
 
     @cached_property
     def specs(self) -> list[Spec]:
@@ -156,7 +153,7 @@ def open_model(name: str, base: Path = Path(), say: Say = silent, leave: Sequenc
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as e:  # transformers raises whatever the config's author's code raises
         raise ModelError(f"{path}: transformers cannot read it ({first_line(e)})") from e
-    rehearse(lambda: skeleton(config), path)
+    rehearse(lambda: glance(config), path)
     leave = None if leave is None else tuple(leave)
     return Model(folder, as_stored(config, folder), name, source.revision, config.to_dict(), source.remarks, leave)
 
@@ -164,7 +161,7 @@ def open_model(name: str, base: Path = Path(), say: Say = silent, leave: Sequenc
 def structure(config: Any, folder: Path, leave: Sequence[str] | None) -> tuple[nn.Module, Graph]:
     """The skeleton and the graph of a config's architecture; a ModelError that names the config where it gives none."""
     with believed(folder / "config.json", "no model can be made of it"):
-        model = skeleton(config)
+        model = glance(config)
         return model, discover(model, config, leave)
 
 

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from compress.errors import ModelError, first_line
 from compress.model import shapes
+from compress.model.known import kept_under, key_of, known
 
 _PATCH = threading.Lock()
 shapes.install()
@@ -112,15 +113,34 @@ def with_logits(model: nn.Module) -> nn.Module:
 
 
 def skeleton(config: Any) -> nn.Module:
-    """The architecture in eval mode, parameters on meta; ModelError if transformers cannot build it."""
-    cls = model_class(config)
+    """The architecture in eval mode, parameters on meta, for the caller alone; ModelError if transformers cannot build it."""
+    cls, own = model_class(config), architecture(config)
+    return with_logits(known(key_of(cls, own), lambda: built(cls, own)))
+
+
+def glance(config: Any) -> nn.Module:
+    """The same for who only looks at modules, names and shapes and changes nothing: others may have it as well."""
+    kept = kept_under(key_of(model_class(config), architecture(config)))
+    return skeleton(config) if kept is None else kept.model
+
+
+def architecture(config: Any) -> Any:
+    """A config without what makes no other architecture: where it lies, and how its weights are stored."""
+    own = deepcopy(config)
+    own._name_or_path = ""
+    if hasattr(own, "quantization_config"):
+        del own.quantization_config
+    return own
+
+
+def built(cls: Any, config: Any) -> nn.Module:
     try:
         with parameters_on_meta(), guard_torch_init_functions():
-            model: nn.Module = cls._from_config(deepcopy(config), dtype=torch.float32)
+            model: nn.Module = cls._from_config(config, dtype=torch.float32)
         model.tie_weights()  # type: ignore[operator]
     except Exception as e:
         raise ModelError(f"transformers cannot build {cls.__name__} from this config ({first_line(e)})") from e
-    return with_logits(model.eval().requires_grad_(False))
+    return model.eval().requires_grad_(False)
 
 
 def stand_on(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
