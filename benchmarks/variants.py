@@ -1,5 +1,5 @@
 """One model, one text to calibrate on and one to judge on, and several lists of passes: KL of each. The frame of smooth.py,
-pruning.py and damping.py.
+pruning.py, damping.py and joint.py.
 """
 
 from __future__ import annotations
@@ -19,15 +19,20 @@ import compress
 
 def measured(options: argparse.Namespace, passes: list[dict[str, Any]]) -> float:
     """KL (nats per token) of the original and what the passes make of it."""
+    return outcome(options, passes).scores["compressed"]["kl"]  # type: ignore[no-any-return]
+
+
+def outcome(options: argparse.Namespace, passes: list[dict[str, Any]], work: Path | None = None) -> Any:
+    """The run itself. A folder `work` keeps what was measured for the next."""
     windows = {"length": options.length, "bos": options.bos}
     data = {"calibration": {"text": str(options.calibration.resolve()), "sequences": options.sequences, **windows},
             "evaluation": {"text": str(options.evaluation.resolve()), "sequences": options.judged, **windows}}  # fmt: skip
-    with tempfile.TemporaryDirectory() as work:
-        recipe = Path(work) / "recipe.yaml"
-        content = {"model": str(options.model.resolve()), "out": f"{work}/run", "data": data, "passes": passes, "export": []}
+    with tempfile.TemporaryDirectory() as place:
+        folder = work or Path(place)
+        recipe = folder / "recipe.yaml"
+        content = {"model": str(options.model.resolve()), "out": f"{folder}/run", "data": data, "passes": passes, "export": []}
         recipe.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-        kl: float = compress.run_recipe(recipe).scores["compressed"]["kl"]
-    return kl
+        return compress.run_recipe(recipe)
 
 
 def parser(doc: str | None, judged: int = 32) -> argparse.ArgumentParser:

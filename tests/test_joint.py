@@ -290,6 +290,6 @@ def test_shape_and_bits_together_beat_bits_alone(assets: Path, tmp_path: Path, b
     for name, more in (("bits", {}), ("uniform", structure), ("free", {**structure, "shapes": "free"})):
         (tmp_path / name).mkdir()
         done = stories(assets, tmp_path / name, [{"allocate": {"budget": f"{bits} bits", **more}}, {"quantize": {}}])
-        kl[name] = done.evaluation["compressed"]["kl"]
+        kl[name] = done.scores["compressed"]["kl"]
     assert kl["uniform"] <= 1.02 * kl["bits"]
     assert kl["free"] <= 1.02 * kl["uniform"]

@@ -58,9 +58,9 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # at least one set for every pass,
         {
             "budget": "2.5 bits",
             "formats": SOME,
-            "structure": {"mlp": [0.75]},
+            "structure": {"mlp": [0.5]},
             "shapes": "free",
-            "constraints": {"parameters": "<= 94 %"},
+            "constraints": {"parameters": "<= 92 %"},
         },
     ],
 }
