@@ -1,6 +1,6 @@
 """How near to the speed of memory the packed products run, on a GPU, beside what others offer.
 
-    python benchmarks/kernels.py [--out DIR] [--shapes 4096x4096 ...] [--tokens 1 8 16 64]
+    python benchmarks/cuda_kernels.py [--out DIR] [--shapes 4096x4096 ...] [--tokens 1 8 16 64]
 
 Every time is the median over replays of a CUDA graph, in which launch after launch reads another copy of the weights, more than
 four L2 caches of them, so that weights come from memory as they do in a model; and the spread of the replays. `share` is that of
