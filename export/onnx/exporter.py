@@ -20,7 +20,7 @@ from compress.export.onnx import datafile
 from compress.export.onnx.datafile import GRAPH, METHOD, VERSION, DataLayout
 from compress.export.onnx.encode import NBits
 from compress.export.onnx.words import describe, describe_table, engines, use, warnings
-from compress.formats import Format, Int, base_of
+from compress.formats import Factored, Format, Int, numbers_of
 from compress.model.model import Model
 from compress.state import State
 from compress.state.checkpoint import tensor_bytes
@@ -45,10 +45,11 @@ class Onnx(Exporter):
     def check(self, state: State) -> None:
         refuse(state)
         for name, fmt in state.formats.items():
-            base = base_of(fmt)
+            base, shape = numbers_of(fmt), state.graph[name].shape
             try:
-                if isinstance(base, Int):
-                    NBits.of(base, state.graph[name].shape[1])
+                for _, inputs in fmt.factor_shapes(shape).values() if isinstance(fmt, Factored) else (shape,):
+                    if isinstance(base, Int):
+                        NBits.of(base, inputs)
             except FormatError as e:
                 raise ExportError(f"onnx cannot hold '{name}': {e}; use g32, g64 or g128") from None
 
@@ -125,7 +126,7 @@ class Onnx(Exporter):
         from compress.export.onnx.session import Session
 
         state = replace(job.state, dtype=torch.float32)
-        integers = any(isinstance(base_of(f), Int) for f in job.state.formats.values())
+        integers = any(isinstance(numbers_of(f), Int) for f in job.state.formats.values())
         if not integers or self.accuracy_level < 2:
             return proof.prove(job, Session(folder, job.state), EXACT[self.dtype], "against the run's model in fp32", state)
         exact = proof.prove(job, Session(folder, job.state, level=1), EXACT[self.dtype], state=state)

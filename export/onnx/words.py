@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 
 from compress.export.onnx.encode import NBits, kind_of, slots
-from compress.formats import Dense, Format, Int, LowRank, base_of
+from compress.formats import Dense, Factored, Format, Int, LowRank, numbers_of
 from compress.state import State
 from compress.state.graph import Site
 
@@ -63,7 +64,9 @@ print(tokenizer.decode(logits[0].argmax(-1)))
 
 def describe(fmt: Format, sites: list[Site], level: int) -> str:
     """Which nodes a format becomes, in how many bytes a weight, and what is slow about them."""
-    cost, base = cost_of(fmt, sites), base_of(fmt)
+    if isinstance(fmt, Factored):
+        return describe_factors(fmt, sites, level)
+    cost, base = cost_of(fmt, sites), numbers_of(fmt)
     more = ", and two products in full precision for the low-rank factors" if isinstance(fmt, LowRank) else ""
     if isinstance(base, Dense):
         return f"{fmt} stays as it is on disk ({cost}) and takes 4 bytes a weight in memory, where onnxruntime converts it"
@@ -75,9 +78,17 @@ def describe(fmt: Format, sites: list[Site], level: int) -> str:
     return f"{fmt} becomes MatMulNBits of {form.bits} bits{held}, block {form.block} ({cost}){more}{slow(form, level)}"
 
 
+def describe_factors(fmt: Factored, sites: list[Site], level: int) -> str:
+    """The same of a product in place of a matrix: one product after the other, and what each becomes."""
+    each = describe(fmt.factors, [replace(s, shape=side) for s in sites for side in fmt.factor_shapes(s.shape).values()], level)
+    return (
+        f"{fmt} becomes two products, of {fmt.rank} numbers in between ({cost_of(fmt, sites)} of the matrix); of either, {each}"
+    )
+
+
 def describe_table(fmt: Format, site: Site) -> str:
     """The same of the token embedding, of which rows are looked up and nothing else."""
-    cost, base = cost_of(fmt, [site]), base_of(fmt)
+    cost, base = cost_of(fmt, [site]), numbers_of(fmt)
     if isinstance(base, Dense):
         return f"the embedding in {fmt} stays as it is on disk and in memory ({cost})"
     if not isinstance(base, Int):
@@ -115,7 +126,7 @@ def slow(form: NBits, level: int) -> str:
 def warnings(formats: Iterable[Format], half: bool, dtype: torch.dtype) -> list[str]:
     """What to know before such a graph goes to a GPU, and of one in fp16, `half`, of a model in `dtype`."""
     found = []
-    if any(isinstance(base, Int) and base.bits == 2 for base in map(base_of, formats)):
+    if any(isinstance(base, Int) and base.bits == 2 for base in map(numbers_of, formats)):
         found.append("onnxruntime's CUDA provider has kernels for 4 and 8 bits and may take 2 for 4: run this artifact on CPU")
     if half and dtype != torch.float16:
         found.append("a graph in fp16 loses what of scales and weights lies outside of its range, 6e-8 to 65504")
