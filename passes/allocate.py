@@ -32,7 +32,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from compress.documents import local_path
 from compress.errors import CompressError, MatchError, RecipeError
-from compress.formats import Dense, Format, LowRank
+from compress.formats import Dense, Factored, Format, LowRank
 from compress.formats.codebooks import paper_grid
 from compress.manager import Context, Cost, Pass
 from compress.model.backward import LOGITS
@@ -106,6 +106,9 @@ class Allocate(Pass):
     def _plain(cls, formats: tuple[Format, ...]) -> tuple[Format, ...]:
         if not formats:
             raise ValueError("name at least one format")
+        product = next((f for f in formats if isinstance(f, Factored)), None)
+        if product:
+            raise ValueError(f"{product} is made by 'factorize', and is no format to choose; leave it out")
         ranked = [str(f) for f in formats if isinstance(f, LowRank)]
         if ranked:
             raise ValueError(f"{ranked[0]} has a rank; give ranks by 'ranks', and their format by 'factors'")

@@ -19,7 +19,7 @@ from compress.export.artifact.tensors import same_site, write_config
 from compress.export.onnx import datafile
 from compress.export.onnx.datafile import GRAPH, METHOD, VERSION, DataLayout
 from compress.export.onnx.encode import NBits
-from compress.export.onnx.words import describe, describe_table, engines, use, warnings
+from compress.export.onnx.words import describe, describe_factors, describe_table, engines, use, warnings
 from compress.formats import Factored, Format, Int, numbers_of
 from compress.model.model import Model
 from compress.state import State
@@ -55,13 +55,14 @@ class Onnx(Exporter):
 
     def remarks(self, state: State) -> list[str]:
         kinds: dict[Format, list[Site]] = {}
-        formats = state.formats
+        formats, ranks = state.formats, {n: f for n, f in state.formats.items() if isinstance(f, Factored)}
         for name, fmt in formats.items():
-            if state.graph[name].role != "embed":
+            if state.graph[name].role != "embed" and name not in ranks:
                 kinds.setdefault(fmt, []).append(state.graph[name])
         graph = GRAPH_BYTES[0] + len(state.graph.blocks) * GRAPH_BYTES[1]
         size = f"the graph adds about {graph // 1000:,} kB to the size above, and takes about 2 seconds a block to make"
         said = [describe(fmt, sites, self.accuracy_level) for fmt, sites in kinds.items()]
+        said += describe_factors([(state.graph[n], f) for n, f in ranks.items()], self.accuracy_level)
         said += [describe_table(fmt, state.graph[name]) for name, fmt in formats.items() if state.graph[name].role == "embed"]
         known = dict.fromkeys(formats.values())
         return [f"onnx: {text}" for text in (*said, *warnings(known, self.dtype == "fp16", state.dtype), size)]

@@ -64,8 +64,6 @@ print(tokenizer.decode(logits[0].argmax(-1)))
 
 def describe(fmt: Format, sites: list[Site], level: int) -> str:
     """Which nodes a format becomes, in how many bytes a weight, and what is slow about them."""
-    if isinstance(fmt, Factored):
-        return describe_factors(fmt, sites, level)
     cost, base = cost_of(fmt, sites), numbers_of(fmt)
     more = ", and two products in full precision for the low-rank factors" if isinstance(fmt, LowRank) else ""
     if isinstance(base, Dense):
@@ -78,12 +76,16 @@ def describe(fmt: Format, sites: list[Site], level: int) -> str:
     return f"{fmt} becomes MatMulNBits of {form.bits} bits{held}, block {form.block} ({cost}){more}{slow(form, level)}"
 
 
-def describe_factors(fmt: Factored, sites: list[Site], level: int) -> str:
-    """The same of a product in place of a matrix: one product after the other, and what each becomes."""
-    each = describe(fmt.factors, [replace(s, shape=side) for s in sites for side in fmt.factor_shapes(s.shape).values()], level)
-    return (
-        f"{fmt} becomes two products, of {fmt.rank} numbers in between ({cost_of(fmt, sites)} of the matrix); of either, {each}"
-    )
+def describe_factors(held: list[tuple[Site, Factored]], level: int) -> list[str]:
+    """The same of products in place of matrices, by what their factors are stored in: what each of two products becomes."""
+    said = []
+    for stored in dict.fromkeys(fmt.factors for _, fmt in held):
+        mine = [(site, fmt) for site, fmt in held if fmt.factors == stored]
+        factors = [replace(s, shape=side) for s, fmt in mine for side in fmt.factor_shapes(s.shape).values()]
+        said.append(
+            f"{len(mine)} matrices become two products each, one after the other; of either, {describe(stored, factors, level)}"
+        )
+    return said
 
 
 def describe_table(fmt: Format, site: Site) -> str:

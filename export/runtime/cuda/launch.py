@@ -152,6 +152,8 @@ def prepare(
         for count in (t for m in tokens for t in ((min(m, _TOKENS), m % _TOKENS) if m <= MOST else ()) if t):
             wanted.add(("packed_linear", variant(layout, dtype, count)))
         wanted.add(("dequantize", _dequantizer(layout, dtype)))
+        if isinstance(fmt, Factored):
+            wanted.add(("dequantize", _dequantizer(layout, torch.float32)))
         if isinstance(fmt, LowRank):
             wanted |= {("low_rank", _low_rank_variant(dtype)), ("dequantize", _dequantizer(layout, torch.float32))}
     for name, defines in sorted(wanted):
