@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from compress import pipeline
-from compress.errors import CompressError, ExportError, OrderError
+from compress.errors import CompressError, ExportError, ModelError, OrderError
 from compress.export import runtime
 from compress.export.artifact.proof import logits
 from compress.export.native import reader
@@ -292,3 +296,40 @@ def test_inspect_and_eval_know_the_artifact(made: dict[str, pipeline.Outcome], p
 def test_recipes_are_resolved_as_they_were_said(made: dict[str, pipeline.Outcome]) -> None:
     said = yaml.safe_load((made["dense"].out / "recipe.resolved.yaml").read_text())["passes"][0]["factorize"]
     assert (said["rank"], said["pins"]) == (32, {"*.v": "full"})
+
+
+# --- what was tampered with -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    ({"text": "lr16:int8:channel"}, "factor_A.weight_packed' is int32"),
+    ({"text": "lr64"}, "factor_A.weight' is missing"),
+    ({"text": "lr99:int8:channel"}, "the rank is above"),
+    ({"text": "lr0"}, "a rank is 1 or more"),
+    ({"text": "int8:channel"}, "weight_packed' is missing"),
+    ({"tensor": "factor_B.weight_shape"}, "factor_B.weight_shape' says"),
+    ({"lost": "factor_B.weight_scale"}, "factor_B.weight_scale' is missing"),
+])  # fmt: skip
+def test_an_artifact_that_was_damaged_is_refused(
+    made: dict[str, pipeline.Outcome], tmp_path: Path, change: dict[str, str], says: str
+) -> None:
+    """By the reader, and by the runtime, in one line."""
+    folder = Path(shutil.copytree(made["int8"].artifacts["native"][0], tmp_path / "artifact"))
+    (folder / "compress.json").unlink()
+    stem = "model.layers.0.self_attn.q_proj"
+    if "text" in change:
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"]["formats"][stem] = change["text"]
+        (folder / "config.json").write_text(json.dumps(config))
+    else:
+        (file,) = folder.glob("*.safetensors")
+        tensors = load_file(file)
+        if "lost" in change:
+            del tensors[f"{stem}.{change['lost']}"]
+        else:
+            tensors[f"{stem}.{change['tensor']}"] += 1
+        save_file(tensors, file)
+    for read in (lambda: reader.read(folder).weight(made["int8"].state.graph["layers.0.attn.q"]), lambda: runtime.load(folder)):
+        with pytest.raises(ModelError, match=re.escape(says)) as caught:
+            read()
+        assert "\n" not in str(caught.value)
