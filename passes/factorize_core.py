@@ -50,7 +50,7 @@ from compress.passes.gptq_core import Factor
 from compress.passes.lqlora_core import correction, rank_losses
 
 ALIKE = 1e-9  # slopes that differ by no more are one, and the point between them stays: slopes are negative
-RIDGE = 1e-4  # of the mean diagonal: what is added to A H Aᵀ where it is inverted for `refit`
+RIDGES = (1e-4, 1e-3, 1e-2)  # of the mean diagonal: what is added to A H Aᵀ where `refit` inverts it, more where that fails
 Point = tuple[int, float]  # weights, and the loss that they leave
 
 
@@ -71,6 +71,8 @@ def hessian(f: Factor | None) -> Tensor | None:
     if f is None or f.lam == 0:
         return None
     back_k = torch.argsort(f.order_k)
+    if bool((back_k[1:] > back_k[:-1]).all()):
+        return f.A_kk
     return f.A_kk.index_select(0, back_k).index_select(1, back_k)
 
 
@@ -100,9 +102,12 @@ def refit(W_nk: Tensor, A_rk: Tensor, B_nr: Tensor, H_kk: Tensor) -> tuple[Tenso
     AH_rk = (A_rk @ H_kk).double()
     G_rr = AH_rk @ A_rk.double().T
     C_nr = W_nk.double() @ AH_rk.T - B_nr.double() @ G_rr
-    ridged = G_rr + RIDGE * G_rr.diagonal().mean().clamp_(min=torch.finfo(torch.float32).tiny) * torch.eye(len(G_rr)).to(G_rr)
-    step = torch.cholesky_solve(C_nr.T, torch.linalg.cholesky(ridged)).T
-    return (B_nr.double() + step).to(W_nk.dtype), G_rr.to(W_nk.dtype)
+    mean, one_rr = G_rr.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny), torch.eye(len(G_rr)).to(G_rr)
+    for ridge in RIDGES:
+        L_rr, info = torch.linalg.cholesky_ex(G_rr + ridge * mean * one_rr)
+        if int(info) == 0:
+            return (B_nr.double() + torch.cholesky_solve(C_nr.T, L_rr).T).to(W_nk.dtype), G_rr.to(W_nk.dtype)
+    return B_nr, G_rr.to(W_nk.dtype)  # nothing that could be inverted: what A puts out is not a number, or all but nothing
 
 
 # --- ranks --------------------------------------------------------------------------------------------------------------

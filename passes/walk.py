@@ -50,7 +50,7 @@ class Walk:
     def _calibrated(self, state: State) -> State:
         ctx, before, state = self.ctx, state, self._embedding(state)
         stream, batches = ctx.stream(state)
-        twin = self._twin(before)
+        twin = self.twin(before)
         for block in state.graph.blocks:
             ctx.progress(block.index, len(state.graph.blocks), block.module)
             done = ctx.store.committed(f"block-{block.index:04}")
@@ -84,7 +84,7 @@ class Walk:
             done = ctx.store.commit(EMBEDDING, solver.packed, records=solver.records)
         return state.with_part(done)
 
-    def _twin(self, state: State) -> Twin | None:
+    def twin(self, state: State) -> Twin | None:
         if not self.options.corrects:
             return None
         before = replace(state, codes={n: s for n, s in state.codes.items() if isinstance(s.format, Dense)})

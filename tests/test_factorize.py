@@ -131,7 +131,7 @@ def test_without_data(project: Project) -> None:
     project.recipe.write_text(text[:start] + "  - factorize: {rank: 0.5}\nexport: []\n")
     project.edit("  calibration: {text: words.txt, sequences: 8, length: 32}\n", "")
     assert project.plan().line.endswith("'whitened' needs data.calibration; add it, or use method: svd")
-    assert "'spectrum' weighs matrices by their outputs" in project.plan("factorize.method=svd", "factorize.spread=spectrum").line
+    assert "method: svd does not see" in project.plan("factorize.method=svd", "factorize.spread=spectrum").line
     assert project.run("factorize.method=svd").code == 0
 
 
