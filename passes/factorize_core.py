@@ -11,10 +11,10 @@ sum of the squared singular values behind the r-th.
 
 The form used here needs no root and no inverse. With U_r the r leading eigenvectors of W H Wᵀ, the left singular vectors of W C,
 SVD_r(WC) C⁻¹ = U_r U_rᵀ W: the outputs are projected on the r directions in which they have most energy. So B = U_r, A = U_rᵀ W,
-and H may be singular, as where there were fewer tokens than inputs. That is the correction of `lqlora_core`, of all of W. Of
-numbers behind the point the two share the size: A H Aᵀ = diag(σ²), so that a row of A is divided by √σ and a column of B
-multiplied. Then BᵀB = A H Aᵀ = diag(σ): rows of A are independent of each other in what they cost, and so are columns of B,
-which is what a quantizer that takes rows one by one assumes; and neither factor leaves the range of 16 bits.
+and H may be singular, as where there were fewer tokens than inputs. That is the correction of `lqlora_core`, of all of W. A and
+B share the size: A H Aᵀ = diag(σ²), so a row of A is divided by √σ, and a column of B multiplied. Then BᵀB = A H Aᵀ = diag(σ):
+rows of A are independent of each other in what they cost, and so are columns of B, which is what a quantizer that takes rows one
+by one assumes; and neither factor leaves the range of 16 bits.
 
 H is damped as GPTQ's is (H + λI). With few tokens the undamped form projects on directions that only these tokens have.
 
@@ -32,10 +32,9 @@ points where the sum is least for as many weights as were taken until then: a ch
 somewhere, which had been taken before. So what is found is exact but for the steps that no longer fit, which are passed over for
 smaller ones. To leave a matrix as it is is a point of its curve as well: N K weights, no loss.
 
-Limits. Low rank is no method for size: a matrix that training has filled has singular values that fall slowly, and half of the
-weights hold far less than half of its energy's tail (docs/recipes.md has a measurement against rounding at a quarter of the
-bits). The loss is that of one matrix, on the calibration inputs. The eigenproblem is m x m in fp64, 2 s for m = 2048 on one
-core, growing with m³.
+Limits. Low rank is no method for size: a matrix that training has filled has singular values that fall slowly, and at the rank
+at which anything is saved much of them is lost already (docs/recipes.md measures it against rounding to 3 bits). The loss is
+that of one matrix, on the calibration inputs. The eigenproblem is m x m in fp64, 2 s for m = 2048 on one core, growing with m³.
 """
 
 from __future__ import annotations
