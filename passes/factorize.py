@@ -34,6 +34,7 @@ from compress.state.plan import BitPlan, check_fits
 Rank = Annotated[StrictFloat, Field(gt=0, le=1)] | Annotated[StrictInt, Field(ge=1)] | Literal["full"]
 UNSEEN = "no input was seen: the least error of the weights"
 FITTED = 14.0  # operations for each weight and input: products with H and with itself, the factors, losses
+TABLE_COPIES = 6  # of a head in fp32, which is solved whole
 SIZE = ("low rank buys operations, not size: Gemma 3 270M has a KL of 1.74 at 10.5 bits a weight so, and of 0.56 by GPTQ at 3.25 "
         "bits (docs/recipes.md)")  # fmt: skip
 
@@ -180,13 +181,13 @@ class Factorize(Pass):
         once = walk.cost(replace(state, plan=plan), tokens)
         solved = walk.solving(replace(state, plan=plan), sites if tokens else [])
         times, work = 1 + self.decides, per_token(state)
-        least = [min(s.shape) for s in sites]
+        least, tables = [min(s.shape) for s in sites], [TABLE_COPIES * 4 * s.numel for s in sites if s.block is None]
         return replace(
             once, model_flops=once.model_flops + (times - 1) * 2.0 * tokens * work.weights, weights=0,
             exact_flops=once.exact_flops - solved.flops + times * FITTED * sum(1.0 * s.numel * s.shape[1] for s in sites),
             numbers=once.numbers + (times - 1) * tokens * work.numbers, steps=once.steps - solved.steps,
             seconds=times * costs.EIGEN_SECONDS * sum(m**3 for m in least),
-            peak_bytes=once.peak_bytes + 4 * 8 * max(least) ** 2,
+            peak_bytes=max([once.peak_bytes, *tables]) + 4 * 8 * max(least) ** 2,
         )  # fmt: skip
 
     # --- running ---
