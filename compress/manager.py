@@ -131,6 +131,7 @@ class Pass(BaseModel, ABC):
     name: ClassVar[str]
     version: ClassVar[int] = 1  # raised when the same options give other results
     needs: ClassVar[Fact] = Fact.NONE
+    instead: ClassVar[Fact] = Fact.NONE  # where one of these holds, weights need not be DENSE
     gives: ClassVar[Fact] = Fact.NONE
     breaks: ClassVar[Fact] = Fact.NONE
     writes: ClassVar[Aspect] = Aspect.NONE
@@ -187,7 +188,8 @@ def check_order(passes: Sequence[Pass], facts: Fact = Fact.DENSE) -> None:
     """OrderError, naming both steps, where a pass needs what does not hold when its turn comes."""
     broken_by: dict[Fact, tuple[int, str]] = {}
     for number, p in enumerate(passes, 1):
-        for fact in p.needs & ~facts:
+        lacking = p.needs & ~facts
+        for fact in lacking & ~Fact.DENSE if p.instead & facts else lacking:
             noun = f"{fact.name} weights" if fact is Fact.DENSE else f"{fact.name}"
             why, todo = "no earlier step gives it", "Add a step that does."
             if fact in broken_by:

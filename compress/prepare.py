@@ -113,9 +113,19 @@ def prepare(path: Path, overrides: Sequence[str] = (), say: Say = silent) -> Pre
         except CompressError as e:
             raise recipe.located(e, "passes", i) from None
         for outcome in outcomes:
-            check_exports(recipe, manager.foresee(recipe.passes[i + 1 :], outcome))
+            check_exports(recipe, followed(recipe, i + 1, outcome))
     check_exports(recipe, foreseen)
     return Prepared(recipe, model, start, foreseen)
+
+
+def followed(recipe: Recipe, first: int, state: State) -> State:
+    """The state at the end of the passes from one on, foreseen; CompressError with its place in the recipe."""
+    for i, p in enumerate(recipe.passes[first:], first):
+        try:
+            state = manager.foresee([p], state)
+        except CompressError as e:
+            raise recipe.located(e, "passes", i) from None
+    return state
 
 
 def proof_tokens(vocabulary: int) -> tuple[int, int]:

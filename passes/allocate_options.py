@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from compress.documents import local_path
-from compress.formats import Dense, Format, LowRank
+from compress.formats import Dense, Factored, Format, LowRank
 from compress.formats.codebooks import paper_grid
 from compress.manager import Pass
 from compress.passes import joint
@@ -69,6 +69,9 @@ class Options(Pass, ABC):
     def _plain(cls, formats: tuple[Format, ...]) -> tuple[Format, ...]:
         if not formats:
             raise ValueError("name at least one format")
+        product = next((f for f in formats if isinstance(f, Factored)), None)
+        if product:
+            raise ValueError(f"{product} is made by 'factorize', and is no format to choose; leave it out")
         ranked = [str(f) for f in formats if isinstance(f, LowRank)]
         if ranked:
             raise ValueError(f"{ranked[0]} has a rank; give ranks by 'ranks', and their format by 'factors'")

@@ -17,6 +17,7 @@ MEASURING = 3.0  # of rounding to nearest: two losses 2, and half as much again
 RETARGETING = 6.0  # two triangular solutions and a product with the drift 4, and half as much again
 FACTORING = 2.0  # operations, in fp32, for K³ of a Hessian, which is factored in fp64
 ORDERING = 6.0  # times that an entry of it is read or written before and behind that
+EIGEN_SECONDS = 2e-10  # of a symmetric eigenproblem of side m in fp64, in units of m³, on one core: half of it is no product
 ROUNDED = 9  # copies of the outputs in hand where nothing is fed back
 CHUNK = 1 << 22  # weights that are solved at a time
 

@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from compress.errors import RecipeError
-from compress.formats import Dense, Format, LowRank, Packed
+from compress.formats import Dense, Factored, Format, LowRank, Packed
 from compress.formats.grid import Quantized, plain, restore
 from compress.manager import Context, Cost, Pass
 from compress.passes import costs, gptq_core
@@ -29,7 +29,6 @@ from compress.passes.solver import Answer, Case
 from compress.state import Aspect, Fact, State
 from compress.state.plan import BitPlan, check_fits
 
-EIGEN_SECONDS = 2e-10  # of a symmetric eigenproblem of side m in fp64, in units of m³, on one core: half of it is no product
 FITTED = 10.0  # operations for each weight and input of a correction: products with H and with itself, the loss
 
 
@@ -81,6 +80,9 @@ class LqLora(Quantize):
     def planned(self, state: State) -> State:
         if self.fisher and any(s.expert is not None for s in state.graph.linear):
             raise RecipeError("gradients of experts are not measured; leave 'fisher' out", ("fisher",))
+        if any(isinstance(fmt, Factored) for fmt in state.formats.values()):
+            raise RecipeError("an earlier step has put two factors in place of matrices, of which no corrections are fitted; use "
+                              "'quantize' alone behind 'factorize'")  # fmt: skip
         if Fact.PLANNED in state.facts:
             self.refuse("format", "pins", "rank", "factors")
             return state
@@ -105,7 +107,7 @@ class LqLora(Quantize):
         if self.init == "paper" or not sites:
             return once
         share, times = sum(s.numel for s in sites) / max(1, once.weights), 2 * (self.rounds + 1)
-        spectra = EIGEN_SECONDS * sum(min(s.shape) ** 3 for s in sites)
+        spectra = costs.EIGEN_SECONDS * sum(min(s.shape) ** 3 for s in sites)
         fitted = (times + 1) * FITTED * sum(1.0 * s.numel * s.shape[1] for s in sites)
         alone = costs.solving(s.shape for s in sites)  # a correction belongs to one matrix
         solved = costs.solving(costs.joined(sites))
@@ -169,7 +171,7 @@ def rounded(F_rx: Tensor, fmt: Format, scale_dtype: torch.dtype) -> Tensor:
     """A factor as the format that stores it gives it back."""
     if isinstance(fmt, Dense):
         return F_rx.to(fmt.dtype).to(F_rx.dtype)
-    assert not isinstance(fmt, LowRank)
+    assert not isinstance(fmt, LowRank | Factored)
     return restore(*plain(F_rx.float().contiguous(), fmt, scale_dtype), fmt).to(F_rx.dtype)
 
 

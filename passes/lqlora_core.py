@@ -54,7 +54,7 @@ from compress.formats.grid import Grid, Quantized, restore
 from compress.passes import gptq_core
 from compress.passes.gptq_core import Factor, Solved
 
-Hessian = Tensor | Factor  # H itself [K, K], or what `gptq_core.factor` made of it
+Hessian = Tensor | Factor | None  # H itself [K, K], or what `gptq_core.factor` made of it; None is the identity
 Factors = Callable[[Tensor], Tensor]  # a factor, A [r, K] or Bᵀ [r, N], as the format that stores it will give it back
 
 _OVERSAMPLED, _POWER = 10, 2  # the range finder: columns beyond the rank, and power iterations
@@ -136,6 +136,8 @@ def _small(E_nk: Tensor, H: Hessian) -> tuple[Tensor, Tensor | None]:
 
 def _times(X_nk: Tensor, H: Hessian) -> tuple[Tensor, Tensor]:
     """X and XH, the columns of both in the order in which `H` holds the inputs."""
+    if H is None:
+        return X_nk, X_nk
     if isinstance(H, Tensor):
         return X_nk, X_nk @ H
     X_nk = X_nk.index_select(1, H.order_k)

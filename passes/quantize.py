@@ -1,10 +1,11 @@
 """The pass `quantize`: each matrix to its format, by GPTQ or by rounding, block by block.
 
-The mathematics is in gptq_core.py, one block's Hessians and codes are solver.py's business; here is the walk over the model.
-The inputs of every stage carry the error of what was quantized before it, because the stream has the quantized weights in place
-by then. The weights are then aimed at the outputs of the unquantized model on its own inputs, not at their own outputs on the
-drifted ones (`drift`): a twin of the model runs beside, unquantized. It costs a second forward pass and takes a fifth to a
-third off the divergence at 4 to 2 bits.
+The mathematics is in gptq_core.py, the walk over the model in walk.py, one block's Hessians and codes are solver.py's business.
+The inputs of every stage carry the error of what was quantized before it. The weights are then aimed at the outputs of the
+unquantized model on its own inputs, not at their own outputs on the drifted ones (`drift`): a twin of the model runs beside,
+unquantized. It costs a second forward pass and takes a fifth to a third off the divergence at 4 to 2 bits.
+
+Where `factorize` has put two factors in place of a matrix, both are quantized, each as a matrix of its own (factored.py).
 """
 
 from __future__ import annotations
@@ -20,19 +21,18 @@ from pydantic import Field, PlainSerializer, PlainValidator, WithJsonSchema
 from torch import Tensor
 
 from compress.errors import FormatError, RecipeError
-from compress.formats import Dense, Format, base_of, parse
+from compress.formats import Factored, Format, LowRank, base_of, parse
 from compress.formats.grid import Quantized
 from compress.manager import Context, Cost, Pass
-from compress.model.lockstep import Batch
-from compress.model.speed import computing, precision
-from compress.model.stream import Stream, Twin
+from compress.model.speed import computing
 from compress.model.work import advancing_bytes, block_bytes, per_token, waiting_bytes
-from compress.passes import costs
+from compress.passes import costs, factored
 from compress.passes import gptq_core as core
-from compress.passes.solver import LOOKED_UP, TABLE, Answer, Case, Shared, Solver
+from compress.passes.solver import TABLE, Answer, Case
+from compress.passes.walk import Walk
 from compress.state import Aspect, Fact, State
-from compress.state.graph import Site, total
-from compress.state.plan import BitPlan
+from compress.state.graph import Graph, Site, total
+from compress.state.plan import BitPlan, check_fits
 
 FormatText = Annotated[
     Format,
@@ -40,8 +40,6 @@ FormatText = Annotated[
     PlainSerializer(str),
     WithJsonSchema({"type": "string", "examples": ["int4:g128", "int3:g64:asym", "int8:channel"]}),
 ]
-EMBEDDING, HEAD = "embedding", "head"
-UNSEEN = "no inputs: rounded, and the error is that of the weights"
 
 
 class Quantize(Pass):
@@ -50,7 +48,8 @@ class Quantize(Pass):
     name: ClassVar[str] = "quantize"
     needs: ClassVar[Fact] = Fact.DENSE
     gives: ClassVar[Fact] = Fact.QUANTIZED
-    breaks: ClassVar[Fact] = Fact.DENSE
+    instead: ClassVar[Fact] = Fact.FACTORED
+    breaks: ClassVar[Fact] = Fact.DENSE | Fact.FACTORED
     writes: ClassVar[Aspect] = Aspect.WEIGHTS | Aspect.ENCODING | Aspect.PLAN
 
     method: Literal["gptq", "rtn"] = Field("gptq", description="gptq: error feedback; rtn: rounding to nearest")
@@ -67,6 +66,11 @@ class Quantize(Pass):
     drift: float = Field(
         0.5, ge=0, le=1, description="share of the error in a matrix's inputs that it makes up for; 0 saves a forward pass"
     )
+
+    @property
+    def by_inputs(self) -> bool:
+        """Whether matrices are solved under what they are given."""
+        return self.method == "gptq"
 
     @property
     def corrects(self) -> bool:
@@ -98,8 +102,29 @@ class Quantize(Pass):
         """The state with what each site is to become, and nothing promised yet."""
         if Fact.PLANNED in state.facts:
             self.refuse("format", "pins")
-            return state
-        return replace(state, plan=BitPlan.of(state.graph, self.default, self.pins, state.dtype))
+            return replace(state, plan=self._with_factors(state, state.plan) if state.plan else None)
+        return replace(state, plan=self._with_factors(state, BitPlan.of(state.graph, self.default, self.pins, state.dtype)))
+
+    def _with_factors(self, state: State, plan: BitPlan) -> BitPlan:
+        """The plan in which what is said of a matrix is said of both its factors, where an earlier step has made two of it."""
+        formats = dict(plan.formats)
+        for name, fmt in plan.formats.items():
+            held, at = state.format(state.graph[name]), self._said_of(state.graph, name)
+            if isinstance(fmt, LowRank | Factored) and isinstance(held, Factored):
+                raise FormatError(
+                    f"'{name}' is {held} by an earlier step: give its factors a format without a rank, not {fmt}", at
+                )
+            if isinstance(fmt, Factored):
+                raise FormatError(f"'{name}' cannot become {fmt} here: factors are made by 'factorize'; put it in front", at)
+            if isinstance(held, Factored):
+                formats[name] = Factored(held.rank, fmt)  # type: ignore[arg-type]  # Factored itself refuses others
+                check_fits(state.graph[name], formats[name], at)
+        return replace(plan, formats=formats)
+
+    def _said_of(self, graph: Graph, name: str) -> tuple[str, ...]:
+        """The option that names the format of a site."""
+        found = [p for p in self.pins if any(graph.owner(s).name == name for s in graph.match(p))]
+        return ("pins", found[-1]) if found else ("format",) if "format" in self.chosen() else ()
 
     @property
     def default(self) -> Format:
@@ -119,6 +144,8 @@ class Quantize(Pass):
 
     def solve(self, W_nk: Tensor, factor: core.Factor | None, fmt: Format, case: Case) -> Answer:
         """W in a quantized format, by this pass's method, under the Hessian that was factored (None: nothing was seen)."""
+        if isinstance(fmt, Factored):
+            return factored.solve(self, W_nk, factor, fmt, case)
         assert isinstance(fmt, Quantized)
         if self.method == "gptq" and factor is not None:
             solved = core.quantize(W_nk, factor, fmt, clip=self.clip, scale_dtype=case.scale_dtype)
@@ -144,8 +171,7 @@ class Quantize(Pass):
         again = sum(s.role != "head" for s in watched)  # passes to what a head is given, before anything else changes
         passes = (1 + self.corrects + again) * tokens
         forward = 2.0 * passes * work.weights + (2 * tokens * work.squares if self.corrects else 0)
-        shapes = costs.joined([*matrices, *watched]) if tokens else []
-        solved = costs.solving(shapes) if self.method == "gptq" else costs.rounding(shapes)
+        solved = self.solving(state, [*matrices, *watched] if tokens else [])
         moved = costs.RETARGETING * self.corrects * sum(1.0 * s.numel * s.shape[1] for s in matrices)
         factoring = sum(costs.FACTORING * k**3 for k in factored.values())
         entries = self._loads(state, tokens) * total(state.graph.linear) + costs.ORDERING * sum(k * k for k in factored.values())
@@ -154,6 +180,14 @@ class Quantize(Pass):
             forward, tokens * work.squares + solved.flops + moved + factoring, sum(s.numel for s in sites), max(peaks),
             numbers=passes * work.numbers + entries, steps=solved.steps,
         )  # fmt: skip
+
+    def solving(self, state: State, sites: Sequence[Site]) -> costs.Solving:
+        """Solving some sites: of one input as one, of factors each by itself, twice."""
+        formats = state.plan.formats if state.plan else {}
+        held = {s: f for s in sites if isinstance(f := formats.get(s.name), Factored)}
+        alone = [side for site, fmt in held.items() for side in fmt.factor_shapes(site.shape).values()]
+        shapes = costs.joined([s for s in sites if s not in held]) + 2 * alone
+        return costs.solving(shapes) if self.method == "gptq" else costs.rounding(shapes)
 
     def _watches(self, state: State, table: Site) -> bool:
         """Whether what the head is given is seen before a table is solved."""
@@ -194,80 +228,4 @@ class Quantize(Pass):
         return held + max(solved + 2 * hessian, number * table.numel + hessian, passing)
 
     def run(self, state: State, ctx: Context) -> State:
-        state = self.planned(state)
-        if ctx.calibration is None:
-            return self._without_data(state, ctx)
-        with precision("bf16"):
-            return self._calibrated(state, ctx)
-
-    def _calibrated(self, state: State, ctx: Context) -> State:
-        before, state = state, self._embedding(state, ctx)
-        stream, batches = ctx.stream(state)
-        twin = self._twin(before, ctx)
-        for block in state.graph.blocks:
-            ctx.progress(block.index, len(state.graph.blocks), block.module)
-            done = ctx.store.committed(f"block-{block.index:04}")
-            if done is None:
-                solver = Solver(self, state, ctx)
-                stream.calibrate(state, block.index, batches, solver.sites(block.sites), solver.observe, solver.solve, twin)
-                state = state.with_part(ctx.store.commit(f"block-{block.index:04}", solver.packed, records=solver.records))
-            else:
-                state = state.with_part(done)
-                stream.advance(state, block.index, batches)
-                if twin:
-                    twin.stream.advance(twin.state, block.index, twin.batches)
-        return self._head(state, ctx, stream, batches)
-
-    def _embedding(self, state: State, ctx: Context) -> State:
-        """The token embedding where a pin names it, before the blocks, so that the inputs of all of them carry its error."""
-        solver = Solver(self, state, ctx)
-        tables = solver.sites([s.name for s in state.graph if s.role == "embed"])
-        if not tables:
-            return state
-        ctx.progress(0, len(state.graph.blocks), tables[0].module)
-        done = ctx.store.committed(EMBEDDING)
-        if done is None:
-            head = next((s for s in state.graph if s.tied == tables[0].name), None)
-            if head is None or self.method != "gptq" or ctx.calibration is None:
-                solver.solve_together(tables, Shared(notes=(UNSEEN,)))
-            else:
-                solver.looked_up = LOOKED_UP
-                solver.see_head(head, tables[0].stage)
-                solver.solve_stage(tables[0].stage)
-            done = ctx.store.commit(EMBEDDING, solver.packed, records=solver.records)
-        return state.with_part(done)
-
-    def _twin(self, state: State, ctx: Context) -> Twin | None:
-        if not self.corrects:
-            return None
-        before = replace(state, codes={n: s for n, s in state.codes.items() if isinstance(s.format, Dense)})
-        stream, batches = ctx.stream(before)
-        return Twin(stream, before, batches)
-
-    def _head(self, state: State, ctx: Context, stream: Stream, batches: Sequence[Batch]) -> State:
-        solver = Solver(self, state, ctx)
-        heads = solver.sites([s.name for s in state.graph if s.role == "head"])
-        if not heads:
-            return state
-        done = ctx.store.committed(HEAD)
-        if done is None:
-            stream.watch_head(state, batches, heads[0], solver.observe)
-            solver.solve(heads[0].input_key)
-            done = ctx.store.commit(HEAD, solver.packed, records=solver.records)
-        return state.with_part(done)
-
-    def _without_data(self, state: State, ctx: Context) -> State:
-        """Rounding where the recipe has no calibration data: nothing streams, errors are those of the weights."""
-        state = self._embedding(state, ctx)
-        parts = {f"block-{b.index:04}": b.sites for b in state.graph.blocks}
-        parts[HEAD] = tuple(s.name for s in state.graph if s.role == "head")
-        for i, (part, names) in enumerate(parts.items()):
-            ctx.progress(i, len(parts), part)
-            done = ctx.store.committed(part)
-            if done is None:
-                solver = Solver(self, state, ctx)
-                for site in solver.sites(names):
-                    solver.solve_together([site], Shared())
-                done = ctx.store.commit(part, solver.packed, records=solver.records)
-            state = state.with_part(done)
-        return state
+        return Walk(self, ctx).run(self.planned(state))

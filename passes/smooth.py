@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.errors import ModelError, RecipeError
-from compress.formats import Dense, Format
+from compress.formats import Dense, Factored, Format
 from compress.manager import Context, Cost, Pass, Record, foresee
 from compress.model.feeds import Key, Rows, feeds, rows
 from compress.model.lockstep import Batch, Inputs, apart
@@ -223,7 +223,7 @@ class _Block:
         total = 0.0
         for site in pair.readers[:: -(-len(pair.readers) // TRIED_READERS)]:
             fmt = self.formats.get(site.name)
-            if fmt is None or isinstance(fmt, Dense):
+            if fmt is None or isinstance(fmt, Dense | Factored):
                 continue
             W_nk = self._matrix(site).to(H_kk.device, torch.float32)
             W_nk = W_nk[:: -(-len(W_nk) // TRIED_ROWS)] * s_k

@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from compress.formats import Dense, Format, Int, LowRank, Packed
+from compress.formats import Dense, Factored, Format, Int, LowRank, Packed
 from compress.formats.codebooks import NF, Lut
 from compress.formats.grid import Quantized
 from compress.manager import Context, Record
@@ -81,7 +81,7 @@ class Answer:
 
     pack: Callable[[slice], dict[str, Tensor]]
     loss_n: Tensor
-    rounding_loss_n: Tensor
+    rounding_loss_n: Tensor | None  # None where rounding is nothing to compare with
     energy_n: Tensor
     notes: tuple[str, ...]
 
@@ -213,7 +213,7 @@ class Solver:
         """Sites of one Hessian that can be solved as one matrix: of one format, unless its parameters are a whole matrix's."""
         for fmt in dict.fromkeys(self.formats[s.name] for s in sites):
             same = [s for s in sites if self.formats[s.name] == fmt]
-            alone = isinstance(fmt, LowRank) or (isinstance(fmt, Quantized) and fmt.joint)
+            alone = isinstance(fmt, LowRank | Factored) or (isinstance(fmt, Quantized) and fmt.joint)
             yield from ([s] for s in same) if alone else [same]
 
     def _pool(self, stage: str) -> Tensor:
@@ -264,7 +264,7 @@ class Solver:
         if self._drift is not None and factor is not None and factor.lam > 0:
             W_nk = core.retarget(W_nk, self._drift.of(sites, W_nk), factor, self.options.drift / self._drift.tokens)
         answer = self.options.solve(W_nk, factor, fmt, Case(sites[0], self.state, self.ctx))
-        seconds = shared.seconds + (time.perf_counter() - start) / len(sites)
+        seconds, rounding_n = shared.seconds + (time.perf_counter() - start) / len(sites), answer.rounding_loss_n
         row = 0
         for site in sites:
             rows = slice(row, row + site.shape[0])
@@ -272,7 +272,7 @@ class Solver:
             energy = float(answer.energy_n[rows].sum()) or 1.0
             self._keep(site, Packed(fmt, site.shape, answer.pack(rows)), {
                 "error": float(answer.loss_n[rows].sum()) / energy,
-                "rounding": float(answer.rounding_loss_n[rows].sum()) / energy,
+                "rounding": None if rounding_n is None else float(rounding_n[rows].sum()) / energy,
                 "damping": damping(factor), "tokens": shared.tokens, "seconds": seconds,
                 "notes": [*shared.notes, *answer.notes],
             })  # fmt: skip
@@ -289,6 +289,7 @@ class Solver:
             answer = self.options.solve(part, shared.factor, fmt, case)
             parts.append(answer.pack(slice(0, len(part))))
             off = fmt.dequantize(parts[-1], torch.float32).sub_(part.cpu())
+            assert answer.rounding_loss_n is not None, "tables become plain formats"
             losses = (answer.loss_n, answer.rounding_loss_n, answer.energy_n, off.square().sum(-1), part.square().sum(-1))
             sums += torch.stack([t.sum(dtype=torch.float64).cpu() for t in losses])
             notes = tuple(dict.fromkeys((*notes, *answer.notes)))

@@ -56,6 +56,12 @@ def steps(text: str, **options: Any) -> dict[str, Any]:
     return {"quantize": {"method": "rtn", "clip": "minmax", "format": text, **options}}
 
 
+def factored(rank: Any, text: str | None = None, **pins: Any) -> list[dict[str, Any]]:
+    """The quickest passes that put two factors in place of every matrix inside the blocks, and give them a format."""
+    made = [{"factorize": {"method": "svd", "rank": rank, "pins": pins}}]
+    return made + ([{"quantize": {"method": "rtn", "clip": "minmax", "format": text}}] if text else [])
+
+
 KINDS = (
     "int3:g64:asym", "nf3:g32:dq8x16", "lut2:g64", "int4:channel", "lut3:g32:shared", "int4:g32+r4", "fp16", "nf4:g64",
     "nf3:g32+r4:int8:channel", "int2:g16", "int8:channel", "bf16", "int5:g64:asym", "nf8:g32:dq8x256", "int7:g32",

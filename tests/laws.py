@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from compress.errors import FormatError
-from compress.formats import Dense, Format, Int, LowRank, Packed, parse
+from compress.formats import Dense, Factored, Format, Int, LowRank, Packed, parse
 from compress.formats.codebooks import Codebook
 from compress.formats.grid import Grid, Quantized, plain
 
@@ -17,9 +17,9 @@ def check_format(fmt: Format, in_features: int = 256) -> None:
     assert parse(str(fmt)) == fmt
     assert hash(parse(str(fmt))) == hash(fmt)
     for rows in (1, 37):
-        if not isinstance(fmt, LowRank) or fmt.rank <= rows:
+        if not isinstance(fmt, LowRank | Factored) or fmt.rank <= rows:
             _check_bytes(fmt, rows, in_features)
-    if isinstance(fmt, Dense | LowRank):
+    if isinstance(fmt, Dense | LowRank | Factored):
         return
     for dtype in SCALE_DTYPES:
         for weight in _weights(in_features).values():
@@ -63,6 +63,9 @@ def packed_tensors(fmt: Format, W: torch.Tensor) -> dict[str, torch.Tensor]:
     if isinstance(fmt, LowRank):
         A, B = torch.randn(fmt.rank, W.shape[1]), torch.randn(len(W), fmt.rank)
         return fmt.pack(fmt.base.pack(*encode(fmt.base, W)), A, B)
+    if isinstance(fmt, Factored):
+        A, B = torch.randn(fmt.rank, W.shape[1]), torch.randn(len(W), fmt.rank)
+        return fmt.pack(packed_tensors(fmt.factors, A), packed_tensors(fmt.factors, B))
     return fmt.pack(*encode(fmt, W))
 
 

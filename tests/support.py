@@ -19,17 +19,17 @@ import transformers
 from compress.errors import CompressError
 from compress.export.artifact.exporter import Proof
 from compress.export.table import EXPORTERS
-from compress.formats import parse
+from compress.formats import Dense, Factored, parse
 from compress.model.model import open_model
 from compress.passes.prune import Prune
 from compress.report.page import pipes
 from compress.state import State
 from tests.conftest import FAMILIES, make_model, write_text
-from tests.cooking import bake
+from tests.cooking import bake, factored
 
 FORMATS = (*(f"int{b}:g32" for b in range(2, 9)), "int4:g64", "int4:channel", "int4:g32:asym", "int2:g32:asym", "nf4:g64",
            "nf3:g64", "nf4:g64:dq8x256", "nf8:g64", "lut4:g64", "lut3:g64:shared", "lut2:g64", "int4:g32+r4",
-           "nf4:g64+r4")  # fmt: skip
+           "nf4:g64+r4", "lr16", "lr32:int8:channel", "lr32:int4:g32", "lr16:nf4:g64")  # fmt: skip
 COMMON = "int4:g32"  # what families are tried with
 FREE = {"mlp": {"layers.0.*": 0.5}}  # as `prune` leaves layers that differ in shape
 SHAPED = ("llama", "qwen3", "gemma3", "phi3", "gpt2", "opt")
@@ -58,6 +58,9 @@ def refusal(exporter: str, source: Path, form: str, free: bool = False) -> str |
 
 def proven(exporter: str, source: Path, text: Path, form: str, folder: Path, free: bool = False) -> Proof:
     """The proof of one run."""
+    if isinstance(fmt := parse(form), Factored):
+        passes = factored(fmt.rank, None if isinstance(fmt.factors, Dense) else str(fmt.factors))
+        return bake(folder, source, text, exporter, *passes).artifacts[exporter][1]
     method = "lqlora" if "+r" in form else "quantize"
     options = {"rank": parse(form).rank, "format": str(parse(form).base)} if method == "lqlora" else {"format": form}  # type: ignore[union-attr]
     first = [{"prune": FREE}] if free else []

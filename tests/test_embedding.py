@@ -33,7 +33,8 @@ from compress.formats import Int, parse
 from compress.manager import Cost
 from compress.model.model import open_model
 from compress.passes import solver
-from compress.passes.quantize import UNSEEN, Quantize
+from compress.passes.quantize import Quantize
+from compress.passes.walk import UNSEEN
 from compress.run import Parts
 from compress.state import State
 from compress.state.plan import BitPlan

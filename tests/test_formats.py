@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.errors import FormatError
-from compress.formats import Dense, Int, LowRank, Packed, parse
+from compress.formats import Dense, Factored, Int, LowRank, Packed, parse
 from compress.formats.codebooks import NF, DoubleQuant
 from tests.laws import check_format, check_refuses, decode, encode, packed_tensors
 
@@ -17,6 +17,15 @@ TABLE = [
     *("int4:g16", "int3:g96:asym", "int5:g256", "bf16", "fp16", "fp32"),
     *("int3:g64+r16", "int4:channel:asym+r1", "int3:g64+r16:int8:channel", "lut2:g64+r4:fp16", "nf4:g64+r2:lut4:g64"),
     "nf3:g64:dq8x256+r16:nf8:g64:dq8x256:fp32",
+    *(
+        "lr16",
+        "lr1:fp32",
+        "lr37:int8:channel",
+        "lr32:int4:g32",
+        "lr16:int3:g16:asym",
+        "lr20:nf3:g64:dq8x256",
+        "lr9:lut4:g64:shared",
+    ),
 ]
 FORMATS = st.builds(Int, st.integers(2, 8), st.one_of(st.none(), st.integers(2, 32).map(lambda i: 8 * i)), st.booleans())
 
@@ -204,3 +213,47 @@ def test_low_rank_that_does_not_fit() -> None:
         fmt.pack(tensors, B, A)
     with pytest.raises(FormatError, match="dense or quantized"):
         LowRank(Int(4, 64), 4, fmt)  # type: ignore[arg-type]
+
+
+# --- two factors in place of a matrix ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factors", ["bf16", "fp32", "int8:channel", "nf8:g64:dq8x256:fp32", "int4:g16:asym"])
+def test_factors_stand_for_their_product(factors: str) -> None:
+    fmt = parse(f"lr16:{factors}")
+    assert isinstance(fmt, Factored)
+    tensors = packed_tensors(fmt, torch.randn(48, 96))
+    A, B = fmt.factor_matrices(tensors)
+    assert (A.shape, B.shape) == ((16, 96), (48, 16))
+    assert torch.equal(fmt.dequantize(tensors, torch.float32), (B.double() @ A.double()).float())
+    assert tensors["weight_shape"].tolist() == [48, 96]
+    each = fmt.factors.nbytes((16, 96)) + fmt.factors.nbytes((48, 16))
+    assert fmt.nbytes((48, 96)) == each + 16, "the factors, and the shape"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lr0", "a rank is 1 or more"),
+        ("lr16:lr4", "unknown format"),
+        ("lr16:lr16:lr4", "unknown format"),
+        ("lr16:int4:g64+r8", "quantized matrix, as in .*, not with lr16:int4:g64"),
+        ("lr16:int4", "unknown format 'int4'"),
+        ("lr4+r8", "quantized matrix, as in int4:g64.r16, not with lr4"),
+        ("int4:g64+r8:lr4", "dense or quantized"),
+    ],
+)
+def test_factored_text_is_refused(text: str, message: str) -> None:
+    with pytest.raises(FormatError, match=message):
+        parse(text)
+
+
+def test_factors_that_do_not_fit() -> None:
+    with pytest.raises(FormatError, match="rank is above 4"):
+        parse("lr8").check((4, 96))
+    with pytest.raises(FormatError, match="do not divide 40"):
+        parse("lr32:int4:g32").check((64, 40))
+    with pytest.raises(FormatError, match=r"second factor's inputs are the rank, and .* do not divide 40 inputs"):
+        parse("lr40:int4:g32").check((64, 64))
+    with pytest.raises(FormatError, match="dense or quantized"):
+        Factored(4, Factored(2))  # type: ignore[arg-type]

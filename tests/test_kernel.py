@@ -18,7 +18,7 @@ from torch import Tensor
 
 from compress.export.runtime.cuda import launch as cuda
 from compress.export.runtime.cuda import tiles
-from compress.formats import Format, LowRank, base_of, parse
+from compress.formats import Factored, Format, LowRank, base_of, parse
 from compress.formats.codebooks import Lut
 from compress.formats.grid import Grid, plain, restore
 from tests import emulator
@@ -34,6 +34,7 @@ CASES = [
     *QUICK, ("int2:g128", FP16), ("int3:g128", BF16), ("int3:g256:asym", BF16), ("int4:g256", BF16), ("int4:channel:asym", BF16),
     ("int8:g64", FP16), ("int8:g32:asym", BF16), ("nf2:g64", BF16), ("lut3:g256", BF16), ("nf4:g64+r5:int8:channel", FP16),
 ]  # fmt: skip
+FACTORED = [("lr64:int4:channel", FP16), ("lr128:int4:g128:asym", BF16), ("lr64:nf4:g64:dq8x256", BF16)]
 EMULATED = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES[len(QUICK) :])]
 BATCHED = [pytest.param(*case, marks=() if case in QUICK[1::2] else pytest.mark.slow) for case in CASES]
 TOKENS = (1, 13, 27, 64)  # one for each number of token tiles
@@ -94,7 +95,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Emula
 
     @functools.cache
     def get(slow: bool) -> Emulator:
-        needs = [(parse(text), (16, 256), dtype) for text, dtype in (CASES if slow else QUICK)]
+        needs = [(parse(text), (16, 256), dtype) for text, dtype in [*(CASES if slow else QUICK), *FACTORED]]
         return Emulator(tmp_path_factory.mktemp("kernels"), emulator.variants(needs, TOKENS))
 
     return get
@@ -113,6 +114,26 @@ def inputs(text: str, least: int, tail: int) -> int:
     base = base_of(parse(text))
     assert isinstance(base, tiles.Base)
     return least + (tail if not text.startswith("int") or tail % (base.group or 1) == 0 else 0)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("text", "dtype"), FACTORED)
+def test_factors_are_two_products(text: str, dtype: torch.dtype, cpu: Emulator) -> None:
+    """In a launch each, of few rows and of many; and the matrix that they make, where somebody reads it."""
+    fmt, shape, random = parse(text), (144, 256), torch.Generator().manual_seed(0)
+    assert isinstance(fmt, Factored)
+    assert cuda.obstacle(fmt, shape, dtype) is None
+    assert cuda.obstacle(parse("lr8:int4:channel"), shape, dtype) == "8 inputs, not a multiple of 32"
+    factors = [torch.randn(side, generator=random) / 8 for side in fmt.factor_shapes(shape).values()]
+    tensors = fmt.pack(*(fmt.factors.pack(*plain(F, fmt.factors)) for F in factors))  # type: ignore[union-attr, arg-type]
+    parts, bias = cuda.repack(fmt, shape, tensors, dtype), torch.randn(shape[0], generator=random).to(dtype)
+    A, B = (F.double() for F in fmt.factor_matrices(tensors))
+    for rows in (13, 150):
+        x = torch.randn(rows, shape[1], generator=random).to(dtype)
+        exact = x.double() @ A.T @ B.T + bias.double()
+        allowed = torch.finfo(dtype).eps * (x.double().abs() @ A.abs().T @ B.abs().T + bias.double().abs())
+        assert bool(((cuda.linear(x, parts, bias, fmt, shape).double() - exact).abs() <= 2 * allowed).all())
+    torch.testing.assert_close(cuda.dequantize(parts, fmt, shape, torch.float32).double(), B @ A, rtol=1e-4, atol=1e-5)
 
 
 SHAPES = [(70, 256, 32, 1), (23, 1280, 64, 2), (16, 5120, 96, 1)]  # rows, inputs, and a tail of these; blocks that share K

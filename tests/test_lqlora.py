@@ -14,11 +14,14 @@ from safetensors.torch import load_file, save_file
 import compress
 from compress.formats import LowRank, parse
 from compress.formats.grid import restore
+from compress.manager import Pass
 from compress.model.model import open_model
 from compress.passes import gptq_core, lqlora_core
+from compress.passes.factorize import Factorize
 from compress.passes.lqlora import LqLora
 from compress.passes.quantize import Quantize
 from compress.passes.solver import Case
+from compress.passes.walk import Walk
 from compress.state import State
 from tests.conftest import Project
 from tests.cooking import stories
@@ -178,22 +181,29 @@ def test_ranks_are_planned_or_given_not_both(project: Project) -> None:
     assert "an earlier step plans the formats; leave 'rank' out of 'lqlora' and say it there" in project.plan().line
 
 
-def test_behind_quantize_the_twin_is_the_original(project: Project) -> None:
-    """The drift that is corrected is that from the unquantized model, also where an earlier step has quantized."""
+@pytest.mark.parametrize(("first", "then"), [
+    (Quantize(format=parse("int2:g32")), LqLora(rank=4, rounds=0)), (Factorize(rank=16), Quantize(format=parse("int4:channel"))),
+], ids=["lqlora", "quantize"])  # fmt: skip
+def test_behind_a_pass_that_encodes_the_twin_is_the_original(
+    project: Project, monkeypatch: pytest.MonkeyPatch, first: Pass, then: Pass
+) -> None:
+    """The drift that is corrected is that from the unquantized model, also where an earlier step has encoded it."""
     seen: list[State] = []
+    twin_of = Walk.twin
 
-    class Watching(LqLora):
-        def _twin(self, state: State, ctx: Any) -> Any:
-            twin = super()._twin(state, ctx)
-            seen.append(twin.state)
-            return twin
+    def watching(self: Walk, state: State) -> Any:
+        found = twin_of(self, state)
+        assert found is not None
+        seen.append(found.state)
+        return found
 
     model = open_model(str(project.model))
-    quantized = attempt(Quantize.model_validate({"format": "int2:g32"}), model, project.folder / "a" / "steps")
-    step = step_of(LqLora.model_validate({"rank": 4, "rounds": 0}), model, project.folder / "b" / "steps")
-    Watching.model_validate({"rank": 4, "rounds": 0}).run(quantized, step.context())
+    encoded = attempt(first, model, project.folder / "a" / "steps")
+    step = step_of(then, model, project.folder / "b" / "steps")
+    monkeypatch.setattr(Walk, "twin", watching)
+    then.run(encoded, step.context())
     assert not seen[0].codes
-    assert quantized.codes
+    assert encoded.codes
 
 
 def test_one_eigenproblem_serves_all_ranks_of_a_trial(family: Any, tmp_path: Path) -> None:

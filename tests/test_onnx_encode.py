@@ -18,7 +18,7 @@ from torch import Tensor
 from compress.errors import FormatError
 from compress.export.onnx.encode import NBits, Slot, decode, encode, slots
 from compress.export.onnx.nodes import Nodes, code_of, operators
-from compress.formats import Dense, Format, Int, LowRank, parse
+from compress.formats import Dense, Format, Int, LowRank, numbers_of, parse
 from compress.state.graph import Site
 from tests.laws import packed_tensors
 
@@ -27,6 +27,8 @@ TABLES = ["nf2:g24", "nf3:g64", "nf4:g64", "nf8:g40", "nf3:g64:dq8x256", "nf4:g3
           "nf8:g64:dq2x16", "lut2:g64", "lut3:g40", "lut4:g32:shared", "lut2:g256:shared"]  # fmt: skip
 RANKED = ["int4:g32+r4", "int3:g32:asym+r3:int8:channel:asym", "int4:g16+r2:fp32", "nf3:g64:dq8x256+r4:nf4:g40:dq4x16",
           "lut4:g16+r1:fp16", "int8:g32+r4:lut3:g24", "int2:channel+r4:int3:g16:asym", "nf4:g64+r5:int5:g32"]  # fmt: skip
+FACTORED = ["lr16", "lr7:fp32", "lr32:int4:g32", "lr17:int8:channel", "lr48:int3:g16:asym", "lr20:nf3:g40", "lr9:lut4:g16",
+            "lr5:nf8:g64:dq8x256"]  # fmt: skip
 DENSE = ["bf16", "fp16", "fp32"]
 BLOCKS = ("g16", "g32", "g48", "g64", "g96", "g128", "g160", "g256", "channel")
 
@@ -37,7 +39,7 @@ def weight(n: int, k: int, seed: int = 0) -> Tensor:
 
 def inputs_of(fmt: Format) -> int:
     """Inputs that integer groups divide, and that leave a short last group where that is allowed."""
-    base, factors = (fmt.base, fmt.factors) if isinstance(fmt, LowRank) else (fmt, None)
+    base, factors = numbers_of(fmt), fmt.factors if isinstance(fmt, LowRank) else None
     k = 2 * base.group if isinstance(base, Int) and base.group else 200
     step = factors.group if isinstance(factors, Int) and factors.group else 1
     return -(-k // step) * step
@@ -57,7 +59,7 @@ def same_after(fmt: Format, n: int, k: int) -> None:
         assert torch.equal(again[suffix], tensor), suffix
 
 
-@pytest.mark.parametrize("form", [*INTEGERS, *TABLES, *RANKED, *DENSE])
+@pytest.mark.parametrize("form", [*INTEGERS, *TABLES, *RANKED, *FACTORED, *DENSE])
 def test_every_format_comes_back(form: str) -> None:
     same_after(parse(form), 96, inputs_of(parse(form)))
 
@@ -150,7 +152,7 @@ def off(y: Tensor, wanted: Tensor) -> float:
     return float((y - wanted).abs().max() / wanted.abs().max())
 
 
-@pytest.mark.parametrize("form", [*INTEGERS, *TABLES, *RANKED, *DENSE])
+@pytest.mark.parametrize("form", [*INTEGERS, *TABLES, *RANKED, *FACTORED, *DENSE])
 def test_products_are_those_of_the_dequantized_matrix(form: str) -> None:
     fmt = parse(form)
     x = weight(3, inputs_of(fmt), 1)
@@ -158,7 +160,7 @@ def test_products_are_those_of_the_dequantized_matrix(form: str) -> None:
     assert off(y, x.double() @ W.T) < 1e-5
 
 
-@pytest.mark.parametrize("form", [f for f in (*INTEGERS, *RANKED) if f.startswith("int")])
+@pytest.mark.parametrize("form", [f for f in (*INTEGERS, *RANKED, *FACTORED) if f.startswith("int") or ":int" in f])
 def test_products_of_rounded_activations(form: str) -> None:
     fmt = parse(form)
     x = weight(3, inputs_of(fmt), 1)
@@ -185,7 +187,7 @@ def test_rows_of_an_embedding(form: str) -> None:
     assert off(y, W[ids]) < 1e-6
 
 
-@pytest.mark.parametrize("form", ["int4:g32", "int8:channel", "nf3:g64:dq8x256", "lut3:g40", "int4:g32+r4", "bf16"])
+@pytest.mark.parametrize("form", ["int4:g32", "int8:channel", "nf3:g64:dq8x256", "lut3:g40", "int4:g32+r4", "bf16", "lr8"])
 def test_graphs_in_half_precision(form: str) -> None:
     fmt = parse(form)
     x = weight(3, inputs_of(fmt), 1)
@@ -204,6 +206,18 @@ def test_a_conv1d_stays_as_it_lies() -> None:
     (_, node) = nodes.take()
     said = {a.name: a.i for a in node.attribute}
     assert said == {"K": 64, "N": 24, "bits": 4, "block_size": 32, "accuracy_level": 4}
+
+
+def test_factors_are_two_products_and_never_the_matrix() -> None:
+    site = Site("s", "q", (96, 64), 0, "k", "m", "m.weight", transposed=True)
+    fmt = parse("lr32:int4:g32")
+    nodes = Nodes(slots(fmt, (96, 64), torch.bfloat16, "m."), "fp32", 4)
+    nodes.matrix(site, fmt, "x", "y", rows=False)
+    products = [{a.name: a.i for a in n.attribute} for n in nodes.take() if n.op_type == "MatMulNBits"]
+    assert [(p["N"], p["K"]) for p in products] == [(32, 64), (96, 32)]
+    nodes = Nodes(slots(parse("lr8"), (96, 64), torch.bfloat16, "m."), "fp32", 4)
+    nodes.matrix(site, parse("lr8"), "x", "y", rows=False)
+    assert [n.op_type for n in nodes.take()] == ["Cast", "Transpose", "MatMul"] * 2
 
 
 def test_a_matrix_with_two_users_is_made_once() -> None:

@@ -16,13 +16,23 @@ from compress.errors import FormatError
 from compress.export.runtime import ops
 from compress.export.runtime.cuda import launch as cuda
 from compress.export.runtime.decode import blocks, named, part_names
-from compress.formats import LowRank, base_of, parse
+from compress.formats import Dense, Factored, LowRank, base_of, parse
 from compress.formats.grid import plain
 
 INTEGERS = [f"int{b}:{group}{asym}" for b in range(2, 9) for group in ("g16", "channel") for asym in ("", ":asym")]
 TABLES = [f"nf{b}:g40{double}" for b in (2, 3, 4, 8) for double in ("", ":dq8x16", ":dq3x24:fp32")]
 TABLES += [f"lut{b}:g40{shared}" for b in (2, 3, 4) for shared in ("", ":shared")]
 RANKED = ["int3:g16+r3", "nf3:g40+r3:int8:channel", "lut3:g40+r2:nf4:g16", "int4:g16:asym+r2:fp32"]
+FACTORED = [
+    "lr3",
+    "lr16:fp32",
+    "lr17:int8:channel",
+    "lr16:int4:g16",
+    "lr7:nf3:g40",
+    "lr9:lut4:g40",
+    "lr16:int3:g16:asym",
+    "lr5:fp16",
+]
 RANKED += ["int2:g16+r1:int4:channel:asym"]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}  # of the largest output
@@ -32,6 +42,10 @@ linear, dequantize = torch.ops.compress.linear, torch.ops.compress.dequantize
 def made(text: str, n: int, k: int, scale: torch.dtype = torch.bfloat16) -> tuple[dict[str, Tensor], list[Tensor]]:
     """A random matrix in a format: its tensors, and its parts."""
     fmt = parse(text)
+    if isinstance(fmt, Factored):
+        factors = torch.randn(fmt.rank, k) * 0.1, torch.randn(n, fmt.rank)
+        tensors = fmt.pack(*(stored(fmt.factors, F, scale) for F in factors))
+        return tensors, [tensors[name] for name in part_names(text, n, k)]
     base: Any = base_of(fmt)
     tensors = base.pack(*plain(torch.randn(n, k), base, scale))
     if isinstance(fmt, LowRank):
@@ -39,11 +53,17 @@ def made(text: str, n: int, k: int, scale: torch.dtype = torch.bfloat16) -> tupl
     return tensors, [tensors[name] for name in part_names(text, n, k)]
 
 
+def stored(fmt: Any, W: Tensor, scale: torch.dtype) -> dict[str, Tensor]:
+    """A matrix in a format that has no factors, rounded to nearest."""
+    return {"weight": W.to(fmt.dtype)} if isinstance(fmt, Dense) else fmt.pack(*plain(W, fmt, scale))
+
+
 def check(text: str, n: int, k: int, dtype: torch.dtype, scale: torch.dtype = torch.bfloat16) -> None:
     fmt = parse(text)
     tensors, parts = made(text, n, k, scale)
-    decoded = torch.cat([W for _, _, W in blocks(fmt, (n, k), named(text, (n, k), parts), dtype)])
-    assert torch.equal(decoded, base_of(fmt).dequantize(tensors, dtype))
+    if not isinstance(fmt, Factored):
+        decoded = torch.cat([W for _, _, W in blocks(fmt, (n, k), named(text, (n, k), parts), dtype)])
+        assert torch.equal(decoded, base_of(fmt).dequantize(tensors, dtype))
     whole = dequantize(parts, text, n, k, "canonical", dtype)
     assert torch.equal(whole, fmt.dequantize(tensors, dtype))
     x, bias = torch.randn(2, 5, k).to(dtype), torch.randn(n).to(dtype)
@@ -55,7 +75,7 @@ def check(text: str, n: int, k: int, dtype: torch.dtype, scale: torch.dtype = to
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("text", [*INTEGERS, *TABLES, *RANKED])
+@pytest.mark.parametrize("text", [*INTEGERS, *TABLES, *RANKED, *FACTORED])
 def test_every_format(text: str, dtype: torch.dtype) -> None:
     for scale in (torch.bfloat16, torch.float16):
         check(text, 24, 100 if "g40" in text else 208, dtype, scale)
@@ -74,7 +94,7 @@ def test_many_blocks(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check(text, 50, 320, torch.float32)
 
 
-@pytest.mark.parametrize("text", ["int4:g16:asym", "nf3:g40+r3:int8:channel", "lut2:g40"])
+@pytest.mark.parametrize("text", ["int4:g16:asym", "nf3:g40+r3:int8:channel", "lut2:g40", "lr6", "lr16:int4:g16"])
 def test_gradients_are_those_of_the_dense_matrix(text: str) -> None:
     n, k = 24, 80
     _, parts = made(text, n, k)
@@ -93,7 +113,8 @@ def test_gradients_are_those_of_the_dense_matrix(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["int4:g16", "int3:g16:asym+r2", "int5:channel:asym", "nf3:g40:dq8x16", "lut3:g40+r3:int8:channel"]
+    "text",
+    ["int4:g16", "int3:g16:asym+r2", "int5:channel:asym", "nf3:g40:dq8x16", "lut3:g40+r3:int8:channel", "lr6:int8:channel"],
 )
 def test_rows_of_an_embedding(text: str) -> None:
     n, k = 30, 80
@@ -102,7 +123,11 @@ def test_rows_of_an_embedding(text: str) -> None:
         for dtype in FLOATS:
             found = torch.ops.compress.embedding(ids, parts, text, n, k, dtype)
             wanted = parse(text).dequantize(tensors, dtype)[ids]
-            assert torch.equal(found, wanted) if "+r" not in text else torch.allclose(found, wanted, atol=ROUNDING[dtype])
+            assert (
+                torch.equal(found, wanted)
+                if "+r" not in text and "lr" not in text
+                else torch.allclose(found, wanted, atol=ROUNDING[dtype])
+            )
     torch.library.opcheck(torch.ops.compress.embedding.default, (torch.randint(0, n, (2, 7)), parts, text, n, k, torch.bfloat16))
 
 

@@ -41,6 +41,11 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # at least one set for every pass,
         {"mlp": 0.5, "method": "flap"},
     ],
     "smooth": [{"strength": 0.75}, {"pairs": "norms"}],
+    "factorize": [
+        {"rank": 0.75, "pins": {"*.down": 24, "layers.0.*.q": "full"}},
+        {"rank": 0.5, "method": "svd", "pins": {"lm_head": 8}},
+        {"rank": 0.6, "spread": "spectrum", "drift": 0, "pins": {"*.o": "full"}},
+    ],
     "lqlora": [
         {"format": "int3:g32", "rank": 4, "rounds": 1, "pins": {"*.down": "int4:g32", "*.up": "lut2:g64+r8:int8:channel"}},
         {"format": "nf3:g64:dq8x16", "rank": 4, "init": "paper", "fisher": True, "clip": "minmax"},

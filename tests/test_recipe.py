@@ -23,7 +23,8 @@ from tests.conftest import RECIPE, ROOT, Project
 LAYERS = 2  # of a project
 
 FORMATS = ("int<2..8>:g<16..256>[:asym], int<2..8>:channel[:asym], nf<2,3,4,8>:g<16..256>[:dq<2,3,4,8>x<16..4096>[:fp16|:fp32]], "
-           "lut<2..4>:g<16..256>[:shared], <any of these>+r<rank>[:<format of factors>], bf16, fp16, fp32")  # fmt: skip
+           "lut<2..4>:g<16..256>[:shared], <any of these>+r<rank>[:<format of factors>], "
+           "lr<rank>[:<format of factors>], bf16, fp16, fp32")  # fmt: skip
 TOP = "model, out, seed, leave, data, passes, export"
 WINDOWS = "text, jsonl, dataset, field, split, weight, sequences, length, bos, sources, select, pool, generate"
 QUANTIZE = ", ".join(PASSES["quantize"].model_fields)
@@ -64,7 +65,7 @@ EDITS = [
     ("calibration: {text: words.txt, sequences: 8, length: 32}", "calibration: words.txt", ":5:3  'calibration' needs a mapping, "
      "not 'words.txt'"),
     ("  - quantize:\n", "  - quantise:\n", ":8:5  no pass 'quantise'; did you mean 'quantize'?   known: edit, depth, prune, "
-     "smooth, allocate, quantize, lqlora"),
+     "smooth, allocate, factorize, quantize, lqlora"),
     ("  - quantize:\n", "    quantize:\n", ":7:1  'passes' needs a list, not a mapping"),
     ("  - quantize:\n", "  - quantize\n  - quantize:\n", ":8:5  item 1 of 'passes' is written 'NAME: {OPTION: VALUE}', here "
      "'quantize: {}'"),

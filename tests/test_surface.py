@@ -47,6 +47,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "depth": {"drop": 1, "unit": "layer", "metric": "kl", "windows": 8, "keep_zeros": False},
     "edit": {"drop_layers": [], "untie": False, "vocab": None},
     "smooth": {"strength": "search", "pairs": "all"},
+    "factorize": {"rank": 0.5, "pins": {}, "multiple": 64, "spread": "uniform", "method": "whitened", "damp": None, "drift": 0.5},
     "quantize": QUANTIZE,
     "lqlora": {**QUANTIZE, "rank": 16, "factors": "bf16", "init": "closed_form", "rounds": 2, "fisher": False},
     "compressed_tensors": {"shard_bytes": 5_000_000_000},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
-from compress.formats.formats import Dense, Format, Int, LowRank, Packed, base_of, integers, parse
+from compress.formats.factors import Factored, LowRank
+from compress.formats.formats import Format, Packed, base_of, integers, numbers_of, parse
+from compress.formats.ints import Dense, Int
 
-__all__ = ["Dense", "Format", "Int", "LowRank", "Packed", "base_of", "integers", "parse"]
+__all__ = ["Dense", "Factored", "Format", "Int", "LowRank", "Packed", "base_of", "integers", "numbers_of", "parse"]

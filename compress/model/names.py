@@ -32,7 +32,7 @@ from compress.errors import ModelError
 from compress.state.checkpoint import Checkpoint
 from compress.state.graph import Graph, Site
 
-PACKED = "_packed"  # what a quantized matrix has behind its name, in every format
+PACKED = re.compile(r"\.weight_(packed|shape)$")  # what a packed matrix has in place of its weight
 JOINS = (MergeModulelist, Concatenate)  # what makes one tensor of the matrices of experts
 EXPERTS = ("gate_proj", "up_proj", "down_proj")
 # What a layer that predicts further tokens has, and no other: it joins a hidden state with the next token's embedding.
@@ -107,7 +107,7 @@ class Names:
 
     def places(self, held: Iterable[str]) -> dict[str, str]:
         """Name in the tree -> name on disk, of the tensors `held` on disk; a packed matrix under the names that it has dense."""
-        plain = sorted({name.removesuffix(PACKED) for name in held}, key=dot_natural_key)  # the order in which they are loaded
+        plain = sorted({PACKED.sub(".weight", name) for name in held}, key=dot_natural_key)  # the order in which they are loaded
         found = {self.in_tree(name): name for name in plain}
         return {path: name for path, name in found.items() if path is not None}
 

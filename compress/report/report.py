@@ -29,8 +29,10 @@ def site_line(record: Mapping[str, Any]) -> str:
         return f"{record.get('site', '?'):<24} {'; '.join(record.get('notes', ()))}"
     text = f"{record['site']:<24} {record['format']:<14}"
     if record.get("error") is not None and "rounding" in record:
-        ratio = record["error"] / record["rounding"] if record["rounding"] else 1.0
-        text += f" error {record['error']:.2e}  rounding {record['rounding']:.2e} ({ratio:4.0%})"
+        text += f" error {record['error']:.2e}"
+        if record["rounding"] is not None:
+            ratio = record["error"] / record["rounding"] if record["rounding"] else 1.0
+            text += f"  rounding {record['rounding']:.2e} ({ratio:4.0%})"
         damp = record["damping"]
         text += f"  damp {damp:.3g}" if damp is not None else "  damp -"
         text += f"  {record['seconds']:.2f} s"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from compress.errors import CompressError, FormatError
-from compress.formats import Dense, Format, LowRank, parse
+from compress.formats import Dense, Factored, Format, LowRank, parse
 from compress.state.graph import Graph, Site
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -195,6 +195,8 @@ def check_fits(site: Site, fmt: Format, at: tuple[str, ...]) -> None:
     if site.role == "embed" and isinstance(fmt, LowRank):
         raise FormatError(f"'{site.name}' is a token embedding, which has no inputs that a low-rank correction could be fitted "
                           f"to: pin it to {fmt.base}", at)  # fmt: skip
+    if site.role == "embed" and isinstance(fmt, Factored):
+        raise FormatError(f"'{site.name}' is a token embedding, whose rows are looked up and multiply nothing; leave it out", at)
     try:
         fmt.check(site.shape)
     except FormatError as e:

@@ -38,6 +38,7 @@ class Fact(enum.Flag):
     QUANTIZED = enum.auto()
     ADAPTED = enum.auto()
     PRUNED = enum.auto()
+    FACTORED = enum.auto()
 
 
 class Aspect(enum.Flag):

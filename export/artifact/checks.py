@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from compress.errors import ModelError, one_line
-from compress.formats import Format, LowRank
+from compress.formats import Factored, Format, LowRank
 from compress.state.checkpoint import Spec
 
 Kind = tuple[torch.dtype | str, tuple[int, ...]]  # a type, as the file's own kind names it, and a shape
@@ -35,18 +35,18 @@ def text_of(kind: Kind) -> str:
     return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
 
 
-def scale_dtype(specs: Mapping[str, Spec], name: str) -> torch.dtype:
-    """What scales are stored in, by the tensor `name`: bf16 where that is none of floats, which `require` then says."""
-    found = specs[name].dtype if name in specs else torch.bfloat16
+def scale_dtype(specs: Mapping[str, Spec], *names: str) -> torch.dtype:
+    """What scales are stored in, by the first of the tensors `names` that is there: bf16 where that is none of floats, which
+    `require` then says."""
+    found = next((specs[name].dtype for name in names if name in specs), torch.bfloat16)
     return found if found in SCALES else torch.bfloat16
 
 
 def sides(fmt: Format, shape: tuple[int, int]) -> dict[str, tuple[int, int]]:
     """What the tensors `weight_shape` of a matrix [N, K], and of its quantized factors, are to say, by suffix."""
-    n, k = shape
     found = {"weight_shape": shape}
-    if isinstance(fmt, LowRank):
-        found |= {"lora_A.weight_shape": (fmt.rank, k), "lora_B.weight_shape": (fmt.rank, n)}
+    if isinstance(fmt, LowRank | Factored):
+        found |= {f"{name}.weight_shape": side for name, side in fmt.factor_shapes(shape).items()}
     return {suffix: side for suffix, side in found.items() if suffix in fmt.tensors(shape)}
 
 

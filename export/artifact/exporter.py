@@ -18,7 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from compress.errors import ExportError
-from compress.formats import Dense, Format
+from compress.formats import Dense, Factored, Format
 from compress.model.model import Model
 from compress.model.skeleton import free
 from compress.state import State
@@ -55,6 +55,9 @@ class Job:
 
 def way_for(ways: Mapping[type, Way], exporter: str, site: str, fmt: Format) -> Way:
     """What an exporter of integers does with the kind of a site's format; ExportError where it has no entry for that."""
+    if isinstance(fmt, Factored) and Factored not in ways:
+        raise ExportError(f"{exporter}: '{site}' has {fmt}, two factors in place of a matrix, and engines of this layout have no "
+                          "such layer; export native or onnx instead, or leave 'factorize' out")  # fmt: skip
     if type(fmt) not in ways:
         raise ExportError(f"{exporter} holds integers; '{site}' has {fmt}: export native instead, or use int formats only")
     return ways[type(fmt)]

@@ -40,7 +40,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from compress.errors import FormatError
-from compress.formats import Dense, Format, Int, LowRank, bitpack
+from compress.formats import Dense, Factored, Format, Int, LowRank, bitpack
 from compress.formats.codebooks import NF, Lut
 from compress.formats.grid import Grid
 
@@ -235,13 +235,29 @@ def decode_corrected(fmt: LowRank, shape: Shape, raw: Mapping[str, Tensor]) -> d
     return decode(fmt.base, shape, raw) | by_factor(FACTORS[type(fmt.factors)].decode, fmt, shape, raw)
 
 
-def by_factor(turn: Turn, fmt: LowRank, shape: Shape, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def by_factor(turn: Turn, fmt: LowRank | Factored, shape: Shape, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What `turn` makes of the tensors of either factor."""
     out: dict[str, Tensor] = {}
     for name, side in fmt.factor_shapes(shape).items():
         part = {s.removeprefix(f"{name}."): t for s, t in tensors.items() if s.startswith(f"{name}.")}
         out |= {f"{name}.{suffix}": t for suffix, t in turn(fmt.factors, side, part).items()}
     return out
+
+
+# --- two factors in place of a matrix: each as a matrix of its own ------------------------------------------------------
+
+
+def factored_slots(fmt: Factored, shape: Shape, scale_dtype: torch.dtype, prefix: str) -> list[Slot]:
+    sides = fmt.factor_shapes(shape).items()
+    return [slot for name, side in sides for slot in slots(fmt.factors, side, scale_dtype, f"{prefix}{name}.")]
+
+
+def encode_factored(fmt: Factored, shape: Shape, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return by_factor(encode, fmt, shape, tensors)
+
+
+def decode_factored(fmt: Factored, shape: Shape, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return by_factor(decode, fmt, shape, raw) | {"weight_shape": torch.tensor(shape)}
 
 
 # --- codes and bytes -------------------------------------------------------------------------------------------------
@@ -276,5 +292,8 @@ NBITS = Encoding(nbits_slots, encode_nbits, decode_nbits)
 CODES = Encoding(codes_slots, encode_codes, decode_codes)
 INTEGERS = Encoding(codes_slots, encode_codes, decode_integers)
 CORRECTED = Encoding(corrected_slots, encode_corrected, decode_corrected)
-MATRICES: Mapping[type, Encoding] = {Dense: DENSE, Int: NBITS, NF: CODES, Lut: CODES, LowRank: CORRECTED}
+FACTORED = Encoding(factored_slots, encode_factored, decode_factored)
+MATRICES: Mapping[type, Encoding] = {
+    Dense: DENSE, Int: NBITS, NF: CODES, Lut: CODES, LowRank: CORRECTED, Factored: FACTORED,
+}  # fmt: skip
 FACTORS: Mapping[type, Encoding] = {Dense: DENSE, Int: INTEGERS, NF: CODES, Lut: CODES}

@@ -19,8 +19,8 @@ from compress.export.artifact.tensors import same_site, write_config
 from compress.export.onnx import datafile
 from compress.export.onnx.datafile import GRAPH, METHOD, VERSION, DataLayout
 from compress.export.onnx.encode import NBits
-from compress.export.onnx.words import describe, describe_table, engines, use, warnings
-from compress.formats import Format, Int, base_of
+from compress.export.onnx.words import describe, describe_factors, describe_table, engines, use, warnings
+from compress.formats import Factored, Format, Int, numbers_of
 from compress.model.model import Model
 from compress.state import State
 from compress.state.checkpoint import tensor_bytes
@@ -45,22 +45,24 @@ class Onnx(Exporter):
     def check(self, state: State) -> None:
         refuse(state)
         for name, fmt in state.formats.items():
-            base = base_of(fmt)
+            base, shape = numbers_of(fmt), state.graph[name].shape
             try:
-                if isinstance(base, Int):
-                    NBits.of(base, state.graph[name].shape[1])
+                for _, inputs in fmt.factor_shapes(shape).values() if isinstance(fmt, Factored) else (shape,):
+                    if isinstance(base, Int):
+                        NBits.of(base, inputs)
             except FormatError as e:
                 raise ExportError(f"onnx cannot hold '{name}': {e}; use g32, g64 or g128") from None
 
     def remarks(self, state: State) -> list[str]:
         kinds: dict[Format, list[Site]] = {}
-        formats = state.formats
+        formats, ranks = state.formats, {n: f for n, f in state.formats.items() if isinstance(f, Factored)}
         for name, fmt in formats.items():
-            if state.graph[name].role != "embed":
+            if state.graph[name].role != "embed" and name not in ranks:
                 kinds.setdefault(fmt, []).append(state.graph[name])
         graph = GRAPH_BYTES[0] + len(state.graph.blocks) * GRAPH_BYTES[1]
         size = f"the graph adds about {graph // 1000:,} kB to the size above, and takes about 2 seconds a block to make"
         said = [describe(fmt, sites, self.accuracy_level) for fmt, sites in kinds.items()]
+        said += describe_factors([(state.graph[n], f) for n, f in ranks.items()], self.accuracy_level)
         said += [describe_table(fmt, state.graph[name]) for name, fmt in formats.items() if state.graph[name].role == "embed"]
         known = dict.fromkeys(formats.values())
         return [f"onnx: {text}" for text in (*said, *warnings(known, self.dtype == "fp16", state.dtype), size)]
@@ -125,7 +127,7 @@ class Onnx(Exporter):
         from compress.export.onnx.session import Session
 
         state = replace(job.state, dtype=torch.float32)
-        integers = any(isinstance(base_of(f), Int) for f in job.state.formats.values())
+        integers = any(isinstance(numbers_of(f), Int) for f in job.state.formats.values())
         if not integers or self.accuracy_level < 2:
             return proof.prove(job, Session(folder, job.state), EXACT[self.dtype], "against the run's model in fp32", state)
         exact = proof.prove(job, Session(folder, job.state, level=1), EXACT[self.dtype], state=state)

@@ -8,6 +8,7 @@ that the run gave them, with a Cast behind them, which is done at loading as wel
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from types import NoneType
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from compress.export.onnx.datafile import DATA, places
 from compress.export.onnx.encode import NBits, Slot
-from compress.formats import Dense, Format, Int, LowRank
+from compress.formats import Dense, Factored, Format, Int, LowRank
 from compress.formats.codebooks import NF, DoubleQuant, Lut, lut_table, nf_table
 from compress.state.graph import Site
 
@@ -70,6 +71,12 @@ class Nodes:
     def rows_of_sum(self, fmt: LowRank, site: Site, x: str, out: str | None) -> str:
         rows = ROWS[type(fmt.base)](self, fmt.base, site, x, None)
         return self.op("Add", [rows, self.correction(fmt, site, x, rows=True)], out)
+
+    def product_of_factors(self, fmt: Factored, site: Site, x: str, out: str | None) -> str:
+        """x Aᵀ, and that times Bᵀ: a product for either, in its own nodes."""
+        A, B = factor_sites(fmt, site)
+        way = PRODUCTS[type(fmt.factors)]
+        return way(self, fmt.factors, B, way(self, fmt.factors, A, x, None), out)
 
     def turned(self, W: str) -> str:
         return self.once(f"{W}.T", lambda: self.op("Transpose", [W], perm=[1, 0]))
@@ -213,6 +220,7 @@ PRODUCTS: Mapping[type, Way] = {
     NF: Nodes.product_of_codes,
     Lut: Nodes.product_of_codes,
     LowRank: Nodes.product_of_sum,
+    Factored: Nodes.product_of_factors,
 }
 ROWS: Mapping[type, Way] = {
     NoneType: Nodes.rows_of_dense,
@@ -228,6 +236,12 @@ STEPS: Mapping[type, Callable[[Nodes, Any, tuple[int, int, int], str], str]] = {
     Lut: Nodes.table_steps,
 }
 LEVELS: Mapping[type, Callable[[int], Tensor]] = {NF: nf_table, Lut: lut_table}
+
+
+def factor_sites(fmt: Factored, site: Site) -> list[Site]:
+    """The factors of a site as sites of their own: their shapes, and where their tensors lie."""
+    shapes = fmt.factor_shapes(site.shape).items()
+    return [replace(site, shape=side, weight=f"{site.stem}.{name}.weight", transposed=False) for name, side in shapes]
 
 
 def dense_name(fmt: Dense | None, site: Site) -> str:

@@ -17,7 +17,7 @@ from compress.export.artifact.engines import EngineError
 from compress.export.onnx.datafile import GRAPH
 from compress.export.onnx.encode import NBits
 from compress.export.onnx.nodes import serialized
-from compress.formats import Format, Int, LowRank, base_of
+from compress.formats import Factored, Format, Int, LowRank, base_of
 from compress.state import State
 
 onnxruntime: Any = import_module("onnxruntime")  # it says nothing of its types
@@ -104,6 +104,8 @@ def bytes_in_memory(state: State, width: int) -> int:
 
 def matrix_bytes(fmt: Format | None, shape: tuple[int, int], width: int) -> int:
     """The same of one matrix."""
+    if isinstance(fmt, Factored):
+        return sum(matrix_bytes(fmt.factors, side, width) for side in fmt.factor_shapes(shape).values())
     base, factors = base_of(fmt) if fmt else None, fmt.rank * sum(shape) if isinstance(fmt, LowRank) else 0
     if not isinstance(base, Int):
         return width * (prod(shape) + factors)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 
 from compress.export.onnx.encode import NBits, kind_of, slots
-from compress.formats import Dense, Format, Int, LowRank, base_of
+from compress.formats import Dense, Factored, Format, Int, LowRank, numbers_of
 from compress.state import State
 from compress.state.graph import Site
 
@@ -63,7 +64,7 @@ print(tokenizer.decode(logits[0].argmax(-1)))
 
 def describe(fmt: Format, sites: list[Site], level: int) -> str:
     """Which nodes a format becomes, in how many bytes a weight, and what is slow about them."""
-    cost, base = cost_of(fmt, sites), base_of(fmt)
+    cost, base = cost_of(fmt, sites), numbers_of(fmt)
     more = ", and two products in full precision for the low-rank factors" if isinstance(fmt, LowRank) else ""
     if isinstance(base, Dense):
         return f"{fmt} stays as it is on disk ({cost}) and takes 4 bytes a weight in memory, where onnxruntime converts it"
@@ -75,9 +76,21 @@ def describe(fmt: Format, sites: list[Site], level: int) -> str:
     return f"{fmt} becomes MatMulNBits of {form.bits} bits{held}, block {form.block} ({cost}){more}{slow(form, level)}"
 
 
+def describe_factors(held: list[tuple[Site, Factored]], level: int) -> list[str]:
+    """The same of products in place of matrices, by what their factors are stored in: what each of two products becomes."""
+    said = []
+    for stored in dict.fromkeys(fmt.factors for _, fmt in held):
+        mine = [(site, fmt) for site, fmt in held if fmt.factors == stored]
+        factors = [replace(s, shape=side) for s, fmt in mine for side in fmt.factor_shapes(s.shape).values()]
+        said.append(
+            f"{len(mine)} matrices become two products each, one after the other; of either, {describe(stored, factors, level)}"
+        )
+    return said
+
+
 def describe_table(fmt: Format, site: Site) -> str:
     """The same of the token embedding, of which rows are looked up and nothing else."""
-    cost, base = cost_of(fmt, [site]), base_of(fmt)
+    cost, base = cost_of(fmt, [site]), numbers_of(fmt)
     if isinstance(base, Dense):
         return f"the embedding in {fmt} stays as it is on disk and in memory ({cost})"
     if not isinstance(base, Int):
@@ -115,7 +128,7 @@ def slow(form: NBits, level: int) -> str:
 def warnings(formats: Iterable[Format], half: bool, dtype: torch.dtype) -> list[str]:
     """What to know before such a graph goes to a GPU, and of one in fp16, `half`, of a model in `dtype`."""
     found = []
-    if any(isinstance(base, Int) and base.bits == 2 for base in map(base_of, formats)):
+    if any(isinstance(base, Int) and base.bits == 2 for base in map(numbers_of, formats)):
         found.append("onnxruntime's CUDA provider has kernels for 4 and 8 bits and may take 2 for 4: run this artifact on CPU")
     if half and dtype != torch.float16:
         found.append("a graph in fp16 loses what of scales and weights lies outside of its range, 6e-8 to 65504")

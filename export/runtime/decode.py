@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import FormatError
-from compress.formats import Format, Int, LowRank, base_of, bitpack, parse
+from compress.formats import Factored, Format, Int, LowRank, base_of, bitpack, parse
 from compress.formats.codebooks import NF, Lut, lut_table, nf_table
 
 Shape = tuple[int, int]
@@ -47,10 +47,9 @@ def named(text: str, shape: Shape, parts: list[Tensor]) -> dict[str, Tensor]:
 
 def with_shapes(fmt: Format, shape: Shape, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors with their `weight_shape` entries, as the format's own functions ask for them."""
-    n, k = shape
-    found = {**tensors, "weight_shape": torch.tensor([n, k])}
-    if isinstance(fmt, LowRank):
-        found |= {"lora_A.weight_shape": torch.tensor([fmt.rank, k]), "lora_B.weight_shape": torch.tensor([fmt.rank, n])}
+    found = {**tensors, "weight_shape": torch.tensor(shape)}
+    if isinstance(fmt, LowRank | Factored):
+        found |= {f"{name}.weight_shape": torch.tensor(side) for name, side in fmt.factor_shapes(shape).items()}
     return found
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from compress.errors import ModelError
 from compress.export.runtime import ops
 from compress.export.runtime.decode import Shape, format_of, named, part_names, with_shapes
+from compress.formats import Dense, numbers_of
 
 assert ops.LAYOUTS  # the operators are registered
 
@@ -80,7 +81,8 @@ class Packed(nn.Module):
 
     def prepare(self) -> None:
         """Repack where the matrix is on CUDA."""
-        if self.layout != "tiles" and self.parts[0].device.type == "cuda":
+        plain = isinstance(numbers_of(format_of(self.format)), Dense)  # factors that torch multiplies by as they are
+        if self.layout != "tiles" and self.parts[0].device.type == "cuda" and not plain:
             self.repack()
 
     def repack(self) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from compress.errors import FormatError
 from compress.export.runtime.decode import Rows, Shape, blocks, format_of, named, with_shapes
-from compress.formats import Dense, Format, LowRank, base_of
+from compress.formats import Dense, Factored, Format, LowRank, base_of
 
 LAYOUTS = ("canonical", "tiles")
 _LIBRARY = torch.library.Library("compress", "FRAGMENT")
@@ -45,6 +45,8 @@ def linear(x: Tensor, parts: list[Tensor], bias: Tensor | None, format: str, n: 
 
 def by_blocks(x: Tensor, tensors: dict[str, Tensor], bias: Tensor | None, fmt: Format, shape: Shape) -> Tensor:
     """x [m, k] times the matrix. The product with low-rank factors is taken in fp32, and the bias added to the sum."""
+    if isinstance(fmt, Factored):
+        return by_factors(x, tensors, bias, fmt, shape)
     out, factors = x.new_empty(len(x), shape[0]), factors_of(fmt, shape, tensors)
     for start, stop, W_rk in blocks(fmt, shape, tensors, x.dtype):
         out[:, start:stop] = torch.nn.functional.linear(x, W_rk, None if bias is None or factors else bias[start:stop])
@@ -53,6 +55,18 @@ def by_blocks(x: Tensor, tensors: dict[str, Tensor], bias: Tensor | None, fmt: F
     A_rk, B_nr = factors
     total = torch.addmm(out.float(), x.float() @ A_rk.T, B_nr.T)
     return (total if bias is None else total + bias.float()).to(x.dtype)
+
+
+def by_factors(x: Tensor, tensors: dict[str, Tensor], bias: Tensor | None, fmt: Factored, shape: Shape) -> Tensor:
+    """x [m, k] times one factor, and that times the other, in the dtype of x: their product is never made."""
+    biases = (None, bias)
+    for (name, side), b in zip(fmt.factor_shapes(shape).items(), biases, strict=True):
+        held = fmt.factor(tensors, name)
+        if isinstance(fmt.factors, Dense):
+            x = torch.nn.functional.linear(x, held["weight"].to(x.dtype), b)
+        else:
+            x = by_blocks(x, held, b, fmt.factors, side)
+    return x
 
 
 def embedding(ids: Tensor, parts: list[Tensor], format: str, n: int, k: int, dtype: torch.dtype) -> Tensor:
@@ -64,6 +78,8 @@ def embedding(ids: Tensor, parts: list[Tensor], format: str, n: int, k: int, dty
     if factors is None:
         return Rows(fmt, (n, k), tensors, dtype).at(flat).view(*ids.shape, k)
     A_rk, B_nr = factors
+    if isinstance(fmt, Factored):
+        return (B_nr[flat] @ A_rk).to(dtype).view(*ids.shape, k)
     W_mk = Rows(base_of(fmt), (n, k), tensors, torch.float32).at(flat) + B_nr[flat] @ A_rk
     return W_mk.to(dtype).view(*ids.shape, k)
 
@@ -79,8 +95,8 @@ def dequantize(parts: list[Tensor], format: str, n: int, k: int, layout: str, dt
 
 
 def factors_of(fmt: Format, shape: Shape, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
-    """A [r, k] and B [n, r] of a low-rank correction, fp32; None where there is none."""
-    return fmt.factor_matrices(with_shapes(fmt, shape, tensors)) if isinstance(fmt, LowRank) else None
+    """A [r, k] and B [n, r], fp32, of a low-rank correction or of a product in place of a matrix; None where there are none."""
+    return fmt.factor_matrices(with_shapes(fmt, shape, tensors)) if isinstance(fmt, LowRank | Factored) else None
 
 
 def checked(format: str, layout: str) -> Format:
@@ -97,6 +113,9 @@ def gradient(grad: Tensor, parts: list[Tensor], format: str, n: int, k: int, lay
     if layout == "tiles":
         return grad @ dequantize(parts, format, n, k, layout, grad.dtype)
     tensors = named(format, (n, k), parts)
+    if isinstance(fmt, Factored):
+        A_rk, B_nr = fmt.factor_matrices(with_shapes(fmt, (n, k), tensors))
+        return ((grad.float() @ B_nr) @ A_rk).to(grad.dtype)
     total = torch.zeros(len(grad), k, dtype=torch.float32, device=grad.device)
     for start, stop, W_rk in blocks(fmt, (n, k), tensors, grad.dtype):
         total += grad[:, start:stop] @ W_rk

@@ -22,6 +22,9 @@ from compress.export.artifact.files import check_index, check_marks, contained, 
 from compress.formats import Dense, Format
 from compress.state.checkpoint import Spec
 
+CHILDREN = ("", "lora_A.", "lora_B.", "factor_A.", "factor_B.")  # what a matrix may have beside tensors of its own
+SCALES = ("weight_scale", "factor_A.weight_scale")
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -86,7 +89,7 @@ def matrices(
     shapes = read_shapes(packed, specs, files, folder)
     found = {}
     for stem, fmt in packed.items():
-        found[stem] = matrix(folder, stem, fmt, shapes, checks.scale_dtype(specs, f"{stem}.weight_scale"), specs)
+        found[stem] = matrix(folder, stem, fmt, shapes, checks.scale_dtype(specs, *(f"{stem}.{s}" for s in SCALES)), specs)
     return found
 
 
@@ -115,7 +118,7 @@ def read_shapes(
         if f"{stem}.weight_shape" not in specs:
             raise ModelError(f"{folder}: '{one_line(stem)}.weight_shape' is missing, though config.json gives '{one_line(stem)}' "
                              "a format; config and weights do not belong together")  # fmt: skip
-        for name in (f"{stem}.weight_shape", f"{stem}.lora_A.weight_shape", f"{stem}.lora_B.weight_shape"):
+        for name in (f"{stem}.{child}weight_shape" for child in CHILDREN):
             if name in specs:
                 wanted.setdefault(files[name], []).append(name)
     for path, names in wanted.items():

@@ -153,7 +153,7 @@ def module_of(fmt: Format | None, held: dict[str, Tensor], dtype: torch.dtype, p
         plain.weight = nn.Parameter(held["weight"].to(dtype), requires_grad=False)
         return plain
     n, k = held["weight_shape"].tolist()
-    scale = held["weight_scale"].dtype if "weight_scale" in held else torch.bfloat16
+    scale = next((held[suffix].dtype for suffix in reading.SCALES if suffix in held), torch.bfloat16)
     found = PackedLinear(str(fmt), (n, k), dtype, False, scale)
     found.load_state_dict(held, assign=True)
     found.prepare()

@@ -8,6 +8,8 @@ cuBLAS multiplies. A matrix in a packed form is a list of tensors, its *parts*:
     levels            fp32 [2**bits]           only of tables
     A [r, K], B [N, r]                         only of low-rank formats: in the activations' dtype, r padded with zeros to 8
 
+A product of two quantized factors (`lr64:int4:g64`) is the parts of A and then those of B, and two products, one after the other.
+
 Nothing here waits for the GPU or allocates outside torch's allocator, so all of it can be captured in a CUDA graph, after
 `prepare` has compiled what is needed. A matrix must not be multiplied on two streams at once, because of its counters.
 """
@@ -24,7 +26,7 @@ from torch.nn.functional import pad
 from compress.export.runtime.cuda import nvrtc, tiles
 from compress.export.runtime.cuda.nvrtc import Defines
 from compress.export.runtime.cuda.tiles import ROWS, Base, Layout
-from compress.formats import Dense, Format, LowRank, base_of
+from compress.formats import Dense, Factored, Format, LowRank, base_of
 from compress.formats.grid import restore
 
 Shape = tuple[int, int]
@@ -66,6 +68,8 @@ def obstacle(fmt: Format, shape: Shape, dtype: torch.dtype) -> str | None:
     """None where the kernels run a matrix of `shape` [N, K] in `fmt` for activations of `dtype`; else why not."""
     if isinstance(fmt, Dense):
         return f"{fmt} is not quantized"
+    if isinstance(fmt, Factored):
+        return next(filter(None, (obstacle(fmt.factors, side, dtype) for side in fmt.factor_shapes(shape).values())), None)
     base = _base(fmt)
     if dtype not in (torch.bfloat16, torch.float16):
         return f"activations in {str(dtype).removeprefix('torch.')}"
@@ -84,6 +88,9 @@ def repack(fmt: Format, shape: Shape, tensors: Mapping[str, Tensor], dtype: torc
 
     `dtype` is that of the activations. For matrices without an `obstacle`.
     """
+    if isinstance(fmt, Factored):
+        return [part for name, side in fmt.factor_shapes(shape).items()
+                for part in repack(fmt.factors, side, fmt.factor(tensors, name), dtype)]  # fmt: skip
     base = _base(fmt)
     words, scales, *levels = tiles.pack(base, tensors)
     parts = [words, scales, torch.zeros(len(words), dtype=torch.int32, device=words.device), *levels]
@@ -99,6 +106,9 @@ def linear(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, fmt: Format,
 
     Up to MOST rows, a row of the result has the same bits whatever the other rows are, and in every run.
     """
+    if isinstance(fmt, Factored):
+        (A, first), (B, second) = _halves(parts, fmt, shape)
+        return linear(linear(x, A, None, fmt.factors, first), B, bias, fmt.factors, second)
     matrix, y = _Matrix.of(parts, fmt, shape), x.new_empty(len(x), shape[0])
     if x.data_ptr() % 16:
         x = x.clone()  # a view into the middle of something: the kernels load 16 bytes at a time
@@ -115,6 +125,9 @@ def dequantize(parts: Sequence[Tensor], fmt: Format, shape: Shape, dtype: torch.
     To the bits of `fmt.dequantize`, but for a low-rank term: its factors are in the activations' dtype, and its product is
     taken in fp32.
     """
+    if isinstance(fmt, Factored):
+        A, B = (dequantize(half, fmt.factors, side, torch.float32) for half, side in _halves(parts, fmt, shape))
+        return (B @ A).to(dtype)
     matrix, out = _Matrix.of(parts, fmt, shape), torch.empty(shape, dtype=dtype, device=parts[0].device)
     for rows in _chunks(shape):
         if matrix.factors:
@@ -135,14 +148,22 @@ def prepare(
     """
     device, wanted = torch.device(device), set[tuple[str, Defines]]()
     for fmt, _, dtype in needs:
-        layout = Layout.of(_base(fmt))
+        layout = Layout.of(_base(fmt.factors if isinstance(fmt, Factored) else fmt))
         for count in (t for m in tokens for t in ((min(m, _TOKENS), m % _TOKENS) if m <= MOST else ()) if t):
             wanted.add(("packed_linear", variant(layout, dtype, count)))
         wanted.add(("dequantize", _dequantizer(layout, dtype)))
+        if isinstance(fmt, Factored):
+            wanted.add(("dequantize", _dequantizer(layout, torch.float32)))
         if isinstance(fmt, LowRank):
             wanted |= {("low_rank", _low_rank_variant(dtype)), ("dequantize", _dequantizer(layout, torch.float32))}
     for name, defines in sorted(wanted):
         nvrtc.load(name, defines, device)
+
+
+def _halves(parts: Sequence[Tensor], fmt: Factored, shape: Shape) -> list[tuple[Sequence[Tensor], Shape]]:
+    """The parts of either factor, which are as many, and its shape."""
+    half = len(parts) // 2
+    return list(zip((parts[:half], parts[half:]), fmt.factor_shapes(shape).values(), strict=True))
 
 
 def slices(shape: Shape) -> int:
@@ -236,5 +257,5 @@ def _dequantizer(layout: Layout, dtype: torch.dtype) -> Defines:
 
 def _base(fmt: Format) -> Base:
     base = base_of(fmt)
-    assert not isinstance(base, Dense)
+    assert not isinstance(base, Dense | Factored)
     return base
