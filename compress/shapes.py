@@ -91,6 +91,10 @@ class Layer:
 
     whole: Any
 
+    def __reduce__(self) -> Any:
+        """To be pickled with a model: this class has no name of its own."""
+        return for_layer, (type(self).__mro__[2], vars(self))
+
     @property
     def _attn_implementation_internal(self) -> Any:
         return self.__dict__["whole"]._attn_implementation_internal
@@ -111,10 +115,16 @@ class Layer:
 def follower(config: Any, layer: int) -> Any:
     """The config of a layer that is built from it."""
     found = config.per_layer_config[layer]
-    kind = type(config)
-    found.__class__ = type(kind.__name__, (Layer, kind), {"__module__": kind.__module__})
-    found.__dict__["whole"] = config
-    found.__dict__.pop(OPEN, None)
+    own = {name: value for name, value in vars(found).items() if name not in (OPEN, "_attn_implementation_internal",
+                                                                             "_experts_implementation_internal")}  # fmt: skip
+    return for_layer(type(config), own | {"whole": config})
+
+
+def for_layer(kind: type, values: Mapping[str, Any]) -> Any:
+    """A config of a class, as one layer's."""
+    known: Any = type(kind.__name__, (Layer, kind), {"__module__": kind.__module__})
+    found = known.__new__(known)
+    vars(found).update(values)
     return found
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -80,6 +82,16 @@ def test_each_layer_loses_its_own_and_no_bit_changes(tmp_path: Path, name: str, 
     assert values_of(open_model(str(tmp_path / "again")).config) == values_of(open_model(str(smaller)).config) != {}
     with torch.no_grad():
         assert torch.equal(loaded(tmp_path / "again")(input_ids=TOKENS.ids[:2]).logits, ours(input_ids=TOKENS.ids[:2]).logits)
+
+
+def test_a_model_is_copied_and_pickled_like_any_other(tmp_path: Path) -> None:
+    model = loaded(free(tmp_path, "phi3", KV_GROUPS, {0: 2, 1: 1})[1])
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        other.set_attn_implementation("eager")
+        assert {layer.self_attn.config._attn_implementation for layer in other.model.layers} == {"eager"}
+        with torch.no_grad():
+            torch.testing.assert_close(other(input_ids=TOKENS.ids[:1]).logits, model(input_ids=TOKENS.ids[:1]).logits)
+    assert model.config._attn_implementation != "eager"
 
 
 def test_attention_of_another_kind_is_set_for_every_layer(tmp_path: Path) -> None:
