@@ -94,7 +94,7 @@ def by_pattern(
             sites = {site.weight for site in state.graph.match(pattern)}
         except MatchError as e:
             raise MatchError(str(e), (kind, pattern)) from None
-        blocks = [c.block for c in mine if sites & c.cuts.keys()]
+        blocks = [c.block for c in mine if sites & {c.reader.weight, *c.cuts}]
         if not blocks:
             raise MatchError(f"pattern '{pattern}' names no {named(kind)}", (kind, pattern))
         said |= dict.fromkeys(blocks, one)

@@ -357,6 +357,28 @@ def test_a_plain_folder_without_some_sublayers_stops_stock_transformers(tmp_path
         assert "per-layer attribute" in stock_says(tmp_path / "config")
 
 
+SHORT = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "vocab_size": 272, "pad_token_id": 0}  # fmt: skip
+ODD = {
+    "shared norm": (transformers.CohereConfig, "mlp", {"mlp"}),
+    "shared norm and biases": (transformers.PhiConfig, "kv_groups", {"self_attn"}),
+    "norm within": (transformers.BitNetConfig, "kv_groups", {"self_attn", "input_layernorm"}),
+    "side by side": (transformers.GPTNeoXConfig, "mlp", {"mlp", "post_attention_layernorm"}),
+    "norms behind": (transformers.Glm4Config, "mlp", {"mlp", "post_attention_layernorm", "post_mlp_layernorm"}),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_what_goes_with_a_sublayer_is_seen_of_each_architecture(tmp_path: Path, case: str) -> None:
+    """The pass itself compares what the layer computes without it."""
+    kind, option, gone = ODD[case]
+    config = kind(**{name: value for name, value in SHORT.items() if kind is not transformers.GPTNeoXConfig or "key" not in name})
+    model = open_model(str(make_model(tmp_path / "model", config, torch.float32)))
+    after = attempt(Prune.model_validate({option: {"layers.1.*": 0}}), model, tmp_path / "steps")
+    assert values_of(after.config)[1]["absent_modules"].keys() == gone
+    assert logits(after, [TOKENS.ids[:1]], "cpu")[0].isfinite().all()
+
+
 def test_a_sublayer_takes_its_biases_with_it(tmp_path: Path, text: Path) -> None:
     folder = make_model(tmp_path / "model", FAMILIES["gpt2"](), torch.float32)
     tensors = load_file(folder / "model.safetensors")

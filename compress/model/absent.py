@@ -68,11 +68,9 @@ def modules_of(state: State, c: Coupling) -> dict[str, str]:
     if not path or "." in path or not all(site.module.startswith(f"{block}{path}.") for site in mates(state, c)):
         raise ModelError(f"layer {c.block} of '{state.graph.family}' has no module that is its {PARTS[c.kind][1]} alone, so that "
                          "cannot go whole; keep at least 1", (c.kind,))  # fmt: skip
-    found = {path: ATTENTION if c.kind == KV_GROUPS else MLP}
-    weights = set(norms_of(state, c))
-    return found | {
-        p.removeprefix(block): NORM for p, norm in norms(state).items() if norm.weight in weights and p.startswith(block)
-    }
+    weights, known = set(norms_of(state, c)), {p.removeprefix(block): n for p, n in norms(state).items() if p.startswith(block)}
+    beside = {p: NORM for p, norm in known.items() if norm.weight in weights and not p.startswith(f"{path}.")}
+    return {path: ATTENTION if c.kind == KV_GROUPS else MLP} | beside
 
 
 def mates(state: State, c: Coupling) -> list[Site]:
@@ -82,12 +80,14 @@ def mates(state: State, c: Coupling) -> list[Site]:
 
 
 def norms_of(state: State, c: Coupling) -> Iterator[str]:
-    """The weights of the norms that have nothing to do without a sublayer: that feeds it alone, or is fed by it."""
+    """The weights of the norms that have nothing to do without a sublayer: that feeds it alone, or is fed by it. Of a model that
+    cannot be followed it is not known, and they stay, and do no harm."""
     inside = {site.name for site in mates(state, c)}
-    for feed in feeds(state).values():
-        if feed.readers and inside >= set(feed.readers) and not feed.others:
-            yield feed.weight
-    behind = norms_behind(state).get(c.reader.name)
+    try:
+        fed, behind = feeds(state).values(), norms_behind(state).get(c.reader.name)
+    except ModelError:
+        return
+    yield from (feed.weight for feed in fed if feed.readers and inside >= set(feed.readers) and not feed.others)
     if behind is not None:
         yield behind.weight
 
