@@ -9,7 +9,7 @@ the first block. Experts are chosen in prune_experts.py by what the same walk sh
 the check is another one.
 
 Where every layer keeps the same number the result loads wherever the model did. Where layers are given their own, by patterns, it
-is a model of free shapes (see model/shapes.py), which fewer engines load. How many stay is found in prune_counts.py.
+is a model of free shapes (see shapes.py), which fewer engines load. How many stay is found in prune_counts.py.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Prune(Pass):
     mlp: Stays = Field(
         1.0,
         description="share of the neurons of every MLP that stays; or pattern -> share or number, for layers of their own "
-        "shapes: later ones win, layers that none names stay whole",
+        "shapes, 0 for one without an MLP: later ones win, layers that none names stay whole",
     )
     kv_groups: Stays = Field(
         1.0, description="share of the groups of heads, with their keys and values, that stays; or by pattern, as `mlp`"
@@ -132,7 +132,7 @@ class Prune(Pass):
         now = units(foreseen)
         for kind in (MLP, KV_GROUPS):
             before = {c.block: c.units for c in couplings(state) if c.kind == kind}
-            after = {block: now[kind, block] for block in before}
+            after = {block: now.get((kind, block), 0) for block in before}
             if after != before:
                 where = "in every layer" if len(set(after.values())) == 1 else "by layer"
                 yield f"prune keeps {span(after)} of {span(before)} {named(kind)} {where}"

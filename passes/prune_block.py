@@ -9,8 +9,8 @@ The Fisher information of the outputs, from a backward pass, was tried in their 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -110,13 +110,25 @@ class Block:
     def see(self, stream: Stream, batches: Sequence[Batch], twin: Twin | None) -> None:
         """Pass the batches through the block, and cut each coupling once what its reader is given has been seen."""
         readers = [c.reader for c in self.couplings]
-        with heard(stream.blocks[self.index], self.mixture.see) if self.mixture else nullcontext():
+        with self._silenced(stream), heard(stream.blocks[self.index], self.mixture.see) if self.mixture else nullcontext():
             if readers:
                 stream.calibrate(self.state, self.index, batches, readers, self._observe, self._solve, twin)
                 return
             stream.advance(self.state, self.index, batches)
         if twin:
             twin.stream.advance(twin.state, self.index, twin.batches)
+
+    @contextmanager
+    def _silenced(self, stream: Stream) -> Iterator[None]:
+        """Inside, sublayers that go whole put out zeros, whatever biases they have: what stands behind them is to see that."""
+        block, path = stream.blocks[self.index], f"{self.state.graph.blocks[self.index].module}."
+        gone = [block.get_submodule(c.reader.module.removeprefix(path)) for c in self.couplings if self._lost(c) == c.units]
+        hooks = [module.register_forward_hook(lambda _, args, out: torch.zeros_like(out)) for module in gone]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _observe(self, stage: str, inputs: Inputs, clean: Inputs | None) -> None:
         X_tk = inputs[None]
@@ -137,7 +149,7 @@ class Block:
 
     def _lost(self, c: Coupling) -> int:
         """How many units go."""
-        return c.units - self.aim.left[c.kind, c.block]
+        return c.units - self.aim.left.get((c.kind, c.block), 0)  # a sublayer that goes has no units any more
 
     def _solve(self, stage: str) -> dict[str, Tensor]:
         assert self.hessian is not None
@@ -158,9 +170,10 @@ class Block:
         solved = core.compensate(problem, kept) if self.options.compensate else problem.W_nk[:, columns]
         dtype = self.state.dense.specs[c.reader.weight].dtype
         solved = solved.to(dtype)
-        small = solved[:, columns.argsort()].cpu()
-        self.tensors[c.reader.weight] = (small.T if c.reader.transposed else small).contiguous()
-        for name, cut in c.producers.items():
+        if len(kept):
+            small = solved[:, columns.argsort()].cpu()
+            self.tensors[c.reader.weight] = (small.T if c.reader.transposed else small).contiguous()
+        for name, cut in c.producers.items() if len(kept) else ():
             whole = self.state.dense.read_finite(name)
             self.tensors[name] = whole.index_select(cut.dim, cut.left(whole.shape[cut.dim], kept)).contiguous()
         self._note(c, core.loss(problem, kept, solved), core.loss(problem, problem.columns_uw.new_empty(0)), notes, start)

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator
 from pydantic_core import PydanticKnownError
 
 from compress.errors import MatchError, ModelError, RecipeError
+from compress.model.absent import lacking
 from compress.model.couplings import KV_GROUPS, MLP, Coupling, couplings, named, without
 from compress.state import State
 
@@ -21,7 +22,7 @@ def amount(value: Any) -> Any:
     if isinstance(value, dict):
         for pattern, one in value.items():
             share = type(one) is float and 0 < one <= 1
-            if not share and not (type(one) is int and one > 0):
+            if not share and not (type(one) is int and one >= 0):
                 raise ValueError(f"'{pattern}' is {one!r}; a share is more than 0 and at most 1.0, a whole number is so many")
         return value
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -93,7 +94,7 @@ def by_pattern(
             sites = {site.weight for site in state.graph.match(pattern)}
         except MatchError as e:
             raise MatchError(str(e), (kind, pattern)) from None
-        blocks = [c.block for c in mine if sites & c.cuts.keys()]
+        blocks = [c.block for c in mine if sites & {c.reader.weight, *c.cuts}]
         if not blocks:
             raise MatchError(f"pattern '{pattern}' names no {named(kind)}", (kind, pattern))
         said |= dict.fromkeys(blocks, one)
@@ -110,8 +111,14 @@ def rounded(c: Coupling, stays: int | float, step: int) -> int:
 
 
 def fitted(state: State, counts: Counts, fixed: bool) -> State:
-    """The state with so many units left. Where an architecture does not allow a number of groups of heads that a share came to,
-    and none of them is `fixed`, the next larger one that it allows is taken; ModelError where there is none."""
+    """The state with so many units left, and without sublayers of which none is to be left. Where an architecture does not allow
+    a number of groups of heads that a share came to, and none of them is `fixed`, the next larger one that it allows is taken;
+    ModelError where there is none."""
+    gone = {kind: [block for block, count in held.items() if count == 0] for kind, held in counts.items()}
+    if any(gone.values()):
+        left = {kind: {block: count for block, count in held.items() if count} for kind, held in counts.items()}
+        counts = {kind: held for kind, held in left.items() if held}
+        return lacking(fitted(state, counts, fixed) if counts else state, gone)
     found = losing(state, counts)
     try:
         return without(state, found, counts)

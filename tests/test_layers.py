@@ -21,6 +21,7 @@ LAYERS = (
     ("passes", "export"),
     ("manager",),
     ("model",),
+    ("shapes",),
     ("state",),
     ("formats",),
     ("nodes",),
@@ -31,6 +32,7 @@ LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 # Of exporters those parts that load what was written in the engine that will serve it, and the runtime, which is one.
 TRANSFORMERS = {
     "model",
+    "shapes",
     "export.compressed_tensors.engines",
     "export.gguf",
     "export.gptq.engines",
@@ -39,7 +41,7 @@ TRANSFORMERS = {
 }
 # All that an artifact needs of the rest to be run.
 RUNTIME = ("formats", "errors", "state.checkpoint", "export.artifact.files", "export.artifact.config", "export.artifact.checks",
-           "model.shapes")  # fmt: skip
+           "shapes")  # fmt: skip
 FOLDERS = {"compress": ROOT / "compress", "passes": ROOT / "passes", "export": ROOT / "export"}
 
 

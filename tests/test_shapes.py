@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -21,8 +23,8 @@ from compress.export.table import KINDS
 from compress.model.couplings import KV_GROUPS, MLP, couplings, without
 from compress.model.layers import fewer
 from compress.model.model import open_model
-from compress.model.shapes import of_layer, values_of
 from compress.passes.prune import Prune
+from compress.shapes import of_layer, values_of
 from tests.conftest import FAMILIES, ROOT, Project, make_model
 from tests.cooking import bake
 from tests.pass_laws import TOKENS, attempt, check_pass
@@ -80,6 +82,16 @@ def test_each_layer_loses_its_own_and_no_bit_changes(tmp_path: Path, name: str, 
     assert values_of(open_model(str(tmp_path / "again")).config) == values_of(open_model(str(smaller)).config) != {}
     with torch.no_grad():
         assert torch.equal(loaded(tmp_path / "again")(input_ids=TOKENS.ids[:2]).logits, ours(input_ids=TOKENS.ids[:2]).logits)
+
+
+def test_a_model_is_copied_and_pickled_like_any_other(tmp_path: Path) -> None:
+    model = loaded(free(tmp_path, "phi3", KV_GROUPS, {0: 2, 1: 1})[1])
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        other.set_attn_implementation("eager")
+        assert {layer.self_attn.config._attn_implementation for layer in other.model.layers} == {"eager"}
+        with torch.no_grad():
+            torch.testing.assert_close(other(input_ids=TOKENS.ids[:1]).logits, model(input_ids=TOKENS.ids[:1]).logits)
+    assert model.config._attn_implementation != "eager"
 
 
 def test_attention_of_another_kind_is_set_for_every_layer(tmp_path: Path) -> None:
@@ -221,7 +233,10 @@ def test_plan_shows_what_is_left(project: Project) -> None:
     ("{mlp: {layers.9.*: 0.5}}", "pattern 'layers.9.*' matched no site"),
     ("{mlp: {'*.q': 0.5}}", "pattern '*.q' names no neurons of an MLP"),
     ("{mlp: {layers.0.*: 1.5}}", "'layers.0.*' is 1.5; a share is more than 0 and at most 1.0, a whole number is so many"),
-    ("{mlp: {layers.0.*: 0}}", "'layers.0.*' is 0; a share is more than 0"),
+    ("{mlp: {layers.0.*: 0.0}}", "'layers.0.*' is 0.0; a share is more than 0"),
+    ("{mlp: {layers.0.*: -1}}", "'layers.0.*' is -1; a share is more than 0"),
+    ("{mlp: {layers.*: 0}}", "no layer would have an MLP; keep at least one"),
+    ("{kv_groups: {layers.*: 0}}", "no layer would have an attention; keep at least one"),
     ("{mlp: {layers.0.*: true}}", "'layers.0.*' is True; a share is more than 0"),
     ("{mlp: {layers.0.*: 129}}", "layer 0 has 128 neurons of an MLP, not 129"),
     ("{mlp: {layers.*: 1.0}}", "'prune' takes nothing away"),
@@ -266,3 +281,121 @@ def test_free_shapes_and_fewer_layers_in_one_recipe(tmp_path: Path, text: Path, 
     assert done.artifacts["native"][1].greedy == 16
     widths = [of_layer(done.state.config, i).intermediate_size for i in range(2)]
     assert widths == [done.state.graph[f"layers.{i}.mlp.down"].shape[1] for i in range(2)]
+
+
+# --- sublayers that are not there ------------------------------------------------------------------------------------
+
+LESS: dict[str, Any] = {"mlp": {"layers.1.*": 0, "layers.2.*": 64}, "kv_groups": {"layers.0.*": 0, "layers.2.*": 1}}
+WHOLE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
+
+
+def deeper(name: str) -> Any:
+    """The config of a family, with three layers."""
+    config = FAMILIES[name]()
+    config.num_hidden_layers = 3
+    if getattr(config, "layer_types", None):
+        config.layer_types = (config.layer_types * 2)[:3]
+    return config
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_sublayers_that_put_out_zeros_go_whole_and_no_bit_changes(tmp_path: Path, name: str) -> None:
+    """The first layer has no attention, the second no MLP."""
+    source = make_model(tmp_path / "whole", deeper(name), torch.float32)
+    tensors = load_file(source / "model.safetensors")
+    for c in couplings(open_model(str(source)).state):
+        if (c.kind, c.block) in ((KV_GROUPS, 0), (MLP, 1)):
+            tensors[c.reader.weight].zero_()
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    p = Prune(mlp={"layers.1.*": 0}, kv_groups={"layers.0.*": 0}, method="magnitude", compensate=False)
+    after = attempt(p, open_model(str(source)), tmp_path / "steps")
+    names = {spec.name for spec in after.specs}
+    gone = {name for name in tensors if "layers.0.self_attn." in name or "layers.1.mlp." in name}
+    assert names == tensors.keys() - gone - {n for n in tensors if n not in names and "norm" in n}
+    assert "model.layers.0.input_layernorm.weight" not in names
+    assert "model.layers.1.input_layernorm.weight" in names
+    smaller = tmp_path / "smaller"
+    shutil.copytree(source, smaller)
+    save_file({n: t for n, t in tensors.items() if n in names}, smaller / "model.safetensors", {"format": "pt"})
+    after.config.save_pretrained(smaller)
+    ours, whole = loaded(smaller), loaded(source)
+    with torch.no_grad():
+        assert torch.equal(ours(input_ids=TOKENS.ids[:2]).logits, whole(input_ids=TOKENS.ids[:2]).logits)
+    for options in ({}, {"cache_implementation": "static"}, {"use_cache": False}):
+        texts = [m.generate(TOKENS.ids[:2, :20], max_new_tokens=6, do_sample=False, **options) for m in (ours, whole)]
+        assert torch.equal(*texts), options
+    ours.save_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        assert torch.equal(loaded(tmp_path / "again")(input_ids=TOKENS.ids[:2]).logits, ours(input_ids=TOKENS.ids[:2]).logits)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_models_without_some_sublayers_go_out_and_come_back(tmp_path: Path, text: Path, name: str) -> None:
+    folder = make_model(tmp_path / "model", deeper(name), torch.float32)
+    done = bake(tmp_path, folder, text, "native onnx", {"prune": LESS}, {"smooth": {}}, INT4)
+    assert done.artifacts["native"][1].engine == "compress runtime"
+    for kind, (place, proof) in done.artifacts.items():
+        assert proof.greedy > 0
+        again = next(k for k in KINDS if k.name == kind).read(place)
+        assert [site.role for site in again.graph.of_block(0)] == ["gate", "up", "down"]
+        assert [site.role for site in again.graph.of_block(1)] == ["q", "k", "v", "o"]
+        assert torch.equal(*(logits(s, [TOKENS.ids[:1]], "cpu")[0] for s in (done.state, again)))
+    assert stock_says(done.artifacts["native"][0]) != ""
+    assert "layers.1: 0 of 128 neurons of an MLP" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_the_laws_of_a_pass_hold_without_some_sublayers(tmp_path: Path) -> None:
+    check_pass(Prune.model_validate(LESS), make_model(tmp_path / "source", deeper("llama")), tmp_path / "run")
+
+
+def test_a_plain_folder_without_some_sublayers_stops_stock_transformers(tmp_path: Path) -> None:
+    folder = make_model(tmp_path, deeper("llama"), torch.float32)
+    for options in ({"mlp": {"layers.1.*": 0}}, {"kv_groups": {"layers.1.*": 0}}):
+        Prune.model_validate(options).foresee(open_model(str(folder)).state).config.save_pretrained(tmp_path / "config")
+        (tmp_path / "config" / "model.safetensors").unlink(missing_ok=True)
+        shutil.copy(folder / "model.safetensors", tmp_path / "config")
+        assert "per-layer attribute" in stock_says(tmp_path / "config")
+
+
+SHORT = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "vocab_size": 272, "pad_token_id": 0}  # fmt: skip
+ODD = {
+    "shared norm": (transformers.CohereConfig, "mlp", {"mlp"}),
+    "shared norm and biases": (transformers.PhiConfig, "kv_groups", {"self_attn"}),
+    "norm within": (transformers.BitNetConfig, "kv_groups", {"self_attn", "input_layernorm"}),
+    "side by side": (transformers.GPTNeoXConfig, "mlp", {"mlp", "post_attention_layernorm"}),
+    "norms behind": (transformers.Glm4Config, "mlp", {"mlp", "post_attention_layernorm", "post_mlp_layernorm"}),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_what_goes_with_a_sublayer_is_seen_of_each_architecture(tmp_path: Path, case: str) -> None:
+    """The pass itself compares what the layer computes without it."""
+    kind, option, gone = ODD[case]
+    config = kind(**{name: value for name, value in SHORT.items() if kind is not transformers.GPTNeoXConfig or "key" not in name})
+    model = open_model(str(make_model(tmp_path / "model", config, torch.float32)))
+    after = attempt(Prune.model_validate({option: {"layers.1.*": 0}}), model, tmp_path / "steps")
+    assert values_of(after.config)[1]["absent_modules"].keys() == gone
+    assert logits(after, [TOKENS.ids[:1]], "cpu")[0].isfinite().all()
+
+
+def test_a_sublayer_takes_its_biases_with_it(tmp_path: Path, text: Path) -> None:
+    folder = make_model(tmp_path / "model", FAMILIES["gpt2"](), torch.float32)
+    tensors = load_file(folder / "model.safetensors")
+    for name in (name for name in tensors if name.endswith("bias")):
+        tensors[name].normal_(generator=torch.Generator().manual_seed(1))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    done = bake(tmp_path, folder, text, "native", {"prune": {"mlp": {"layers.0.*": 0, "layers.1.*": 64}}})
+    assert done.artifacts["native"][1].greedy == 16
+    assert not any(spec.name.startswith(("transformer.h.0.mlp.", "transformer.h.0.ln_2.")) for spec in done.state.specs)
+
+
+@pytest.mark.parametrize(("name", "kind", "says"), [
+    ("opt", "mlp", "has no module that is its MLP alone"),
+    ("roberta", "kv_groups", "does more with its attention than add its outputs"),
+    ("gpt2", "kv_groups", "has no config of a layer without an attention"),
+])  # fmt: skip
+def test_sublayers_that_leave_a_trace_stay(tmp_path: Path, name: str, kind: str, says: str) -> None:
+    state = open_model(str(make_model(tmp_path, FAMILIES[name](), torch.float32))).state
+    with pytest.raises(CompressError, match=says):
+        Prune.model_validate({kind: {"layers.1.*": 0}}).foresee(state)

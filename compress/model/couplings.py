@@ -24,8 +24,8 @@ from compress.errors import ModelError
 from compress.model.discover import discover
 from compress.model.feeds import BY_HEAD, STACKED
 from compress.model.names import anchor
-from compress.model.shapes import of_layer, values_of, with_values
 from compress.model.skeleton import skeleton
+from compress.shapes import of_layer, values_of, with_values
 from compress.state import State
 from compress.state.checkpoint import Spec
 from compress.state.graph import Graph, Site

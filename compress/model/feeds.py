@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from compress.errors import ModelError, first_line
 from compress.model.names import places
-from compress.model.shapes import of_layer
 from compress.model.skeleton import is_experts, is_matrix, skeleton
+from compress.shapes import of_layer
 from compress.state import State
 from compress.state.graph import Feed, Norm, Site
 

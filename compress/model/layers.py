@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from compress.errors import ModelError, first_line
 from compress.model.discover import discover, has_experts
 from compress.model.names import anchor, layers_beyond
-from compress.model.shapes import values_of, with_values
 from compress.model.skeleton import is_experts, is_matrix, skeleton
+from compress.shapes import values_of, with_values
 from compress.state import State
 from compress.state.graph import Site
 from compress.state.overlay import Bare

@@ -17,8 +17,8 @@ from torch import nn
 from transformers.initialization import guard_torch_init_functions
 from transformers.pytorch_utils import Conv1D
 
+from compress import shapes
 from compress.errors import ModelError, first_line
-from compress.model import shapes
 from compress.model.known import kept_under, key_of, known
 
 _PATCH = threading.Lock()

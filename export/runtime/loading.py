@@ -12,13 +12,13 @@ import transformers
 from transformers.quantizers import auto
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from compress import shapes
 from compress.errors import CompressError, ModelError, one_line
 from compress.export.artifact import config as artifact_config
 from compress.export.artifact import files
 from compress.export.runtime.correction import correct
 from compress.export.runtime.linear import prepare
 from compress.export.runtime.quantizer import DeclaredConfig, IntegerQuantizer, NativeQuantizer
-from compress.model import shapes
 
 CONFIGS, QUANTIZERS = auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING
 INTEGERS = "compressed-tensors"

@@ -24,7 +24,7 @@ from compress.export.artifact import files
 from compress.export.runtime import reading
 from compress.export.runtime.linear import PackedLinear
 from compress.formats import Dense, Format
-from compress.model.shapes import said_to_differ
+from compress.shapes import said_to_differ
 
 SHARDS = {"q": 0, "k": 1, "v": 2, None: 0}
 

@@ -24,7 +24,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.heterogeneity import HeterogeneousConfigMixin
 
@@ -33,6 +34,8 @@ from compress.errors import ModelError
 KEY = "per_layer_config"
 OPEN = "allow_global_per_layer_attribute_access"
 NUMBERS = ("layer_idx", "layer_id", "layer_number", "idx")  # what classes of layers call their number
+ABSENT = "absent_modules"  # of a layer: path within it -> one of these
+ATTENTION, MLP, NORM = "attention", "mlp", "norm"
 Values = Mapping[int, Mapping[str, Any]]
 
 # --- what a config says ----------------------------------------------------------------------------------------------
@@ -88,6 +91,10 @@ class Layer:
 
     whole: Any
 
+    def __reduce__(self) -> Any:
+        """To be pickled with a model: this class has no name of its own."""
+        return for_layer, (type(self).__mro__[2], vars(self))
+
     @property
     def _attn_implementation_internal(self) -> Any:
         return self.__dict__["whole"]._attn_implementation_internal
@@ -108,10 +115,16 @@ class Layer:
 def follower(config: Any, layer: int) -> Any:
     """The config of a layer that is built from it."""
     found = config.per_layer_config[layer]
-    kind = type(config)
-    found.__class__ = type(kind.__name__, (Layer, kind), {"__module__": kind.__module__})
-    found.__dict__["whole"] = config
-    found.__dict__.pop(OPEN, None)
+    own = {name: value for name, value in vars(found).items() if name not in (OPEN, "_attn_implementation_internal",
+                                                                             "_experts_implementation_internal")}  # fmt: skip
+    return for_layer(type(config), own | {"whole": config})
+
+
+def for_layer(kind: type, values: Mapping[str, Any]) -> Any:
+    """A config of a class, as one layer's."""
+    known: Any = type(kind.__name__, (Layer, kind), {"__module__": kind.__module__})
+    found = known.__new__(known)
+    vars(found).update(values)
     return found
 
 
@@ -146,8 +159,46 @@ def reshape(model: Any) -> None:
     if blocks is None or hasattr(blocks, "reshaped"):
         return
     for layer, block in enumerate(blocks):
-        blocks[layer] = type(block)(config=follower(model.config, layer), **{str(number_of(type(block))): layer})
+        config = follower(model.config, layer)
+        blocks[layer] = type(block)(config=config, **{str(number_of(type(block))): layer})
+        for path, what in (getattr(config, ABSENT, None) or {}).items():
+            blocks[layer].set_submodule(path, absent(blocks[layer].get_submodule(path), what, config))
     vars(blocks)["reshaped"] = True
+
+
+class NoAttention(nn.Module):
+    """Stands where a layer has no attention: puts out zeros. A cache counts positions by what its layers hold, so it is given one
+    number for each, the least that it takes; a static one has its own width."""
+
+    def __init__(self, stood: nn.Module, config: Any):
+        super().__init__()
+        vars(self).update({name: value for name, value in vars(stood).items() if not name.startswith("_") and name != "training"})
+        self.config = config
+
+    def forward(self, hidden_states: Tensor, *_: Any, past_key_values: Any = None, **__: Any) -> tuple[Tensor, None]:
+        if past_key_values is not None:
+            number: Any = self.layer_idx
+            known: Any = [layer for layer in past_key_values.layers[number : number + 1] if layer.is_initialized]
+            width = known[0].keys.shape[-1] if known else 1
+            held = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], width)
+            past_key_values.update(held, held, number)
+        return torch.zeros_like(hidden_states), None
+
+
+class NoMLP(nn.Module):
+    """Stands where a layer has no MLP: puts out zeros."""
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return torch.zeros_like(hidden_states)
+
+
+def absent(stood: nn.Module, what: str, config: Any) -> nn.Module:
+    """What stands in the place of a module that is not there."""
+    if what == ATTENTION:
+        return NoAttention(stood, config)
+    if what in (MLP, NORM):
+        return NoMLP() if what == MLP else nn.Identity()
+    raise ModelError(f"'{what}' is nothing that a layer can lack; use a newer compress-pipeline")
 
 
 def begin(stock: Callable[..., None], model: Any, config: Any, *args: Any, **kwargs: Any) -> None:
