@@ -36,7 +36,7 @@ from compress.passes import choices, costs, joint, structure
 from compress.passes.allocate_options import Options
 from compress.passes.choices import Bounds, Resource, Space
 from compress.passes.error_table import CERTAIN, DRAWN, SOME, ErrorTable, Squares, keep, measure
-from compress.passes.gradients import fisher, output_gradients, table_gradients
+from compress.passes.gradients import Response, fisher, output_gradients, table_gradients
 from compress.passes.joint import Shape
 from compress.passes.joint_free import Program
 from compress.passes.lqlora import LqLora
@@ -57,7 +57,7 @@ class Allocate(Options):
     """Choose each matrix's format and rank: the least damage within a budget, by an exact integer program."""
 
     name: ClassVar[str] = "allocate"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     needs: ClassVar[Fact] = Fact.DENSE
     decides: ClassVar[bool] = True
     looks_ahead: ClassVar[bool] = True
@@ -268,13 +268,13 @@ class Allocate(Options):
         walk = ctx.part(self._backward, self._measuring)
         wanted, kept = self._wanted(state, self._space(state, state)[0]), ctx.store.analysis("errors", of)
         tables = table_gradients(state, ctx, held) if self.also and self.metric == "kl" and held else None
-        return measure(chain, state, walk, wanted, kept, squares, tables)
+        return measure(chain, state, walk, wanted, kept, squares, tables, None if weighs_weights(chain) else held)
 
     def _squares(self, state: State, ctx: Context, chain: Chain, held: Tokens) -> Squares:
         """Squared gradients at outputs; at weights where LQ-LoRA's own Fisher-weighted way follows."""
-        if any(isinstance(p, LqLora) and p.fisher for p in chain.passes):
+        if weighs_weights(chain):
             tokens = ctx.calibration.ids.shape[1] if ctx.calibration else 1  # F is of a window, damage of a token
-            return lambda site: fisher(state, ctx, site) / tokens
+            return lambda site: Response(fisher(state, ctx, site) / tokens)
         found = output_gradients(state, ctx, held)
         return lambda site: found[site.name]
 
@@ -298,3 +298,8 @@ class Allocate(Options):
             if name in wanted:
                 wanted[name] += [f for f in formats if f not in wanted[name]]
         return {n: [f for f in formats if not isinstance(f, Dense)] for n, formats in wanted.items()}
+
+
+def weighs_weights(chain: Chain) -> bool:
+    """Whether LQ-LoRA's own Fisher information, that of the weights, is what the recipe goes by."""
+    return any(isinstance(p, LqLora) and p.fisher for p in chain.passes)

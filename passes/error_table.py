@@ -4,8 +4,13 @@ For Δ = Ŵ - W, with Ŵ the deployed weights, three figures are kept, so that t
 
     output   tr(ΔHΔᵀ) / tr(WHWᵀ), the relative error of the matrix's outputs on the calibration text
     weight   |Δ|², which LQ-LoRA's data-free allocation adds up (arXiv 2311.12023, section 3.2)
-    kl       ½ Σ_n g_n (ΔHΔᵀ)_nn with g_n the mean squared gradient of the log-likelihood at output n: the KL per token to second
-             order, the outputs taken as independent; or, as LQ-LoRA has it (section 3.3), ½ Σ F_nk Δ_nk² with that at the weights
+    kl       ½ Σ_n g_n (ΔHΔᵀ)_nn / Σ_n g_n, with g_n the mean squared gradient of the log-likelihood at output n, and H the mean
+             of w_t x xᵀ, w_t that gradient's squared length at a token: the KL per token to second order, outputs taken as
+             independent and g_tn as a product of both; or, as LQ-LoRA has it (section 3.3), ½ Σ F_nk Δ_nk², F at the weights
+
+The first two are of the calibration text. `kl` is of the tokens that gradients were measured on, which nothing was solved for:
+where tokens are few, errors of the text that a matrix was fitted to are half as large as those of another. And tokens count by
+what comes of them, or a few huge inputs that do nothing would decide (see gradients.py).
 
 Every matrix is quantized alone, on the inputs of the unquantized model: the table answers for one matrix at a time, and adding
 its entries up is the allocator's assumption, not the table's. Outputs are solved one by one and errors are sums over them, so of
@@ -29,9 +34,11 @@ from torch import Tensor
 
 from compress.formats import Format, LowRank, base_of, parse
 from compress.manager import Context, Record, Store
+from compress.model.data import Tokens
+from compress.model.lockstep import Inputs
 from compress.model.speed import precision
 from compress.passes import gptq_core as core
-from compress.passes.gradients import TableSquares
+from compress.passes.gradients import Response, TableSquares
 from compress.passes.solver import LOOKED_UP, Case, Shared, Solver, Solves, is_table
 from compress.state import State
 from compress.state.graph import Site
@@ -39,7 +46,8 @@ from compress.state.graph import Site
 DRAWN = 256  # outputs
 CERTAIN, SOME = 2048, 1024  # rows of a table: those that weigh most, and some of the others
 Wanted = Mapping[str, Sequence[Format]]  # site -> candidates
-Squares = Callable[[Site], Tensor]  # squared gradients at a site's outputs [N] or at its weights [N, K]
+Squares = Callable[[Site], Response]  # squared gradients of a site
+POOLED = 0.1  # of an expert's damage, what comes of the mean of all experts
 
 
 class Tries(Solves, Protocol):
@@ -77,6 +85,18 @@ class ErrorTable:
         return lambda site, fmt: float(getattr(self[site.name, fmt], metric)) if (site.name, fmt) in self.entries else 0.0
 
 
+@dataclass(frozen=True)
+class Held:
+    """Windows that were held back: they come behind so many batches of others; tokens: how many they have."""
+
+    ids: Sequence[Tensor]
+    behind: int
+
+    @property
+    def tokens(self) -> int:
+        return sum(batch.numel() for batch in self.ids)
+
+
 class Meter(Solver):
     """Solves every candidate of a site and keeps its errors instead of its codes."""
 
@@ -88,14 +108,37 @@ class Meter(Solver):
         wanted: Wanted,
         gradients: Squares | None,
         tables: TableSquares | None = None,
+        held: Held | None = None,
     ):
         super().__init__(solver, state, ctx)
-        self.tables = tables
+        self.tables, self.held = tables, held
+        self._passed: dict[str, int] = {}  # batches, by stage
+        self._weighed: dict[str, tuple[Tensor, int]] = {}  # site -> sum of w x xᵀ, and tokens that were
         self.formats = {name: formats[0] for name, formats in wanted.items() if formats}
         self.wanted, self.gradients, self.tries = wanted, gradients, solver.tries
 
     def _together(self, sites: Sequence[Site]) -> Iterator[list[Site]]:
         yield from ([s] for s in sites)
+
+    def observe(self, stage: str, inputs: Inputs, clean: Inputs | None) -> None:
+        """Batches that are held back come behind the others, and count by their responses."""
+        number = self._passed[stage] = self._passed.get(stage, 0) + 1
+        if self.held is None or number <= self.held.behind:
+            super().observe(stage, inputs, clean)
+            return
+        assert self.gradients is not None
+        for site in self._active[stage]:
+            tokens = self.gradients(site).tokens
+            if tokens is not None and site.expert in inputs:
+                self._weigh(site, inputs[site.expert], tokens)
+
+    def _weigh(self, site: Site, X_tk: Tensor, tokens: Tensor) -> None:
+        H_kk, seen = self._weighed.get(site.name, (X_tk.new_zeros(X_tk.shape[1], X_tk.shape[1], dtype=torch.float32), 0))
+        w_t = tokens[seen : seen + len(X_tk)].to(H_kk)
+        if len(w_t) < len(X_tk):  # a router that sent others here than before
+            w_t = tokens.mean().expand(len(X_tk)).to(H_kk)
+        core.accumulate(H_kk, X_tk.float() * w_t.sqrt()[:, None])
+        self._weighed[site.name] = H_kk, seen + len(X_tk)
 
     def _looking_up(self, H_kk: Tensor) -> Tensor:
         self.head_kk = H_kk
@@ -111,15 +154,30 @@ class Meter(Solver):
             rows = torch.randperm(len(rows), generator=self.ctx.generator(site))[:DRAWN].sort().values
         W_nk = self.state.reference(site)[rows].to(self.ctx.device, torch.float32)
         energy = float(core.loss(W_nk, shared.factor).sum()) or 1.0
-        squares = self.gradients(site)[rows].to(W_nk) if self.gradients else None
+        response = self.gradients(site) if self.gradients else None
+        weighed = self._weighed.pop(site.name, None)
         for fmt, made in self.tries(W_nk, shared.factor, formats, Case(site, self.state, self.ctx)):
             D_nk, share = made - W_nk, site.shape[0] / len(rows)
             loss_n = core.loss(D_nk, shared.factor)
             self.records.append({
                 "site": site.name, "format": str(fmt), "output": float(loss_n.sum()) / energy,
                 "weight": share * float(D_nk.square().sum()),
-                "kl": None if squares is None else share * half_fisher(squares, D_nk, loss_n),
+                "kl": None if response is None else share * self._kl(response, rows, weighed, D_nk, loss_n),
             })  # fmt: skip
+
+    def _kl(self, response: Response, rows: Tensor, weighed: tuple[Tensor, int] | None, D_nk: Tensor, loss_n: Tensor) -> float:
+        """Half the Fisher information of a change of some rows; `loss_n` is theirs on the calibration text."""
+        squares = response.squares[rows].to(D_nk)
+        if squares.ndim == 2:
+            return 0.5 * float((squares * D_nk.square()).sum())
+        assert self.held is not None
+        found, total = 0.0, float(response.squares.sum())
+        if weighed is not None and total > 0:
+            H_kk = core.finish(weighed[0])
+            found = 0.5 * float(squares @ ((D_nk @ H_kk) * D_nk).sum(1)) / total / self.held.tokens
+        if response.mean is None:
+            return found
+        return (1 - POOLED) * found + POOLED * 0.5 * response.mean * float(loss_n.sum())
 
     def _measure_table(self, site: Site, shared: Shared) -> None:
         """A head, an embedding, or both in one: errors of some rows, each standing for `stands` of them."""
@@ -158,11 +216,6 @@ class Meter(Solver):
         return rows, stands[rows], counts[rows]
 
 
-def half_fisher(squares: Tensor, D_nk: Tensor, loss_n: Tensor) -> float:
-    """Half the Fisher information of a change, from squared gradients at the outputs, [N], or at the weights, [N, K]."""
-    return 0.5 * float((squares * D_nk.square()).sum() if squares.ndim == 2 else squares @ loss_n)
-
-
 def measure(
     solver: Tries,
     state: State,
@@ -171,6 +224,7 @@ def measure(
     store: Store,
     gradients: Squares | None,
     tables: TableSquares | None = None,
+    held: Tokens | None = None,
 ) -> ErrorTable:
     """The table of all wanted candidates, from what `store` holds and, for the rest, one pass of the calibration text; one more
     for what lies outside the blocks."""
@@ -179,7 +233,7 @@ def measure(
     missing_tables = [(site, list(absent(state, [site.name], wanted, store))) for site in outside]
     with precision("bf16"):
         if any(missing):
-            _measure(solver, state, ctx, missing, store, gradients)
+            _measure(solver, state, ctx, missing, store, gradients, held)
         for site, found in missing_tables:
             if found:
                 _measure_table(solver, state, ctx, site, found, store, tables)
@@ -222,17 +276,21 @@ def absent(state: State, names: Sequence[str], wanted: Wanted, store: Store) -> 
 
 def _measure(
     solver: Tries, state: State, ctx: Context, missing: Sequence[Sequence[tuple[str, dict[str, list[Format]]]]], store: Store,
-    gradients: Squares | None,
+    gradients: Squares | None, held: Tokens | None,
 ) -> None:  # fmt: skip
     last = max(i for i, parts in enumerate(missing) if parts)
     stream, batches = (None, []) if ctx.calibration is None else ctx.stream(state)
+    apart = None
+    if stream is not None and gradients and held:
+        apart = Held([state.ids(window) for window in held.ids.split(1)], len(batches))
+        batches += stream.start(state, apart.ids)
     for block, parts in zip(state.graph.blocks[: last + 1], missing, strict=False):
         ctx.progress(block.index, len(state.graph.blocks), f"measuring {block.module}")
         everything: dict[str, list[Format]] = {}
         for _, members in parts:
             for name, formats in members.items():
                 everything.setdefault(name, []).extend(formats)
-        meter = Meter(solver, state, ctx, everything, gradients)
+        meter = Meter(solver, state, ctx, everything, gradients, held=apart)
         sites = meter.sites([s for s in block.sites if s in everything])
         if stream is None:
             for site in sites:

@@ -4,14 +4,19 @@ The model runs forward and back with one block in memory (model/backward.py). Ta
 predictions, so the squares estimate the Fisher information itself, the second derivative of the KL to the model, not the
 "empirical" one of the text's own next tokens. One window is one sample, as in LQ-LoRA (arXiv 2311.12023, section 3.3).
 
-    output   g_n = mean over tokens of (∂ℓ/∂y_tn)², ℓ the log-likelihood of a window, y the outputs of the matrix
+    output   g_n = mean over tokens of (∂ℓ/∂y_tn)², ℓ the log-likelihood of a window, y the outputs of the matrix;
+             w_t = the same, summed over outputs: how much a token counts
     weight   F_nk = mean over windows of (∂ℓ/∂W_nk)², where ∂ℓ/∂W = Σ_t ∂ℓ/∂y_t x_tᵀ
 
 For what lies outside the blocks (`TableSquares`): of a head g at its logits; of an embedding that at the rows looked up, a mean
 over tokens for each of their numbers.
 
-An expert's g is over all tokens too: those that the router does not send to it add nothing. A part of it (`POOLED`) is the mean
-of all experts of its block and role, so that an expert that this sample hardly reached is not taken for one that does no harm.
+Tokens count by w_t because some inputs are a thousand times larger than all others, and what comes of them does nothing: in a
+trained model the first token of a text draws attention and has no other use. On Gemma 3 270M an average over tokens says that
+int3:g64 in one `down` costs 0.3 nats, where 0.013 are measured.
+
+An expert's g is over all tokens too: those that the router does not send to it add nothing. Beside it stands the mean of all
+experts of its block and role, so that an expert that this sample hardly reached is not taken for one that does no harm.
 """
 
 from __future__ import annotations
@@ -30,7 +35,7 @@ from compress.model.stream import Stream
 from compress.state import State
 from compress.state.graph import Site
 
-POOLED = 0.1
+TOKENS = ":tokens"  # behind the name of a site: w_t
 TABLES = "tables"  # the part that is committed last
 
 
@@ -44,17 +49,25 @@ class TableSquares:
     tokens: Tensor
 
 
-def output_gradients(state: State, ctx: Context, tokens: Tokens) -> dict[str, Tensor]:
-    """Site -> g [N], measured on these tokens."""
-    known = {n: t[0] for n, t in _known(state, replace(ctx, calibration=tokens), "gradients", _squared_outputs)}
+@dataclass(frozen=True)
+class Response:
+    """squares: how much the outputs of a matrix count [N], or its weights [N, K]. tokens: how much the tokens do that come to it
+    [T]. mean: of an expert's output, in the mean over all experts."""
+
+    squares: Tensor
+    tokens: Tensor | None = None
+    mean: float | None = None
+
+
+def output_gradients(state: State, ctx: Context, tokens: Tokens) -> dict[str, Response]:
+    """Site -> g [N] and w [T], measured on these tokens."""
+    known = dict(_known(state, replace(ctx, calibration=tokens), "gradients", _squared_outputs))
     experts: dict[tuple[int | None, str], list[str]] = {}
     for site in state.graph.linear:
         if site.expert is not None:
             experts.setdefault((site.block, site.role), []).append(site.name)
-    for names in experts.values():
-        mean = torch.stack([known[n] for n in names]).mean()
-        known |= {n: torch.lerp(known[n], mean, POOLED) for n in names}
-    return known
+    mean = {n: float(torch.stack([known[m][0] for m in names]).mean()) for names in experts.values() for n in names}
+    return {n: Response(g[0], known[n + TOKENS][0], mean.get(n)) for n, g in known.items() if not n.endswith(TOKENS)}
 
 
 def table_gradients(state: State, ctx: Context, tokens: Tokens) -> TableSquares:
@@ -98,7 +111,7 @@ def _known(state: State, ctx: Context, name: str, squares: Squares, only: Site |
 def _measured(state: State, ctx: Context, name: str, squares: Squares) -> Store:
     """Where all of them are kept; they are measured the first time."""
     assert ctx.calibration is not None, "`check` asks for calibration data"
-    store = ctx.store.analysis(name, {"tokens": ctx.calibration.hash})
+    store = ctx.store.analysis(name, {"tokens": ctx.calibration.hash, "version": 2})
     if store.committed(TABLES) is None:
         _measure(state, ctx, store, squares)
     return store
@@ -111,7 +124,7 @@ def _measure(state: State, ctx: Context, store: Store, squares: Squares) -> None
     inputs = forward(stream, state, batches, ctx.progress)
     scale = looked_up_scale(state, ids, inputs[0])
     generator = torch.Generator().manual_seed(ctx.seed)
-    count, sums = ids.numel(), dict[str, Tensor]()
+    count, sums, weights = ids.numel(), dict[str, Tensor](), dict[str, list[Tensor]]()
     head_v = torch.zeros(0)
 
     def slope(logits: Tensor) -> Tensor:
@@ -127,13 +140,17 @@ def _measure(state: State, ctx: Context, store: Store, squares: Squares) -> None
                 return
             square = (scale * g.flatten(0, -2).float()).square().sum(0) * len(batches) / count
         else:
-            square = squares(x.flatten(0, -2).float(), g.flatten(0, -2).float(), ids.shape[1])
+            x_tk, g_tn = x.flatten(0, -2).float(), g.flatten(0, -2).float()
+            square = squares(x_tk, g_tn, ids.shape[1])
+            weights.setdefault(site + TOKENS, []).append(g_tn.square().sum(1))
         sums[site] = sums[site].add_(square) if site in sums else square
 
     above = behind(stream, state, batches, slope)
     for index in backward(stream, state, batches, inputs, above, add, ctx.progress):
-        store.commit(f"block-{index:04}", dense={name: (total / len(batches)).cpu() for name, total in sums.items()})
+        means = {name: (total / len(batches)).cpu() for name, total in sums.items()}
+        store.commit(f"block-{index:04}", dense=means | {name: torch.cat(w)[None].cpu() for name, w in weights.items()})
         sums.clear()
+        weights.clear()
     store.commit(TABLES, dense={n: (total / len(batches)).cpu() for n, total in sums.items()} | {"lm_head": head_v})
 
 

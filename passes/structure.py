@@ -24,7 +24,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from compress.errors import CompressError, ModelError
+from compress.errors import CompressError, ModelError, RecipeError
 from compress.formats import Format
 from compress.manager import Context, Cost, Store
 from compress.model.couplings import KV_GROUPS, MLP, Coupling, couplings, named
@@ -90,10 +90,17 @@ def levels(
                 made_of({kind: {"layers.0.*" if free else EVERY: count}}).foresee(state)
                 yield count
         return
-    for share in shares:
-        if share < 1:
+    some, all_of_them = False, None
+    for share in (s for s in shares if s < 1):
+        try:
             smaller = made_of({kind: share}, multiple(state, formats) if kind == MLP else None).foresee(state)
-            yield next(count for (k, _), count in units(smaller).items() if k == kind)
+        except RecipeError as e:  # rounded up it takes nothing away, which is a choice in any case
+            all_of_them = e
+            continue
+        some = True
+        yield next(count for (k, _), count in units(smaller).items() if k == kind)
+    if all_of_them is not None and not some:
+        raise all_of_them
 
 
 def made_of(stays: Mapping[str, Any], multiple: int | None = None) -> Prune:

@@ -296,9 +296,12 @@ def test_gradients_are_those_of_the_stock_model(family: Any, tmp_path: Path, nam
             sums[s.name] += gradient(theirs, s).square() / 3
     for s in model.graph.linear:
         torch.testing.assert_close(gradients.fisher(model.state, ctx, s), sums[s.name], rtol=1e-3, atol=1e-7)
-        assert g[s.name].shape == (s.shape[0],)
-        assert (g[s.name] >= 0).all()
-        assert g[s.name].sum() > 0
+        squares, weights = g[s.name].squares, g[s.name].tokens
+        assert squares.shape == (s.shape[0],)
+        assert (squares >= 0).all()
+        assert squares.sum() > 0
+        assert len(weights) == tokens.ids.numel() or s.expert is not None
+        assert weights.sum() / tokens.ids.numel() == pytest.approx(float(squares.sum()), rel=1e-4)
 
 
 def gradient(model: torch.nn.Module, site: Any) -> torch.Tensor:
@@ -341,10 +344,11 @@ def test_drawn_outputs_stand_for_all(family: Any, tmp_path: Path, monkeypatch: p
     tokens = some_tokens()
     ctx, formats = context(model, tokens, tmp_path), [parse("int2:g32"), parse("int4:g32")]
     wanted = {s.name: formats for s in model.graph.linear}
-    squares = gradients.output_gradients(model.state, ctx, tokens)
-    whole = measure(Chain((Quantize(),)), model.state, ctx, wanted, ctx.store.analysis("e", 0), lambda s: squares[s.name])
+    squares = gradients.output_gradients(model.state, ctx, some_tokens(2))
+    of: Any = (lambda s: squares[s.name], None, some_tokens(2))
+    whole = measure(Chain((Quantize(),)), model.state, ctx, wanted, ctx.store.analysis("e", 0), *of)
     monkeypatch.setattr(error_table, "DRAWN", 32)
-    some = measure(Chain((Quantize(),)), model.state, ctx, wanted, ctx.store.analysis("e", 1), lambda s: squares[s.name])
+    some = measure(Chain((Quantize(),)), model.state, ctx, wanted, ctx.store.analysis("e", 1), *of)
     assert whole.entries.keys() == some.entries.keys()
     assert any(whole[k] != some[k] for k in whole.entries)
     for metric in ("output", "weight", "kl"):
@@ -413,7 +417,7 @@ def test_mixed_widths_beat_one_width_of_the_same_bytes(assets: Path, tmp_path: P
     assert mixed.scores["compressed"]["kl"] <= 0.7 * uniform.scores["compressed"]["kl"]
     forecast = mixed.state.plan.forecast
     taken = next(t for t in forecast.trials if t.chosen)
-    assert taken.measured == pytest.approx(mixed.scores["compressed"]["kl"], rel=0.2)
+    assert taken.measured == pytest.approx(mixed.scores["compressed"]["kl"], rel=0.3)  # of few tokens, fitted to fewer
     assert forecast.total == pytest.approx(taken.measured, rel=0.3)
 
 
@@ -430,7 +434,7 @@ def test_predicted_damage_of_single_replacements_ranks_as_the_measured(assets: P
     ctx, chain = context(model, replace(tokens, ids=rest.ids), tmp_path), Chain((Quantize(),))  # type: ignore[union-attr]
     every = {s.name: [parse(f) for f in WIDTHS[::2]] for s in model.graph.linear}
     squares = gradients.output_gradients(model.state, ctx, held)
-    table = measure(chain, model.state, ctx, every, ctx.store.analysis("e", 0), lambda s: squares[s.name])
+    table = measure(chain, model.state, ctx, every, ctx.store.analysis("e", 0), lambda s: squares[s.name], None, held)
     predicted, measured = [], []
     for site in model.graph.linear[:: len(model.graph.linear) // 6]:
         for i, fmt in enumerate(every[site.name]):

@@ -235,7 +235,8 @@ def test_plan_and_report_say_what_is_left(project: Project) -> None:
     assert "note: layers: shape: " in told
     assert "layers.0.mlp.down:" not in told, "matrices are the report's"
     assert project("run", project.recipe).code == 0
-    assert project("plan", project.recipe).out == told, "nothing is measured again"
+    again = project("plan", project.recipe).out
+    assert again.replace("cached", "to do").split() == told.replace("cached", "to do").split(), "nothing is decided anew"
 
 
 @pytest.mark.parametrize(("options", "line"), [
