@@ -26,6 +26,7 @@ from compress.passes import error_table, gradients, trials
 from compress.passes.allocate import Allocate
 from compress.passes.error_table import measure
 from compress.passes.quantize import Quantize
+from compress.passes.solver import Case
 from compress.passes.trials import Chain, split
 from compress.run import Parts
 from compress.state import Fact
@@ -354,6 +355,27 @@ def test_drawn_outputs_stand_for_all(family: Any, tmp_path: Path, monkeypatch: p
     for metric in ("output", "weight", "kl"):
         sums = [sum(getattr(e, metric) for e in table.entries.values()) for table in (whole, some)]
         assert sums[1] == pytest.approx(sums[0], rel=0.15)
+
+
+def test_damage_counts_tokens_by_what_comes_of_them(family: Any, tmp_path: Path) -> None:
+    """By hand, from what a stock model gives a matrix for tokens that were held back."""
+    model = open_model(str(family("llama", torch.float32)))
+    held, fmt, chain = some_tokens(3, 16), parse("int2:g32"), Chain((Quantize(method="rtn"),))
+    ctx, site = context(model, some_tokens(), tmp_path), model.graph["layers.1.mlp.down"]
+    found = gradients.output_gradients(model.state, ctx, held)
+    table = measure(chain, model.state, ctx, {site.name: [fmt]}, ctx.store.analysis("e", 0), lambda s: found[s.name], None, held)
+    W = model.state.reference(site).float()
+    ((_, made),) = chain.tries(W, None, [fmt], Case(site, model.state, ctx))
+    given: list[torch.Tensor] = []
+    theirs = stock.load(model.folder)
+    theirs.get_submodule(site.module).register_forward_pre_hook(lambda _, args: given.append(args[0].flatten(0, -2)))
+    with torch.no_grad():
+        theirs(input_ids=held.ids)
+    errors = (given[0] @ (made - W).T).square()
+    g, w = found[site.name].squares, found[site.name].tokens
+    assert w is not None
+    by_hand = 0.5 * float((w[:, None] * errors * g / g.sum()).sum()) / held.ids.numel()
+    assert table[site.name, fmt].kl == pytest.approx(by_hand, rel=2e-2)
 
 
 def test_a_trial_is_calibrated_on_other_windows_than_it_is_measured_on() -> None:
