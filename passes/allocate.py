@@ -30,7 +30,7 @@ from compress.model.backward import LOGITS
 from compress.model.couplings import named
 from compress.model.data import Tokens
 from compress.model.speed import computing
-from compress.model.work import per_token
+from compress.model.work import per_token, waiting_bytes
 from compress.passes import allocate_core as core
 from compress.passes import choices, costs, joint, structure
 from compress.passes.allocate_options import Options
@@ -146,8 +146,8 @@ class Allocate(Options):
             yield from Prune().remarks(state, foreseen)
 
     def cost(self, state: State, tokens: int) -> Cost:
-        """For gradients a pass forward and two back on some tokens, the head included; for the table a pass forward, all
-        Hessians, and every format solved for some outputs; a quantization for every trial."""
+        """For gradients a pass forward and two back on some tokens, the head included; for the table a pass forward with these
+        too, all Hessians, one more for each matrix, and every format solved for some outputs; a quantization for every trial."""
         if self.plan is not None:
             return Cost()
         sites, n = state.graph.linear, len(self.formats)
@@ -163,17 +163,19 @@ class Allocate(Options):
         # what went into each block; the head's matrix; logits, probabilities and their sums
         born = (held * table.shape[1] * len(state.graph.blocks) + table.numel) * computing(state.dtype).itemsize
         born += 16 * min(LOGITS, held * table.shape[0])
+        weighing = 1.0 * sum(held * k * k + 2 * n * rows * k * k for rows, k in drawn[: len(sites)]) * (held > 0)
+        weighed = (held > 0) * (waiting_bytes(state, held, 1) + 12 * max((s.shape[1] ** 2 for s in sites), default=0))
         counts = self._counts(replace(state, plan=None))
         shape = structure.cost(state, counts, tokens)
         if any(counts.values()):
             shape += made_of({kind: {EVERY: min(n)} for kind, n in counts.items() if n}).cost(state, tokens)
         return shape + Cost(
-            once.model_flops + back + self.trials * again.model_flops,
-            tokens * work.squares + factoring + n * solved.flops + self.trials * again.exact_flops,
+            once.model_flops + 2.0 * held * work.weights + back + self.trials * again.model_flops,
+            tokens * work.squares + weighing + factoring + n * solved.flops + self.trials * again.exact_flops,
             n * sum(rows * k for rows, k in drawn) + self.trials * again.weights,
-            max(once.peak_bytes, born * (held > 0), again.peak_bytes * (self.trials > 0)),
+            max(once.peak_bytes + weighed, born * (held > 0), again.peak_bytes * (self.trials > 0)),
             logits=DRAWING * held * table.shape[0],
-            numbers=once.numbers + BACKWARD * held * work.numbers + self.trials * again.numbers,
+            numbers=once.numbers + (1 + BACKWARD) * held * work.numbers + self.trials * again.numbers,
             steps=n * solved.steps + self.trials * again.steps,
         )
 
