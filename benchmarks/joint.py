@@ -19,7 +19,7 @@ LEVELS = [0.875, 0.75, 0.625, 0.5, 0.375, 0.25]
 CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("bits alone", {}),
     ("shape and bits, uniform", {"structure": {"mlp": LEVELS, "kv_groups": "all"}}),
-    ("shape and bits, free", {"structure": {"mlp": LEVELS, "kv_groups": "all"}, "shapes": "free"}),
+    ("shape and bits, free", {"structure": {"mlp": LEVELS, "kv_groups": "all", "skip_attention": True}, "shapes": "free"}),
 )
 
 

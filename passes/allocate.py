@@ -13,8 +13,7 @@ choice itself, exact and with its gap, is made by allocate_core.py. Here they me
 KL to second order, from gradients, takes the place of measuring: the logits' KL with one matrix replaced at a time ranks no
 better, chooses no better (docs/allocation.md), and takes a time that grows with the square of the number of layers.
 
-`foresee` can measure nothing. It solves the same program with a guess, for the largest shape that fits, so that whatever cannot
-fit is told before anything runs.
+`foresee` can measure nothing. It solves the same program with a guess, so that whatever cannot fit is told before anything runs.
 """
 
 from __future__ import annotations
@@ -32,18 +31,17 @@ from compress.model.data import Tokens
 from compress.model.speed import computing
 from compress.model.work import per_token, waiting_bytes
 from compress.passes import allocate_core as core
-from compress.passes import choices, costs, joint, structure
+from compress.passes import choices, costs, joint, joint_free, structure
 from compress.passes.allocate_options import Options
 from compress.passes.choices import Bounds, Resource, Space
 from compress.passes.error_table import CERTAIN, DRAWN, SOME, ErrorTable, Squares, keep, measure
 from compress.passes.gradients import Response, fisher, output_gradients, table_gradients
 from compress.passes.joint import Shape
-from compress.passes.joint_free import Program
 from compress.passes.lqlora import LqLora
 from compress.passes.plan_file import given_plan
 from compress.passes.prune import Prune
 from compress.passes.quantize import Quantize
-from compress.passes.structure import EVERY, Counts, Damages, made_of
+from compress.passes.structure import EVERY, Counts, Damages, made_of, some
 from compress.passes.trials import Chain, Damage, Solved, split
 from compress.state import Aspect, Fact, State
 from compress.state.plan import BitPlan
@@ -97,6 +95,10 @@ class Allocate(Options):
             raise RecipeError("an earlier step has planned every format already; keep one 'allocate'")
         if self.plan is not None:
             return replace(state, plan=given_plan(state, self.plan))
+        counts = self._counts(state)
+        if self.shapes == "free" and any(counts.values()):
+            best = self._free(state, choices.guess, joint_free.guess(state, counts), 2.0)
+            return replace(best.shape.state, plan=best.plan(measured=False))
         found: list[tuple[Shape, Solved | joint.Tight | FormatError]] = []
         for shape in self._shapes(state, None):
             found.append((shape, self._solved(state, shape, choices.guess, 2.0)))
@@ -128,9 +130,12 @@ class Allocate(Options):
 
     def _extremes(self, state: State) -> Iterator[State]:
         """The smallest model that may come of it, and one whose layers differ, where they may."""
-        least = {kind: min(counts) for kind, counts in self._counts(state).items() if counts}
-        for where in ("layers.*", "layers.0.*")[: (1 + (self.shapes == "free")) * bool(least)]:
-            shape = joint.shaped(state, {kind: {where: count} for kind, count in least.items()})
+        counts = {kind: numbers for kind, numbers in self._counts(state).items() if numbers}
+        shapes = [{kind: {EVERY: min(some(numbers))} for kind, numbers in counts.items() if some(numbers)}]
+        if self.shapes == "free":
+            shapes.append({kind: {"layers.0.*": min(numbers)} for kind, numbers in counts.items()})
+        for stays in filter(None, shapes):
+            shape = joint.shaped(state, stays)
             solved = self._solved(state, shape, choices.guess, 2.0)
             if isinstance(solved, Solved):
                 yield replace(shape.state, plan=solved.plan(measured=False))
@@ -141,7 +146,7 @@ class Allocate(Options):
             return
         levels = (f"{' or '.join(map(str, counts))} {named(kind)}" for kind, counts in self._counts(state).items() if counts)
         where = "a layer" if self.shapes == "free" else "every layer"
-        yield f"allocate may leave {'; '.join(levels)} in {where}; until that is measured the largest shape that fits is a guess"
+        yield f"allocate may leave {'; '.join(levels)} in {where}; until that is measured shape and formats are a guess"
         if foreseen.specs != state.specs:
             yield from Prune().remarks(state, foreseen)
 
@@ -165,10 +170,10 @@ class Allocate(Options):
         born += 16 * min(LOGITS, held * table.shape[0])
         weighing = 1.0 * sum(held * k * k + 2 * n * rows * k * k for rows, k in drawn[: len(sites)]) * (held > 0)
         weighed = (held > 0) * (waiting_bytes(state, held, 1) + 12 * max((s.shape[1] ** 2 for s in sites), default=0))
-        counts = self._counts(replace(state, plan=None))
-        shape = structure.cost(state, counts, tokens)
-        if any(counts.values()):
-            shape += made_of({kind: {EVERY: min(n)} for kind, n in counts.items() if n}).cost(state, tokens)
+        levels = self.structure.numbers(state) if self.structure else {}
+        shape = structure.cost(state, levels, tokens)
+        if levels:
+            shape += made_of({kind: {EVERY: 1} for kind in levels}).cost(state, tokens)
         return shape + Cost(
             once.model_flops + 2.0 * held * work.weights + back + self.trials * again.model_flops,
             tokens * work.squares + weighing + factoring + n * solved.flops + self.trials * again.exact_flops,
@@ -224,7 +229,8 @@ class Allocate(Options):
         damage = table.damage(self.metric)
         name = keep(table, damage, state, ctx)
         damages = self._levels(state, inner, held)
-        best = self._free(state, damage, damages) if damages and self.shapes == "free" else self._best(state, damage, damages)
+        free = damages and self.shapes == "free"
+        best = self._free(state, damage, damages, self.time_limit) if damages and free else self._best(state, damage, damages)
         best = replace(best, solved=replace(best.solved, table=name))
         if self.trials:
             assert held is not None, "`check` asks for calibration data"
@@ -237,13 +243,13 @@ class Allocate(Options):
         every = list(self._shapes(state, damages))
         return joint.Best.of([(shape, self._solved(state, shape, damage, self.time_limit / len(every))) for shape in every])
 
-    def _free(self, state: State, damage: Damage, damages: Damages) -> joint.Best:
+    def _free(self, state: State, damage: Damage, damages: Damages, seconds: float) -> joint.Best:
         """The best with every layer's shape its own."""
         sp, limits = self._space(state, state)
-        program = Program.of(state, self._counts(state), sp, limits, self.constraints, damage, damages)
-        found = program.solved(self.time_limit)
+        program = joint_free.Program.of(state, self._counts(state), sp, limits, self.constraints, damage, damages)
+        found = program.solved(seconds)
         shape = joint.shaped(state, found.stays, damages)
-        best = joint.Best.of([(shape, self._solved(state, shape, damage, self.time_limit))])
+        best = joint.Best.of([(shape, self._solved(state, shape, damage, seconds))])
         return replace(best, points=found.frontier(), bound=found.solution.bound)
 
     def _levels(self, state: State, ctx: Context, held: Tokens | None) -> Damages | None:

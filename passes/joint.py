@@ -21,7 +21,7 @@ from compress.model.couplings import named
 from compress.model.work import cached
 from compress.passes.choices import Resource
 from compress.passes.prune import Prune, span, units
-from compress.passes.structure import EVERY, Counts, Damages, made_of
+from compress.passes.structure import EVERY, Counts, Damages, made_of, some
 from compress.passes.trials import Solved, steps
 from compress.state import State
 from compress.state.plan import BitPlan, Point
@@ -56,7 +56,7 @@ def shaped(state: State, stays: Stays, damages: Damages | None = None) -> Shape:
         return shape
     made, before, text, lost = shape.prune.foresee(state), units(state), dict[str, None](), dict[str, float]()
     for kind in stays:
-        left = {block: count for (k, block), count in units(made).items() if k == kind}
+        left = {block: units(made).get((k, block), 0) for k, block in before if k == kind}
         text[f"{span(left)} of {span({b: n for (k, b), n in before.items() if k == kind})} {named(kind)}"] = None
         lost |= {f"layers.{block}.{kind}": damages[kind, block, count] if damages is not None else 0.0
                  for block, count in left.items() if count < before[kind, block]}  # fmt: skip
@@ -66,7 +66,7 @@ def shaped(state: State, stays: Stays, damages: Damages | None = None) -> Shape:
 def uniform(state: State, counts: Counts, constraints: Mapping[str, str], damages: Damages | None) -> Iterator[Shape]:
     """Every shape with all layers alike that is within the constraints, the largest first. RecipeError where none is."""
     room, least = allowed(state, constraints), dict[str, int]()
-    for chosen in product(*([None, *counts[kind]] for kind in counts)):
+    for chosen in product(*([None, *some(counts[kind])] for kind in counts)):
         stays = {kind: {EVERY: count} for kind, count in zip(counts, chosen, strict=True) if count is not None}
         shape = shaped(state, stays, damages)
         used = amounts(shape.state)

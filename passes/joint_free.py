@@ -124,6 +124,13 @@ class Found:
         return tuple(found.values())
 
 
+def guess(state: State, counts: Counts) -> Damages:
+    """Damage of levels before anything is measured, as `choices.guess` has it of formats: of every weight that goes, all."""
+    matrices = {s.weight: s.numel for s in state.graph}
+    return {(c.kind, c.block, n): sum(matrices.get(name, 0) for name in c.cuts) * (1 - n / c.units)
+            for c in couplings(state) for n in counts.get(c.kind, ())}  # fmt: skip
+
+
 def sublayer(
     state: State, c: Coupling, groups: tuple[Group, ...], counts: Sequence[int], limits: Sequence[Resource], room: Sequence[str],
     damage: Damage, damages: Damages, inside: set[str],
@@ -131,17 +138,20 @@ def sublayer(
     """Every level of a sublayer, with all formats that its matrices may then have."""
     columns = []
     for count in counts:
+        shape = constrained(state, c, count)
+        extra = [besides(state, c, count) if r.file else 0 for r in limits] + [shape[name] for name in room]
+        lost = damages[c.kind, c.block, count] if count < c.units else 0.0
+        if not count:  # no matrix is left
+            columns.append((np.zeros(1, np.int64), np.full(1, lost), np.array(extra, np.int64)[:, None], np.zeros(1, np.int64)))
+            continue
         smaller = [tuple(shrunk(s, c, count) for s in g.sites) for g in groups]
         options = [[o for o in g.options if all(fits(f, s.shape) for f, s in zip(o, sites, strict=True))]
                    for g, sites in zip(groups, smaller, strict=True)]  # fmt: skip
         if all(options):
             tables = [table(sites, mine, limits, damage, inside) for sites, mine in zip(smaller, options, strict=True)]
             D, U, B = reduce(added, tables)
-            D = D + (damages[c.kind, c.block, count] if count < c.units else 0.0)
-            shape = constrained(state, c, count)
-            extra = [besides(state, c, count) if r.file else 0 for r in limits] + [shape[name] for name in room]
             U = padded(U, len(room)) + np.array(extra, np.int64)[:, None]
-            columns.append((np.full(len(D), count), D, U, B))
+            columns.append((np.full(len(D), count), D + lost, U, B))
     units, D, U, B = (np.concatenate(parts, -1) for parts in zip(*columns, strict=True))
     if len(D) > MOST:
         raise RecipeError(f"layer {c.block} has {len(D):,} combinations of levels and formats; name fewer formats or ranks, or "

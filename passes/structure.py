@@ -33,7 +33,7 @@ from compress.model.speed import precision
 from compress.model.work import block_bytes, per_token, waiting_bytes
 from compress.passes import obs_core as core
 from compress.passes.choices import fits
-from compress.passes.perturbed import Change, Walk, replaced, spread, walking
+from compress.passes.perturbed import Change, Walk, replaced, silent, spread, walking
 from compress.passes.prune import SOLVED, SWEEP, Prune, units
 from compress.passes.prune_block import Aim, Block
 from compress.passes.prune_counts import natural
@@ -57,10 +57,11 @@ class Structure(BaseModel):
     kv_groups: Literal["all"] | tuple[Share, ...] = Field(
         (), description="shares of the groups of heads to choose from; all: every number"
     )
+    skip_attention: bool = Field(False, description="with shapes: free, whether a layer may be left without attention")
 
     @model_validator(mode="after")
     def _something(self) -> Structure:
-        if not self.mlp and not self.kv_groups:
+        if not self.mlp and not self.kv_groups and not self.skip_attention:
             raise ValueError("name what may become smaller: mlp: [0.75, 0.5], kv_groups: all")
         return self
 
@@ -73,7 +74,29 @@ class Structure(BaseModel):
                     found[kind] = sorted(set(levels(state, kind, wanted, formats, free)), reverse=True)
                 except CompressError as e:
                     raise type(e)(str(e), ("structure", kind)) from None
+        if self.skip_attention:
+            found.setdefault(KV_GROUPS, []).append(self._skipped(state, free))
         return found
+
+    def numbers(self, state: State) -> dict[str, int]:
+        """At most how many levels there are of each kind, for estimates; also of a state that is smaller by now."""
+        groups = max((c.units for c in couplings(state) if c.kind == KV_GROUPS), default=1)
+        found = {MLP: len([s for s in self.mlp if s < 1]),
+                 KV_GROUPS: groups - 1 if self.kv_groups == "all" else len([s for s in self.kv_groups if s < 1])}  # fmt: skip
+        found[KV_GROUPS] += self.skip_attention
+        return {kind: n for kind, n in found.items() if n}
+
+    def _skipped(self, state: State, free: bool) -> int:
+        """No group of heads at all, where that can be."""
+        at = ("structure", "skip_attention")
+        if not free:
+            raise RecipeError("layers without attention differ from the others; use shapes: free, "
+                              "or leave skip_attention out", at)  # fmt: skip
+        try:
+            made_of({KV_GROUPS: {"layers.0.*": 0}}).foresee(state)
+        except CompressError as e:
+            raise type(e)(str(e), at) from None
+        return 0
 
 
 def levels(
@@ -132,7 +155,7 @@ class Levels(Block):
         W_nk = self.state.reference(c.reader)
         problem, _ = self._problem(c, W_nk.to(self.ctx.device, torch.float32), H_kk)
         order = self._order(c, problem)
-        for count in self.counts[c.kind]:
+        for count in some(self.counts[c.kind]):
             kept = problem.kept(order[: c.units - count])
             name = f"{c.kind}:{count}"
             self.tensors[name] = core.compensate(problem, kept).to(W_nk.dtype).cpu().contiguous()
@@ -152,7 +175,8 @@ def measured(state: State, ctx: Context, counts: Counts, held: Tokens) -> Damage
         library = ctx.store.analysis("levels", of)
         found = [c for c in couplings(state) if counts.get(c.kind)]
         parts = _levels(state, ctx.part(0.0, 0.5), counts, found, library)
-        changes = [Change(f"{c.kind} {c.block} {count}", c.block, replaced(c.reader, partial(_matrix, parts[c.block], c, count)))
+        changes = [Change(f"{c.kind} {c.block} {count}", c.block,
+                          replaced(c.reader, partial(_matrix, parts[c.block], c, count)) if count else silent([c.reader]))
                    for c in found for count in counts[c.kind]]  # fmt: skip
         kl = Walk(state, ctx, sample).kl([], changes, ctx.part(0.5, 1.0))
         store.commit("kl", records=[{"site": name, "kl": x} for name, x in kl.items()])
@@ -167,17 +191,17 @@ def measured(state: State, ctx: Context, counts: Counts, held: Tokens) -> Damage
     return damages
 
 
-def cost(state: State, counts: Counts, tokens: int) -> Cost:
+def cost(state: State, numbers: Mapping[str, int], tokens: int) -> Cost:
     """What `measured` takes on so many calibration tokens: a forward pass, a sweep and a solution of every level for each reader,
     and the walk over all changes."""
-    found = [c for c in couplings(state) if counts.get(c.kind)]
+    found = [c for c in couplings(state) if c.kind in numbers]
     if not found or not tokens:
         return Cost()
     blocks, sample = len(state.graph.blocks), min(SHAPED, tokens)
-    passes = blocks + sum(len(counts[c.kind]) * (blocks - c.block) for c in found)
-    changes = sum(len(counts[c.kind]) for c in found)
+    passes = blocks + sum(numbers[c.kind] * (blocks - c.block) for c in found)
+    changes = sum(numbers[c.kind] for c in found)
     walk = walking(state, sample, max(1, sample // BATCH), passes, changes + 1, changes)
-    work, shapes = per_token(state), [(*c.reader.shape, len(counts[c.kind])) for c in found]
+    work, shapes = per_token(state), [(*c.reader.shape, numbers[c.kind]) for c in found]
     exact = sum(1.0 * tokens * k * k + SWEEP * k**3 + s * (k**3 / 3 + 2.0 * n * k * k) for n, k, s in shapes)
     solved = max(SOLVED * k * k + (8 + 2 * s) * n * k for n, k, s in shapes)
     peak = waiting_bytes(state, tokens, 1) + block_bytes(state) + solved
@@ -187,7 +211,10 @@ def cost(state: State, counts: Counts, tokens: int) -> Cost:
 
 def _levels(state: State, ctx: Context, counts: Counts, found: Sequence[Coupling], store: Store) -> dict[int, Part]:
     """Block -> the matrices of its readers at each level, from one pass of the calibration text."""
-    least = {(c.kind, c.block): min(counts[c.kind]) for c in found}
+    found = [c for c in found if some(counts[c.kind])]
+    if not found:
+        return {}
+    least = {(c.kind, c.block): min(some(counts[c.kind])) for c in found}
     options = Prune(drift=0.0)
     aim, parts = Aim(state, found, least, {}, options.norms(state)), dict[int, Part]()
     stream, batches = ctx.stream(state)
@@ -204,6 +231,11 @@ def _levels(state: State, ctx: Context, counts: Counts, found: Sequence[Coupling
             if done is not None:
                 parts[block.index] = done
     return parts
+
+
+def some(counts: Sequence[int]) -> list[int]:
+    """Those that leave something: without any unit nothing is solved."""
+    return [count for count in counts if count]
 
 
 def _matrix(part: Part, c: Coupling, count: int) -> Tensor:

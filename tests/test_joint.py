@@ -8,6 +8,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import transformers
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from scipy import sparse
 
 from compress.errors import CompressError, RecipeError
@@ -61,6 +63,10 @@ class Drawn(dict[Level, float]):
 
     def __missing__(self, level: Level) -> float:
         return 3 * figure(self.seed, *level)
+
+
+def best_of(allocate: Allocate, free: bool) -> Callable[..., joint.Best]:
+    return partial(allocate._free, seconds=10.0) if free else allocate._best
 
 
 def drawn(seed: int) -> Callable[[Site, Any], float]:
@@ -144,7 +150,7 @@ def test_no_choice_within_the_limits_does_less_damage(
     room = {"bytes": int(bits * sum(s.numel for s in state.graph.linear) / 8),
             "parameters": parameters * whole["parameters"] // 100, "kv_cache": cache * whole["kv_cache"] // 100}  # fmt: skip
     able = np.logical_and.reduce([choices.use[n] <= room[n] for n in room]) & (choices.alike | free)
-    find = allocate._free if free else allocate._best
+    find = best_of(allocate, free)
     if not able.any():
         with pytest.raises(RecipeError, match="the least"):
             find(state, drawn(seed), Drawn(seed))
@@ -163,7 +169,7 @@ def test_no_choice_within_the_limits_does_less_damage(
 @pytest.mark.parametrize("free", [False, True])
 def test_the_frontier_is_that_of_shape_and_bits(choices: Every, free: bool) -> None:
     allocate = allocating(budget="2.6 bits", shapes="free" if free else "uniform")
-    forecast = (allocate._free if free else allocate._best)(choices.state, drawn(1), Drawn(1)).plan().forecast
+    forecast = best_of(allocate, free)(choices.state, drawn(1), Drawn(1)).plan().forecast
     assert forecast is not None
     assert [p.damage for p in forecast.frontier] == sorted((p.damage for p in forecast.frontier), reverse=True)
     assert len(forecast.frontier) > 2
@@ -250,6 +256,7 @@ def test_plan_and_report_say_what_is_left(project: Project) -> None:
     ({"structure": SHAPES, "constraints": {"parameters": "few"}}, "'few' is no limit; write '<= 80 %'"),
     ({"structure": {"mlp": [0.99]}}, "0.99 of 128 neurons of an MLP, rounded up to 32s, are all of them"),
     ({"structure": SHAPES, "constraints": {"parameters": "<= 20 %"}}, "the least that 'structure' allows is"),
+    ({"structure": {"skip_attention": True}}, "layers without attention differ from the others; use shapes: free"),
     ({"structure": SHAPES, "budget": "0.5 bits"}, "no allocation keeps to 0.5 bits; the least possible is"),
 ])  # fmt: skip
 def test_what_cannot_be_is_one_line_before_anything_is_measured(project: Project, options: dict[str, Any], line: str) -> None:
@@ -271,7 +278,7 @@ def test_matrices_of_two_sublayers_that_go_together_have_no_shape_of_their_own(f
     state = open_model(str(family("llama"))).state
     allocate = allocating(shapes="free", together=[["*.o", "*.gate"]])
     with pytest.raises(CompressError, match="goes together with matrices of another sublayer"):
-        allocate._free(state, drawn(0), Drawn(0))
+        best_of(allocate, True)(state, drawn(0), Drawn(0))
 
 
 def test_a_format_that_fits_only_what_is_left_is_not_taken_for_harmless(family: Any) -> None:
@@ -294,3 +301,20 @@ def test_shape_and_bits_together_beat_bits_alone(assets: Path, tmp_path: Path, b
         kl[name] = done.scores["compressed"]["kl"]
     assert kl["uniform"] <= 1.02 * kl["bits"]
     assert kl["free"] <= 1.02 * kl["uniform"]
+
+
+def test_a_layer_may_be_left_without_attention(tmp_path: Path, text: Path) -> None:
+    """Where the output matrix of an attention is zero it goes, at no cost, and its cache with it."""
+    folder = make_model(tmp_path / "model", FAMILIES["llama"](), torch.float32)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.self_attn.o_proj.weight"].zero_()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    options = {"budget": "3 bits", "formats": FORMATS, "structure": {"skip_attention": True}, "shapes": "free",
+               "constraints": {"kv_cache": "<= 50 %"}}  # fmt: skip
+    done = bake(tmp_path, folder, text, "native", {"allocate": options}, {"quantize": {}})
+    assert "layers.1.attn.q" not in done.state.graph.sites
+    assert "layers.0.attn.q" in done.state.graph.sites
+    forecast = done.state.plan.forecast if done.state.plan else None
+    assert forecast is not None
+    assert forecast.structure["layers.1.kv_groups"] < 1e-4
+    assert load(done.artifacts["native"][0])(input_ids=torch.arange(3, 11)[None]).logits.isfinite().all()
