@@ -156,8 +156,8 @@ def test_layers_that_lose_nothing_keep_every_byte(tmp_path: Path) -> None:
     assert {name.split(".mlp.")[0] for name in after.dense.written} == {"model.layers.1"}
 
 
-@pytest.mark.parametrize("quantized", [True, False])
-@pytest.mark.parametrize("kind", ["native", "onnx"])
+@pytest.mark.parametrize(("kind", "quantized"), [("native", True), ("native", False), ("onnx", True),
+                                                 pytest.param("onnx", False, marks=pytest.mark.slow)])  # fmt: skip
 def test_free_shapes_go_out_and_come_back(tmp_path: Path, text: Path, kind: str, quantized: bool) -> None:
     folder = make_model(tmp_path / "model", FAMILIES["qwen3"](), torch.float32)
     done = bake(tmp_path, folder, text, kind, {"prune": FREE}, *([INT4] if quantized else []))
@@ -198,7 +198,7 @@ def test_the_runtime_loads_them_and_stock_transformers_stops(tmp_path: Path, tex
         assert stock_says(tmp_path / "saved") != ""
 
 
-@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "phi3"])
+@pytest.mark.parametrize("name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("opt", "gpt2", "phi3"))])
 def test_a_plain_folder_stops_stock_transformers_too(tmp_path: Path, name: str) -> None:
     assert "per-layer attribute" in stock_says(free(tmp_path, name, MLP, {0: 96, 1: 64})[1])
 
@@ -329,7 +329,7 @@ def test_sublayers_that_put_out_zeros_go_whole_and_no_bit_changes(tmp_path: Path
         assert torch.equal(loaded(tmp_path / "again")(input_ids=TOKENS.ids[:2]).logits, ours(input_ids=TOKENS.ids[:2]).logits)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_models_without_some_sublayers_go_out_and_come_back(tmp_path: Path, text: Path, name: str) -> None:
     folder = make_model(tmp_path / "model", deeper(name), torch.float32)
     done = bake(tmp_path, folder, text, "native onnx", {"prune": LESS}, {"smooth": {}}, INT4)
