@@ -27,7 +27,7 @@ from compress.errors import FormatError, RecipeError
 from compress.formats import Dense, Format
 from compress.manager import Context, Cost, Pass, Record
 from compress.model.backward import LOGITS
-from compress.model.couplings import named
+from compress.model.couplings import couplings, named
 from compress.model.data import Tokens
 from compress.model.speed import computing
 from compress.model.work import per_token, waiting_bytes
@@ -129,8 +129,9 @@ class Allocate(Options):
     def _extremes(self, state: State) -> Iterator[State]:
         """The smallest model that may come of it, and one whose layers differ, where they may."""
         least = {kind: min(counts) for kind, counts in self._counts(state).items() if counts}
-        for where in ("layers.*", "layers.0.*")[: (1 + (self.shapes == "free")) * bool(least)]:
-            shape = joint.shaped(state, {kind: {where: count} for kind, count in least.items()})
+        first = {c.kind: f"layers.{c.block}.*" for c in reversed([*couplings(state)])}
+        for one in (False, True)[: (1 + (self.shapes == "free")) * bool(least)]:
+            shape = joint.shaped(state, {kind: {first[kind] if one else EVERY: count} for kind, count in least.items()})
             solved = self._solved(state, shape, choices.guess, 2.0)
             if isinstance(solved, Solved):
                 yield replace(shape.state, plan=solved.plan(measured=False))
@@ -165,7 +166,7 @@ class Allocate(Options):
         born += 16 * min(LOGITS, held * table.shape[0])
         weighing = 1.0 * sum(held * k * k + 2 * n * rows * k * k for rows, k in drawn[: len(sites)]) * (held > 0)
         weighed = (held > 0) * (waiting_bytes(state, held, 1) + 12 * max((s.shape[1] ** 2 for s in sites), default=0))
-        counts = self._counts(replace(state, plan=None))
+        counts = self.structure.likely(replace(state, plan=None)) if self.structure else {}
         shape = structure.cost(state, counts, tokens)
         if any(counts.values()):
             shape += made_of({kind: {EVERY: min(n)} for kind, n in counts.items() if n}).cost(state, tokens)
