@@ -26,7 +26,7 @@ from compress.errors import FormatError, RecipeError
 from compress.formats import Dense, Format
 from compress.manager import Context, Cost, Pass, Record
 from compress.model.backward import LOGITS
-from compress.model.couplings import named
+from compress.model.couplings import couplings, named
 from compress.model.data import Tokens
 from compress.model.speed import computing
 from compress.model.work import per_token, waiting_bytes
@@ -133,7 +133,8 @@ class Allocate(Options):
         counts = {kind: numbers for kind, numbers in self._counts(state).items() if numbers}
         shapes = [{kind: {EVERY: min(some(numbers))} for kind, numbers in counts.items() if some(numbers)}]
         if self.shapes == "free":
-            shapes.append({kind: {"layers.0.*": min(numbers)} for kind, numbers in counts.items()})
+            first = {c.kind: f"layers.{c.block}.*" for c in reversed([*couplings(state)])}
+            shapes.append({kind: {first[kind]: min(numbers)} for kind, numbers in counts.items()})
         for stays in filter(None, shapes):
             shape = joint.shaped(state, stays)
             solved = self._solved(state, shape, choices.guess, 2.0)

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, StrictFloat, StrictInt
+from pydantic import BeforeValidator, Field, StrictFloat, StrictInt
 from torch import Tensor
 
+from compress.documents import one_line
 from compress.errors import CompressError, RecipeError
 from compress.formats import Dense, Factored, Format
 from compress.manager import Context, Cost, Pass, Record
@@ -31,7 +32,17 @@ from compress.state import Aspect, Fact, State
 from compress.state.graph import Graph, total
 from compress.state.plan import BitPlan, check_fits
 
-Rank = Annotated[StrictFloat, Field(gt=0, le=1)] | Annotated[StrictInt, Field(ge=1)] | Literal["full"]
+
+def said(value: Any) -> Any:
+    """A rank as a recipe may have it; in words that know of all its kinds."""
+    if value == "full" or (type(value) is int and value >= 1) or (type(value) is float and 0 < value <= 1):
+        return value
+    raise ValueError(f"a rank is a whole number from 1 on, a share up to 1.0, or full, not {one_line(str(value), 60)}")
+
+
+Rank = Annotated[
+    Annotated[StrictFloat, Field(gt=0, le=1)] | Annotated[StrictInt, Field(ge=1)] | Literal["full"], BeforeValidator(said)
+]
 UNSEEN = "no input was seen: the least error of the weights"
 FITTED = 14.0  # operations for each weight and input: products with H and with itself, the factors, losses
 TABLE_COPIES = 6  # of a head in fp32, which is solved whole
@@ -133,6 +144,9 @@ class Factorize(Pass):
             if not isinstance(rank, str):
                 found[name] = core.rank_of(rank, shape, self.multiple) if isinstance(rank, float) else rank
                 check_fits(state.graph[name], Factored(found[name], Dense(state.dtype)), at)
+        if self.decides and not self.free(state.graph):
+            raise RecipeError("pins name every matrix, which leaves 'spectrum' none to spread weights over; leave a pin out, or "
+                              "use spread: uniform", ("spread",))  # fmt: skip
         if not found:
             raise RecipeError("every matrix stays as it is; give a rank, or leave 'factorize' out", ("rank",))
         return {site.name: found[site.name] for site in state.graph if site.name in found}

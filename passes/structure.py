@@ -21,9 +21,10 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from compress.documents import one_line
 from compress.errors import CompressError, ModelError, RecipeError
 from compress.formats import Format
 from compress.manager import Context, Cost, Store
@@ -48,13 +49,25 @@ Counts = Mapping[str, Sequence[int]]  # kind -> units that may stay, fewer than 
 EVERY = "layers.*"
 
 
+def shares_or_all(value: Any) -> Any:
+    """Shares, or `all`, as a recipe may have them; in words that know of both."""
+    if value == "all":
+        return value
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"a list of shares, such as [0.75, 0.5], or all, not {one_line(str(value), 60)}")
+    odd = next((x for x in value if isinstance(x, bool) or not isinstance(x, int | float) or not 0 < x <= 1), None)
+    if odd is not None or None in value:
+        raise ValueError(f"a share is a number above 0 and at most 1, not {one_line(str(odd), 60)}")
+    return value
+
+
 class Structure(BaseModel):
     """What may become smaller, and by how much; that all stays is always a choice too."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     mlp: tuple[Share, ...] = Field((), description="shares of an MLP's neurons to choose from")
-    kv_groups: Literal["all"] | tuple[Share, ...] = Field(
+    kv_groups: Annotated[Literal["all"] | tuple[Share, ...], BeforeValidator(shares_or_all)] = Field(
         (), description="shares of the groups of heads to choose from; all: every number"
     )
     skip_attention: bool = Field(False, description="with shapes: free, whether a layer may be left without attention")
@@ -76,6 +89,9 @@ class Structure(BaseModel):
                     raise type(e)(str(e), ("structure", kind)) from None
         if self.skip_attention:
             found.setdefault(KV_GROUPS, []).append(self._skipped(state, free))
+        if not any(found.values()):
+            raise RecipeError(f"with these shares '{state.graph.family}' has nothing that may become smaller; name smaller ones, "
+                              "or leave 'structure' out", ("structure",))  # fmt: skip
         return found
 
     def numbers(self, state: State) -> dict[str, int]:
@@ -93,7 +109,8 @@ class Structure(BaseModel):
             raise RecipeError("layers without attention differ from the others; use shapes: free, "
                               "or leave skip_attention out", at)  # fmt: skip
         try:
-            made_of({KV_GROUPS: {"layers.0.*": 0}}).foresee(state)
+            first = next((c.block for c in couplings(state) if c.kind == KV_GROUPS), 0)
+            made_of({KV_GROUPS: {f"layers.{first}.*": 0}}).foresee(state)
         except CompressError as e:
             raise type(e)(str(e), at) from None
         return 0
@@ -104,26 +121,32 @@ def levels(
 ) -> Iterator[int]:
     """The numbers that shares come to, rounded as `prune` rounds them and to what the formats divide; ModelError where an
     architecture has none. Of all numbers, those that it has."""
-    had = {c.units for c in couplings(state) if c.kind == kind}
+    mine = [c for c in couplings(state) if c.kind == kind]
+    had = {c.units for c in mine}
     if len(had) > 1:
         raise ModelError(f"layers of '{state.graph.family}' differ in their {named(kind)}; leave '{kind}' out")
     if shares == "all":
-        for count in range(1, max(had, default=1)):
-            with suppress(ModelError):
-                made_of({kind: {"layers.0.*" if free else EVERY: count}}).foresee(state)
-                yield count
+        yield from allowed(state, kind, f"layers.{mine[0].block}.*" if free and mine else EVERY, max(had, default=1))
         return
-    some, all_of_them = False, None
+    smaller_ones, all_of_them = False, None
     for share in (s for s in shares if s < 1):
         try:
             smaller = made_of({kind: share}, multiple(state, formats) if kind == MLP else None).foresee(state)
         except RecipeError as e:  # rounded up it takes nothing away, which is a choice in any case
             all_of_them = e
             continue
-        some = True
+        smaller_ones = True
         yield next(count for (k, _), count in units(smaller).items() if k == kind)
-    if all_of_them is not None and not some:
+    if all_of_them is not None and not smaller_ones:
         raise all_of_them
+
+
+def allowed(state: State, kind: str, where: str, had: int) -> Iterator[int]:
+    """The numbers of units, below those that there are, that an architecture has in some layers."""
+    for count in range(1, had):
+        with suppress(ModelError):
+            made_of({kind: {where: count}}).foresee(state)
+            yield count
 
 
 def made_of(stays: Mapping[str, Any], multiple: int | None = None) -> Prune:

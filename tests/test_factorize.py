@@ -116,6 +116,9 @@ def test_passes_that_need_dense_weights_stand_in_front(after: dict[str, Any]) ->
     (["allocate: {formats: ['int4:g32', 'lr8'], budget: '9 bits'}", "quantize: {}"], "lr8 is made by 'factorize'"),
     (["allocate: {formats: ['int4:g32'], budget: 9 bits, pins: {'*.o': 'lr8'}}", "quantize: {}"], "are made by 'factorize'"),
     (["lqlora: {format: 'lr8', rank: 4}"], "low-rank factors go with a quantized matrix"),
+    (["factorize: {spread: spectrum, pins: {'layers.*': 4}}"], "pins name every matrix, which leaves 'spectrum' none"),
+    (["factorize: {rank: 0}"], "'rank': a rank is a whole number from 1 on, a share up to 1.0, or full, not 0"),
+    (["factorize: {pins: {'*.q': bf16}}"], "'*.q': a rank is a whole number from 1 on, a share up to 1.0, or full, not bf16"),
     (["factorize: {rank: 64, spread: spectrum}"], "give rank as one, such as 0.5"),
 ])  # fmt: skip
 def test_what_does_not_go_together_is_one_line(project: Project, steps: list[str], says: str) -> None:

@@ -245,9 +245,45 @@ def test_plan_and_report_say_what_is_left(project: Project) -> None:
     assert again.replace("cached", "to do").split() == told.replace("cached", "to do").split(), "nothing is decided anew"
 
 
+@pytest.mark.parametrize(("options", "constraint"), [
+    ({"structure": {"mlp": [0.25]}}, {"parameters": "70 %"}),  # a quarter of what is left is all of it
+    ({"structure": {"kv_groups": [0.5]}}, {"kv_cache": "50 %"}),
+    ({"structure": SHAPES, "shapes": "free"}, {"parameters": "80 %"}),  # layers differ
+    ({"structure": {"mlp": [0.75], "kv_groups": "all"}, "shapes": "free"}, {"kv_cache": "75 %"}),
+])  # fmt: skip
+def test_plan_estimates_from_the_model_that_was_decided_on(
+    project: Project, options: dict[str, Any], constraint: dict[str, str]
+) -> None:
+    write(project, {"budget": "3 bits", "formats": FORMATS, "probe": 64, "constraints": constraint, **options}, "native")
+    told = project("plan", project.recipe)
+    assert told.code == 0, told.err
+    size = next(line for line in told.out.splitlines() if line.startswith("native: "))
+    assert project("run", project.recipe).code == 0
+    written = sum(p.stat().st_size for p in (project.out / "native").glob("*.safetensors"))
+    assert size.startswith(f"native: {written:,} bytes")
+    assert size in project("plan", project.recipe).out
+
+
+def test_layers_that_lack_a_sublayer_may_be_the_first(project: Project) -> None:
+    allocate = {"budget": "3 bits", "formats": FORMATS, "probe": 64, "structure": SHAPES, "shapes": "free"}
+    write(project, allocate, "native")
+    held = yaml.safe_load(project.recipe.read_text())
+    held["passes"].insert(0, {"prune": {"mlp": {"layers.0.*": 0}, "kv_groups": {"layers.0.*": 0}}})
+    held["model"] = str(project.model)
+    project.recipe.write_text(yaml.safe_dump(held, sort_keys=False))
+    assert project("plan", project.recipe).code == 0
+    assert project("run", project.recipe).code == 0
+
+
 @pytest.mark.parametrize(("options", "line"), [
     ({"structure": {}}, "name what may become smaller"),
     ({"structure": {"mlp": [1.5]}}, "less than or equal to 1"),
+    ({"structure": {"mlp": [1.0]}}, "with these shares 'llama' has nothing that may become smaller"),
+    ({"structure": {"mlp": [1], "kv_groups": [1.0]}, "shapes": "free"}, "with these shares 'llama' has nothing"),
+    ({"structure": {"kv_groups": 0.5}}, "'kv_groups': a list of shares, such as [0.75, 0.5], or all, not 0.5"),
+    ({"structure": {"kv_groups": "some"}}, "'kv_groups': a list of shares, such as [0.75, 0.5], or all, not some"),
+    ({"structure": {"kv_groups": [0.5, 2]}}, "'kv_groups': a share is a number above 0 and at most 1, not 2"),
+    ({"structure": {"kv_groups": [None]}}, "'kv_groups': a share is a number above 0 and at most 1, not None"),
     ({"shapes": "free"}, "'shapes' is about shapes, and 'structure' names no other"),
     ({"constraints": {"parameters": "80 %"}}, "'constraints' is about shapes"),
     ({"structure": SHAPES, "trials": 2}, "'trials' try formats of one shape"),
