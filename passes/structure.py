@@ -7,9 +7,8 @@ inputs of the model as it is, and the KL of the whole model is taken (perturbed.
 and bits together was their sum within a few per cent, so L sublayers at S levels are L·S measurements and not L·S·F.
 
 The matrices are kept while they are measured, level by level of a block, and dropped: what is chosen is pruned anew, on the
-inputs of the blocks that were pruned before it. Losses of outputs are no substitute: they rank sublayers no better than chance
-spends the budget.
-
+inputs of the blocks that were pruned before it. Losses of outputs are no substitute: choosing by them was no better than one
+share for all layers.
 """
 
 from __future__ import annotations
