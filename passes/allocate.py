@@ -96,11 +96,11 @@ class Allocate(Options):
         if self.plan is not None:
             return replace(state, plan=given_plan(state, self.plan))
         counts = self._counts(state)
-        if self.shapes == "free" and any(counts.values()):
-            best = self._free(state, choices.guess, joint_free.guess(state, counts), 2.0)
+        if self.shapes == "free":
+            best = self._free(state, counts, choices.guess, joint_free.guess(state, counts), 2.0)
             return replace(best.shape.state, plan=best.plan(measured=False))
         found: list[tuple[Shape, Solved | joint.Tight | FormatError]] = []
-        for shape in self._shapes(state, None):
+        for shape in joint.uniform(state, counts, self.constraints, None):
             found.append((shape, self._solved(state, shape, choices.guess, 2.0)))
             if isinstance(found[-1][1], Solved):
                 break
@@ -187,10 +187,6 @@ class Allocate(Options):
 
     # --- what may be chosen, and the best of it ---
 
-    def _shapes(self, state: State, damages: Damages | None) -> Iterator[Shape]:
-        """The shapes with all layers alike."""
-        return joint.uniform(state, self._counts(state), self.constraints, damages)
-
     def _counts(self, state: State) -> Counts:
         """What there may be of the kinds that may become smaller."""
         return self.structure.counts(state, self.formats, self.shapes == "free") if self.structure else {}
@@ -229,36 +225,33 @@ class Allocate(Options):
         table = self._table(state, inner, chain, held)
         damage = table.damage(self.metric)
         name = keep(table, damage, state, ctx)
-        damages = self._levels(state, inner, held)
-        free = damages and self.shapes == "free"
-        best = self._free(state, damage, damages, self.time_limit) if damages and free else self._best(state, damage, damages)
+        counts = self._counts(state)
+        damages = structure.measured(state, inner, counts, held) if counts and held else None
+        if damages is not None and self.shapes == "free":
+            best = self._free(state, counts, damage, damages, self.time_limit)
+        else:
+            best = self._best(state, counts, damage, damages)
         best = replace(best, solved=replace(best.solved, table=name))
         if self.trials:
             assert held is not None, "`check` asks for calibration data"
-            others = [self._best(state, table.damage(m), None).solved.solution.choice for m in OTHERS]
+            others = [self._best(state, counts, table.damage(m), None).solved.solution.choice for m in OTHERS]
             sample = [state.ids(batch) for batch in held.batches()]
             best = replace(best, solved=best.solved.tried(self.trials, others, chain, inner.part(self._measuring, 1.0), sample))
         return replace(self._shaped_as(best.shape, state, ctx), plan=best.plan())
 
-    def _best(self, state: State, damage: Damage, damages: Damages | None) -> joint.Best:
-        every = list(self._shapes(state, damages))
+    def _best(self, state: State, counts: Counts, damage: Damage, damages: Damages | None) -> joint.Best:
+        """The best with all layers alike."""
+        every = list(joint.uniform(state, counts, self.constraints, damages))
         return joint.Best.of([(shape, self._solved(state, shape, damage, self.time_limit / len(every))) for shape in every])
 
-    def _free(self, state: State, damage: Damage, damages: Damages, seconds: float) -> joint.Best:
+    def _free(self, state: State, counts: Counts, damage: Damage, damages: Damages, seconds: float) -> joint.Best:
         """The best with every layer's shape its own."""
         sp, limits = self._space(state, state)
-        program = joint_free.Program.of(state, self._counts(state), sp, limits, self.constraints, damage, damages)
+        program = joint_free.Program.of(state, counts, sp, limits, self.constraints, damage, damages)
         found = program.solved(seconds)
         shape = joint.shaped(state, found.stays, damages)
         best = joint.Best.of([(shape, self._solved(state, shape, damage, seconds))])
         return replace(best, points=found.frontier(), bound=found.solution.bound)
-
-    def _levels(self, state: State, ctx: Context, held: Tokens | None) -> Damages | None:
-        """What every level of every sublayer costs."""
-        if self.structure is None:
-            return None
-        assert held is not None, "`check` asks for calibration data"
-        return structure.measured(state, ctx, self._counts(state), held)
 
     def _shaped_as(self, shape: Shape, state: State, ctx: Context) -> State:
         """The state pruned to the shape that was chosen."""

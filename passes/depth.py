@@ -27,7 +27,7 @@ from torch import Tensor
 from compress.errors import ModelError, RecipeError
 from compress.manager import Context, Cost, Pass, Record
 from compress.model.layers import Kinds, Unit, fewer, sublayers
-from compress.passes.perturbed import Change, Walk, silent, spread, walking
+from compress.passes.perturbed import Change, Perturbed, silent, spread, walking
 from compress.state import Aspect, Fact, State
 
 WHY = "no engine has layers without an attention or an MLP"
@@ -123,7 +123,7 @@ class Depth(Pass):
         assert ctx.calibration is not None, "`check` asks for calibration data"
         sample = spread(ctx.calibration, self.windows)
         of = {"version": self.version, "unit": self.unit, "metric": self.metric, "windows": sample.hash}
-        store, walk, gone = ctx.store.analysis("depth", of), Walk(choice.state, ctx, sample), list[Unit]()
+        store, walk, gone = ctx.store.analysis("depth", of), Perturbed(choice.state, ctx, sample), list[Unit]()
         for number in range(1, self.drop + 1):
             part, left = f"round-{number:04}", choice.left(gone)
             if store.committed(part) is None:

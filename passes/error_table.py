@@ -133,7 +133,10 @@ class Meter(Solver):
                 self._weigh(site, inputs[site.expert], tokens)
 
     def _weigh(self, site: Site, X_tk: Tensor, tokens: Tensor) -> None:
-        H_kk, seen = self._weighed.get(site.name, (X_tk.new_zeros(X_tk.shape[1], X_tk.shape[1], dtype=torch.float32), 0))
+        k = X_tk.shape[1]
+        if site.name not in self._weighed:
+            self._weighed[site.name] = X_tk.new_zeros(k, k, dtype=torch.float32), 0
+        H_kk, seen = self._weighed[site.name]
         w_t = tokens[seen : seen + len(X_tk)].to(H_kk)
         if len(w_t) < len(X_tk):  # a router that sent others here than before
             w_t = tokens.mean().expand(len(X_tk)).to(H_kk)
@@ -155,25 +158,25 @@ class Meter(Solver):
         W_nk = self.state.reference(site)[rows].to(self.ctx.device, torch.float32)
         energy = float(core.loss(W_nk, shared.factor).sum()) or 1.0
         response = self.gradients(site) if self.gradients else None
-        weighed = self._weighed.pop(site.name, None)
+        H_kk = core.finish(self._weighed.pop(site.name)[0]) if site.name in self._weighed else None
         for fmt, made in self.tries(W_nk, shared.factor, formats, Case(site, self.state, self.ctx)):
             D_nk, share = made - W_nk, site.shape[0] / len(rows)
             loss_n = core.loss(D_nk, shared.factor)
             self.records.append({
                 "site": site.name, "format": str(fmt), "output": float(loss_n.sum()) / energy,
                 "weight": share * float(D_nk.square().sum()),
-                "kl": None if response is None else share * self._kl(response, rows, weighed, D_nk, loss_n),
+                "kl": None if response is None else share * self._kl(response, rows, H_kk, D_nk, loss_n),
             })  # fmt: skip
 
-    def _kl(self, response: Response, rows: Tensor, weighed: tuple[Tensor, int] | None, D_nk: Tensor, loss_n: Tensor) -> float:
-        """Half the Fisher information of a change of some rows; `loss_n` is theirs on the calibration text."""
+    def _kl(self, response: Response, rows: Tensor, H_kk: Tensor | None, D_nk: Tensor, loss_n: Tensor) -> float:
+        """Half the Fisher information of a change of some rows: `H_kk` is of tokens that were weighed, if any came; `loss_n` is
+        theirs on the calibration text."""
         squares = response.squares[rows].to(D_nk)
         if squares.ndim == 2:
             return 0.5 * float((squares * D_nk.square()).sum())
         assert self.held is not None
         found, total = 0.0, float(response.squares.sum())
-        if weighed is not None and total > 0:
-            H_kk = core.finish(weighed[0])
+        if H_kk is not None and total > 0:
             found = 0.5 * float(squares @ ((D_nk @ H_kk) * D_nk).sum(1)) / total / self.held.tokens
         if response.mean is None:
             return found

@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from compress.errors import FormatError, RecipeError
-from compress.model.couplings import named
+from compress.model.couplings import named, span
 from compress.model.work import cached
 from compress.passes.choices import Resource
-from compress.passes.prune import Prune, span, units
+from compress.passes.prune import Prune, units
 from compress.passes.structure import EVERY, Counts, Damages, made_of, some
 from compress.passes.trials import Solved, steps
 from compress.state import State
@@ -54,9 +54,10 @@ def shaped(state: State, stays: Stays, damages: Damages | None = None) -> Shape:
     shape = Shape("as it is", stays, state, {})
     if shape.prune is None:
         return shape
-    made, before, text, lost = shape.prune.foresee(state), units(state), dict[str, None](), dict[str, float]()
+    made, text, lost = shape.prune.foresee(state), dict[str, None](), dict[str, float]()
+    before, after = units(state), units(made)
     for kind in stays:
-        left = {block: units(made).get((k, block), 0) for k, block in before if k == kind}
+        left = {block: after.get((k, block), 0) for k, block in before if k == kind}
         text[f"{span(left)} of {span({b: n for (k, b), n in before.items() if k == kind})} {named(kind)}"] = None
         lost |= {f"layers.{block}.{kind}": damages[kind, block, count] if damages is not None else 0.0
                  for block, count in left.items() if count < before[kind, block]}  # fmt: skip
@@ -112,12 +113,12 @@ def parsed(text: str) -> tuple[float, bool]:
 # --- the best of all -------------------------------------------------------------------------------------------------
 
 
-class Tight(Exception):  # noqa: N818
+@dataclass(frozen=True)
+class Tight:
     """A limit that cannot be kept, and the least of it that is possible."""
 
-    def __init__(self, resource: Resource, least: int):
-        super().__init__(resource.name)
-        self.resource, self.least = resource, least
+    resource: Resource
+    least: int
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,14 @@ sinks) counts for limits of the whole file.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 
 import numpy as np
 
 from compress.errors import RecipeError
-from compress.model.couplings import KV_GROUPS, Coupling, Cut, couplings
+from compress.model.couplings import KV_GROUPS, Coupling, couplings
 from compress.model.work import cached_in
 from compress.passes import allocate_core as core
 from compress.passes import joint
@@ -62,19 +62,24 @@ class Program:
     ) -> Program:  # fmt: skip
         """RecipeError where matrices of two sublayers are to go together."""
         room, inside = joint.allowed(state, constraints), {s.name for s in state.graph.linear}
-        made, left = list[Choice](), {id(g): g for g in sp.groups}
+        made, left, near = list[Choice](), {id(g): g for g in sp.groups}, dict[int | None, list[Group]]()
+        for g in sp.groups:
+            near.setdefault(g.sites[0].block, []).append(g)
+        specs, matrices = {spec.name: spec for spec in state.specs}, {s.weight for s in state.graph}
         fixed = {name: used for name, used in joint.amounts(state).items() if name in room}
         for c in (c for c in couplings(state) if counts.get(c.kind)):
-            groups = tuple(g for g in sp.groups if any(s.weight in c.cuts for s in g.sites))
+            groups = tuple(g for g in near[c.block] if any(s.weight in c.cuts for s in g.sites))
             odd = next((s.name for g in groups for s in g.sites if s.weight not in c.cuts), None)
             if odd is not None:
                 raise RecipeError(f"'{odd}' goes together with matrices of another sublayer, and with shapes: free each has its "
                                   "own shape; leave it out of 'together'", ("together",))  # fmt: skip
             for g in groups:
                 left.pop(id(g), None)
-            had = constrained(state, c, c.units)
+            cache = cached_in(state, c.block) * state.dtype.itemsize if c.kind == KV_GROUPS else 0
+            tensors = Tensors(c, [specs[name] for name in c.cuts if name in specs], matrices, cache)
+            had = tensors.constrained(c.units)
             fixed = {name: used - had[name] for name, used in fixed.items()}
-            made.append(sublayer(state, c, groups, [c.units, *counts[c.kind]], limits, [*room], damage, damages, inside))
+            made.append(sublayer(tensors, groups, [c.units, *counts[c.kind]], limits, [*room], damage, damages, inside))
         made += [plain(g, limits, len(room), damage, inside) for g in left.values()]
         return cls(state, tuple(made), limits, room, fixed)
 
@@ -131,15 +136,43 @@ def guess(state: State, counts: Counts) -> Damages:
             for c in couplings(state) for n in counts.get(c.kind, ())}  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Tensors:
+    """What becomes shorter with a coupling: its tensors, which of all are matrices, and the bytes of its cache for each token."""
+
+    coupling: Coupling
+    specs: Sequence[Spec]
+    matrices: Collection[str]
+    cache: int
+
+    def besides(self, count: int) -> int:
+        """Bytes that go where so many units stay, and are no matrix's, below zero."""
+        cuts = self.coupling.cuts
+        loose = [spec for spec in self.specs if spec.name not in self.matrices]
+        return -sum(self._gone(spec, count) * spec.nbytes // spec.shape[cuts[spec.name].dim] for spec in loose)
+
+    def constrained(self, count: int) -> dict[str, int]:
+        """What is used of each constraint with so many units: of what goes with them."""
+        cuts, left = self.coupling.cuts, 0
+        for spec in self.specs:
+            numel = math.prod(spec.shape)
+            left += numel - self._gone(spec, count) * numel // spec.shape[cuts[spec.name].dim]
+        return {"parameters": left, "kv_cache": self.cache * count // self.coupling.units}
+
+    def _gone(self, spec: Spec, count: int) -> int:
+        """By how much a tensor becomes shorter."""
+        return (self.coupling.units - count) * self.coupling.cuts[spec.name].rows.shape[1]
+
+
 def sublayer(
-    state: State, c: Coupling, groups: tuple[Group, ...], counts: Sequence[int], limits: Sequence[Resource], room: Sequence[str],
+    tensors: Tensors, groups: tuple[Group, ...], counts: Sequence[int], limits: Sequence[Resource], room: Sequence[str],
     damage: Damage, damages: Damages, inside: set[str],
 ) -> Choice:  # fmt: skip
     """Every level of a sublayer, with all formats that its matrices may then have."""
-    columns = []
+    columns, c = [], tensors.coupling
     for count in counts:
-        shape = constrained(state, c, count)
-        extra = [besides(state, c, count) if r.file else 0 for r in limits] + [shape[name] for name in room]
+        shape = tensors.constrained(count)
+        extra = [tensors.besides(count) if r.file else 0 for r in limits] + [shape[name] for name in room]
         lost = damages[c.kind, c.block, count] if count < c.units else 0.0
         if not count:  # no matrix is left
             columns.append((np.zeros(1, np.int64), np.full(1, lost), np.array(extra, np.int64)[:, None], np.zeros(1, np.int64)))
@@ -194,25 +227,3 @@ def shrunk(site: Site, c: Coupling, count: int) -> Site:
     cut, (out, width) = c.cuts[site.weight], site.shape
     gone = (c.units - count) * cut.rows.shape[1]
     return replace(site, shape=(out, width - gone) if cut.dim == int(not site.transposed) else (out - gone, width))
-
-
-def besides(state: State, c: Coupling, count: int) -> int:
-    """Bytes that go with the units of a sublayer and are no matrix's, below zero."""
-    matrices, lost = {s.weight for s in state.graph}, losses(state, c, count)
-    return -sum(gone * spec.nbytes // spec.shape[cut.dim] for spec, cut, gone in lost if spec.name not in matrices)
-
-
-def losses(state: State, c: Coupling, count: int) -> Iterator[tuple[Spec, Cut, int]]:
-    """Every tensor that becomes shorter, where, and by how much."""
-    for spec in state.specs:
-        cut = c.cuts.get(spec.name)
-        if cut is not None:
-            yield spec, cut, (c.units - count) * cut.rows.shape[1]
-
-
-def constrained(state: State, c: Coupling, count: int) -> dict[str, int]:
-    """What a sublayer uses of each constraint with so many units: of what goes with them."""
-    whole = sum(math.prod(spec.shape) for spec in state.specs if spec.name in c.cuts)
-    gone = sum(lost * math.prod(spec.shape) // spec.shape[cut.dim] for spec, cut, lost in losses(state, c, count))
-    held = cached_in(state, c.block) * state.dtype.itemsize if c.kind == KV_GROUPS else 0
-    return {"parameters": whole - gone, "kv_cache": held * count // c.units}

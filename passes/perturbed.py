@@ -85,7 +85,7 @@ def spread(tokens: Tokens, count: int) -> Tokens:
     return replace(tokens, ids=tokens.ids[rows])
 
 
-class Walk:
+class Perturbed:
     """A model, streamed, to be seen with some changes. Nothing is loaded before something is asked."""
 
     def __init__(self, state: State, ctx: Context, sample: Tokens):

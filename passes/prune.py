@@ -24,7 +24,7 @@ from torch import Tensor
 
 from compress.errors import ModelError, RecipeError
 from compress.manager import Context, Cost, Pass
-from compress.model.couplings import KV_GROUPS, MLP, couplings, named
+from compress.model.couplings import KV_GROUPS, MLP, couplings, named, span
 from compress.model.feeds import norms_behind
 from compress.model.lockstep import Batch
 from compress.model.mixtures import Fewer, fewer, numbers
@@ -228,9 +228,3 @@ class Prune(Pass):
 def units(state: State) -> dict[tuple[str, int], int]:
     """How many units there are of each kind in each block."""
     return {(c.kind, c.block): c.units for c in couplings(state)}
-
-
-def span(counts: dict[int, int]) -> str:
-    """One number, or from where to where."""
-    least, most = min(counts.values()), max(counts.values())
-    return f"{least}" if least == most else f"{least} to {most}"

@@ -33,7 +33,7 @@ from compress.model.speed import precision
 from compress.model.work import block_bytes, per_token, waiting_bytes
 from compress.passes import obs_core as core
 from compress.passes.choices import fits
-from compress.passes.perturbed import Change, Walk, replaced, silent, spread, walking
+from compress.passes.perturbed import Change, Perturbed, replaced, silent, spread, walking
 from compress.passes.prune import SOLVED, SWEEP, Prune, units
 from compress.passes.prune_block import Aim, Block
 from compress.passes.prune_counts import natural
@@ -200,7 +200,7 @@ def measured(state: State, ctx: Context, counts: Counts, held: Tokens) -> Damage
         changes = [Change(f"{c.kind} {c.block} {count}", c.block,
                           replaced(c.reader, partial(_matrix, parts[c.block], c, count)) if count else silent([c.reader]))
                    for c in found for count in counts[c.kind]]  # fmt: skip
-        kl = Walk(state, ctx, sample).kl([], changes, ctx.part(0.5, 1.0))
+        kl = Perturbed(state, ctx, sample).kl([], changes, ctx.part(0.5, 1.0))
         store.commit("kl", records=[{"site": name, "kl": x} for name, x in kl.items()])
         library.drop()
     damages: dict[Level, float] = {}

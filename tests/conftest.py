@@ -316,6 +316,13 @@ class Project:
     def plan(self, *sets: str) -> Result:
         return self("plan", self.recipe, *(x for s in sets for x in ("--set", s)))
 
+    def refused(self, step: str) -> str:
+        """The line, pointing into the recipe, in which `plan` refuses a step in front of the recipe's own."""
+        self.edit("passes:\n", f"passes:\n  - {step}\n")
+        line = self.plan().line
+        assert line.startswith(str(self.recipe))
+        return line
+
     def edit(self, old: str, new: str) -> None:
         """Replace a text in the recipe, where it stands exactly once."""
         text = self.recipe.read_text()

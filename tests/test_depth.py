@@ -258,8 +258,8 @@ def test_attentions_of_several_kinds_can_go(tmp_path: Path) -> None:
 
 
 def test_more_layers_measure_only_the_rounds_that_are_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, rounds, kls = deep(tmp_path / "model", "llama"), [], module.Walk.kl
-    monkeypatch.setattr(module.Walk, "kl", lambda self, gone, *rest: rounds.append(len(gone)) or kls(self, gone, *rest))
+    folder, rounds, kls = deep(tmp_path / "model", "llama"), [], module.Perturbed.kl
+    monkeypatch.setattr(module.Perturbed, "kl", lambda self, gone, *rest: rounds.append(len(gone)) or kls(self, gone, *rest))
     first = ran(Depth(drop=1), folder, tmp_path)[1]
     again = ran(Depth(drop=3), folder, tmp_path)[1]
     assert rounds == [0, 1, 2]

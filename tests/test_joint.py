@@ -8,7 +8,6 @@ import math
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,11 @@ class Drawn(dict[Level, float]):
 
 
 def best_of(allocate: Allocate, free: bool) -> Callable[..., joint.Best]:
-    return partial(allocate._free, seconds=10.0) if free else allocate._best
+    def find(state: State, damage: Any, damages: Any) -> joint.Best:
+        counts = allocate._counts(state)
+        return allocate._free(state, counts, damage, damages, 10.0) if free else allocate._best(state, counts, damage, damages)
+
+    return find
 
 
 def drawn(seed: int) -> Callable[[Site, Any], float]:

@@ -190,7 +190,7 @@ def without(state: State, found: Sequence[Coupling], counts: Counts) -> State:
                 config = changed
                 break
         else:
-            raise ModelError(f"'{state.graph.family}' has no shape with {_span(every)} of its {named(kind)}: "
+            raise ModelError(f"'{state.graph.family}' has no shape with {span(every)} of its {named(kind)}: "
                              f"{why or 'no value of its config says how many there are'}")  # fmt: skip
     model = skeleton(config)
     graph = anchor(discover(model, config, state.graph.leave), Bare(state.dense.folder, specs), model)
@@ -203,7 +203,8 @@ def _count(counts: Counts, c: Coupling) -> int:
     return wanted if isinstance(wanted, int) else wanted.get(c.block, c.units)
 
 
-def _span(counts: Mapping[int, int]) -> str:
+def span(counts: Mapping[int, int]) -> str:
+    """One number, or from where to where."""
     least, most = min(counts.values()), max(counts.values())
     return str(least) if least == most else f"{least} to {most}"
 
