@@ -143,17 +143,18 @@ class Softmax:
         if self.top is None:
             self.top = z_nv.new_full((len(z_nv),), -torch.inf)
             self.best = torch.zeros_like(self.top, dtype=torch.int64)
-            self.total = self.target = torch.zeros_like(self.top, dtype=torch.float64)
+            self.total, self.target = (torch.zeros_like(self.top, dtype=torch.float64) for _ in range(2))
         highest = z_nv.amax(-1)
         better = (highest > self.top).nonzero()[:, 0]  # fewer with every part, and an argmax is slow
         self.best[better] = z_nv[better].argmax(-1) + start
         top = torch.maximum(self.top, highest)
         decay, e_nv = (self.top - top).exp().double(), (z_nv - top[:, None]).exp_()
-        self.top, self.total = top, self.total * decay + e_nv.sum(-1).double()
+        self.top.copy_(top)  # in place, as all that stays: small tensors made beside large ones would leave holes in the heap
+        self.total.mul_(decay).add_(e_nv.sum(-1).double())
         if self.targets is not None:
             inside = (self.targets >= start) & (self.targets < start + z_nv.shape[1])
             index = (self.targets - start).clamp(0, z_nv.shape[1] - 1)
-            self.target = torch.where(inside, z_nv.gather(-1, index[:, None])[:, 0].double(), self.target)
+            self.target.copy_(torch.where(inside, z_nv.gather(-1, index[:, None])[:, 0].double(), self.target))
         return decay, e_nv
 
     @property
@@ -168,7 +169,7 @@ class Compared:
 
     def __init__(self, targets: Tensor | None):
         self.p, self.q = Softmax(targets), Softmax(targets)
-        self.difference: Tensor | float = 0.0  # sum over the vocabulary of exp(p - top of p) (p - q) [n]
+        self.difference = torch.zeros(0)  # sum over the vocabulary of exp(p - top of p) (p - q) [n], fp64
         self.compared = False
 
     def add(self, start: int, p_nv: Tensor | None, q_nv: Tensor) -> None:
@@ -176,8 +177,9 @@ class Compared:
         self.q.add(start, q_nv)
         if p_nv is not None:
             decay, e_nv = self.p.add(start, p_nv)
-            self.difference = self.difference * decay + e_nv.mul_(p_nv - q_nv).sum(-1).double()
-            self.compared = True
+            if not self.compared:
+                self.difference, self.compared = torch.zeros_like(decay), True
+            self.difference.mul_(decay).add_(e_nv.mul_(p_nv - q_nv).sum(-1).double())
 
     @property
     def kl(self) -> Tensor:
