@@ -101,7 +101,7 @@ def asked(theirs: Streamed | None, ask: Ask, ids: Tensor, causal: bool, known: l
     for window in ids.split(1):
         logits = ask(window)
         mine = cut([Batch(window, logits, [])], causal)
-        compared = [Compared(piece.targets) for piece in mine]
+        compared = [Compared.of(piece) for piece in mine]
         for rows in parts(logits.shape[-1] if theirs is None or theirs.head.size else None):
             with theirs.part(rows, known) if theirs else nullcontext() as p:
                 for i, (piece, sums) in enumerate(zip(mine, compared, strict=True)):

@@ -175,7 +175,7 @@ class Perturbed:
     def _compared(self, flight: Mapping[str, Sequence[Batch]]) -> dict[str, float | None]:
         """The KL of each change; the original's logits are made once for all of them."""
         pieces = {name: cut(batches, causal=False) for name, batches in flight.items()}
-        sums = {name: [Compared(None) for _ in self.original] for name in flight}
+        sums = {name: [Compared.of(piece) for piece in self.original] for name in flight}
         head = Head(self.stream, self.state)
         with torch.no_grad():
             for rows in parts(head.size):

@@ -121,7 +121,7 @@ def test_an_encoder_has_distances_but_no_perplexity(family: Any, tokens: Tokens,
 
 def test_a_perplexity_beyond_all_numbers_stays_a_number():
     """exp(700) is near the largest float; what is worse is cut there."""
-    found = evaluate.Compared(torch.tensor([1, 1]))
+    found = evaluate.Compared(2, torch.tensor([1, 1]))
     found.add(0, None, torch.tensor([[0.0, -2000.0]] * 2))
     assert evaluate.scores([found], 3) == evaluate.Scores(math.exp(700), None, None, 2, 3)
 

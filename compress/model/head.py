@@ -118,7 +118,7 @@ class Streamed:
 
 def both(theirs: Streamed | None, ours: Streamed, known: list[int] | None = None) -> list[Compared]:
     """The vocabulary in parts, each met by all predictions of two models; `known` are the rows of the original that are ours."""
-    found = [Compared(piece.targets) for piece in ours.pieces]
+    found = [Compared.of(piece) for piece in ours.pieces]
     for rows in parts(ours.head.size):
         with ours.part(rows) as q, theirs.part(rows, known) if theirs else nullcontext() as p:
             for i, compared in enumerate(found):
@@ -133,23 +133,21 @@ class Softmax:
     exp(z - top); target [n]: the logit of the token that came.
     """
 
-    def __init__(self, targets: Tensor | None):
+    def __init__(self, n: int, targets: Tensor | None = None, device: torch.device | str = "cpu"):
+        # All that stays is made here and filled in place: small tensors made beside large ones would leave holes in the heap.
         self.targets = targets
-        self.best = self.total = self.target = torch.zeros(0)
-        self.top: Tensor | None = None
+        self.top = torch.full((n,), -torch.inf, device=device)
+        self.best = torch.zeros(n, dtype=torch.int64, device=device)
+        self.total, self.target = (torch.zeros(n, dtype=torch.float64, device=device) for _ in range(2))
 
     def add(self, start: int, z_nv: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the tokens from `start` on. Returns what to multiply earlier sums by [n], and exp(z - top) [n, v]."""
-        if self.top is None:
-            self.top = z_nv.new_full((len(z_nv),), -torch.inf)
-            self.best = torch.zeros_like(self.top, dtype=torch.int64)
-            self.total, self.target = (torch.zeros_like(self.top, dtype=torch.float64) for _ in range(2))
         highest = z_nv.amax(-1)
         better = (highest > self.top).nonzero()[:, 0]  # fewer with every part, and an argmax is slow
         self.best[better] = z_nv[better].argmax(-1) + start
         top = torch.maximum(self.top, highest)
         decay, e_nv = (self.top - top).exp().double(), (z_nv - top[:, None]).exp_()
-        self.top.copy_(top)  # in place, as all that stays: small tensors made beside large ones would leave holes in the heap
+        self.top.copy_(top)
         self.total.mul_(decay).add_(e_nv.sum(-1).double())
         if self.targets is not None:
             inside = (self.targets >= start) & (self.targets < start + z_nv.shape[1])
@@ -160,25 +158,28 @@ class Softmax:
     @property
     def log_total(self) -> Tensor:
         """The logarithm of the sum of exponentials [n], fp64."""
-        assert self.top is not None
         return self.top.double() + self.total.log()
 
 
 class Compared:
     """The predictions of a piece by two models, summed up over the vocabulary: q is the model in hand, p the original."""
 
-    def __init__(self, targets: Tensor | None):
-        self.p, self.q = Softmax(targets), Softmax(targets)
-        self.difference = torch.zeros(0)  # sum over the vocabulary of exp(p - top of p) (p - q) [n], fp64
+    def __init__(self, n: int, targets: Tensor | None = None, device: torch.device | str = "cpu"):
+        self.p, self.q = Softmax(n, targets, device), Softmax(n, targets, device)
+        self.difference = torch.zeros_like(self.p.total)  # sum over the vocabulary of exp(p - top of p) (p - q) [n]
         self.compared = False
+
+    @classmethod
+    def of(cls, piece: Piece) -> Compared:
+        """Of the predictions of a piece, before anything has been seen."""
+        return cls(piece.hidden.shape[:2].numel(), piece.targets, piece.hidden.device)
 
     def add(self, start: int, p_nv: Tensor | None, q_nv: Tensor) -> None:
         """The logits [n, v] of the tokens from `start` on."""
         self.q.add(start, q_nv)
         if p_nv is not None:
+            self.compared = True
             decay, e_nv = self.p.add(start, p_nv)
-            if not self.compared:
-                self.difference, self.compared = torch.zeros_like(decay), True
             self.difference.mul_(decay).add_(e_nv.mul_(p_nv - q_nv).sum(-1).double())
 
     @property
