@@ -1,16 +1,29 @@
 """What stays of a model when neurons of its MLPs go: KL on held-out text by method, with and without compensation, in one run.
 
 python benchmarks/pruning.py --model MODEL --calibration TEXT --evaluation TEXT [--shares 0.75 0.5] [--bos] [--save DIR]
+
+Seconds are those of the pass; a last row has what GPTQ takes on the same blocks. Torch-Pruning (https://pypi.org/p/torch-pruning)
+stands beside where it can be imported, on models that call their MLP `mlp.gate_proj`: it prunes a model in memory, by the norms
+of a neuron's weights or by weights times gradients on the calibration windows. Its result is judged as ours is.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
+import torch
 from report import line
-from variants import measured, parser, publish
+from transformers import AutoModelForCausalLM
+from variants import outcome, parser, publish
+
+from compress.evaluate import compare
+from compress.model.data import Tokens, Windows, read
+from compress.model.model import Model, open_model
 
 CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("obs", {}),
@@ -23,19 +36,80 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 
+TAYLOR_WINDOWS = 16  # for gradients of a whole model in memory
+
+
 def rows(options: argparse.Namespace) -> list[str]:
-    """A Markdown table, a row for each share and method; CPU seconds are of the whole run, evaluation included."""
-    found = [line(["neurons left", "method", "KL", "beside obs", "CPU s"]), line(["---"] * 5)]
+    """A Markdown table, a row for each share and method; then what GPTQ takes."""
+    found = [line(["neurons left", "method", "KL", "beside obs", "s of the pass"]), line(["---"] * 5)]
+
+    def add(share: str, name: str, kl: float, first: float, seconds: float) -> None:
+        found.append(line([share, name, f"{kl:.4f}", f"{kl / first:.2f}", f"{seconds:.0f}"]))
+        print(found[-1], flush=True)
+
     for share in options.shares:
         first = 0.0
         for name, choice in CASES:
-            start = time.process_time()
-            kl = measured(options, [{"prune": {"mlp": share, **choice}}])
+            kl, seconds = ours(options, {"prune": {"mlp": share, **choice}})
             first = first or kl
-            spent = time.process_time() - start
-            found.append(line([f"{share:.0%}", name, f"{kl:.4f}", f"{kl / first:.2f}", f"{spent:.0f}"]))
-            print(found[-1], flush=True)
+            add(f"{share:.0%}", name, kl, first, seconds)
+        for criterion in ("magnitude", "taylor") if importlib.util.find_spec("torch_pruning") else ():
+            add(f"{share:.0%}", f"Torch-Pruning, {criterion}", *with_torch_pruning(options, share, criterion, first))
+    kl, seconds = ours(options, {"quantize": {"method": "gptq", "format": "int4:g64"}})
+    add("100%", "gptq, int4:g64", kl, first, seconds)
     return found
+
+
+def ours(options: argparse.Namespace, step: dict[str, Any]) -> tuple[float, float]:
+    """The KL of a pass, and the seconds it took."""
+    made = outcome(options, [step])
+    return made.scores["compressed"]["kl"], made.report.steps[0]["seconds"]
+
+
+def with_torch_pruning(options: argparse.Namespace, share: float, criterion: str, first: float) -> tuple[float, float, float]:
+    """KL, the KL it is compared with, and seconds, of a model that Torch-Pruning made."""
+    source = open_model(str(options.model))
+    start = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    removed(model, texts(options, source, options.calibration, options.sequences).ids, share, criterion)
+    seconds = time.perf_counter() - start
+    with tempfile.TemporaryDirectory() as folder:
+        model.to(source.state.dtype).save_pretrained(folder)
+        for name in source.checkpoint.path.glob("tokenizer*"):
+            (Path(folder) / name.name).write_bytes(name.read_bytes())
+        scores = compare(source.state, open_model(folder).state, texts(options, source, options.evaluation, options.judged))[1]
+    assert scores.kl is not None
+    return scores.kl, first, seconds
+
+
+def removed(model: Any, ids: torch.Tensor, share: float, criterion: str) -> None:
+    """Prune the neurons of every MLP in place."""
+    import torch_pruning
+
+    layers = model.get_decoder().layers
+    roots = [layer.mlp.gate_proj for layer in layers]
+    choose = torch_pruning.importance.GroupTaylorImportance() if criterion == "taylor" else (
+        torch_pruning.importance.GroupMagnitudeImportance())  # fmt: skip
+    pruner = torch_pruning.pruner.BasePruner(
+        model,
+        ids[:1],
+        choose,
+        pruning_ratio=0.0,
+        pruning_ratio_dict=dict.fromkeys(roots, 1 - share),
+        forward_fn=lambda m, x: m(x, use_cache=False).logits,
+    )
+    if criterion == "taylor":
+        for window in ids[:TAYLOR_WINDOWS].split(1):
+            model(window, labels=window, use_cache=False).loss.backward()
+    pruner.step()
+    model.zero_grad()
+    model.config.get_text_config().intermediate_size = roots[0].out_features
+
+
+def texts(options: argparse.Namespace, source: Model, text: Path, count: int) -> Tokens:
+    """The windows that a run reads from a text."""
+    windows = Windows(text=str(text.resolve()), sequences=count, length=options.length, bos=options.bos)
+    return read(windows, options.model, Path(), source.state.graph["embed"].shape[0])
 
 
 def main() -> None:

@@ -43,7 +43,8 @@ class Store(Protocol):
     `commit`: codes by site, dense tensors by their names in the checkpoint, what an engine must know besides; on disk whole or
     not at all. A part that is committed again is replaced. `committed`: a finished part, or None.
     `analysis`: the store of an analysis, named and keyed by all that it depends on besides the state, the calibration tokens
-    and the seed: every step that asks for the same finds what was measured before.
+    and the seed: every step that asks for the same finds what was measured before. `of_source`: the same of the model before any
+    pass, of which steps behind different ones ask the same.
     """
 
     @property
@@ -58,6 +59,9 @@ class Store(Protocol):
         serving: Mapping[str, Any] = ...,
     ) -> Part: ...
     def analysis(self, name: str, of: object) -> Store: ...
+    def of_source(self, name: str, of: object) -> Store: ...
+    @property
+    def partial(self) -> Path: ...
     def drop(self) -> None: ...
 
 
@@ -67,7 +71,8 @@ class Context:
 
     calibration: the recipe's calibration tokens, or None; in the source's ids, see `State.ids`. device: where the block in hand
     lies. store: finished parts of this step. say: a site's record, shown to the user. progress: called with (done, total, what)
-    as work proceeds. following: the passes that come after this one.
+    as work proceeds. following: the passes that come after this one. source: the model before any pass. training: what a pass
+    that `trains` learns from.
     """
 
     seed: int
@@ -77,6 +82,8 @@ class Context:
     say: Callable[[Record], None]
     progress: Callable[[float, float, str], None]
     following: tuple[Pass, ...] = ()
+    source: State | None = None
+    training: Tokens | None = None
 
     def generator(self, site: Site) -> torch.Generator:
         """Randomness for one site: the same for the same seed and name, whatever ran before."""
@@ -136,6 +143,7 @@ class Pass(BaseModel, ABC):
     breaks: ClassVar[Fact] = Fact.NONE
     writes: ClassVar[Aspect] = Aspect.NONE
     decides: ClassVar[bool] = False  # `run` finds by measuring what `foresee` can only guess, so `plan` runs it too
+    trains: ClassVar[bool] = False  # it reads data.training; data.calibration where there is none
     looks_ahead: ClassVar[bool] = False  # the result depends on the passes behind it, whose texts enter the step's key
 
     @abstractmethod
@@ -165,6 +173,11 @@ class Pass(BaseModel, ABC):
     def cost(self, state: State, tokens: int) -> Cost:
         """What running it on `tokens` calibration tokens will take; `state` is the foreseen one."""
         return Cost()
+
+    def trained(self, state: State, windows: int, length: int) -> tuple[Cost, str]:
+        """The same, of a pass that `trains`, on windows of training text, with what `plan` is to say of it; `state` is the one
+        that it will be given. RecipeError where it takes more than it may."""
+        return Cost(), ""
 
     def reads(self, windows: int) -> int:
         """How many of so many calibration windows it reads: what `cost` is asked for."""

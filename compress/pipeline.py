@@ -100,6 +100,7 @@ def told_by_passes(ready: Prepared) -> list[str]:
         foreseen = p.foresee(state)
         foreseen = p.decided(state, foreseen, records) if records else foreseen
         found += p.remarks(state, foreseen)
+        found += [ready.trained[i][1]] if i in ready.trained else []
         known = state.graph.sites  # what was found of single matrices is told in the report
         found += [f"{r['site']}: {'; '.join(r['notes'])}" for r in records
                   if p.decides and r.get("notes") and r["site"] not in known]  # fmt: skip
@@ -182,8 +183,9 @@ def steps_of(ready: Prepared, out: Path, device: str, context_of: Any) -> list[S
         hashed = digest(hashed, ready.foreseen.vocabulary)
     steps, computes = [], " ".join(str(computing(dtype, device))[6:] for dtype in (ready.start.dtype, torch.bfloat16))
     for number, p in enumerate(ready.recipe.passes, 1):
-        made_of = step_inputs(p, key, hashed, ready.seed, ready.recipe.passes[number:], computes)
-        step = Step.of(out / "steps", number, made_of, context_of)
+        read = digest(hashed, ready.training.hash) if p.trains and ready.training else hashed
+        made_of = step_inputs(p, key, read, ready.seed, ready.recipe.passes[number:], computes)
+        step = Step.of(out / "steps", number, made_of, context_of, ready.root_key)
         steps.append(step)
         key = step.key
     return steps
@@ -259,8 +261,9 @@ def check_device(device: str) -> None:
 
 def context_of(ready: Prepared, step: Step, device: str, console: Console) -> Context:
     """What the pass of one step may use."""
-    return Context(ready.seed, ready.calibration, device, step, console.say, console.progress,
-                   ready.recipe.passes[step.number :])  # fmt: skip
+    trains = ready.recipe.passes[step.number - 1].trains
+    return Context(ready.seed, ready.calibration, device, step, console.say, console.progress, ready.recipe.passes[step.number :],
+                   ready.start, ready.training if trains else None)  # fmt: skip
 
 
 def fold(ready: Prepared, steps: Sequence[Step], last: int, console: Console) -> State:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from compress import manager
-from compress.errors import CompressError, ExportError, MatchError
+from compress.errors import CompressError, ExportError, MatchError, RecipeError
 from compress.export.artifact.carried import carried
 from compress.export.artifact.exporter import Exporter
 from compress.export.table import EXPORTERS
@@ -37,6 +37,7 @@ class Prepared:
     start: State
     foreseen: State
     told: tuple[Sequence[manager.Record], ...] = ()
+    trained: Mapping[int, tuple[manager.Cost, str]] = field(default_factory=dict)  # by the number of a pass that trains
     asked: data.Tokens | None = None  # calibration windows that the model was asked for, see calibration.py
 
     @property
@@ -66,6 +67,11 @@ class Prepared:
     @cached_property
     def evaluation(self) -> data.Tokens | None:
         return self._tokens("evaluation")
+
+    @cached_property
+    def training(self) -> data.Tokens | None:
+        """What passes that train learn from."""
+        return self._tokens("training") or self.calibration
 
     def _tokens(self, which: str) -> data.Tokens | None:
         windows = getattr(self.recipe.document.data, which)
@@ -104,18 +110,25 @@ def prepare(path: Path, overrides: Sequence[str] = (), say: Say = silent) -> Pre
         manager.check_order(recipe.passes, start.facts)
     except CompressError as e:
         raise recipe.located(e) from None
-    foreseen = start
+    if recipe.document.data.training and not any(p.trains for p in recipe.passes):
+        raise RecipeError(f"{recipe.place(('data', 'training'))}  no step learns from it; add 'distill', or leave it out")
+    foreseen, trained = start, {}
+    text = recipe.document.data.training or recipe.document.data.calibration
     for i, p in enumerate(recipe.passes):
         try:
-            p.check(recipe.document.data.calibration is not None, recipe.passes[i + 1 :])
+            p.check(
+                bool(recipe.document.data.calibration or (p.trains and recipe.document.data.training)), recipe.passes[i + 1 :]
+            )
             outcomes = [manager.settle(p, foreseen, o) for o in p.outcomes(foreseen)] if p.decides else []
-            foreseen = manager.foresee([p], foreseen)
+            before, foreseen = foreseen, manager.foresee([p], foreseen)
+            if p.trains and text:
+                trained[i] = p.trained(before, text.sequences, text.length)
         except CompressError as e:
             raise recipe.located(e, "passes", i) from None
         for outcome in outcomes:
             check_exports(recipe, followed(recipe, i + 1, outcome))
     check_exports(recipe, foreseen)
-    return Prepared(recipe, model, start, foreseen)
+    return Prepared(recipe, model, start, foreseen, trained=trained)
 
 
 def followed(recipe: Recipe, first: int, state: State) -> State:

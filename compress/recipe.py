@@ -33,7 +33,9 @@ class Document(BaseModel):
     out: str | None = Field(None, description="the run folder; default: runs/ beside where you are, named like the recipe")
     seed: int = Field(0, ge=0, description="seed of everything random")
     leave: list[str] = Field([], description="patterns of module paths whose matrices no pass sees, and that stay as they are")
-    data: Data = Field(Data(calibration=None, evaluation=None), description="texts to calibrate and to evaluate on")
+    data: Data = Field(
+        Data(calibration=None, training=None, evaluation=None), description="texts to calibrate on, learn from, and evaluate on"
+    )
     passes: list[dict[str, Any]] = Field([], description="what to do, in order: a list of {pass: options}")
     export: list[dict[str, Any]] = Field([], description="what to write: a list of {exporter: options}")
 

@@ -195,6 +195,9 @@ class Parts:
         """The parts of an analysis within this one; they go when it is dropped."""
         return Parts(self.partial, name, digest(self.key, of))
 
+    def of_source(self, name: str, of: object) -> Parts:
+        return self.analysis(name, of)
+
     def drop(self) -> None:
         """Remove what was kept; nobody will ask for it again."""
         shutil.rmtree(self.partial, ignore_errors=True)
@@ -207,10 +210,13 @@ class Step(Parts):
     number: int = 0
     made_of: Mapping[str, Any] = field(default_factory=dict)
     context_of: Callable[[Step], Context] | None = None
+    source: str = ""  # the key of the model before any step
 
     @classmethod
-    def of(cls, root: Path, number: int, made_of: Mapping[str, Any], context_of: Callable[[Step], Context]) -> Step:
-        return cls(root, made_of["name"], digest(SCHEMA, made_of), {}, number, made_of, context_of)
+    def of(
+        cls, root: Path, number: int, made_of: Mapping[str, Any], context_of: Callable[[Step], Context], source: str = ""
+    ) -> Step:
+        return cls(root, made_of["name"], digest(SCHEMA, made_of), {}, number, made_of, context_of, source)
 
     @property
     def folder(self) -> Path:
@@ -232,6 +238,10 @@ class Step(Parts):
         """The parts of an analysis of the state that this step starts from, shared by all steps that ask for the same."""
         source = [self.made_of[n] for n in ("parent", "data", "seed", "computes")]
         return Parts(self.root.with_name("analyses"), name, digest(SCHEMA, source, of))
+
+    def of_source(self, name: str, of: object) -> Parts:
+        """The parts of an analysis of the model before any step."""
+        return Parts(self.root.with_name("analyses"), name, digest(SCHEMA, self.source, self.made_of["computes"], of))
 
     def restore(self, known: Callable[[Sequence[Record]], State]) -> State | None:
         """The state after this step from its finished folder, or None; its records and its plan come back too. `known` makes of

@@ -73,7 +73,9 @@ def stages(ready: Prepared, layouts: Mapping[str, Files]) -> list[Stage]:
     windows = data.calibration
     count, length = (windows.sequences, windows.length) if windows else (0, 0)
     found = [Stage(name, cost) for name, cost in calibration.costs(windows, ready.start).items()]
-    found += [Stage(p.name, p.cost(ready.foreseen, p.reads(count) * length)) for p in ready.recipe.passes]
+    costs = [ready.trained[i][0] if i in ready.trained else p.cost(ready.foreseen, p.reads(count) * length)
+             for i, p in enumerate(ready.recipe.passes)]  # fmt: skip
+    found += [Stage(p.name, cost) for p, cost in zip(ready.recipe.passes, costs, strict=True)]
     if data.evaluation:
         found.append(Stage("evaluation", evaluation(ready.foreseen, data.evaluation)))
     run = windows is not None or data.evaluation is not None  # without text, tensors are compared and no logits

@@ -5,6 +5,7 @@ from __future__ import annotations
 from compress.manager import Pass
 from compress.passes.allocate import Allocate
 from compress.passes.depth import Depth
+from compress.passes.distill import Distill
 from compress.passes.edit import Edit
 from compress.passes.factorize import Factorize
 from compress.passes.lqlora import LqLora
@@ -12,4 +13,4 @@ from compress.passes.prune import Prune
 from compress.passes.quantize import Quantize
 from compress.passes.smooth import Smooth
 
-PASSES: dict[str, type[Pass]] = {p.name: p for p in (Edit, Depth, Prune, Smooth, Allocate, Factorize, Quantize, LqLora)}
+PASSES: dict[str, type[Pass]] = {p.name: p for p in (Edit, Depth, Prune, Smooth, Allocate, Factorize, Quantize, LqLora, Distill)}

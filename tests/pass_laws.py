@@ -35,6 +35,7 @@ from compress.state.state import broken_promises, changed
 from tests.conftest import contents
 
 TOKENS = Tokens(torch.randint(0, 256, (6, 32), generator=torch.Generator().manual_seed(5)), "random bytes")
+TEXT = Tokens(torch.randint(0, 256, (40, 32), generator=torch.Generator().manual_seed(6)), "more of them")  # to learn from
 
 
 def check_pass(p: Pass, source: Path, folder: Path, following: tuple[Pass, ...] = (), everywhere: bool = False) -> None:
@@ -81,7 +82,8 @@ def lively(source: Path, folder: Path) -> Path:
 
 def step_of(p: Pass, model: Model, folder: Path, following: tuple[Pass, ...] = ()) -> Step:
     def context_of(step: Step) -> Context:
-        return Context(0, TOKENS, "cpu", step, lambda record: None, lambda done, total, what: None, following)
+        trained = {"source": model.state, "training": TEXT} if p.trains else {}
+        return Context(0, TOKENS, "cpu", step, lambda record: None, lambda done, total, what: None, following, **trained)
 
     return Step.of(folder, 1, step_inputs(p, "root", TOKENS.hash, 0, following), context_of)
 

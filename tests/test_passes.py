@@ -40,6 +40,17 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # at least one set for every pass,
         {"kv_groups": 0.5, "method": "wanda", "drift": 0},
         {"mlp": 0.5, "method": "flap"},
     ],
+    "distill": [
+        {"loss": {"ce": 1.0}, "rate": 0.01, "batch": 9, "checks": 2},
+        {
+            "loss": {"ce": 0.5, "hidden_cosine": 0.5},
+            "teacher": "live",
+            "train": ["layers.*.down", "norms"],
+            "rate": 0.02,
+            "batch": 1,
+        },
+        {"loss": {"ce": 1.0}, "train": "lora", "rank": 4, "rate": 0.02, "batch": 6, "checks": 3, "memory": {"activations": "kept"}},
+    ],
     "smooth": [{"strength": 0.75}, {"pairs": "norms"}],
     "factorize": [
         {"rank": 0.75, "pins": {"*.down": 24, "layers.0.*.q": "full"}},

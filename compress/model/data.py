@@ -173,11 +173,12 @@ class Calibration(Windows):
 
 
 class Data(BaseModel):
-    """What a run reads: text to calibrate on, and other text to evaluate on."""
+    """What a run reads: text to calibrate on, text to learn from, and other text to evaluate on."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     calibration: Calibration | None = Field(None, description="what GPTQ sees")
+    training: Windows | None = Field(None, description="what 'distill' learns from; the calibration windows where it is absent")
     evaluation: Windows | None = Field(None, description="what the figures of the report are measured on")
 
 

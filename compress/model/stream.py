@@ -77,12 +77,13 @@ class Twin:
 class Stream:
     """A state's model, streamed. `device` holds the block in hand and the activations.
 
-    dtype: what blocks compute in, which is the model's own where that is fast, or where it is to be `exact` (see speed.py).
+    dtype: what blocks compute in, which is the model's own where that is fast, or where it is to be `exact` (see speed.py),
+    unless another is given.
     """
 
-    def __init__(self, state: State, device: str = "cpu", exact: bool = False):
+    def __init__(self, state: State, device: str = "cpu", exact: bool = False, dtype: torch.dtype | None = None):
         self.device = torch.device(device)
-        self.dtype = state.dtype if exact else computing(state.dtype, device)
+        self.dtype = dtype or (state.dtype if exact else computing(state.dtype, device))
         self.graph = state.graph
         self.model = skeleton(state.config)
         self.blocks: list[nn.Module] = [self.model.get_submodule(b.module) for b in self.graph.blocks]

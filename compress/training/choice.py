@@ -1,0 +1,118 @@
+"""What of a state's model learns: a table of its matrices and other tensors, from a recipe's words, before a weight is read."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from compress.errors import MatchError, RecipeError, did_you_mean
+from compress.formats import Dense, Factored, LowRank
+from compress.formats.formats import Format
+from compress.formats.grid import Quantized
+from compress.state import State
+from compress.state.graph import Site
+from compress.training.matrices import learnt_scale
+
+WORDS = ("all", "lora", "scales", "norms")
+
+
+class Kind(enum.Flag):
+    """What of a matrix learns."""
+
+    NOTHING = 0
+    WEIGHTS = enum.auto()
+    SCALES = enum.auto()
+    FACTORS = enum.auto()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """sites: site -> what of it learns. tensors: names, in the checkpoint, of those tensors that are no site's and learn.
+    formats: site -> format, of sites that are given factors, of `rank`."""
+
+    sites: Mapping[str, Kind]
+    tensors: frozenset[str]
+    formats: Mapping[str, LowRank]
+    rank: int
+
+    def kind(self, site: Site) -> Kind:
+        return self.sites.get(site.tied or site.name, Kind.NOTHING)
+
+    def format(self, state: State, site: Site) -> Format | None:
+        """What a site is stored as in the end."""
+        return self.formats.get(site.name) or state.format(site)
+
+
+def choose(state: State, train: Sequence[str], rank: int | None) -> Choice:
+    """What the words `all`, `lora`, `scales`, `norms` and patterns of names mean for a state. RecipeError, MatchError where one
+    means nothing."""
+    sites: dict[str, Kind] = {}
+    tensors, formats = set[str](), dict[str, LowRank]()
+    others = other_tensors(state)
+    for word in train:
+        matched = 0
+        for site in (s for s in state.graph if not s.tied):
+            kind = learning(state, site, word)
+            if kind & Kind.FACTORS and state.format(site) is not None and not isinstance(state.format(site), LowRank):
+                formats[site.name] = LowRank(state.format(site), rank or 0)  # type: ignore[arg-type]  # checked by `learning`
+            sites[site.name] = sites.get(site.name, Kind.NOTHING) | kind
+            matched += bool(kind)
+        named = [n for n in others if word in ("all", "norms") or (word not in WORDS and fnmatchcase(n, word))]
+        tensors |= set(named)
+        if not matched and not named:
+            raise nothing(state, word)
+    both = next((n for n, k in sites.items() if Kind.WEIGHTS in k and k != Kind.WEIGHTS), None)
+    if both:
+        raise RecipeError(f"'{both}' cannot learn its weights and its scales or factors at once; leave one of {', '.join(train)} "
+                          "out", ("train",))  # fmt: skip
+    return Choice({n: k for n, k in sites.items() if k}, frozenset(tensors), formats, rank or 0)
+
+
+def other_tensors(state: State) -> list[str]:
+    """The floating-point tensors of a state that belong to no site: norms, biases and the like."""
+    taken = {s.weight for s in state.graph} | {s.joined for s in state.graph if s.expert is not None}
+    return [spec.name for spec in state.specs if spec.name not in taken and spec.dtype.is_floating_point]
+
+
+def learning(state: State, site: Site, word: str) -> Kind:
+    """What of a site learns by one word."""
+    fmt = state.format(site)
+    if word == "norms":
+        return Kind.NOTHING
+    if word == "scales":
+        base = fmt.base if isinstance(fmt, LowRank) else fmt
+        if base is None or isinstance(base, Dense | Factored):
+            return Kind.NOTHING
+        if not learnt_scale(base):
+            raise RecipeError(f"'{site.name}' is in {fmt}, whose scales are stored together and cannot be moved one by one; name "
+                              "what is to learn by patterns", ("train",))  # fmt: skip
+        return Kind.SCALES
+    if word == "lora":
+        return Kind.FACTORS if site.block is not None and takes_factors(fmt) else Kind.NOTHING
+    if word != "all" and not fnmatchcase(site.name, word):
+        return Kind.NOTHING
+    if isinstance(fmt, LowRank):
+        return Kind.FACTORS
+    if fmt is None or isinstance(fmt, Quantized):
+        return Kind.WEIGHTS
+    raise RecipeError(f"'{site.name}' is in {fmt}; what stands in place of a matrix is not trained. Train before 'factorize', or "
+                      "name other matrices", ("train",))  # fmt: skip
+
+
+def takes_factors(fmt: Format | None) -> bool:
+    """Whether a matrix in this format can learn by factors: those that it has, or new ones."""
+    if isinstance(fmt, LowRank):
+        return isinstance(fmt.factors, Dense)
+    return fmt is None or (isinstance(fmt, Quantized) and not isinstance(fmt, Factored))
+
+
+def nothing(state: State, word: str) -> Exception:
+    """That a word means nothing here, and why."""
+    if word == "scales":
+        return RecipeError("no matrix has scales that could learn; put 'quantize' before it, or train: all", ("train",))
+    if word in WORDS:
+        return RecipeError(f"there is nothing that '{word}' could train", ("train",))
+    names = [s.name for s in state.graph] + other_tensors(state)
+    return MatchError(f"'{word}' matches no matrix and no other tensor{did_you_mean(word, names)}", ("train",))

@@ -1,0 +1,253 @@
+"""The loop: steps of an optimizer on a student's distance to its teacher, judged on held-out windows, from where it stopped.
+
+A step takes `batch` windows, a few at a time (`MICRO` tokens), adds up their gradients, and moves what learns. At every check the
+held-out windows are judged and everything that the next step depends on is kept on disk: what learns, what the optimizer
+remembers, and the curve so far. The order of windows is drawn from the seed and the epoch alone. So a run that was killed comes
+to the same bytes as one that was not. In the end the student is what it was at its best check; the start counts as one, so
+training never makes a model worse on what was held out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from compress.model.data import Tokens
+from compress.model.lockstep import Batch
+from compress.model.seeds import seeded
+from compress.training.loss import DIVERGENCES, behind
+from compress.training.student import Student
+from compress.training.teacher import Look
+
+MICRO = 2048  # tokens that pass the student at once, or one window
+LEARNS = "learns/"  # before the name of what learns, in a checkpoint
+EVEN_WORSE = 3  # checks in a row without a better one end the training
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """steps of `batch` windows; the rate, relative to its base, rises over `warmup` steps to `rate` and falls to a tenth of it
+    along a cosine. checks: how often the held-out windows are judged."""
+
+    steps: int
+    batch: int
+    rate: float
+    warmup: int
+    checks: int
+
+    def at(self, step: int) -> float:
+        """The rate of step `step`, counted from 0."""
+        if step < self.warmup:
+            return self.rate * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.rate * (0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2)
+
+    def judged(self, step: int) -> bool:
+        """Whether the student is judged when so many steps are done."""
+        return step == self.steps or step * self.checks // self.steps > (step - 1) * self.checks // self.steps
+
+
+@dataclass(frozen=True)
+class Point:
+    """What is known when `step` steps are done. loss: of training, the mean since the last point; None at the start. held: what
+    the student is judged by, on the held-out windows, nats a token."""
+
+    step: int
+    tokens: int
+    loss: float | None
+    held: float
+
+
+class Asked(Protocol):
+    """A teacher, see teacher.py."""
+
+    def look(self, numbers: Sequence[int]) -> Any: ...
+
+
+class Kept(Protocol):
+    """Where checkpoints lie, see checkpoints.py."""
+
+    def notes(self) -> dict[str, Any] | None: ...
+    def keep(self, notes: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None: ...
+    def latest(self) -> Iterator[tuple[str, Tensor]]: ...
+    def best(self) -> Iterator[tuple[str, Tensor]]: ...
+
+
+@dataclass
+class Training:
+    """learning, held: numbers of windows of `tokens`, which the teacher knows by them."""
+
+    student: Student
+    teacher: Asked
+    tokens: Tokens
+    learning: Sequence[int]
+    held: Sequence[int]
+    weights: Mapping[str, float]
+    schedule: Schedule
+    optimizer: Callable[[list[Tensor]], torch.optim.Optimizer]
+    seed: int
+    progress: Callable[[float, float, str], None]
+    curve: list[Point] = field(default_factory=list)
+
+    def run(self, kept: Kept) -> list[Point]:
+        """Train; the student is then what it was at its best check."""
+        optimizer = self.optimizer(list(self.student.learns.values()))
+        start, losses = self._restore(kept, optimizer), list[float]()
+        if not self.curve:
+            self.curve.append(Point(0, 0, None, self.judge()))
+            kept.keep(self._notes(), self._tensors(optimizer))
+        for step in range(start, self.schedule.steps):
+            if self.finished:
+                break
+            self.progress(step, self.schedule.steps, f"held out, {self.judged_by} {self.curve[-1].held:.4g}")
+            losses.append(self.step(step, optimizer))
+            if self.schedule.judged(step + 1):
+                self.curve.append(Point(step + 1, (step + 1) * self.per_step, sum(losses) / len(losses), self.judge()))
+                losses.clear()
+                kept.keep(self._notes(), self._tensors(optimizer))
+        self._take(kept.best(), None)
+        return self.curve
+
+    @property
+    def per_step(self) -> int:
+        return self.schedule.batch * self.tokens.ids.shape[1]
+
+    @property
+    def best(self) -> Point:
+        return min(self.curve, key=lambda p: (p.held, p.step))
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last checks were all worse than one before them."""
+        return len(self.curve) - 1 - self.curve.index(self.best) >= EVEN_WORSE
+
+    # --- a step ---
+
+    def step(self, number: int, optimizer: torch.optim.Optimizer) -> float:
+        """The loss of one step, a token."""
+        for group in optimizer.param_groups:
+            group["lr"] = group["base"] * self.schedule.at(number)
+        optimizer.zero_grad(set_to_none=True)
+        total = sum(self._learn(numbers) for numbers in self._few(self._windows(number)))
+        optimizer.step()
+        return total
+
+    def _windows(self, number: int) -> list[int]:
+        """The windows of a step: each epoch has an order of its own."""
+        count, found = len(self.learning), []
+        for at in range(number * self.schedule.batch, (number + 1) * self.schedule.batch):
+            order = torch.randperm(count, generator=seeded(self.seed, f"epoch {at // count}"))
+            found.append(self.learning[int(order[at % count])])
+        return found
+
+    def _few(self, numbers: Sequence[int]) -> Iterator[Sequence[int]]:
+        size = max(1, MICRO // self.tokens.ids.shape[1])
+        for start in range(0, len(numbers), size):
+            yield numbers[start : start + size]
+
+    def _learn(self, numbers: Sequence[int]) -> float:
+        """Add the gradients of some windows; their share of the step's loss."""
+        ids, share = self._ids(numbers), 1 / self.per_step
+        outputs: list[Tensor] = []
+        cosine = self.weights.get("hidden_cosine", 0.0)
+        with self.teacher.look(numbers) as look, torch.enable_grad():  # a teacher that is streamed has turned it off
+            batch = self.student.forward(ids, (lambda _, h: outputs.append(h)) if cosine else None)
+            sums, slope = self._behind(batch.hidden, ids, look, share, backward=True)
+            roots, slopes = (
+                [batch.hidden],
+                [slope.reshape(batch.hidden.shape).to(batch.hidden.dtype) if slope is not None else None],
+            )
+            loss = sum(self.weights[n] * s * share for n, s in sums.items())
+            if cosine:
+                apart = cosine * share * apart_in_angle(outputs, look.hidden)
+                roots, slopes = [*roots, apart], [*slopes, None]
+                loss += float(apart.detach())
+            torch.autograd.backward(roots, slopes)
+        return float(loss)
+
+    def _behind(
+        self, hidden: Tensor, ids: Tensor, look: Look, share: float, backward: bool
+    ) -> tuple[Mapping[str, float], Tensor | None]:
+        weights = {n: w for n, w in self.weights.items() if n != "hidden_cosine"} if backward else {self.judged_by: 1.0}
+        return in_parts(self.student, hidden, ids, look, weights, share, backward)
+
+    def _ids(self, numbers: Sequence[int]) -> Tensor:
+        return self.student.state.ids(self.tokens.ids[list(numbers)]).to(self.student.device)
+
+    @property
+    def judged_by(self) -> str:
+        """KL from the teacher; where nothing is learnt from one, the cross-entropy of the text."""
+        return "kl" if self.weights.keys() & DIVERGENCES.keys() else "ce"
+
+    def judge(self) -> float:
+        """What the student comes to on the held-out windows, nats a token."""
+        total = 0.0
+        with torch.no_grad():
+            for numbers in self._few(self.held):
+                ids = self._ids(numbers)
+                with self.teacher.look(numbers) as look:
+                    batch = self.student.forward(ids)
+                    total += self._behind(batch.hidden, ids, look, 1.0, backward=False)[0][self.judged_by]
+        return total / (len(self.held) * self.tokens.ids.shape[1])
+
+    # --- where it stopped ---
+
+    def _notes(self) -> dict[str, Any]:
+        return {"curve": [[p.step, p.tokens, p.loss, p.held] for p in self.curve]}
+
+    def _tensors(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """What learns, and what the optimizer remembers of it."""
+        found = {f"{LEARNS}{name}": p.detach() for name, p in self.student.learns.items()}
+        for name, p in self.student.learns.items():
+            found |= {f"{key}/{name}": t for key, t in optimizer.state.get(p, {}).items()}
+        return found
+
+    def _restore(self, kept: Kept, optimizer: torch.optim.Optimizer) -> int:
+        """How many steps are done already."""
+        notes = kept.notes()
+        if notes is None:
+            return 0
+        self.curve = [Point(*p) for p in notes["curve"]]
+        self._take(kept.latest(), optimizer)
+        return self.curve[-1].step
+
+    def _take(self, found: Iterable[tuple[str, Tensor]], optimizer: torch.optim.Optimizer | None) -> None:
+        """What learns, and what an optimizer remembers, from a checkpoint."""
+        learns = self.student.learns
+        for name, tensor in found:
+            key, _, of = name.partition("/")
+            if name.startswith(LEARNS):
+                learns[of].data.copy_(tensor)
+            elif optimizer is not None:
+                optimizer.state[learns[of]][key] = tensor.clone() if key == "step" else tensor.to(learns[of].device)
+
+
+def in_parts(
+    student: Student, hidden: Tensor, ids: Tensor, look: Look, weights: Mapping[str, float], share: float, backward: bool
+) -> tuple[Mapping[str, float], Tensor | None]:
+    """The loss behind the last block [b, t, d], summed over tokens by its parts, and `share` of its slope there."""
+    flat, tokens = hidden.detach().reshape(-1, hidden.shape[-1]), ids.reshape(-1)
+    targets = ids.roll(-1, 1)
+    targets[:, -1] = -100  # nothing came behind the last token; what torch leaves out
+    with student.behind(student.state), student.holding_head():
+
+        def head(h: Tensor, rows: slice) -> Tensor:
+            return student.head(Batch(tokens[None, rows], h[None], []))[0]
+
+        found = behind(
+            head, flat, look.known, targets.reshape(-1), weights, student.state.graph["embed"].shape[0], backward, share
+        )
+    return found.sums, found.slope
+
+
+def apart_in_angle(outputs: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
+    """The sum over tokens, and mean over blocks, of 1 - cos between what the blocks of two models put out [b, t, d]. Where one
+    has fewer blocks, only what the last puts out is compared."""
+    pairs = list(zip(outputs, theirs, strict=True)) if len(outputs) == len(theirs) else [(outputs[-1], theirs[-1])]
+    apart = [(1 - torch.cosine_similarity(ours.float(), other.float(), -1)).sum() for ours, other in pairs]
+    return torch.stack(apart).mean()

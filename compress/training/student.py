@@ -1,0 +1,207 @@
+"""A state's model in memory, to be trained: everything between its blocks is the architecture's own (model/stream.py).
+
+Unlike a stream it holds all of its weights at once, computes in fp32, and its graph reaches from the logits to whatever learns.
+Of a block it keeps what autograd needs, or its input alone: the block is then run again on the way back (`checkpoint`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from compress.errors import ModelError
+from compress.formats import LowRank, Packed
+from compress.model.lockstep import Batch
+from compress.model.seeds import seeded
+from compress.model.stream import Stream
+from compress.state import State
+from compress.state.graph import Site
+from compress.training import matrices
+from compress.training.choice import Choice, Kind
+
+
+class Student(Stream):
+    """A model whose chosen parts learn. learns: parameter -> its tensor, fp32, in a fixed order."""
+
+    def __init__(self, state: State, choice: Choice, seed: int, device: str = "cpu", again: bool = False):
+        super().__init__(state, device, dtype=torch.float32)
+        self.state, self.choice, self.again = state, choice, again
+        self.remaking = matrices.Remaking()
+        self.matrices: dict[str, matrices.Matrix] = {}
+        self.tensors: dict[str, nn.Parameter] = {}  # those that are no site's and learn, by their names in the checkpoint
+        self._held: dict[nn.Module, dict[str, Tensor]] = {}
+        self._seed = seed
+        for path, module in self._everything():
+            self._fill(path, module)
+        for index, block in enumerate(self.graph.blocks):
+            self._names.load_buffers(state, self.blocks[index], block.module)
+        self._learn_output_kind(state, torch.zeros(1, 2, dtype=torch.int64))
+
+    @property
+    def learns(self) -> dict[str, nn.Parameter]:
+        found = {f"{site}:{n}": p for site, m in self.matrices.items() for n, p in m.named_parameters() if p.requires_grad}
+        return found | self.tensors
+
+    # --- what it is made of ---
+
+    def _everything(self) -> Iterator[tuple[str, nn.Module]]:
+        """Every module with parameters of its own, by its path in the model."""
+        yield from ((p, m) for p, m in self.model.named_modules() if m._parameters)
+        for index in range(len(self.blocks)):
+            yield from self._modules(index)
+
+    def _fill(self, path: str, module: nn.Module) -> None:
+        for name in list(module._parameters):
+            full = f"{path}.{name}"
+            if full not in self._names.meta:
+                continue
+            sites = self._names.sites.get(full)
+            if sites:
+                self._lend(module, name, [(site, self._matrix(self.graph[site.tied] if site.tied else site)) for site in sites])
+            else:
+                module._parameters[name] = self._other(full)
+
+    def _other(self, full: str) -> nn.Parameter:
+        """A parameter that is no site's."""
+        names = self._names._names_of(full)
+        held = next((self._names.places[n] for n in names if self._names.places.get(n, "") in self.state.dense), None)
+        if held is None:
+            raise ModelError(f"{self.state.dense.folder}: no tensor for '{full}'; config and weights do not belong together")
+        if held in self.tensors:
+            return self.tensors[held]
+        tensor = self.state.dense.read_finite(held).to(self.device)
+        learns = held in self.choice.tensors
+        parameter = nn.Parameter(tensor.float() if tensor.is_floating_point() else tensor, requires_grad=learns)
+        if learns:
+            self.tensors[held] = parameter
+        return parameter
+
+    def _matrix(self, site: Site) -> matrices.Matrix:
+        if site.name not in self.matrices:
+            self.matrices[site.name] = self._made(site, self.choice.kind(site))
+        return self.matrices[site.name]
+
+    def _made(self, site: Site, kind: Kind) -> matrices.Matrix:
+        fmt = self.state.format(site)
+        if fmt is None:
+            dense = matrices.Free(self.state.reference(site).to(self.device), Kind.WEIGHTS in kind)
+            return self._corrected(site, dense, None) if Kind.FACTORS in kind else dense
+        packed = self.state.codes[site.name].load()
+        if isinstance(fmt, LowRank):
+            base = Packed(fmt.base, packed.shape, {n: t for n, t in packed.tensors.items() if not n.startswith("lora_")})
+            found = matrices.Corrected(self._coded(base, kind), *fmt.factor_matrices(packed.tensors), fmt)
+            for factor in (found.A_rk, found.B_nr):
+                factor.requires_grad_(Kind.FACTORS in kind)
+            return found
+        coded = self._coded(packed, kind)
+        return self._corrected(site, coded, self.choice.formats[site.name]) if Kind.FACTORS in kind else coded
+
+    def _coded(self, packed: Packed, kind: Kind) -> matrices.Matrix:
+        if Kind.WEIGHTS in kind:
+            return matrices.Rounded(packed, self.device)
+        return (matrices.Scaled if Kind.SCALES in kind else matrices.Packed)(packed, self.device)
+
+    def _corrected(self, site: Site, base: matrices.Matrix, fmt: LowRank | None) -> matrices.Matrix:
+        """With new factors: A drawn, B zero, so that nothing changes at first (LoRA, arXiv 2106.09685, section 4.1)."""
+        (n, k), r = site.shape, self.choice.rank
+        A_rk = torch.randn(r, k, generator=seeded(self._seed, site.name)) / k**0.5
+        return matrices.Corrected(base, A_rk.to(self.device), torch.zeros(n, r, device=self.device), fmt)
+
+    # --- how modules come by their matrices ---
+
+    def _lend(self, module: nn.Module, name: str, parts: list[tuple[Site, matrices.Matrix]]) -> None:
+        """The module finds the matrix under this name while it is called, and at no other time."""
+        make = partial(_joined, parts, self.state.dtype)
+
+        def give(_: nn.Module, args: Any) -> None:
+            if module is self._spared:
+                return
+            held = self._held.get(module, {})
+            if name not in held:
+                matrix = make()
+                self.remaking.lend(matrix, make)
+                if module in self._held:
+                    held[name] = matrix
+            else:
+                matrix = held[name]
+            module.__dict__[name] = matrix
+
+        def take(_: nn.Module, args: Any, out: Any) -> None:
+            matrix = module.__dict__.pop(name, None)
+            if matrix is not None and name not in self._held.get(module, {}):
+                self.remaking.take_back(matrix)
+
+        module.register_forward_pre_hook(give)
+        module.register_forward_hook(take)
+
+    @contextmanager
+    def holding_head(self) -> Iterator[None]:
+        """Inside, the matrix of the output head is made once, however often it is called."""
+        site = next((s for s in self.graph if s.role == "head"), self.graph["embed"])
+        modules = [self.model.get_submodule(path) for path in (site.module, *site.aliases)]
+        for module in modules:
+            self._held[module] = {}
+        try:
+            yield
+        finally:
+            for module in modules:
+                for matrix in self._held.pop(module).values():
+                    self.remaking.take_back(matrix)
+
+    # --- its forward pass ---
+
+    @contextmanager
+    def outer(self, state: State) -> Iterator[None]:
+        yield
+
+    @contextmanager
+    def block(self, state: State, index: int) -> Iterator[nn.Module]:
+        yield self.blocks[index]
+
+    def forward(self, ids: Tensor, seen: Callable[[int, Tensor], None] | None = None) -> Batch:
+        """Token ids [b, t] through all blocks; `seen` is shown what each puts out."""
+        with nullcontext() if self.choice.kind(self.graph["embed"]) else self._looked_up(self.state, [ids]):
+            self._until(len(self.probes) - 1, ids)
+        batch = Batch(ids, self.probes[0].hidden, [probe.call for probe in self.probes])
+        if torch.is_grad_enabled() and not batch.hidden.requires_grad:
+            batch.hidden = batch.hidden.detach().requires_grad_()
+        for index, block in enumerate(self.blocks):
+            batch.hidden = self._through(block, batch, index)
+            if seen is not None:
+                seen(index, batch.hidden)
+        return batch
+
+    def _through(self, block: nn.Module, batch: Batch, index: int) -> Tensor:
+        if self.again and torch.is_grad_enabled():
+
+            def run(hidden: Tensor) -> Tensor:
+                return self.call(block, Batch(batch.tokens, hidden, batch.calls), index)
+
+            hidden: Tensor = checkpoint(run, batch.hidden, use_reentrant=True, preserve_rng_state=False)
+            return hidden
+        with self.remaking.kept_as_notes():
+            return self.call(block, batch, index)
+
+
+def _joined(parts: list[tuple[Site, matrices.Matrix]], dtype: torch.dtype) -> Tensor:
+    """The tensor that a module holds, rounded to the model's dtype: a matrix, its transpose, or all experts' matrices in one."""
+    made = _parts(parts)
+    return made if dtype == torch.float32 else matrices.through(made, lambda W: W.to(dtype))
+
+
+def _parts(parts: list[tuple[Site, matrices.Matrix]]) -> Tensor:
+    if parts[0][0].expert is None:
+        site, matrix = parts[0]
+        return matrix().T if site.transposed else matrix()
+    experts: dict[int, dict[str, Tensor]] = {}
+    for site, matrix in parts:
+        experts.setdefault(site.expert or 0, {})[site.role] = matrix()
+    if "down" in experts[0]:
+        return torch.stack([experts[e]["down"] for e in sorted(experts)])
+    return torch.stack([torch.cat([experts[e]["gate"], experts[e]["up"]]) for e in sorted(experts)])

@@ -1,0 +1,270 @@
+"""The pass `distill`: the model in hand learns to predict what the model before any step predicts.
+
+The loss and the loop are in compress/training; here a recipe's words become what learns (choice.py), what it costs (memory.py),
+and what is written. Shapes and formats stay as they are, with one exception: factors that a quantized matrix is given.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from torch import Tensor
+
+from compress.errors import ModelError, RecipeError
+from compress.formats import LowRank, Packed
+from compress.manager import Context, Cost, Pass, Record
+from compress.model.data import Tokens
+from compress.model.work import per_token
+from compress.state import Aspect, State
+from compress.state.plan import BitPlan
+from compress.training import memory as needs
+from compress.training.checkpoints import Checkpoints
+from compress.training.choice import Choice, Kind, choose
+from compress.training.loop import MICRO, Point, Schedule, Training
+from compress.training.loss import DIVERGENCES
+from compress.training.student import Student
+from compress.training.teacher import Cached, Live, Nobody, Streamed
+
+PARTS = (*DIVERGENCES, "ce", "hidden_cosine")
+RATES = {Kind.WEIGHTS: 1e-4, Kind.SCALES: 1e-3, Kind.FACTORS: 1e-3, Kind.NOTHING: 1e-3}  # NOTHING: what is no matrix
+HELD = 16384  # tokens to judge on, at most, and a tenth of the windows
+COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kMG]?)")
+
+
+class Memory(BaseModel):
+    """What is held while a model learns."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    optimizer: Literal["adamw"] = Field("adamw", description="what moves the parameters: adamw")
+    activations: Literal["kept", "checkpoint"] = Field(
+        "checkpoint", description="kept for the way back; or a block's input alone, from which it is run again"
+    )
+    limit: str | None = Field(None, description="the most memory that training may take, such as 8 GiB")
+
+    @field_validator("limit")
+    @classmethod
+    def _bytes(cls, limit: str | None) -> str | None:
+        if limit is not None:
+            needs.parsed(limit)
+        return limit
+
+
+class Distill(Pass):
+    """Let the model learn from the one that the run began with."""
+
+    name: ClassVar[str] = "distill"
+    writes: ClassVar[Aspect] = Aspect.WEIGHTS | Aspect.ENCODING | Aspect.PLAN
+    trains: ClassVar[bool] = True
+
+    loss: dict[str, float] = Field(
+        {"kl": 1.0}, description="weights of kl, reverse_kl, js, ce (the text's own tokens), hidden_cosine (what blocks put out)"
+    )
+    teacher: Literal["cached", "live", "streamed"] = Field(
+        "cached", description="asked once, its likeliest tokens kept on disk; in memory; or read block by block for every step"
+    )
+    top_k: int = Field(64, ge=1, description="cached: how many of a prediction's likeliest tokens are kept")
+    train: str | tuple[str, ...] = Field(
+        "all", description="what learns: all, lora, scales, norms, patterns of names, or a list of these"
+    )
+    rank: int | None = Field(None, ge=1, description="lora: rank of the factors that matrices without any are given")
+    tokens: str | int | None = Field(None, description="how many tokens to learn from, such as 2M; default: every window once")
+    batch: int = Field(8, ge=1, description="windows in a step")
+    rate: float | None = Field(
+        None, gt=0, description="learning rate; default: 1e-4 for weights, 1e-3 for scales (relative), factors, norms"
+    )
+    warmup: float = Field(0.05, ge=0, le=1, description="share of the steps in which the rate rises")
+    checks: int = Field(10, ge=1, description="how often the held-out windows are judged; the best state is kept")
+    memory: Memory = Field(Memory(), description="optimizer, activations, and a limit that `plan` keeps to")
+
+    @field_validator("loss")
+    @classmethod
+    def _parts(cls, loss: dict[str, float]) -> dict[str, float]:
+        for name, weight in loss.items():
+            if name not in PARTS:
+                raise ValueError(f"'{name}' is none of {', '.join(PARTS)}")
+            if not 0 < weight < 1e6:
+                raise ValueError(f"'{name}' has the weight {weight}; give a number above 0, or leave it out")
+        if not loss.keys() & {*DIVERGENCES, "ce"}:
+            raise ValueError("the predictions themselves have no part in it; add kl")
+        return loss
+
+    @field_validator("tokens")
+    @classmethod
+    def _count(cls, tokens: str | int | None) -> str | int | None:
+        if tokens is not None:
+            counted(tokens)
+        return tokens
+
+    @field_validator("train")
+    @classmethod
+    def _some(cls, train: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not train:
+            raise ValueError("say what learns: all, lora, scales, norms, or patterns of names")
+        return train
+
+    @model_validator(mode="after")
+    def _nothing_idle(self) -> Distill:
+        if self.loss.keys() == {"ce"} and self.chosen().keys() & {"teacher", "top_k"}:
+            raise ValueError("'ce' learns from the text alone, and no teacher is asked; add kl, or leave the teacher out")
+        if "top_k" in self.chosen() and self.teacher != "cached":
+            raise ValueError(f"'top_k' is about teacher: cached; a {self.teacher} one gives all probabilities")
+        if "hidden_cosine" in self.loss and self.teacher == "cached":
+            raise ValueError("what blocks put out is not cached; use teacher: live or streamed, or leave hidden_cosine out")
+        if self.rank is not None and "lora" not in self.words:
+            raise ValueError("'rank' is about train: lora; leave it out")
+        return self
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        return (self.train,) if isinstance(self.train, str) else self.train
+
+    def check(self, calibrated: bool, following: Sequence[Pass] = ()) -> None:
+        if not calibrated:
+            raise RecipeError("'distill' learns from text; add data.training or data.calibration")
+
+    # --- what it will be ---
+
+    def choice(self, state: State) -> Choice:
+        if not state.graph.causal or not any(site.role == "head" for site in state.graph):
+            raise ModelError(f"'{state.graph.family}' predicts no next token, which is what a student learns")
+        found = choose(state, self.words, self.rank)
+        if "lora" in self.words and self.rank is None and any(
+            Kind.FACTORS in kind and not isinstance(state.format(state.graph[n]), LowRank) for n, kind in found.sites.items()
+        ):  # fmt: skip
+            raise RecipeError("'lora' needs the rank of the factors that matrices are to be given; add rank: 16", ("rank",))
+        return found
+
+    def foresee(self, state: State) -> State:
+        choice = self.choice(state)
+        made = state.promising(choice.formats)
+        if not choice.formats or state.plan is None:
+            return made
+        return replace(made, plan=BitPlan({**state.plan.formats, **choice.formats}))
+
+    def setting(self, length: int) -> needs.Setting:
+        """How it is trained on windows of this length."""
+        together = min(self.batch, max(1, MICRO // length))
+        return needs.Setting(self.memory.optimizer, self.memory.activations == "checkpoint", self.teacher, together, length)
+
+    # --- running it ---
+
+    def run(self, state: State, ctx: Context) -> State:
+        assert ctx.training is not None, "`check` asks for it"
+        assert ctx.source is not None, "a run begins with a model"
+        choice, tokens = self.choice(state), ctx.training
+        learning, held = halves(*tokens.ids.shape)
+        schedule = self.schedule(*tokens.ids.shape)
+        teacher = self._teacher(state, ctx, tokens)
+        student = Student(state, choice, ctx.seed, ctx.device, again=self.memory.activations == "checkpoint")
+        training = Training(student, teacher, tokens, learning, held, self.loss, schedule, partial(adamw, self.rates(student)),
+                            ctx.seed, ctx.progress)  # fmt: skip
+        kept = Checkpoints(ctx.store.analysis("training", self.text()))
+        curve = training.run(kept)
+        made = self._written(state, student, ctx, curve, training.judged_by)
+        kept.drop()
+        return made
+
+    def schedule(self, windows: int, length: int) -> Schedule:
+        wanted = len(halves(windows, length)[0]) * length if self.tokens is None else counted(self.tokens)
+        steps = max(1, round(wanted / (self.batch * length)))
+        return Schedule(steps, self.batch, 1.0, round(self.warmup * steps), min(self.checks, steps))
+
+    def rates(self, student: Student) -> list[float]:
+        """The rate of everything that learns, in its order."""
+        kinds = {"W_nk": Kind.WEIGHTS, "t_ng": Kind.SCALES, "A_rk": Kind.FACTORS, "B_nr": Kind.FACTORS}
+        last = [name.rpartition(":")[2].rpartition(".")[2] if name not in student.tensors else "" for name in student.learns]
+        return [self.rate or RATES[kinds.get(n, Kind.NOTHING)] for n in last]
+
+    def _teacher(self, state: State, ctx: Context, tokens: Tokens) -> Any:
+        assert ctx.source is not None
+        if self.loss.keys() == {"ce"}:
+            return Nobody()
+        if self.teacher != "cached":
+            return (Live if self.teacher == "live" else Streamed)(ctx.source, tokens, state.vocabulary, ctx.device)
+        store = ctx.store.of_source("teacher", {"tokens": tokens.hash, "k": self.top_k, "vocabulary": state.vocabulary})
+
+        def keep(part: str, tensors: dict[str, Tensor] | None) -> Any:
+            return store.committed(part) if tensors is None else store.commit(part, dense=tensors)
+
+        return Cached(ctx.source, tokens, state.vocabulary, ctx.device, self.top_k, keep, ctx.progress)
+
+    def _written(self, state: State, student: Student, ctx: Context, curve: Sequence[Point], by: str) -> State:
+        """The state with what was learnt, committed block by block."""
+        blocks: dict[int | None, list[str]] = {}
+        for name in student.choice.sites:
+            blocks.setdefault(state.graph[name].block, []).append(name)
+        record: Record = {"site": self.name, "curve": [[p.step, p.tokens, p.loss, p.held] for p in curve], "notes": told(curve, by)}
+        for block in sorted(blocks, key=lambda b: -1 if b is None else b):
+            codes: dict[str, Packed] = {}
+            dense: dict[str, Tensor] = {}
+            for name in blocks[block]:
+                packed = student.matrices[name].stored()
+                if packed is None:
+                    dense[name] = student.matrices[name]().detach().cpu()
+                else:
+                    codes[name] = Packed(packed.format, packed.shape, {n: t.cpu() for n, t in packed.tensors.items()})
+            part = "outside" if block is None else f"block-{block:04}"
+            state = state.with_part(ctx.store.commit(part, codes=codes, dense=state.stored(dense)))
+        others = {n: p.detach().to(state.dense.specs[n].dtype).cpu() for n, p in student.tensors.items()}
+        state = state.with_part(ctx.store.commit("others", dense=others, records=[record]))
+        ctx.say(record)
+        formats = student.choice.formats
+        if formats and state.plan is not None:
+            state = replace(state, plan=BitPlan({**state.plan.formats, **formats}))
+        return state
+
+    def trained(self, state: State, windows: int, length: int) -> tuple[Cost, str]:
+        """Every token goes through the student and back, which is two products more, and one again where blocks are run again.
+        The teacher is asked about every window, or for every step."""
+        choice, setting = self.choice(state), self.setting(length)
+        found = needs.within(state, choice, setting, self.memory.limit)
+        schedule = self.schedule(windows, length)
+        learnt = schedule.steps * schedule.batch * length
+        judged = (schedule.checks + 1) * len(halves(windows, length)[1]) * length
+        asked = 0 if self.loss.keys() == {"ce"} else windows * length if self.teacher == "cached" else learnt + judged
+        vocabulary, width = state.graph["embed"].shape
+        work = per_token(state)
+        head = vocabulary * width
+        passes = learnt * (4 if setting.again else 3) + judged
+        products = work.weights * (passes + asked) + head * (3 * learnt + judged + asked)
+        cost = Cost(2.0 * products, numbers=work.numbers * (passes + asked),
+                    logits=vocabulary * (4.0 * learnt + judged + 2 * asked), peak_bytes=found.total)  # fmt: skip
+        return cost, f"distill: {schedule.steps:,} steps of {schedule.batch} windows; training takes {needs.told(found)}"
+
+
+def counted(tokens: str | int) -> int:
+    """A number of tokens; ValueError where it is none."""
+    match = COUNT.fullmatch(str(tokens).strip())
+    if match is None or not float(match[1]):
+        raise ValueError(f"'{tokens}' is no number of tokens; write 2M, 500k or 2000000")
+    return round(float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[match[2]])
+
+
+def halves(count: int, length: int) -> tuple[list[int], list[int]]:
+    """Numbers of the windows to learn from, and of those to judge on: the last tenth, `HELD` tokens at most."""
+    if count < 2:
+        raise RecipeError("one window is too few: some are learnt from and others judged on; give more text")
+    held = max(1, min(count // 10, HELD // length))
+    return list(range(count - held)), list(range(count - held, count))
+
+
+def adamw(rates: Sequence[float], parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+    """AdamW without decay: weights come from a model that was trained already."""
+    groups = [{"params": [p], "lr": rate, "base": rate} for p, rate in zip(parameters, rates, strict=True)]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+
+def told(curve: Sequence[Point], by: str) -> list[str]:
+    """What came of it, in words."""
+    best = min(curve, key=lambda p: (p.held, p.step))
+    text = f"held-out {by} {curve[0].held:.5f} -> {best.held:.5f} after {best.tokens:,} tokens"
+    won = f", {1 - best.held / curve[0].held:.0%} of what was lost" if by == "kl" and curve[0].held > 0 else ""
+    stopped = curve[-1].step > best.step
+    return [text + won] + ["the state of that check is kept; later ones were worse"] * stopped

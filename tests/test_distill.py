@@ -1,0 +1,203 @@
+"""The pass `distill`: losses against their plain forms, what learns and what stays, memory, and runs that are stopped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from compress.errors import CompressError
+from compress.formats import LowRank, parse
+from compress.model.data import Tokens
+from compress.model.model import open_model
+from compress.model.stream import Stream
+from compress.passes.distill import Distill
+from compress.passes.lqlora import LqLora
+from compress.passes.quantize import Quantize
+from compress.state import State
+from compress.training import loss, matrices, memory
+from compress.training.choice import choose
+from compress.training.student import Student
+from tests.conftest import FAMILIES
+from tests.pass_laws import TEXT, TOKENS, attempt
+
+V, D, N = 50, 8, 13
+
+
+def softmaxes(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(N, D, generator=g), torch.randn(V, D, generator=g), torch.randn(N, V, generator=g).mul(2).log_softmax(-1)
+
+
+# --- the loss ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["kl", "reverse_kl", "js", "ce"])
+@pytest.mark.parametrize("k", [None, 5, V])
+def test_the_loss_in_parts_is_the_plain_one(monkeypatch: pytest.MonkeyPatch, part: str, k: int | None) -> None:
+    monkeypatch.setattr(loss, "NUMBERS", 3 * V)  # three rows at a time
+    h, W, log_p = (t.double() for t in softmaxes(0))
+    targets = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(1))
+    targets[4] = -100
+    known = loss.Known(log_p) if k is None else loss.Known(*log_p.topk(k, -1))
+    one, two = nn.Parameter(W.clone()), nn.Parameter(W.clone())
+    found = loss.behind(lambda rows, _: rows @ one.T, h, known, targets, {part: 0.7}, V)
+    leaf = h.clone().requires_grad_()
+    plain = 0.7 * loss.losses((leaf @ two.T).float(), known, targets, {part: 1.0})[part]
+    plain.backward()
+    assert 0.7 * found.sums[part] == pytest.approx(float(plain.detach()), rel=1e-6)
+    assert found.slope is not None
+    torch.testing.assert_close(found.slope, leaf.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(one.grad, two.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_divergences_are_those_of_the_formulas() -> None:
+    h, W, log_p = softmaxes(2)
+    z = h @ W.T
+    p, q = log_p.exp(), z.softmax(-1)
+    m = (p + q) / 2
+    wanted = {"kl": (p * (p / q).log()).sum(), "reverse_kl": (q * (q / p).log()).sum(),
+              "js": ((p * (p / m).log()).sum() + (q * (q / m).log()).sum()) / 2}  # fmt: skip
+    for name, value in wanted.items():
+        assert float(loss.losses(z, loss.Known(log_p), None, {name: 1.0})[name]) == pytest.approx(float(value), rel=1e-4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, V), st.sampled_from(sorted(loss.DIVERGENCES)))
+def test_a_few_known_tokens_give_a_lower_bound(seed: int, k: int, name: str) -> None:
+    h, W, log_p = softmaxes(seed)
+    z = h @ W.T
+
+    def value(known: loss.Known) -> float:
+        return float(loss.losses(z, known, None, {name: 1.0})[name])
+
+    some, every = value(loss.Known(*log_p.topk(k, -1))), value(loss.Known(log_p))
+    assert -1e-4 <= some <= every + 1e-4
+    if k == V:
+        assert some == pytest.approx(every, rel=1e-5, abs=1e-5)
+
+
+# --- the student -------------------------------------------------------------------------------------------------------
+
+
+def state_of(folder: Path) -> State:
+    return open_model(str(folder)).state
+
+
+def logits_of(student: Student, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        batch = student.forward(ids)
+        with student.behind(student.state), student.holding_head():
+            return student.head(batch)
+
+
+def streamed(state: State, ids: Tensor) -> Tensor:
+    stream = Stream(state, dtype=torch.float32)
+    batches = stream.start(state, [ids])
+    for block in state.graph.blocks:
+        stream.advance(state, block.index, batches)
+    return next(stream.logits(state, batches))
+
+
+STEPS: dict[str, list[tuple[Any, Sequence[str], int | None]]] = {
+    "dense": [(None, ("all",), None), (None, ("norms",), None), (None, ("layers.0.*",), None), (None, ("lora",), 4)],
+    "codes": [
+        (Quantize(format=parse(f), method="rtn", pins={"lm_head": "int8:channel"}), words, rank)  # type: ignore[arg-type]
+        for f in ("int3:g32", "int4:g32:asym", "lut3:g32")
+        for words, rank in ((("scales",), None), (("all",), None), (("lora",), 4))
+    ],
+    "factors": [(LqLora(format=parse("int3:g32"), rank=4, rounds=0), words, None) for words in (("lora",), ("scales",), ("lora", "scales"))],
+}
+
+
+@pytest.mark.parametrize(("step", "words", "rank"), [case for cases in STEPS.values() for case in cases])
+def test_a_student_that_has_learnt_nothing_is_the_model(family: Any, tmp_path: Path, step: Any, words: Any, rank: Any) -> None:
+    model = open_model(str(family("llama")))
+    state = model.state if step is None else attempt(step, model, tmp_path)
+    student = Student(state, choose(state, words, rank), 0)
+    assert student.learns
+    torch.testing.assert_close(logits_of(student, TOKENS.ids[:2]), streamed(state, TOKENS.ids[:2]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_gradients_are_those_of_the_architecture(family: Any, name: str) -> None:
+    """Of every matrix and every other tensor, against transformers' own model, with blocks kept and run again."""
+    folder = family(name, torch.float32)
+    state = state_of(folder)
+    if not state.graph.causal or not any(s.role == "head" for s in state.graph):
+        with pytest.raises(CompressError, match="predicts no next token"):
+            Distill().choice(state)
+        return
+    choice = choose(state, ("all",), None)
+    grads = []
+    for again in (False, True):
+        student = Student(state, choice, 0, again=again)
+        batch = student.forward(TOKENS.ids[:2, :16])
+        with student.behind(state), student.holding_head():
+            student.head(batch).float().logsumexp(-1).sum().backward()
+        grads.append({n: p.grad for n, p in student.learns.items()})
+    import transformers
+
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    plain(input_ids=TOKENS.ids[:2, :16], use_cache=False).logits.logsumexp(-1).sum().backward()
+    total = {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}
+    ours = sum(float(g.double().square().sum()) for g in grads[0].values() if g is not None)
+    theirs = sum(float(g.double().square().sum()) for g in total.values())
+    assert ours == pytest.approx(theirs, rel=1e-3)
+    for key, g in grads[0].items():
+        other = grads[1][key]
+        assert (g is None) == (other is None), key
+        if g is not None and other is not None:
+            torch.testing.assert_close(g, other, rtol=1e-4, atol=1e-5)
+
+
+def test_no_made_matrix_is_kept_for_the_way_back(family: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a packed model that learns its scales every matrix is made once more on the way back, since nothing kept it; of a block
+    that is run again it is kept while that lasts."""
+    state = attempt(Quantize(format=parse("int4:g32"), method="rtn"), open_model(str(family("llama"))), tmp_path)
+    made: list[int] = []
+    real = matrices.Scaled.forward
+    monkeypatch.setattr(matrices.Scaled, "forward", lambda self: made.append(1) or real(self))
+    sites = len([s for s in state.formats if state.graph[s].block is not None])
+    for again in (False, True):
+        student = Student(state, choose(state, ("scales",), None), 0, again=again)
+        batch = student.forward(TOKENS.ids[:2])
+        assert not student.remaking._lent
+        before = len(made)
+        batch.hidden.sum().backward()
+        assert len(made) - before == sites
+        assert all(p.grad is not None for n, p in student.learns.items() if n.startswith("layers"))
+
+
+def test_scales_alone_leave_every_code(family: Any, tmp_path: Path) -> None:
+    source = open_model(str(family("llama")))
+    state = attempt(Quantize(format=parse("int3:g32"), pins={"lm_head": "int8:channel"}), source, tmp_path / "q")
+    p = Distill(train="scales", batch=4)
+    after = trained(p, source, state, tmp_path / "d")
+    assert after.formats == state.formats
+    moved = 0
+    for site in state.formats:
+        one, two = (s.codes[site].load() for s in (state, after))
+        assert torch.equal(one.tensors["weight_packed"], two.tensors["weight_packed"])
+        moved += not torch.equal(one.tensors["weight_scale"], two.tensors["weight_scale"])
+    assert moved
+
+
+def trained(p: Distill, source: Any, state: State, folder: Path) -> State:
+    from compress.manager import Context
+    from compress.run import Step, step_inputs
+
+    step = Step.of(folder, 1, step_inputs(p, "root", TEXT.hash, 0, ()), lambda s: context(s))
+
+    def context(s: Step) -> Context:
+        return Context(0, None, "cpu", s, lambda r: None, lambda d, t, w: None, (), source.state, TEXT)
+
+    return p.run(state, step.context())
