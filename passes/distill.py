@@ -151,7 +151,7 @@ class Distill(Pass):
     def setting(self, length: int) -> needs.Setting:
         """How it is trained on windows of this length."""
         together = min(self.batch, max(1, MICRO // length))
-        return needs.Setting(self.memory.optimizer, self.memory.activations == "checkpoint", self.teacher, together, length)
+        return needs.Setting(self.memory.activations == "checkpoint", self.teacher, together, length)
 
     # --- running it ---
 
@@ -200,7 +200,12 @@ class Distill(Pass):
         blocks: dict[int | None, list[str]] = {}
         for name in student.choice.sites:
             blocks.setdefault(state.graph[name].block, []).append(name)
-        record: Record = {"site": self.name, "curve": [[p.step, p.tokens, p.loss, p.held] for p in curve], "notes": told(curve, by)}
+        record: Record = {
+            "site": self.name,
+            "curve": [[p.step, p.tokens, p.loss, p.held] for p in curve],
+            "notes": told(curve, by),
+            "judged_by": by,
+        }
         for block in sorted(blocks, key=lambda b: -1 if b is None else b):
             codes: dict[str, Packed] = {}
             dense: dict[str, Tensor] = {}

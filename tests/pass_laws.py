@@ -35,7 +35,9 @@ from compress.state.state import broken_promises, changed
 from tests.conftest import contents
 
 TOKENS = Tokens(torch.randint(0, 256, (6, 32), generator=torch.Generator().manual_seed(5)), "random bytes")
-TEXT = Tokens(torch.randint(0, 256, (40, 32), generator=torch.Generator().manual_seed(6)), "more of them")  # to learn from
+TEXT = Tokens(
+    (256 * torch.rand(40, 32, generator=torch.Generator().manual_seed(6)) ** 4).long(), "bytes to learn from, most of them small"
+)
 
 
 def check_pass(p: Pass, source: Path, folder: Path, following: tuple[Pass, ...] = (), everywhere: bool = False) -> None:

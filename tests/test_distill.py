@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from compress.errors import CompressError
-from compress.formats import LowRank, parse
-from compress.model.data import Tokens
+from compress.formats import parse
 from compress.model.model import open_model
 from compress.model.stream import Stream
 from compress.passes.distill import Distill
 from compress.passes.lqlora import LqLora
 from compress.passes.quantize import Quantize
 from compress.state import State
-from compress.training import loss, matrices, memory
+from compress.training import loss, matrices
 from compress.training.choice import choose
 from compress.training.student import Student
 from tests.conftest import FAMILIES
@@ -114,7 +111,10 @@ STEPS: dict[str, list[tuple[Any, Sequence[str], int | None]]] = {
         for f in ("int3:g32", "int4:g32:asym", "lut3:g32")
         for words, rank in ((("scales",), None), (("all",), None), (("lora",), 4))
     ],
-    "factors": [(LqLora(format=parse("int3:g32"), rank=4, rounds=0), words, None) for words in (("lora",), ("scales",), ("lora", "scales"))],
+    "factors": [
+        (LqLora(format=parse("int3:g32"), rank=4, rounds=0), words, None)
+        for words in (("lora",), ("scales",), ("lora", "scales"))
+    ],
 }
 
 

@@ -19,7 +19,7 @@ LAYERS = (
     ("cli", "commands", "planning", "pipeline", "stages", "prepare", "bench", "calibration", "sampling", "terminal", "__main__"),
     ("recipe", "run", "parts", "report", "evaluate"),
     ("passes", "export"),
-    ("manager",),
+    ("manager", "training"),
     ("model",),
     ("shapes",),
     ("state",),

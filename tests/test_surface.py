@@ -46,6 +46,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
               "drift": 0.5},
     "depth": {"drop": 1, "unit": "layer", "metric": "kl", "windows": 8, "keep_zeros": False},
     "edit": {"drop_layers": [], "untie": False, "vocab": None},
+    "distill": {"loss": {"kl": 1.0}, "teacher": "cached", "top_k": 64, "train": "all", "rank": None, "tokens": None, "batch": 8,
+                "rate": None, "warmup": 0.05, "checks": 10,
+                "memory": {"optimizer": "adamw", "activations": "checkpoint", "limit": None}},
     "smooth": {"strength": "search", "pairs": "all"},
     "factorize": {"rank": 0.5, "pins": {}, "multiple": 64, "spread": "uniform", "method": "whitened", "damp": None, "drift": 0.5},
     "quantize": QUANTIZE,
@@ -58,9 +61,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 DATA: dict[type, dict[str, Any]] = {
-    Document: {"model": ..., "out": None, "seed": 0, "leave": [], "data": {"calibration": None, "evaluation": None},
-               "passes": [], "export": []},
-    Data: {"calibration": None, "evaluation": None},
+    Document: {"model": ..., "out": None, "seed": 0, "leave": [], "passes": [], "export": [],
+               "data": {"calibration": None, "training": None, "evaluation": None}},
+    Data: {"calibration": None, "training": None, "evaluation": None},
     Text: {"text": None, "jsonl": None, "dataset": None, "field": "text", "split": "train", "weight": 1.0},
     Windows: {"text": None, "jsonl": None, "dataset": None, "field": "text", "split": "train", "weight": 1.0, "sequences": 128,
               "length": 2048, "bos": False, "sources": []},

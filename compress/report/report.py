@@ -15,6 +15,7 @@ from compress.model.model import Model
 from compress.recipe import Recipe
 from compress.report import allocation
 from compress.report.experts import starved
+from compress.report.learning import Learning
 from compress.report.page import Row, columns, html_table, number, pipes, span
 from compress.report.shapes import Survivors
 from compress.state import State
@@ -178,7 +179,14 @@ class Report:
         if self.survivors:
             at = parts.index("## Steps")
             parts[at:at] = ["## What is left of each layer", f"```\n{self.survivors.text()}\n```"]
+        if self.trainings:
+            at = parts.index("## Steps")
+            parts[at:at] = ["## Training", *(f"{t.name}\n\n```\n{t.text()}\n```" for t in self.trainings)]
         return "\n\n".join(parts) + "\n"
+
+    @property
+    def trainings(self) -> list[Learning]:
+        return Learning.of(self.records)
 
     def _others(self) -> list[str]:
         """What passes did to dense tensors, where they told of it."""
@@ -210,6 +218,7 @@ class Report:
                 *(f"<p><strong>Warning:</strong> {html.escape(line)}.</p>" for line in self.warnings),
                 *self._allocated(),
                 *(["<h2>What is left of each layer</h2>", self.survivors.svg()] if self.survivors else []),
+                *(["<h2>Training</h2>", *(t.svg() for t in self.trainings)] if self.trainings else []),
                 "<h2>Bits per weight</h2>", heat_map(self.state.graph, bits, "{:.2f}"),
                 "<h2>Error of each matrix, relative, weighted by its inputs</h2>",
                 heat_map(self.state.graph, errors, "{:.1e}", logarithmic=True),
@@ -295,6 +304,9 @@ td,th{padding:.25rem .7rem;border-bottom:1px solid var(--line);text-align:left}t
 .heat td{background:color-mix(in oklab,var(--hot) calc(var(--s)*100%),var(--cold))}.heat td.none{background:none}
 .frontier{max-width:44rem;width:100%;font:12px system-ui,sans-serif;fill:currentColor}
 .frontier polyline{fill:none;stroke:currentColor}.frontier .point{opacity:.4}
+.learning{max-width:40rem;width:100%;font:12px system-ui,sans-serif;fill:currentColor}
+.learning polyline{fill:none;stroke:currentColor}.learning .loss{opacity:.35}.learning .held{stroke:var(--hot);stroke-width:2}
+.learning .check{fill:var(--hot)}.learning .kept{fill:none;stroke:var(--hot);stroke-width:2}
 .shapes{max-width:56rem;width:100%;font:12px system-ui,sans-serif;fill:currentColor}
 .shapes .whole{fill:var(--line)}.shapes .left{fill:var(--hot)}
 .frontier .chosen{fill:var(--hot)}.frontier .ring{fill:none;stroke:var(--hot);stroke-width:2}

@@ -7,11 +7,11 @@ weights not at all: so whatever an architecture computes is in it. Of a model on
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -31,19 +31,32 @@ from compress.training.loss import NUMBERS
 
 FP32 = 4
 UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
-REMEMBERED = {"adamw": 2}  # numbers, for each that learns
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What a training keeps its numbers in. gradient: bytes of one. remembered: bytes that the optimizer holds of what learns.
+    computes: dtype of parameters and activations. fused: a gradient is used up as soon as it is there; one is held at a time."""
+
+    gradient: int = 4
+    remembered: int = 8  # AdamW's two means
+    computes: torch.dtype = torch.float32
+    fused: bool = False
+
+
+OURS = Numbers()
+_KNOWN: dict[Any, tuple[int, ...]] = {}  # asked of one model in several settings
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How a model is trained: windows of `length` tokens, `together` of them at once. again: blocks are run again on the way
-    back."""
+    """How a model is trained: windows of `length` tokens, `together` at once. again: blocks are run again on the way back."""
 
-    optimizer: str
     again: bool
     teacher: str
     together: int
     length: int
+    numbers: Numbers = OURS
 
 
 @dataclass(frozen=True)
@@ -65,12 +78,14 @@ class Split:
 
 def split(state: State, choice: Choice, setting: Setting) -> Split:
     """What training a state takes."""
-    learnt = learning(state, choice)
+    learnt, numbers_ = learning(state, choice), setting.numbers
+    at_once = max((numbers(state, choice, s) for s in state.graph), default=0) if numbers_.fused else learnt
     kept, block = activations(state, choice, setting)
     behind = logits(state, choice, setting)
     higher = max(block, behind)  # the head is done before the first block is on its way back
     return Split(
-        parameters=held(state, choice), gradients=FP32 * learnt, optimizer=FP32 * REMEMBERED[setting.optimizer] * learnt,
+        parameters=held(state, choice, setting.numbers.computes.itemsize),
+        gradients=numbers_.gradient * at_once, optimizer=numbers_.remembered * learnt,
         activations=kept + (block if block == higher else 0), logits=0 if block == higher else behind,
         teacher=teacher(state, setting),
     )  # fmt: skip
@@ -99,15 +114,15 @@ def learning(state: State, choice: Choice) -> int:
     return others + sum(numbers(state, choice, site) for site in state.graph if not site.tied)
 
 
-def held(state: State, choice: Choice) -> int:
+def held(state: State, choice: Choice, width: int = FP32) -> int:
     """Bytes of a student: what learns in fp32, matrices that do not as they are stored, codes beside what learns of them."""
     total, sites = 0, {s.weight for s in state.graph}
     for site in (s for s in state.graph if not s.tied):
         fmt = state.format(site)
         stored = fmt.nbytes(site.shape) if fmt is not None else site.numel * state.dtype.itemsize
-        total += (0 if Kind.WEIGHTS in choice.kind(site) else stored) + FP32 * numbers(state, choice, site)
+        total += (0 if Kind.WEIGHTS in choice.kind(site) else stored) + width * numbers(state, choice, site)
     joined = {s.joined for s in state.graph if s.expert is not None}
-    return total + FP32 * sum(math.prod(s.shape) for s in state.specs if s.name not in sites and s.name not in joined)
+    return total + width * sum(math.prod(s.shape) for s in state.specs if s.name not in sites and s.name not in joined)
 
 
 def teacher(state: State, setting: Setting) -> int:
@@ -120,19 +135,19 @@ def teacher(state: State, setting: Setting) -> int:
 # --- what is kept -----------------------------------------------------------------------------------------------------
 
 
-def made(state: State, choice: Choice, site: Site) -> int:
+def made(state: State, choice: Choice, site: Site, computes: torch.dtype) -> int:
     """Bytes of a matrix that is made when it is needed; none where a parameter itself is used."""
     fmt = state.format(site)
-    plain = fmt is None and state.dtype == torch.float32 and not choice.kind(site) & Kind.FACTORS
+    plain = fmt is None and state.dtype == computes and not choice.kind(site) & Kind.FACTORS
     return 0 if plain else FP32 * site.numel
 
 
 def activations(state: State, choice: Choice, setting: Setting) -> tuple[int, int]:
     """What all blocks keep until the way back, and what the largest takes on top when it is on it."""
-    saved = saved_by_block(state, setting.together, setting.length)
-    hidden = FP32 * setting.together * setting.length * state.graph["embed"].shape[1]
+    saved = saved_by_block(state, setting.together, setting.length, setting.numbers.computes)
+    hidden = setting.numbers.computes.itemsize * setting.together * setting.length * state.graph["embed"].shape[1]
     count = len(state.graph.blocks)
-    weights = [sum(made(state, choice, s) for s in state.graph.of_block(i)) for i in range(count)]
+    weights = [sum(made(state, choice, s, setting.numbers.computes) for s in state.graph.of_block(i)) for i in range(count)]
     largest = [max((FP32 * s.numel for s in state.graph.of_block(i)), default=0) for i in range(count)]
     if setting.again:
         return count * hidden, max(s + w + g for s, w, g in zip(saved, weights, largest, strict=True))
@@ -145,13 +160,19 @@ def logits(state: State, choice: Choice, setting: Setting) -> int:
     vocabulary = state.graph["embed"].shape[0]
     rows = min(max(1, NUMBERS // vocabulary), setting.together * setting.length)
     shared = state.graph[head.tied] if head.tied else head
-    matrix = made(state, choice, shared)
+    matrix = made(state, choice, shared, setting.numbers.computes)
     return FP32 * 5 * rows * vocabulary + matrix + (FP32 * head.numel if choice.kind(head) else 0)
 
 
-@lru_cache(maxsize=8)
-def saved_by_block(state: State, together: int, length: int) -> tuple[int, ...]:
+def saved_by_block(state: State, together: int, length: int, dtype: torch.dtype = torch.float32) -> tuple[int, ...]:
     """Bytes that each block keeps for its way back from `together` windows of `length` tokens; of equal blocks one is run."""
+    key = (json.dumps(state.config.to_dict(), sort_keys=True, default=str), together, length, dtype)
+    if key not in _KNOWN:
+        _KNOWN[key] = _run_on_fakes(state, together, length, dtype)
+    return _KNOWN[key]
+
+
+def _run_on_fakes(state: State, together: int, length: int, dtype: torch.dtype) -> tuple[int, ...]:
     model = skeleton(state.config)
     blocks = [model.get_submodule(b.module) for b in state.graph.blocks]
     probes = [Probe(block) for block in blocks]
@@ -162,7 +183,7 @@ def saved_by_block(state: State, together: int, length: int) -> tuple[int, ...]:
     found = []
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in (model, *blocks):
-            _fake(module)
+            _fake(module, dtype)
         model(input_ids=torch.zeros(together, length, dtype=torch.int64), use_cache=False)
         hidden = probes[0].hidden.detach().requires_grad_()
         for block, probe in zip(blocks, probes, strict=True):
@@ -175,11 +196,11 @@ def saved_by_block(state: State, together: int, length: int) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _fake(module: nn.Module) -> None:
+def _fake(module: nn.Module, dtype: torch.dtype) -> None:
     for m in module.modules():
         for name, p in m._parameters.items():
             if p is not None:
-                m._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=torch.float32), requires_grad=p.is_floating_point())
+                m._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=dtype), requires_grad=p.is_floating_point())
 
 
 def _saved(run: Callable[[], Any], block: nn.Module) -> int:

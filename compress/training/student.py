@@ -183,8 +183,8 @@ class Student(Stream):
             def run(hidden: Tensor) -> Tensor:
                 return self.call(block, Batch(batch.tokens, hidden, batch.calls), index)
 
-            hidden: Tensor = checkpoint(run, batch.hidden, use_reentrant=True, preserve_rng_state=False)
-            return hidden
+            found: Any = checkpoint(run, batch.hidden, use_reentrant=True, preserve_rng_state=False)
+            return torch.as_tensor(found)
         with self.remaking.kept_as_notes():
             return self.call(block, batch, index)
 
@@ -198,7 +198,8 @@ def _joined(parts: list[tuple[Site, matrices.Matrix]], dtype: torch.dtype) -> Te
 def _parts(parts: list[tuple[Site, matrices.Matrix]]) -> Tensor:
     if parts[0][0].expert is None:
         site, matrix = parts[0]
-        return matrix().T if site.transposed else matrix()
+        made: Tensor = matrix()
+        return made.T if site.transposed else made
     experts: dict[int, dict[str, Tensor]] = {}
     for site, matrix in parts:
         experts.setdefault(site.expert or 0, {})[site.role] = matrix()

@@ -35,8 +35,8 @@ Progress = Callable[[float, float, str], None]
 
 @dataclass(frozen=True)
 class Look:
-    """What a teacher says of some windows. known: its predictions, by rows of all their tokens; None where it has none. hidden: what each block put out
-    [b, t, d]; empty where it is not known."""
+    """What a teacher says of some windows. known: its predictions, by rows of all their tokens; None where it has none. hidden:
+    what each block put out [b, t, d]; empty where it is not known."""
 
     known: Callable[[slice], Known] | None
     hidden: Sequence[Tensor] = ()
