@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import json
+import random
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from compress.errors import CompressError
 from compress.formats import parse
+from compress.manager import Context
 from compress.model.model import open_model
 from compress.model.stream import Stream
 from compress.passes.distill import Distill
 from compress.passes.lqlora import LqLora
+from compress.passes.prune import Prune
 from compress.passes.quantize import Quantize
+from compress.run import Parts, Step, step_inputs
 from compress.state import State
-from compress.training import loss, matrices
+from compress.training import loss, matrices, memory
 from compress.training.choice import choose
 from compress.training.student import Student
-from tests.conftest import FAMILIES
-from tests.pass_laws import TEXT, TOKENS, attempt
+from tests.conftest import FAMILIES, Project
+from tests.pass_laws import TEXT, TOKENS, KilledError, attempt
 
 V, D, N = 50, 8, 13
 
@@ -144,8 +151,6 @@ def test_gradients_are_those_of_the_architecture(family: Any, name: str) -> None
         with student.behind(state), student.holding_head():
             student.head(batch).float().logsumexp(-1).sum().backward()
         grads.append({n: p.grad for n, p in student.learns.items()})
-    import transformers
-
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     plain(input_ids=TOKENS.ids[:2, :16], use_cache=False).logits.logsumexp(-1).sum().backward()
     total = {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}
@@ -191,13 +196,165 @@ def test_scales_alone_leave_every_code(family: Any, tmp_path: Path) -> None:
     assert moved
 
 
-def trained(p: Distill, source: Any, state: State, folder: Path) -> State:
-    from compress.manager import Context
-    from compress.run import Step, step_inputs
-
+def trained(p: Distill, source: Any, state: State, folder: Path, notes: list[Any] | None = None) -> State:
     step = Step.of(folder, 1, step_inputs(p, "root", TEXT.hash, 0, ()), lambda s: context(s))
 
     def context(s: Step) -> Context:
-        return Context(0, None, "cpu", s, lambda r: None, lambda d, t, w: None, (), source.state, TEXT)
+        return Context(
+            0,
+            None,
+            "cpu",
+            s,
+            lambda r: notes.append(r) if notes is not None else None,
+            lambda d, t, w: None,
+            (),
+            source.state,
+            TEXT,
+        )
 
     return p.run(state, step.context())
+
+
+# --- what comes of it --------------------------------------------------------------------------------------------------
+
+
+def pruned(family: Any, folder: Path) -> tuple[Any, State]:
+    """A model, and one of half its neurons."""
+    source = open_model(str(family("llama")))
+    return source, attempt(Prune(mlp=0.5, method="magnitude", compensate=False), source, folder)
+
+
+@pytest.mark.parametrize("teacher", ["cached", "live", "streamed"])
+def test_a_pruned_model_comes_nearer_to_its_teacher(family: Any, tmp_path: Path, teacher: Any) -> None:
+    source, state = pruned(family, tmp_path / "p")
+    records: list[Any] = []
+    p = Distill(
+        loss={"kl": 1.0} if teacher == "cached" else {"kl": 1.0, "hidden_cosine": 0.5}, teacher=teacher, rate=3e-3, batch=4
+    )
+    trained(p, source, state, tmp_path / "d", records)
+    (record,) = records
+    start, best = record["curve"][0][3], min(point[3] for point in record["curve"])
+    assert best < 0.9 * start
+    assert f"{best:.5f}" in record["notes"][0]
+
+
+def test_teachers_agree(family: Any, tmp_path: Path) -> None:
+    """With all of a small vocabulary cached, three ways to ask are one."""
+    source, state = pruned(family, tmp_path / "p")
+    curves = []
+    for i, teacher in enumerate(("cached", "live", "streamed")):
+        records: list[Any] = []
+        options = {"top_k": 1000} if teacher == "cached" else {}
+        trained(Distill(teacher=teacher, tokens=32 * 8, batch=4, **options), source, state, tmp_path / str(i), records)  # type: ignore[arg-type]
+        curves.append([point[3] for point in records[0]["curve"]])
+    assert curves[0] == pytest.approx(curves[1], rel=2e-2)  # fp16, and activations in bf16
+    assert curves[2] == pytest.approx(curves[1], rel=2e-2)
+
+
+def test_a_training_that_was_killed_comes_to_the_same_bytes(family: Any, tmp_path: Path) -> None:
+    """Killed at ten places, of teacher, training and result, one after the other in one run."""
+    source, state = pruned(family, tmp_path / "p")
+    p = Distill(train=("layers.*.down", "norms"), rate=1e-3, batch=4, checks=5)
+    whole = trained(p, source, state, tmp_path / "whole")
+    commit: Any = Parts.commit
+    killed = 0
+    generator = random.Random(4)
+    for _ in range(10):
+        left = generator.randrange(1, 6)
+
+        def killing(*args: Any, **options: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KilledError
+            return commit(*args, **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Parts, "commit", killing)
+            with suppress(KilledError):
+                trained(p, source, state, tmp_path / "cut")
+            killed += left < 0
+    assert killed
+    again = trained(p, source, state, tmp_path / "cut")
+    for spec in whole.specs:
+        assert torch.equal(whole.dense.read(spec.name), again.dense.read(spec.name)), spec.name
+
+
+def test_a_cached_teacher_is_asked_once(family: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, state = pruned(family, tmp_path / "p")
+    trained(Distill(tokens=64, batch=1), source, state, tmp_path / "run" / "steps")
+    monkeypatch.setattr("compress.training.teacher.most_likely", None)
+    trained(Distill(tokens=64, batch=2), source, state, tmp_path / "run" / "steps")
+
+
+def test_factors_that_a_quantized_matrix_is_given(family: Any, tmp_path: Path) -> None:
+    source = open_model(str(family("llama")))
+    state = attempt(Quantize(format=parse("int3:g32")), source, tmp_path / "q")
+    p = Distill(train="lora", rank=4, batch=4)
+    foreseen = p.foresee(state)
+    after = trained(p, source, state, tmp_path / "d")
+    assert foreseen.formats == after.formats
+    assert str(after.formats["layers.0.mlp.down"]) == "int3:g32+r4"
+
+
+# --- memory ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("remembered", "fused", "total"),
+    [(12, False, 102.20), (4, False, 51.99), (0, True, 14.58)],
+    ids=["adamw", "sgd", "lomo"],
+)
+def test_the_split_that_lomo_publishes(tmp_path: Path, remembered: int, fused: bool, total: float) -> None:
+    """LLaMA-7B, 16-bit parameters and gradients, 32-bit masters (and means for AdamW), blocks run again, 8 windows of 512 tokens
+    (arXiv 2306.09782, table 1; GiB)."""
+    config = transformers.LlamaConfig(architectures=["LlamaForCausalLM"], dtype="bfloat16")
+    config.save_pretrained(tmp_path)
+    state = open_model(str(tmp_path)).bare
+    setting = memory.Setting(True, "cached", 8, 512, memory.Numbers(2, remembered, torch.bfloat16, fused))
+    assert memory.split(state, choose(state, ("all",), None), setting).total / 2**30 == pytest.approx(total, rel=0.1)
+
+
+def test_what_a_block_keeps_is_foretold(family: Any) -> None:
+    """Against the storages that autograd really keeps."""
+    state = state_of(family("llama", torch.float32))
+    student = Student(state, choose(state, ("all",), None), 0)
+    kept: dict[int, Tensor] = {}
+
+    def note(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t
+        return t
+
+    student.remaking.kept_as_notes = nullcontext  # type: ignore[method-assign]
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        student.forward(TOKENS.ids[:4])
+    own = {p.untyped_storage().data_ptr() for p in student.learns.values()}
+    found = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
+    assert sum(memory.saved_by_block(state, 4, 32, torch.float32)) == pytest.approx(found, rel=0.1)
+
+
+def test_a_limit_is_kept_to_or_refused(project: Project) -> None:
+    line = project.refused("{distill: {memory: {limit: 1 MiB, activations: kept}, teacher: live}}")
+    assert "above the limit of 1 MiB" in line
+    assert "no other setting would" in line
+    project.edit("1 MiB", "1 GiB")
+    assert "distill: 1 steps of 8 windows; training takes" in project.plan().out
+
+
+@pytest.mark.parametrize(
+    ("step", "says"),
+    [
+        ({"train": "scales"}, "no matrix has scales"),
+        ({"train": "lora"}, "needs the rank"),
+        ({"train": "nothing.*"}, "matches no matrix"),
+        ({"rank": 4}, "is about train: lora"),
+        ({"loss": {"hidden_cosine": 1.0}}, "have no part in it"),
+        ({"loss": {"mse": 1.0}}, "is none of kl"),
+        ({"loss": {"kl": 1.0, "hidden_cosine": 1.0}}, "is not cached"),
+        ({"loss": {"ce": 1.0}, "teacher": "live"}, "no teacher is asked"),
+        ({"tokens": "many"}, "is no number of tokens"),
+        ({"memory": {"limit": "much"}}, "is no amount of memory"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(project: Project, step: dict[str, Any], says: str) -> None:
+    assert says in project.refused(json.dumps({"distill": step}))
