@@ -20,6 +20,7 @@ from compress.errors import ModelError, RecipeError
 from compress.formats import LowRank, Packed
 from compress.manager import Context, Cost, Pass, Record
 from compress.model.data import Tokens
+from compress.model.speed import precision
 from compress.model.work import per_token
 from compress.state import Aspect, State
 from compress.state.plan import BitPlan
@@ -166,8 +167,9 @@ class Distill(Pass):
         training = Training(student, teacher, tokens, learning, held, self.loss, schedule, partial(adamw, self.rates(student)),
                             ctx.seed, ctx.progress)  # fmt: skip
         kept = Checkpoints(ctx.store.analysis("training", self.text()))
-        curve = training.run(kept)
-        made = self._written(state, student, ctx, curve, training.judged_by)
+        with precision("bf16" if state.dtype == torch.bfloat16 else "ieee"):  # as precise as the model's own activations
+            curve = training.run(kept)
+            made = self._written(state, student, ctx, curve, training.judged_by)
         kept.drop()
         return made
 
