@@ -214,7 +214,7 @@ def asked(recipe: Recipe, number: int, tell: Callable[[str], None]) -> tuple[Mod
     for i, p in enumerate(recipe.passes[: number + 1]):
         try:
             if isinstance(p, Allocate):
-                return model, state, p.timed(state)
+                return model, state, list(p.timed(state))
             state = manager.foresee([p], state)
         except CompressError as e:
             raise recipe.located(e, "passes", i) from None

@@ -96,6 +96,8 @@ class Allocate(Options):
             raise RecipeError("an earlier step has planned every format already; keep one 'allocate'")
         if self.plan is not None:
             return replace(state, plan=given_plan(state, self.plan))
+        if self.latency is not None:  # of smaller shapes too, which are looked up only once they are measured
+            Clock.of(self.latency, state).check(self.timed(state))
         counts = self._counts(state)
         if self.shapes == "free":
             best = self._free(state, counts, choices.guess, joint_free.guess(state, counts), 2.0)
@@ -210,8 +212,8 @@ class Allocate(Options):
         timed = clock.limit(sp, state, whole, *(() if text is None else (text, *joint.parsed(text, "ms"))))
         return sp, limits if text is None else [*limits, timed], timed
 
-    def timed(self, state: State) -> list[tuple[tuple[int, int], Format]]:
-        """Every shape in every format that it may choose for a state: what a table of latency has to hold."""
+    def timed(self, state: State) -> dict[tuple[tuple[int, int], Format], str]:
+        """Every shape in every format that it may choose for a state, and a site of each: what a table of latency has to hold."""
         if self.plan is not None:
             raise RecipeError("a plan is taken as it is, and there is nothing to choose by time", ("plan",))
         sp = choices.space(state, self.formats, self.ranks, self.factors, self.pins, self.together, self.also)

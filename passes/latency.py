@@ -169,12 +169,15 @@ class Clock:
         often = self.visits[site.name]
         if not often:
             return 0
-        text = str(self.own if isinstance(fmt, Dense) else fmt)  # an engine computes with numbers in the model's dtype
-        found = self.known.get((site.shape, text))
-        if found is None:
-            missing = said(site.shape, text)
-            raise RecipeError(f"the latency table has no {missing}, as '{site.name}' may be; {TODO}", ("latency",))
-        return round(often * found)
+        fmt = self.own if isinstance(fmt, Dense) else fmt  # an engine computes with numbers in the model's dtype
+        self.check({(site.shape, fmt): site.name})
+        return round(often * self.known[site.shape, str(fmt)])
+
+    def check(self, wanted: Mapping[tuple[Shape, Format], str]) -> None:
+        """RecipeError where the table lacks what sites of these names may be."""
+        for (shape, fmt), name in wanted.items():
+            if (shape, str(fmt)) not in self.known:
+                raise RecipeError(f"the latency table has no {said(shape, str(fmt))}, as '{name}' may be; {TODO}", ("latency",))
 
     def limit(
         self, sp: Space, state: State, whole: State, text: str = "", number: float = math.inf, share: bool = False
@@ -206,10 +209,10 @@ def visits(state: State, batch: int) -> dict[str, float]:
     return found
 
 
-def pairs(sites: Iterable[Site], formats: Mapping[str, Iterable[Format]], own: Format) -> list[tuple[Shape, Format]]:
-    """Every shape with every format that sites of it may get, its `own` among them, each once."""
-    found: dict[tuple[Shape, Format], None] = {}
+def pairs(sites: Iterable[Site], formats: Mapping[str, Iterable[Format]], own: Format) -> dict[tuple[Shape, Format], str]:
+    """Every shape with every format that sites of it may get, its `own` among them, and the name of a site of each."""
+    found: dict[tuple[Shape, Format], str] = {}
     for s in sites:
         packed = (fmt for fmt in formats.get(s.name, ()) if not isinstance(fmt, Dense))
-        found |= {(s.shape, fmt): None for fmt in (own, *packed) if fits(fmt, s.shape)}
-    return sorted(found, key=lambda pair: (pair[0], str(pair[1])))
+        found |= {(s.shape, fmt): s.name for fmt in (own, *packed) if fits(fmt, s.shape)}
+    return dict(sorted(found.items(), key=lambda item: (item[0][0], str(item[0][1]))))
