@@ -156,7 +156,7 @@ def last_cache() -> int:
     found = 0
     for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         with suppress(OSError, ValueError):
-            found = max(found, 1024 * int(file.read_text().strip().removesuffix("K")))
+            found = max(found, 1024 * int(file.read_text(encoding="utf-8").strip().removesuffix("K")))
     return found
 
 

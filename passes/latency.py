@@ -32,7 +32,7 @@ from compress.model.work import experts_used
 from compress.passes.choices import Resource, Space, fits
 from compress.state import State
 from compress.state.graph import Site
-from compress.state.plan import Latency
+from compress.state.plan import Latency, per_step
 
 LATENCY = "latency"
 KIND: Literal["compress latency table"] = "compress latency table"
@@ -137,7 +137,7 @@ class Timed(Resource):
 
     def say(self, least: int) -> str:
         total = least + self.fixed
-        return f"{1e3 * total / NS:.4g} ms a token, {total / max(1, self.original):.1%} of what it takes as it is"
+        return f"{1e3 * total / NS:.4g} ms {per_step(self.batch)}, {total / max(1, self.original):.1%} of what it takes as it is"
 
     def expected(self, pairs: Iterable[tuple[Site, Format]], limited: bool, price: float = 0.0) -> Latency:
         """What a choice would take. price: the damage that a nanosecond more would save, if it is limited."""

@@ -221,6 +221,12 @@ def test_options_that_make_no_sense_are_one_line(project: Project, allocate: dic
     assert line in project("plan", project.recipe, "--no-measure").line
 
 
+def test_a_step_of_several_tokens_is_called_one(project: Project) -> None:
+    tabled(project, batch=4)
+    write(project, {"latency": "table.json", "constraints": {"latency": "1 %"}})
+    assert " ms a step of 4 tokens, " in project("plan", project.recipe, "--no-measure").line
+
+
 @pytest.mark.parametrize(("arguments", "line"), [
     (["{recipe}", "--table", "{folder}"], "is a folder; name a file"),
     (["{recipe}", "--table", "{folder}/none/table.json"], "is in no folder that there is"),

@@ -10,7 +10,7 @@ import yaml
 
 from compress.report.page import columns
 from compress.state.graph import Graph
-from compress.state.plan import BitPlan, Forecast, Latency, Point, size
+from compress.state.plan import BitPlan, Forecast, Latency, Point, per_step, size
 
 UNIT = {"kl": "KL by gradients (nats per token)", "output": "relative error of outputs",
         "weight": "squared error of weights", "guess": "guessed damage, in no unit"}  # fmt: skip
@@ -62,9 +62,8 @@ def summary(f: Forecast) -> list[str]:
 
 def pace(t: Latency) -> str:
     """What is expected of the time that a token takes, beside that of the model as it is."""
-    step = "a token" if t.batch == 1 else f"a step of {t.batch} tokens"
-    line = (f"latency: {1e3 * t.expected:.4g} ms {step} expected in matrices, {1e3 * t.original:.4g} ms as the model is "
-            f"({t.expected / t.original if t.original else 1.0:.1%})")  # fmt: skip
+    line = (f"latency: {1e3 * t.expected:.4g} ms {per_step(t.batch)} expected in matrices, "
+            f"{1e3 * t.original:.4g} ms as the model is ({t.expected / t.original if t.original else 1.0:.1%})")  # fmt: skip
     if t.allowed is None:
         return line
     saves = f"one ms more would save about {figure(t.price)}" if t.price else "more would save nothing"

@@ -90,6 +90,11 @@ class Spent:
     price: float
 
 
+def per_step(batch: int) -> str:
+    """What so many tokens at once are called."""
+    return "a token" if batch == 1 else f"a step of {batch} tokens"
+
+
 @dataclass(frozen=True)
 class Latency:
     """Seconds that a decode step of `batch` tokens is expected to take in matrices, and takes as the model is. allowed, price:
