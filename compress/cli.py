@@ -73,13 +73,18 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="cpu")
     p.add_argument("--json", action="store_true", help="for machines")
     p.add_argument("--tasks", help="hand over to lm-eval: a comma-separated list of its tasks")
-    text = "time a run's artifact against its original: tokens per second, bytes per token"
+    text = "time a run's artifact against its original: tokens per second, bytes per token; or, with --table, single matrices"
     p = verbs.add_parser("bench", help=text, description=text)
-    p.add_argument("what", type=file_name, metavar="RUN|ARTIFACT|MODEL")
+    p.add_argument("what", type=file_name, metavar="RUN|ARTIFACT|MODEL|RECIPE")
     p.add_argument("--against", type=file_name, metavar="MODEL", help="the original; default: the run's")
     p.add_argument("--prompt", type=at_least(1), default=128, help="tokens of the prompt; default: 128")
     p.add_argument("--new", type=at_least(1), default=32, help="tokens to decode; default: 32")
     p.add_argument("--repeats", type=at_least(1), default=5, help="turns of each; default: 5")
+    p.add_argument(
+        "--table", type=file_name, metavar="FILE", help="of a recipe: time each shape and format that its allocate could choose"
+        " on this CPU, and write that to a file, which allocate takes as 'latency' to limit the time of a token"
+    )  # fmt: skip
+    p.add_argument("--batch", type=at_least(1), help="with --table: tokens of a decode step; default: 1")
     p.add_argument("--device", default="cpu")
     p.add_argument("--json", action="store_true", help="for machines")
     text = "show what is inside a run, an artifact, or a model"

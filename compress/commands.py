@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from compress import bench, evaluate, pipeline
+from compress import bench, evaluate, pipeline, timing
 from compress.documents import json_mapping
 from compress.errors import CompressError, MatchError, ModelError, RecipeError, RunError, did_you_mean
 from compress.export.artifact.engines import Engine, EngineError, dense
@@ -162,6 +162,11 @@ def as_of(original: Model, model: Model, state: State, tokens: data.Tokens) -> t
 
 
 def bench_command(options: argparse.Namespace) -> None:
+    if options.table is not None:
+        timing.table_command(options, tell)
+        return
+    if options.batch is not None:
+        raise RecipeError("--batch is for --table; engines are timed one token at a time")
     pipeline.check_device(options.device)
     model, state, kind = opened(options.what)
     if not state.graph.causal:

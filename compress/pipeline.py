@@ -35,6 +35,8 @@ from compress.state import State
 from compress.state.checkpoint import Layout
 from compress.state.plan import size
 
+OPTION = 200  # characters of an option in a table of steps
+
 # --- plan ------------------------------------------------------------------------------------------------------------
 
 
@@ -162,7 +164,7 @@ def step_states(ready: Prepared, out: Path, device: str) -> list[tuple[str, str,
     rows = []
     for p, step in zip(ready.recipe.passes, make_steps(ready, out, device), strict=True):
         chosen = {k: v for k, v in p.model_dump(mode="json").items() if k in p.model_fields_set}
-        options = ", ".join(f"{k} {page.brief(v)}" for k, v in chosen.items())
+        options = ", ".join(f"{k} {page.brief(v, OPTION)}" for k, v in chosen.items())
         unknown = "to do" if ready.model.has_weights else "?"  # no step is finished that reads windows yet to be found
         status = unknown if step is None else "cached" if step.finished else "in part" if step.partial.exists() else "to do"
         rows.append((p.name, options, status))

@@ -79,6 +79,7 @@ def allocated(bits: BitPlan, state: State) -> str:
     else:
         parts += ["This allocation is a guess: every weight counts alike until 'plan' or 'run' measures damage on the model's\n"
                   "weights. What fits the budget is exact."]  # fmt: skip
+        parts += [allocation.pace(f.latency)] if f.latency else []
     return "\n\n".join(parts)
 
 

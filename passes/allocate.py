@@ -37,6 +37,7 @@ from compress.passes.choices import Bounds, Resource, Space
 from compress.passes.error_table import CERTAIN, DRAWN, SOME, ErrorTable, Squares, keep, measure
 from compress.passes.gradients import Response, fisher, output_gradients, table_gradients
 from compress.passes.joint import Shape
+from compress.passes.latency import LATENCY, Clock, Timed, pairs, visits
 from compress.passes.lqlora import LqLora
 from compress.passes.plan_file import given_plan
 from compress.passes.prune import Prune
@@ -95,12 +96,14 @@ class Allocate(Options):
             raise RecipeError("an earlier step has planned every format already; keep one 'allocate'")
         if self.plan is not None:
             return replace(state, plan=given_plan(state, self.plan))
+        if self.latency is not None:  # of smaller shapes too, which are looked up only once they are measured
+            Clock.of(self.latency, state).check(self.timed(state))
         counts = self._counts(state)
         if self.shapes == "free":
             best = self._free(state, counts, choices.guess, joint_free.guess(state, counts), 2.0)
             return replace(best.shape.state, plan=best.plan(measured=False))
         found: list[tuple[Shape, Solved | joint.Tight | FormatError]] = []
-        for shape in joint.uniform(state, counts, self.constraints, None):
+        for shape in joint.uniform(state, counts, self.of_shape, None):
             found.append((shape, self._solved(state, shape, choices.guess, 2.0)))
             if isinstance(found[-1][1], Solved):
                 break
@@ -142,7 +145,9 @@ class Allocate(Options):
                 yield replace(shape.state, plan=solved.plan(measured=False))
 
     def remarks(self, state: State, foreseen: State) -> Iterator[str]:
-        """With `structure`, what may become smaller, or what did."""
+        """Of times, that they are another machine's; with `structure`, what may become smaller, or what did."""
+        if self.latency is not None and (elsewhere := self.latency.elsewhere()):
+            yield elsewhere
         if self.structure is None:
             return
         levels = (f"{' or '.join(map(str, counts))} {named(kind)}" for kind, counts in self._counts(state).items() if counts)
@@ -191,17 +196,35 @@ class Allocate(Options):
         """What there may be of the kinds that may become smaller."""
         return self.structure.counts(state, self.formats, self.shapes == "free") if self.structure else {}
 
-    def _space(self, state: State, whole: State) -> tuple[Space, list[Resource]]:
-        """What may be chosen for a state, and the limits, which count from the `whole` model that it was."""
+    def _space(self, state: State, whole: State) -> tuple[Space, list[Resource], Timed | None]:
+        """What may be chosen for a state, the limits, which count from the `whole` model that it was, and what tells the time of
+        a choice: one of the limits, if there is one of that."""
         sp = choices.space(state, self.formats, self.ranks, self.factors, self.pins, self.together, self.also)
         sp = sp if state is whole else sp.measured(whole.graph)
         budgets = (self.budget,) if isinstance(self.budget, str) else self.budget
-        return sp, choices.resources(state, sp, budgets, self.limits, whole)
+        limits, text = choices.resources(state, sp, budgets, self.limits, whole), self.constraints.get(LATENCY)
+        if self.latency is None and text is not None:
+            raise RecipeError("times are looked up in a table, and 'latency' names none; make one by 'compress bench RECIPE "
+                              "--table FILE', and add latency: FILE", ("constraints", LATENCY))  # fmt: skip
+        if self.latency is None:
+            return sp, limits, None
+        clock = Clock.of(self.latency, whole)
+        timed = clock.limit(sp, state, whole, *(() if text is None else (text, *joint.parsed(text, "ms"))))
+        return sp, limits if text is None else [*limits, timed], timed
+
+    def timed(self, state: State) -> dict[tuple[tuple[int, int], Format], str]:
+        """Every shape in every format that it may choose for a state, and a site of each: what a table of latency has to hold."""
+        if self.plan is not None:
+            raise RecipeError("a plan is taken as it is, and there is nothing to choose by time", ("plan",))
+        sp = choices.space(state, self.formats, self.ranks, self.factors, self.pins, self.together, self.also)
+        wanted, visited = {**sp.wanted(), **self._wanted(state, sp)}, visits(state, 1)
+        sites = [*(s for s in state.graph if visited[s.name]), *joint_free.smaller(state, self._counts(state))]
+        return pairs(sites, wanted, Dense(state.dtype))
 
     def _solved(self, state: State, shape: Shape, damage: Damage, seconds: float) -> Solved | joint.Tight | FormatError:
         """The best formats of a shape of a state's; or why it can have none."""
         try:
-            sp, limits = self._space(shape.state, state)
+            sp, limits, timed = self._space(shape.state, state)
         except FormatError as e:
             if not shape.stays:
                 raise
@@ -212,7 +235,7 @@ class Allocate(Options):
         except core.Infeasible as e:
             return joint.Tight(limits[e.limit_index], e.least)
         weights = sum(s.numel for s in state.graph.linear)
-        return Solved(self.metric, shape.state, sp, limits, damage, problem, solution, weights=weights)
+        return Solved(self.metric, shape.state, sp, limits, damage, problem, solution, weights=weights, timed=timed)
 
     # --- measuring ---
 
@@ -220,6 +243,8 @@ class Allocate(Options):
         if self.plan is not None:
             return self.foresee(state)
         chain = self.chain(ctx.following)
+        if self.latency is not None and (elsewhere := self.latency.elsewhere()):
+            ctx.say({"site": LATENCY, "notes": [elsewhere]})
         held, rest = split(ctx.calibration, self.probe)
         inner = replace(ctx, calibration=rest)
         table = self._table(state, inner, chain, held)
@@ -241,13 +266,13 @@ class Allocate(Options):
 
     def _best(self, state: State, counts: Counts, damage: Damage, damages: Damages | None) -> joint.Best:
         """The best with all layers alike."""
-        every = list(joint.uniform(state, counts, self.constraints, damages))
+        every = list(joint.uniform(state, counts, self.of_shape, damages))
         return joint.Best.of([(shape, self._solved(state, shape, damage, self.time_limit / len(every))) for shape in every])
 
     def _free(self, state: State, counts: Counts, damage: Damage, damages: Damages, seconds: float) -> joint.Best:
         """The best with every layer's shape its own."""
-        sp, limits = self._space(state, state)
-        program = joint_free.Program.of(state, counts, sp, limits, self.constraints, damage, damages)
+        sp, limits, _ = self._space(state, state)
+        program = joint_free.Program.of(state, counts, sp, limits, self.of_shape, damage, damages)
         found = program.solved(seconds)
         shape = joint.shaped(state, found.stays, damages)
         best = joint.Best.of([(shape, self._solved(state, shape, damage, seconds))])

@@ -15,6 +15,7 @@ from compress.formats.codebooks import paper_grid
 from compress.manager import Pass
 from compress.passes import joint
 from compress.passes.choices import Bounds
+from compress.passes.latency import LATENCY, LatencyTable, read_table
 from compress.passes.plan_file import read_plan
 from compress.passes.quantize import FormatText
 from compress.passes.structure import Structure
@@ -38,7 +39,10 @@ class Options(Pass, ABC):
         "uniform", description="with structure: every layer the same shape, as engines want it; or each its own"
     )
     constraints: dict[str, str] = Field(
-        {}, description="with structure: limits of the shape, such as {parameters: '<= 80 %', kv_cache: '<= 50 %'}"
+        {}, description="limits of latency, and with structure of the shape: {parameters: '<= 80 %', kv_cache: '<= 50 %'}"
+    )
+    latency: LatencyTable | None = Field(
+        None, description="a file of 'compress bench RECIPE --table FILE': what each choice takes in time on that machine"
     )
     together: Literal["engine", "none"] | tuple[tuple[str, ...], ...] = Field(
         "engine", description="what gets one format: what engines join; nothing; or lists of patterns, block by block"
@@ -105,18 +109,37 @@ class Options(Pass, ABC):
     def _read(cls, plan: Any, info: ValidationInfo) -> Any:
         return read_plan((info.context or {}).get("base", Path()) / local_path(plan)) if isinstance(plan, str) else plan
 
+    @field_validator("latency", mode="before")
+    @classmethod
+    def _timed(cls, table: Any, info: ValidationInfo) -> Any:
+        return read_table((info.context or {}).get("base", Path()) / local_path(table)) if isinstance(table, str) else table
+
+    @field_validator("constraints", mode="before")
+    @classmethod
+    def _numbers(cls, constraints: Any) -> Any:
+        if not isinstance(constraints, dict):
+            return constraints
+        plain = {name: x for name, x in constraints.items() if isinstance(x, int | float) and not isinstance(x, bool)}
+        return {**constraints, **{name: str(x) for name, x in plain.items()}}
+
     @field_validator("constraints")
     @classmethod
     def _limits(cls, constraints: dict[str, str]) -> dict[str, str]:
         for name, text in constraints.items():
-            if name not in joint.CONSTRAINED:
-                raise ValueError(f"'{name}' is none of {', '.join(joint.CONSTRAINED)}")
-            joint.parsed(text)
+            if name not in (*joint.CONSTRAINED, LATENCY):
+                raise ValueError(f"'{name}' is none of {', '.join(joint.CONSTRAINED)}, {LATENCY}")
+            joint.parsed(text, "ms" if name == LATENCY else "")
         return constraints
+
+    @property
+    def of_shape(self) -> dict[str, str]:
+        """The constraints on the shape alone."""
+        return {name: text for name, text in self.constraints.items() if name != LATENCY}
 
     @model_validator(mode="after")
     def _shaped(self) -> Options:
-        idle = next((n for n in ("constraints", "shapes") if n in self.chosen()), None) if self.structure is None else None
+        chosen = {"constraints": bool(self.of_shape), "shapes": "shapes" in self.chosen()}
+        idle = next((n for n, given in chosen.items() if given), None) if self.structure is None else None
         if idle:
             raise ValueError(f"'{idle}' is about shapes, and 'structure' names no other; name some there, or leave it out")
         if self.structure is not None and self.trials:

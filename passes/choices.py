@@ -279,6 +279,7 @@ class Resource:
     fixed: int  # bytes that count towards it whatever is chosen; `allowed` is what they leave
     numel: int  # weights that an average is over; 0 where it is not one
     file: bool = False  # whether it is about all tensors of the file
+    todo: str = "Raise it, allow smaller formats, or prune first"  # where it cannot be kept
 
     def say(self, least: int) -> str:
         """A number of bytes of what may be chosen, in the unit of the budget."""

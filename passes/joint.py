@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
+from compress.documents import one_line
 from compress.errors import FormatError, RecipeError
 from compress.model.couplings import named, span
 from compress.model.work import cached
@@ -26,6 +27,7 @@ from compress.passes.trials import Solved, steps
 from compress.state import State
 from compress.state.plan import BitPlan, Point
 
+MOST = 2**60  # of a limit: no model has more, and solvers count in 64 bits
 CONSTRAINED = {"parameters": "parameters", "kv_cache": "bytes of cache for each token"}
 Stays = Mapping[str, Mapping[str, int]]  # kind -> pattern -> units that stay, as `prune` is told
 
@@ -98,16 +100,18 @@ def allowed(state: State, constraints: Mapping[str, str]) -> dict[str, int]:
     have, found = amounts(state), {}
     for name, text in constraints.items():
         number, share = parsed(text)
-        found[name] = math.floor(number / 100 * have[name] + 1e-9) if share else math.floor(number)
+        found[name] = math.floor(min(number / 100 * have[name] + 1e-9 if share else number, MOST))
     return found
 
 
-def parsed(text: str) -> tuple[float, bool]:
-    """A number, and whether it is a share in per cent. ValueError where it is none."""
-    match = re.fullmatch(r"(?:<=)?\s*(\d+(?:\.\d+)?)\s*(%?)", text.strip())
+def parsed(text: str, unit: str = "") -> tuple[float, bool]:
+    """A number, behind which its unit may stand, and whether it is a share in per cent. ValueError where it is none."""
+    match = re.fullmatch(rf"(?:<=)?\s*(\d+(?:\.\d+)?)\s*(%|{unit}|)", text.strip())
     if match is None:
-        raise ValueError(f"'{text}' is no limit; write '<= 80 %' of what the model has, or a number")
-    return float(match[1]), bool(match[2])
+        raise ValueError(
+            f"'{one_line(text)}' is no limit; write '<= 80 %' of what the model has, or a number{unit and f' of {unit}'}"
+        )
+    return float(match[1]), match[2] == "%"
 
 
 # --- the best of all -------------------------------------------------------------------------------------------------
@@ -187,5 +191,4 @@ def infeasible(found: Sequence[Tight | FormatError]) -> Exception:
         return next(e for e in found if isinstance(e, FormatError))
     nearest = min(tight, key=lambda e: e.least / max(1, e.resource.allowed))
     r = nearest.resource
-    return RecipeError(f"no allocation keeps to {r.name}; the least possible is {r.say(nearest.least)}.  Raise it, allow smaller "
-                       "formats, or prune first", r.at)  # fmt: skip
+    return RecipeError(f"no allocation keeps to {r.name}; the least possible is {r.say(nearest.least)}.  {r.todo}", r.at)

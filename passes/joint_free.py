@@ -9,7 +9,7 @@ sinks) counts for limits of the whole file.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 
@@ -23,7 +23,7 @@ from compress.passes import joint
 from compress.passes.allocate_core import Item, Limit, Problem
 from compress.passes.allocate_menu_core import Floats, Ints
 from compress.passes.choices import Group, Option, Resource, Space, fits, stored
-from compress.passes.structure import Counts, Damages
+from compress.passes.structure import Counts, Damages, some
 from compress.passes.trials import Damage, steps
 from compress.state import State
 from compress.state.checkpoint import Spec
@@ -220,6 +220,13 @@ def added(a: Table, b: Table) -> Table:
     """Of every option of one group with every option of another."""
     D = (a[0][:, None] + b[0]).reshape(-1)
     return D, (a[1][:, :, None] + b[1][:, None]).reshape(len(a[1]), -1), (a[2][:, None] + b[2]).reshape(-1)
+
+
+def smaller(state: State, counts: Counts) -> Iterator[Site]:
+    """Every matrix as it would be at each level that leaves something of it."""
+    for c in couplings(state):
+        cut = [s for s in state.graph.of_block(c.block) if s.weight in c.cuts and s.expert is None]
+        yield from (shrunk(s, c, count) for count in some(counts.get(c.kind, ())) for s in cut)
 
 
 def shrunk(site: Site, c: Coupling, count: int) -> Site:

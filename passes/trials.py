@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import Any
@@ -17,12 +17,13 @@ from compress.model.head import Streamed, both
 from compress.passes import allocate_core as core
 from compress.passes import gptq_core
 from compress.passes.choices import Resource, Space
+from compress.passes.latency import Timed
 from compress.passes.lqlora import LqLora
 from compress.passes.quantize import Quantize
 from compress.passes.solver import Case
 from compress.state import Fact, State
 from compress.state.graph import Site
-from compress.state.plan import BitPlan, Forecast, Point, Spent, Trial
+from compress.state.plan import BitPlan, Forecast, Latency, Point, Spent, Trial
 
 Damage = Callable[[Site, Format], float]
 STEPS = 24  # points of the frontier
@@ -80,6 +81,7 @@ class Solved:
     table: str = ""
     results: tuple[Trial, ...] = ()
     weights: int = 0  # that bits are averaged over, where the model had more of them than it has
+    timed: Timed | None = None  # what it is expected to take in time; one of the limits, where that is limited
 
     def formats(self, choice: Sequence[int]) -> dict[str, Format]:
         return self.space.plan(choice, Dense(self.state.dtype))
@@ -91,14 +93,22 @@ class Solved:
                   for site, f in zip(g.sites, g.options[i], strict=True)}  # fmt: skip
         damages = {name: self.damage(self.state.graph[name], f) for name, f in chosen.items()}
         spent = (Spent(r.name, used + r.fixed, r.allowed + r.fixed, price)
-                 for r, used, price in zip(self.limits, s.used, s.price, strict=True))  # fmt: skip
+                 for r, used, price in zip(self.limits, s.used, s.price, strict=True) if r is not self.timed)  # fmt: skip
         forecast = Forecast(
             metric=self.metric if measured else "guess", spent=tuple(spent), damage=damages, total=sum(damages.values()),
             bound=s.bound, gap=s.gap, method=s.method, frontier=self.frontier() if measured else (), trials=self.results,
-            measured=measured, notes=self.space.notes, table=self.table,
+            measured=measured, notes=self.space.notes, table=self.table, latency=self.latency(chosen),
         )  # fmt: skip
         ordered = {site.name: formats[site.name] for site in self.state.graph if site.name in formats}
         return BitPlan(ordered, forecast)
+
+    def latency(self, formats: Mapping[str, Format]) -> Latency | None:
+        """What these formats are expected to take in time, where a table of it is known."""
+        if self.timed is None:
+            return None
+        price = sum(p for r, p in zip(self.limits, self.solution.price, strict=True) if r is self.timed)
+        pairs = [(self.state.graph[name], fmt) for name, fmt in formats.items()]
+        return self.timed.expected(pairs, any(r is self.timed for r in self.limits), price)
 
     def frontier(self) -> tuple[Point, ...]:
         """The damage to expect at other budgets, from the least that is possible to the most that can be used."""

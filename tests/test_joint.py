@@ -23,9 +23,11 @@ from scipy import sparse
 
 from compress.errors import CompressError, RecipeError
 from compress.export.runtime import load
+from compress.formats import Dense
 from compress.model.model import open_model
 from compress.passes import joint
 from compress.passes.allocate import Allocate
+from compress.passes.latency import KIND, LatencyTable, cpu_name
 from compress.passes.prune import units
 from compress.passes.structure import Level
 from compress.passes.trials import Solved
@@ -62,6 +64,19 @@ class Drawn(dict[Level, float]):
 
     def __missing__(self, level: Level) -> float:
         return 3 * figure(self.seed, *level)
+
+
+def takes(shape: tuple[int, int], fmt: str) -> int:
+    """Nanoseconds, drawn by name."""
+    return round(1e6 * (0.2 + (2 if fmt == "bf16" else 1) * figure(3, shape, fmt)))
+
+
+def drawn_table(allocate: Allocate, state: State, **options: Any) -> LatencyTable:
+    """A table of all that may be chosen for a state."""
+    entries = [{"shape": shape, "format": str(fmt), **dict.fromkeys(("seconds", "least", "most"), takes(shape, str(fmt)) / 1e9)}
+               for shape, fmt in allocate.timed(state)]  # fmt: skip
+    here = {"kind": KIND, "compress": "1", "cpu": cpu_name(), "threads": torch.get_num_threads(), "batch": 1, "turns": 1}
+    return LatencyTable.model_validate({**here, "dtype": str(Dense(state.dtype)), "entries": entries, **options})
 
 
 def best_of(allocate: Allocate, free: bool) -> Callable[..., joint.Best]:
@@ -105,7 +120,11 @@ class Every:
             for formats in itertools.product(*(g.options for g in groups)):
                 pairs = [(s, f) for g, o in zip(groups, formats, strict=True) for s, f in zip(g.sites, o, strict=True)]
                 held = [*levels, *((Named(s.name), f) for s, f in pairs)]
-                rows.append((alike, {"bytes": sum(f.nbytes(s.shape) for s, f in pairs), **shape},
+                used = {
+                    "bytes": sum(f.nbytes(s.shape) for s, f in pairs),
+                    "latency": sum(takes(s.shape, str(f)) for s, f in pairs),
+                }
+                rows.append((alike, {**used, **shape},
                              [numbers.setdefault(key, len(numbers)) for key in held]))  # fmt: skip
         at = [(i, k) for i, (_, _, keys) in enumerate(rows) for k in keys]
         has = sparse.csr_array((np.ones(len(at)), tuple(np.array(at).T)), shape=(len(rows), len(numbers)))
@@ -142,16 +161,20 @@ def choices(family: Any) -> Every:
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 1000), bits=st.sampled_from([1.2, 1.6, 2.0, 2.6, 3.3]), parameters=st.sampled_from([100, 85, 75]),
-       cache=st.sampled_from([100, 75, 50]), free=st.booleans())  # fmt: skip
+       cache=st.sampled_from([100, 75, 50]), latency=st.sampled_from(["<= 150 %", "70 %", "<= 55%", "40 %", "<= 11.5 ms", "9"]),
+       free=st.booleans())  # fmt: skip
 def test_no_choice_within_the_limits_does_less_damage(
-    choices: Every, seed: int, bits: float, parameters: int, cache: int, free: bool
+    choices: Every, seed: int, bits: float, parameters: int, cache: int, latency: str, free: bool
 ) -> None:
     state = choices.state
-    allocate = allocating(budget=f"{bits} bits", constraints={"parameters": f"<= {parameters} %", "kv_cache": f"{cache}%"},
-                          shapes="free" if free else "uniform")  # fmt: skip
-    whole = joint.amounts(state)
+    constraints = {"parameters": f"<= {parameters} %", "kv_cache": f"{cache}%", "latency": latency}
+    allocate = allocating(budget=f"{bits} bits", constraints=constraints, shapes="free" if free else "uniform",
+                          latency=drawn_table(allocating(), state))  # fmt: skip
+    whole, head = joint.amounts(state), takes(state.graph["lm_head"].shape, "bf16")
+    original, (number, share) = head + sum(takes(s.shape, "bf16") for s in state.graph.linear), joint.parsed(latency, "ms")
     room = {"bytes": int(bits * sum(s.numel for s in state.graph.linear) / 8),
-            "parameters": parameters * whole["parameters"] // 100, "kv_cache": cache * whole["kv_cache"] // 100}  # fmt: skip
+            "parameters": parameters * whole["parameters"] // 100, "kv_cache": cache * whole["kv_cache"] // 100,
+            "latency": (number * original / 100 if share else number * 1e6) - head}  # fmt: skip
     able = np.logical_and.reduce([choices.use[n] <= room[n] for n in room]) & (choices.alike | free)
     find = best_of(allocate, free)
     if not able.any():
@@ -166,6 +189,12 @@ def test_no_choice_within_the_limits_does_less_damage(
     assert plan.forecast.total == pytest.approx(best.damage)
     used = joint.amounts(best.shape.state)
     assert all(used[name] <= room[name] for name in used)
+    took = sum(takes(s.shape, str(plan.formats.get(s.name, "bf16"))) for s in best.shape.state.graph.linear)
+    assert took <= room["latency"]
+    assert plan.forecast.latency is not None
+    assert plan.forecast.latency.expected == pytest.approx((took + head) / 1e9)
+    assert plan.forecast.latency.original == pytest.approx(original / 1e9)
+    assert len(plan.forecast.spent) == 1, "bytes alone"
     assert sum(f.nbytes(best.shape.state.graph[n].shape) for n, f in plan.formats.items()) <= room["bytes"]
 
 
@@ -291,7 +320,10 @@ def test_layers_that_lack_a_sublayer_may_be_the_first(project: Project) -> None:
     ({"constraints": {"parameters": "80 %"}}, "'constraints' is about shapes"),
     ({"structure": SHAPES, "trials": 2}, "'trials' try formats of one shape"),
     ({"structure": SHAPES, "metric": "output"}, "use metric: kl"),
-    ({"structure": SHAPES, "constraints": {"latency": "80 %"}}, "'latency' is none of parameters, kv_cache"),
+    ({"structure": SHAPES, "constraints": {"speed": "80 %"}}, "'speed' is none of parameters, kv_cache, latency"),
+    ({"structure": SHAPES, "constraints": {"latency": "80 %"}}, "times are looked up in a table, and 'latency' names none"),
+    ({"structure": SHAPES, "constraints": {"parameters": "80 ms"}}, "'80 ms' is no limit; write '<= 80 %'"),
+    ({"structure": SHAPES, "shapes": "free", "constraints": {"parameters": "9" * 30}, "budget": "0.5 bits"}, "no allocation"),
     ({"structure": SHAPES, "constraints": {"parameters": "few"}}, "'few' is no limit; write '<= 80 %'"),
     ({"structure": {"mlp": [0.99]}}, "0.99 of 128 neurons of an MLP, rounded up to 32s, are all of them"),
     ({"structure": SHAPES, "constraints": {"parameters": "<= 20 %"}}, "the least that 'structure' allows is"),

@@ -16,7 +16,8 @@ from tests.conftest import ROOT
 
 # From the top. A room or a module may import from its own line, without cycles, and from lines below; nobody from above.
 LAYERS = (
-    ("cli", "commands", "planning", "pipeline", "stages", "prepare", "bench", "calibration", "sampling", "terminal", "__main__"),
+    ("cli", "commands", "planning", "pipeline", "stages", "prepare", "bench", "timing", "calibration", "sampling", "terminal",
+     "__main__"),
     ("recipe", "run", "parts", "report", "evaluate"),
     ("passes", "export"),
     ("manager", "training"),
@@ -27,7 +28,7 @@ LAYERS = (
     ("nodes",),
     ("documents",),
     ("errors",),
-)
+)  # fmt: skip
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 # Of exporters those parts that load what was written in the engine that will serve it, and the runtime, which is one.
 TRANSFORMERS = {

@@ -30,7 +30,8 @@ VERBS = {
     "run": {"recipe": None, "--out": None, "--set": [], "--until": None, "--device": "cpu"},
     "eval": {"what": None, "--text": None, "--sequences": 32, "--length": 512, "--against": None, "--device": "cpu",
              "--json": False, "--tasks": None},
-    "bench": {"what": None, "--against": None, "--prompt": 128, "--new": 32, "--repeats": 5, "--device": "cpu", "--json": False},
+    "bench": {"what": None, "--against": None, "--prompt": 128, "--new": 32, "--repeats": 5, "--table": None,
+              "--batch": None, "--device": "cpu", "--json": False},
     "inspect": {"what": None, "site": None, "--errors": False, "--json": False},
     "passes": {"name": None, "--schema": False},
 }  # fmt: skip
@@ -39,7 +40,7 @@ QUANTIZE = {"method": "gptq", "format": "int4:g128", "pins": {}, "damp": None, "
 OPTIONS: dict[str, dict[str, Any]] = {
     "allocate": {"budget": "4.0 bits", "formats": ["int2:g64", "int3:g64", "int4:g64", "int8:g64"], "ranks": [0],
                  "factors": "bf16", "pins": {}, "also": [], "limits": {}, "together": "engine",
-                 "structure": None, "shapes": "uniform", "constraints": {},
+                 "structure": None, "shapes": "uniform", "constraints": {}, "latency": None,
                  "metric": "kl", "probe": 4096, "trials": 0,
                  "time_limit": 60.0, "plan": None},
     "prune": {"mlp": 1.0, "kv_groups": 1.0, "experts": 1.0, "method": "obs", "compensate": True, "multiple": None, "damp": None,

@@ -10,7 +10,7 @@ import yaml
 
 from compress.report.page import columns
 from compress.state.graph import Graph
-from compress.state.plan import BitPlan, Forecast, Point, size
+from compress.state.plan import BitPlan, Forecast, Latency, Point, per_step, size
 
 UNIT = {"kl": "KL by gradients (nats per token)", "output": "relative error of outputs",
         "weight": "squared error of weights", "guess": "guessed damage, in no unit"}  # fmt: skip
@@ -51,11 +51,23 @@ def summary(f: Forecast) -> list[str]:
     for s in f.spent:
         saves = f"one KiB more would save about {figure(1024 * s.price)}" if s.price else "more would save nothing"
         lines.append(f"{s.name}: uses {s.used:,} of {s.allowed:,} bytes; {saves}")
+    if f.latency:
+        lines.append(pace(f.latency))
     for t in f.trials:
         what = "the optimum" if not t.differs else f"another, different in {t.differs} sites"
         taken = "  <- taken" if t.chosen else ""
         lines.append(f"tried {what}: predicted {figure(t.predicted)}, measured {figure(t.measured)}{taken}")
     return lines + [f"note: {note}" for note in f.notes]
+
+
+def pace(t: Latency) -> str:
+    """What is expected of the time that a token takes, beside that of the model as it is."""
+    line = (f"latency: {1e3 * t.expected:.4g} ms {per_step(t.batch)} expected in matrices, "
+            f"{1e3 * t.original:.4g} ms as the model is ({t.expected / t.original if t.original else 1.0:.1%})")  # fmt: skip
+    if t.allowed is None:
+        return line
+    saves = f"one ms more would save about {figure(t.price)}" if t.price else "more would save nothing"
+    return f"{line}; allowed {1e3 * t.allowed:.4g} ms, {saves}"
 
 
 def frontier_table(f: Forecast) -> str:

@@ -16,11 +16,14 @@ def span(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def brief(value: Any) -> str:
-    """An option's value on one line."""
+def brief(value: Any, most: int | None = None) -> str:
+    """An option's value on one line, of at most so many characters."""
+    text = str(value)
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{k}: {v}" for k, v in value.items()) + "}"
-    return f"[{', '.join(map(str, value))}]" if isinstance(value, list | tuple) else str(value)
+        text = "{" + ", ".join(f"{k}: {v}" for k, v in value.items()) + "}"
+    elif isinstance(value, list | tuple):
+        text = f"[{', '.join(map(str, value))}]"
+    return text if most is None or len(text) <= most else f"{text[:most]}…"
 
 
 def columns(rows: Sequence[Row], head: Row | None = None, right: Sequence[int] = ()) -> str:

@@ -90,12 +90,29 @@ class Spent:
     price: float
 
 
+def per_step(batch: int) -> str:
+    """What so many tokens at once are called."""
+    return "a token" if batch == 1 else f"a step of {batch} tokens"
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds that a decode step of `batch` tokens is expected to take in matrices, and takes as the model is. allowed, price:
+    where it is limited, by how much, and the damage that a millisecond more would save."""
+
+    expected: float
+    original: float
+    batch: int
+    allowed: float | None = None
+    price: float = 0.0
+
+
 @dataclass(frozen=True)
 class Forecast:
     """What an allocation is expected to do. spent: of each limit, the main budget first. damage: by site, in the metric's units
     (nats for ``kl``); structure: the same by sublayer that becomes smaller. `total` is the sum of both, and `bound` what no
     allocation within the limits is predicted to go below, `gap` what the predicted optimum may lack to it. measured: whether the
-    damages were; else they are a guess. table: the name of the error table in the run folder.
+    damages were; else they are a guess. table: the name of the error table in the run folder. latency: where it is known.
     """
 
     metric: str
@@ -111,6 +128,7 @@ class Forecast:
     notes: tuple[str, ...] = ()
     table: str = ""
     structure: Mapping[str, float] = field(default_factory=dict)
+    latency: Latency | None = None
 
     @property
     def used(self) -> int:
