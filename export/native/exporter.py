@@ -36,7 +36,8 @@ from compress.export.native.engine import engine
 from compress.export.native.reader import belonging, read
 from compress.formats import Dense, Factored, LowRank
 from compress.model.model import Model
-from compress.model.skeleton import auto_class, free
+from compress.model.skeleton import auto_class
+from compress.shapes import ATTENTION, layers_without
 from compress.state import State
 from compress.state.checkpoint import OWN, Layout
 
@@ -66,6 +67,8 @@ class Native(Exporter):
     def remarks(self, state: State) -> list[str]:
         """What loads it."""
         where = ", and in vLLM where compress-pipeline is installed" if for_vllm(state) else ""
+        if where and layers_without(state.config, ATTENTION):
+            where += f" and vLLM has code of its own for '{state.graph.family}'"
         return [f"native loads in transformers after 'import compress.export.runtime'{where}; other engines refuse it"]
 
     def layout(self, model: Model, state: State) -> Layout:
@@ -88,10 +91,9 @@ class Native(Exporter):
 
 
 def for_vllm(state: State) -> bool:
-    """Whether our plug-in serves it in vLLM: not masked models, not experts, not a packed embedding, and layers of one shape."""
+    """Whether our plug-in serves it in vLLM: not masked models, not experts, not a packed embedding."""
     formats = state.formats
     served = isinstance(formats.get("embed"), Dense | None)
-    served = served and not free(state.config)
     return state.graph.causal and served and all(state.graph[name].expert is None for name in formats)
 
 
