@@ -235,6 +235,16 @@ def test_plan_says_where_vllm_needs_attentions(project: Project) -> None:
     assert "in vLLM where compress-pipeline is installed and vLLM has code of its own for 'llama'" in project.plan().out
 
 
+@pytest.mark.parametrize(
+    ("layers", "says"), [("mlp", "beside vLLM\n"), ("kv_groups", "and vLLM has code of its own for 'llama'")]
+)
+def test_the_card_says_how_vllm_serves_it(family: Any, text: Path, tmp_path: Path, layers: str, says: str) -> None:
+    done = bake(tmp_path, family("llama"), text, "native", {"prune": {layers: {"layers.1.*": 0}}})
+    card = (done.artifacts["native"][0] / "README.md").read_text()
+    assert "vllm serve THIS_FOLDER" in card
+    assert says in card
+
+
 @pytest.mark.parametrize(("options", "says"), [
     ("{mlp: {layers.9.*: 0.5}}", "pattern 'layers.9.*' matched no site"),
     ("{mlp: {'*.q': 0.5}}", "pattern '*.q' names no neurons of an MLP"),

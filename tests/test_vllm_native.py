@@ -58,10 +58,11 @@ OF_FOUR = {
 WIDTHS = {"layers.*": 0.75, "layers.0.*": 32}
 SHAPES: dict[str, dict[str, Any]] = {
     "widths": {"mlp": WIDTHS},
-    "groups": {"mlp": WIDTHS, "kv_groups": {"layers.1.*": 3, "layers.2.*": 1}},  # 3 of 4: pages that do not divide each other
+    "groups": {"mlp": WIDTHS, "kv_groups": {"layers.1.*": 2, "layers.2.*": 1}},
+    "uneven": {"kv_groups": {"layers.1.*": 3}},  # 3 of 4: pages of a cache that do not divide each other
     "no mlp": {"mlp": {"layers.0.*": 0}},
     "no attention": {"kv_groups": {"layers.0.*": 0, "layers.2.*": 0}},
-    "all": {"mlp": WIDTHS | {"layers.3.*": 0}, "kv_groups": {"layers.1.*": 3, "layers.2.*": 0}},
+    "all": {"mlp": WIDTHS | {"layers.3.*": 0}, "kv_groups": {"layers.1.*": 2, "layers.2.*": 0}},
 }
 APART = {'"VLLM_ENABLE_V1_MULTIPROCESSING": "0", ': "", "enforce_eager=True": "enforce_eager=False",
          "llm = LLM": "if __name__ == '__main__': llm = LLM"}  # fmt: skip
@@ -149,9 +150,10 @@ def told(done: Any) -> tuple[torch.Tensor, list[int]]:
 
 
 @pytest.mark.parametrize(("kind", "shapes", "form"), [
-    *((kind, shapes, "int4:g32") for kind in ("llama", "qwen3", "gemma3") for shapes in SHAPES if shapes != "all"),
-    ("llama", "all", "int3:g64:asym+r4"), ("llama", "all", None), ("gemma3", "all", None), ("gemma2", "all", "nf4:g64"),
-    ("phi3", "all", "int4:g32"), ("gpt2", "widths", "int4:g32"), ("smollm3", "groups", "int4:g32"), ("smollm3", "no mlp", None),
+    *((kind, shapes, "int4:g32") for kind in ("llama", "qwen3", "gemma3") for shapes in ("groups", "no mlp", "no attention")),
+    ("llama", "widths", "int8:channel"), ("llama", "all", "int3:g64:asym+r4"), ("llama", "all", None), ("gemma3", "all", None),
+    ("gemma3", "uneven", "int4:g32"), ("gemma2", "all", "nf4:g64"), ("phi3", "all", "int4:g32"), ("gpt2", "widths", "int4:g32"),
+    ("smollm3", "groups", "int4:g32"), ("smollm3", "no mlp", None),
     ("gpt_neox", "widths", "int4:g32"),
 ])  # fmt: skip
 def test_layers_that_differ_in_shape(

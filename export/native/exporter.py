@@ -50,7 +50,7 @@ model = {auto}.from_pretrained("THIS_FOLDER")
 ```"""
 USE_VLLM = """\
 ```bash
-vllm serve THIS_FOLDER  # where compress-pipeline is installed beside vLLM
+vllm serve THIS_FOLDER  # where compress-pipeline is installed beside vLLM{where}
 ```"""
 
 
@@ -66,9 +66,7 @@ class Native(Exporter):
 
     def remarks(self, state: State) -> list[str]:
         """What loads it."""
-        where = ", and in vLLM where compress-pipeline is installed" if for_vllm(state) else ""
-        if where and layers_without(state.config, ATTENTION):
-            where += f" and vLLM has code of its own for '{state.graph.family}'"
+        where = f", and in vLLM where compress-pipeline is installed{wants(state)}" if for_vllm(state) else ""
         return [f"native loads in transformers after 'import compress.export.runtime'{where}; other engines refuse it"]
 
     def layout(self, model: Model, state: State) -> Layout:
@@ -81,7 +79,8 @@ class Native(Exporter):
         use = USE.format(auto=auto_class(job.state.config))
         facts = {"library": "transformers", "tag": METHOD, "loads in": "transformers with compress-pipeline", "use": use}
         if for_vllm(job.state):
-            facts |= {"loads in": "transformers and vLLM with compress-pipeline", "use": f"{use}\n\n{USE_VLLM}"}
+            served = USE_VLLM.format(where=wants(job.state))
+            facts |= {"loads in": "transformers and vLLM with compress-pipeline", "use": f"{use}\n\n{served}"}
         (folder / "README.md").write_text(job.card(facts), encoding="utf-8")
 
     def prove(self, job: Job, folder: Path) -> Proof:
@@ -95,6 +94,11 @@ def for_vllm(state: State) -> bool:
     formats = state.formats
     served = isinstance(formats.get("embed"), Dense | None)
     return state.graph.causal and served and all(state.graph[name].expert is None for name in formats)
+
+
+def wants(state: State) -> str:
+    """What else our plug-in needs to serve it, as words that follow others."""
+    return f" and vLLM has code of its own for '{state.graph.family}'" if layers_without(state.config, ATTENTION) else ""
 
 
 def in_runtime(job: Job, folder: Path) -> Proof:
