@@ -17,6 +17,7 @@ import pytest
 import torch
 import transformers
 
+from compress.export.artifact.files import MARK
 from compress.export.artifact.proof import logits
 from tests.conftest import ROOT, make_model
 from tests.cooking import bake, steps
@@ -210,6 +211,7 @@ def test_a_config_of_other_shapes_than_the_weights_is_refused(
     key = {"widths": "intermediate_size", "groups": "num_key_value_heads"}[shapes]
     config["per_layer_config"]["1"][key] = {"widths": 160, "groups": 1}[shapes]
     (artifact / "config.json").write_text(json.dumps(config))
+    (artifact / MARK).unlink()  # whose hashes would tell
     ran = served(vllm_python, plugged, artifact, tmp_path / "out.json")
     assert ran.returncode
     assert "config and weights do not belong together" in ran.stdout + ran.stderr
