@@ -101,8 +101,9 @@ class PackedMethod(LinearMethodBase):  # type: ignore[misc]
         if input_size_per_partition != input_size or sum(output_partition_sizes) != output_size:
             raise ModelError(f"'{self.prefix}' is packed, which serves on one device; set tensor_parallel_size to 1")
         layer.compress_dtype, layer.compress_held = params_dtype, [{} for _ in self.formats]
+        rows = output_partition_sizes if len(self.formats) > 1 else [output_size]  # what files join is one matrix
         head = isinstance(layer, ParallelLMHead)  # which vLLM rounds up
-        layer.compress_built = [(None if head else n, input_size) for n in output_partition_sizes]
+        layer.compress_built = [(None if head else n, input_size) for n in rows]
         for suffix in sorted({s for fmt in self.formats for s in suffixes(fmt)}):
             child, _, leaf = suffix.rpartition(".")
             if child and child not in layer._modules:
