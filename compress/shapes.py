@@ -64,6 +64,11 @@ def values_of(config: Any) -> dict[int, dict[str, Any]]:
     return {int(layer): values for layer, values in text.to_dict().get(KEY, {}).items()}
 
 
+def layers_without(config: Any, what: str) -> list[int]:
+    """The layers in which something is not there that others have."""
+    return [layer for layer, values in values_of(config).items() if what in values.get(ABSENT, {}).values()]
+
+
 def of_layer(config: Any, layer: int) -> Any:
     """The config as one layer has it: a value that layers differ in can be asked of it, and of no other."""
     text = text_of(config)

@@ -148,7 +148,7 @@ class Prune(Pass):
         smaller = f"; {cache[0]:,} → {cache[1]:,} bytes of cache for each token" if cache[0] != cache[1] else ""
         yield f"prune: {''.join(told).removesuffix(', ')}{'; ' * bool(told)}{' → '.join(counts)} parameters{smaller}"
         if free(foreseen.config):
-            yield ("prune: layers differ in shape; native (in transformers with compress-pipeline) and onnx load that, and stock "
+            yield ("prune: layers differ in shape; native (where compress-pipeline is installed) and onnx load that, and stock "
                    "transformers, vLLM and llama.cpp do not: one share for all layers gives a model that they load")  # fmt: skip
 
     def run(self, state: State, ctx: Context) -> State:

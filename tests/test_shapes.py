@@ -224,9 +224,25 @@ def test_plan_shows_what_is_left(project: Project) -> None:
     project.edit("compressed_tensors", "native")
     said = project.plan().out
     assert "note: prune keeps 64 to 128 of 128 neurons of an MLP by layer" in said
-    assert "note: prune: layers differ in shape; native (in transformers with compress-pipeline) and onnx load that" in said
+    assert "note: prune: layers differ in shape; native (where compress-pipeline is installed) and onnx load that" in said
     assert "0      ████████████████ 2 of 2  ████████░░░░░░░░ 64 of 128\n" in said
-    assert "and in vLLM" not in said
+    assert "and in vLLM where compress-pipeline is installed; other engines refuse it" in said
+
+
+def test_plan_says_where_vllm_needs_attentions(project: Project) -> None:
+    project.edit("passes:\n", "passes:\n  - prune: {kv_groups: {layers.1.*: 0}}\n")
+    project.edit("compressed_tensors", "native")
+    assert "in vLLM where compress-pipeline is installed and vLLM has code of its own for 'llama'" in project.plan().out
+
+
+@pytest.mark.parametrize(
+    ("layers", "says"), [("mlp", "beside vLLM\n"), ("kv_groups", "and vLLM has code of its own for 'llama'")]
+)
+def test_the_card_says_how_vllm_serves_it(family: Any, text: Path, tmp_path: Path, layers: str, says: str) -> None:
+    done = bake(tmp_path, family("llama"), text, "native", {"prune": {layers: {"layers.1.*": 0}}})
+    card = (done.artifacts["native"][0] / "README.md").read_text()
+    assert "vllm serve THIS_FOLDER" in card
+    assert says in card
 
 
 @pytest.mark.parametrize(("options", "says"), [

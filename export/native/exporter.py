@@ -36,7 +36,8 @@ from compress.export.native.engine import engine
 from compress.export.native.reader import belonging, read
 from compress.formats import Dense, Factored, LowRank
 from compress.model.model import Model
-from compress.model.skeleton import auto_class, free
+from compress.model.skeleton import auto_class
+from compress.shapes import ATTENTION, layers_without
 from compress.state import State
 from compress.state.checkpoint import OWN, Layout
 
@@ -49,7 +50,7 @@ model = {auto}.from_pretrained("THIS_FOLDER")
 ```"""
 USE_VLLM = """\
 ```bash
-vllm serve THIS_FOLDER  # where compress-pipeline is installed beside vLLM
+vllm serve THIS_FOLDER  # where compress-pipeline is installed beside vLLM{where}
 ```"""
 
 
@@ -65,7 +66,7 @@ class Native(Exporter):
 
     def remarks(self, state: State) -> list[str]:
         """What loads it."""
-        where = ", and in vLLM where compress-pipeline is installed" if for_vllm(state) else ""
+        where = f", and in vLLM where compress-pipeline is installed{wants(state)}" if for_vllm(state) else ""
         return [f"native loads in transformers after 'import compress.export.runtime'{where}; other engines refuse it"]
 
     def layout(self, model: Model, state: State) -> Layout:
@@ -78,7 +79,8 @@ class Native(Exporter):
         use = USE.format(auto=auto_class(job.state.config))
         facts = {"library": "transformers", "tag": METHOD, "loads in": "transformers with compress-pipeline", "use": use}
         if for_vllm(job.state):
-            facts |= {"loads in": "transformers and vLLM with compress-pipeline", "use": f"{use}\n\n{USE_VLLM}"}
+            served = USE_VLLM.format(where=wants(job.state))
+            facts |= {"loads in": "transformers and vLLM with compress-pipeline", "use": f"{use}\n\n{served}"}
         (folder / "README.md").write_text(job.card(facts), encoding="utf-8")
 
     def prove(self, job: Job, folder: Path) -> Proof:
@@ -88,11 +90,15 @@ class Native(Exporter):
 
 
 def for_vllm(state: State) -> bool:
-    """Whether our plug-in serves it in vLLM: not masked models, not experts, not a packed embedding, and layers of one shape."""
+    """Whether our plug-in serves it in vLLM: not masked models, not experts, not a packed embedding."""
     formats = state.formats
     served = isinstance(formats.get("embed"), Dense | None)
-    served = served and not free(state.config)
     return state.graph.causal and served and all(state.graph[name].expert is None for name in formats)
+
+
+def wants(state: State) -> str:
+    """What else our plug-in needs to serve it, as words that follow others."""
+    return f" and vLLM has code of its own for '{state.graph.family}'" if layers_without(state.config, ATTENTION) else ""
 
 
 def in_runtime(job: Job, folder: Path) -> Proof:

@@ -2,6 +2,7 @@
 
 vLLM joins q, k and v into one layer, and gate and up. Such a layer has a packed matrix for each of them, so they may differ in
 format, or be dense. Tensor parallelism would split packed rows, and mixtures have layers of their own kind: both are refused.
+Layers may differ in shape: that is the business of vllm_shapes.py.
 """
 
 from __future__ import annotations
@@ -20,11 +21,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 
 from compress.errors import ModelError
 from compress.export.artifact import config as artifact_config
-from compress.export.artifact import files
-from compress.export.runtime import reading
+from compress.export.runtime import reading, vllm_shapes
 from compress.export.runtime.linear import PackedLinear
 from compress.formats import Dense, Format
-from compress.shapes import said_to_differ
 
 SHARDS = {"q": 0, "k": 1, "v": 2, None: 0}
 
@@ -55,14 +54,17 @@ class NativeConfig(QuantizationConfig):  # type: ignore[misc]
     def from_config(cls, config: dict[str, Any]) -> NativeConfig:
         return cls(artifact_config.formats_in(config))
 
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Called before a model is built whose modules vLLM names otherwise than the checkpoint does."""
+        self.formats = hf_to_vllm_mapper.apply_dict(self.formats)
+
     def maybe_update_config(self, model_name: str, *_: Any, **options: Any) -> None:
         """Called with the model's folder before anything is loaded: read it as every reader does."""
         if Path(model_name).is_dir():
             reading.open_native(Path(model_name))
-            if said_to_differ(files.document(Path(model_name) / "config.json")):
-                raise ModelError(f"{model_name}: its layers differ in shape, and vLLM builds them all alike; use transformers")
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
+        vllm_shapes.check()
         if isinstance(layer, RoutedExperts) and any(name.startswith(f"{prefix}.") for name in self.formats):
             raise ModelError(f"'{prefix}' has packed experts, which the vLLM plug-in does not serve; use transformers")
         if isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead):
@@ -99,6 +101,9 @@ class PackedMethod(LinearMethodBase):  # type: ignore[misc]
         if input_size_per_partition != input_size or sum(output_partition_sizes) != output_size:
             raise ModelError(f"'{self.prefix}' is packed, which serves on one device; set tensor_parallel_size to 1")
         layer.compress_dtype, layer.compress_held = params_dtype, [{} for _ in self.formats]
+        rows = output_partition_sizes if len(self.formats) > 1 else [output_size]  # what files join is one matrix
+        head = isinstance(layer, ParallelLMHead)  # which vLLM rounds up
+        layer.compress_built = [(None if head else n, input_size) for n in rows]
         for suffix in sorted({s for fmt in self.formats for s in suffixes(fmt)}):
             child, _, leaf = suffix.rpartition(".")
             if child and child not in layer._modules:
@@ -110,8 +115,10 @@ class PackedMethod(LinearMethodBase):  # type: ignore[misc]
     def process_weights_after_loading(self, layer: Any) -> None:
         """What was loaded as packed modules, repacked for the kernel where there is one."""
         matrices = nn.ModuleList()
-        for fmt, held in zip(self.formats, layer.compress_held, strict=True):
-            matrices.append(module_of(fmt, held, layer.compress_dtype, self.prefix))
+        for fmt, held, built in zip(self.formats, layer.compress_held, layer.compress_built, strict=True):
+            matrix = module_of(fmt, held, layer.compress_dtype, self.prefix)
+            same_shape((matrix.out_features, matrix.in_features), built, self.prefix)
+            matrices.append(matrix)
         for suffix in {s for fmt in self.formats for s in suffixes(fmt)}:
             child, _, leaf = suffix.rpartition(".")
             if child:
@@ -142,7 +149,15 @@ def loader(held: list[dict[str, Tensor]], suffix: str) -> Callable[..., None]:
     return load
 
 
-def module_of(fmt: Format | None, held: dict[str, Tensor], dtype: torch.dtype, prefix: str) -> nn.Module:
+def same_shape(held: tuple[int, int], built: tuple[int | None, int], prefix: str) -> None:
+    """ModelError for a matrix of another shape than vLLM reckons with: `built`, where None is whatever there is."""
+    rows, columns = built
+    if held != (rows or held[0], columns):
+        raise ModelError(f"'{prefix}' is {list(held)}, and {[rows or held[0], columns]} by config.json; config and weights do "
+                         "not belong together")  # fmt: skip
+
+
+def module_of(fmt: Format | None, held: dict[str, Tensor], dtype: torch.dtype, prefix: str) -> nn.Linear:
     """One matrix of a layer; ModelError where a tensor of it was not in the files."""
     lost = next((s for s in suffixes(fmt) if s not in held), None)
     if lost:
