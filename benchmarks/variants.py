@@ -1,5 +1,5 @@
 """One model, one text to calibrate on and one to judge on, and several lists of passes: KL of each. The frame of smooth.py,
-pruning.py, damping.py and joint.py.
+pruning.py, damping.py, distill.py and joint.py.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ def outcome(options: argparse.Namespace, passes: list[dict[str, Any]], work: Pat
     windows = {"length": options.length, "bos": options.bos}
     data = {"calibration": {"text": str(options.calibration.resolve()), "sequences": options.sequences, **windows},
             "evaluation": {"text": str(options.evaluation.resolve()), "sequences": options.judged, **windows}}  # fmt: skip
+    if any("distill" in step for step in passes):
+        data["training"] = {"text": str(options.calibration.resolve()), "sequences": options.training, **windows}
     with tempfile.TemporaryDirectory() as place:
         folder = work or Path(place)
         recipe = folder / "recipe.yaml"
