@@ -159,7 +159,8 @@ def told(done: Any) -> tuple[torch.Tensor, list[int]]:
     *((kind, shapes, "int4:g32") for kind in ("llama", "qwen3", "gemma3") for shapes in ("groups", "no mlp", "no attention")),
     ("llama", "widths", "int8:channel"), ("llama", "all", "int3:g32:asym+r4"), ("llama", "all", None), ("gemma3", "all", None),
     ("gemma3 of 3", "uneven", "int4:g32"), ("gemma2", "all", "nf4:g64"), ("phi3", "all", "int4:g32"),
-    ("gpt2", "widths", "int4:g32"), ("smollm3", "groups", "int4:g32"), ("smollm3", "no mlp", None), ("gpt_neox", "widths", "int4:g32"),
+    ("gpt2", "widths", "int4:g32"), ("smollm3", "groups", "int4:g32"), ("smollm3", "no mlp", None),
+    ("gpt_neox", "widths", "int4:g32"),
 ])  # fmt: skip
 def test_layers_that_differ_in_shape(
     vllm_python: str, plugged: dict[str, str], text: Path, tmp_path: Path, kind: str, shapes: str, form: str | None
