@@ -34,6 +34,7 @@ from compress.errors import ModelError
 KEY = "per_layer_config"
 OPEN = "allow_global_per_layer_attribute_access"
 NUMBERS = ("layer_idx", "layer_id", "layer_number", "idx")  # what classes of layers call their number
+ROPE = "validate_rope"
 ABSENT = "absent_modules"  # of a layer: path within it -> one of these
 ATTENTION, MLP, NORM = "attention", "mlp", "norm"
 Values = Mapping[int, Mapping[str, Any]]
@@ -236,13 +237,13 @@ def unremarkable(_: logging.LogRecord) -> bool:
     return False
 
 
-def by_layer(validator: Callable[[Any], None]) -> Callable[[Any], None]:
+def by_layer(validator: Callable[..., None]) -> Callable[..., None]:
     """A check of a config; where layers differ, each layer's is checked in its place."""
 
     @functools.wraps(validator)
-    def check(config: Any) -> None:
+    def check(config: Any, *args: Any, **kwargs: Any) -> None:
         for one in list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else (config,):
-            validator(one)
+            validator(one, *args, **kwargs)
 
     check.by_layer = True  # type: ignore[attr-defined]
     return check
@@ -253,6 +254,8 @@ def heed_layers(kind: type) -> None:
     for base in kind.__mro__:
         checks = vars(base).get("__class_validators__", [])
         checks[:] = [check if hasattr(check, "by_layer") else by_layer(check) for check in checks]
+        if ROPE in vars(base) and not hasattr(vars(base)[ROPE], "by_layer"):  # which vLLM calls by itself
+            setattr(base, ROPE, by_layer(vars(base)[ROPE]))
 
 
 def install() -> None:

@@ -48,6 +48,11 @@ OF_FOUR = {
     "llama": lambda: transformers.LlamaConfig(**FOUR),
     "qwen3": lambda: transformers.Qwen3Config(**FOUR, head_dim=32),
     "gemma3": lambda: transformers.Gemma3TextConfig(**FOUR, **SLIDING, layer_types=["sliding_attention", "full_attention"] * 2),
+    "gemma3 of 3": lambda: transformers.Gemma3TextConfig(
+        **FOUR | {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3},
+        **SLIDING,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    ),
     "gemma2": lambda: transformers.Gemma2Config(**FOUR, **SLIDING),
     "phi3": lambda: transformers.Phi3Config(**FOUR),
     "gpt2": lambda: transformers.GPT2Config(
@@ -60,7 +65,7 @@ WIDTHS = {"layers.*": 0.75, "layers.0.*": 32}
 SHAPES: dict[str, dict[str, Any]] = {
     "widths": {"mlp": WIDTHS},
     "groups": {"mlp": WIDTHS, "kv_groups": {"layers.1.*": 2, "layers.2.*": 1}},
-    "uneven": {"kv_groups": {"layers.1.*": 3}},  # 3 of 4: pages of a cache that do not divide each other
+    "uneven": {"kv_groups": {"layers.1.*": 2}},  # of 3: pages of a cache that do not divide each other
     "no mlp": {"mlp": {"layers.0.*": 0}},
     "no attention": {"kv_groups": {"layers.0.*": 0, "layers.2.*": 0}},
     "all": {"mlp": WIDTHS | {"layers.3.*": 0}, "kv_groups": {"layers.1.*": 2, "layers.2.*": 0}},
@@ -152,9 +157,9 @@ def told(done: Any) -> tuple[torch.Tensor, list[int]]:
 
 @pytest.mark.parametrize(("kind", "shapes", "form"), [
     *((kind, shapes, "int4:g32") for kind in ("llama", "qwen3", "gemma3") for shapes in ("groups", "no mlp", "no attention")),
-    ("llama", "widths", "int8:channel"), ("llama", "all", "int3:g64:asym+r4"), ("llama", "all", None), ("gemma3", "all", None),
-    ("gemma3", "uneven", "int4:g32"), ("gemma2", "all", "nf4:g64"), ("phi3", "all", "int4:g32"), ("gpt2", "widths", "int4:g32"),
-    ("smollm3", "groups", "int4:g32"), ("smollm3", "no mlp", None),
+    ("llama", "widths", "int8:channel"), ("llama", "all", "int3:g32:asym+r4"), ("llama", "all", None), ("gemma3", "all", None),
+    ("gemma3 of 3", "uneven", "int4:g32"), ("gemma2", "all", "nf4:g64"), ("phi3", "all", "int4:g32"),
+    ("gpt2", "widths", "int4:g32"), ("smollm3", "groups", "int4:g32"), ("smollm3", "no mlp", None),
     ("gpt_neox", "widths", "int4:g32"),
 ])  # fmt: skip
 def test_layers_that_differ_in_shape(
