@@ -1,6 +1,6 @@
 """How much of what pruning or few bits cost a training wins back: KL by what learns, with memory and time, in one run.
 
-python benchmarks/distill.py --model MODEL --calibration TEXT --evaluation TEXT --training WINDOWS [--only DAMAGE ...] [--save DIR]
+python benchmarks/distill.py --model MODEL --calibration TEXT --evaluation TEXT --training WINDOWS [--only DAMAGE] [--save DIR]
 
 All learn from the same windows of the text to calibrate on, whose first ones calibrate, and are judged on the other text. "Won
 back" is the share of the KL that the damage had. Peaks are those of the training alone, beside what `plan` says.
