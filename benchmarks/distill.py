@@ -56,7 +56,7 @@ def add(found: list[str], cells: list[str]) -> None:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--training", type=int, default=512, help="windows to learn from, a tenth of them held out")
+    options.add_argument("--training", type=int, default=512, help="windows to learn from, a twentieth of them held out")
     options.add_argument("--only", nargs="+", choices=DAMAGES, help="some of the damages")
     publish("distill", "What training wins back", options.parse_args(), rows)
 

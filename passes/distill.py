@@ -34,7 +34,7 @@ from compress.training.teacher import Cached, Live, Nobody, Streamed
 
 PARTS = (*DIVERGENCES, "ce", "hidden_cosine")
 RATES = {Kind.WEIGHTS: 1e-4, Kind.SCALES: 1e-3, Kind.FACTORS: 1e-3, Kind.NOTHING: 1e-3}  # NOTHING: what is no matrix
-HELD = 16384  # tokens to judge on, at most, and a tenth of the windows
+HELD = 8192  # tokens to judge on, at most, and a twentieth of the windows: judging costs as much as a third of learning
 COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kMG]?)")
 
 
@@ -255,10 +255,10 @@ def counted(tokens: str | int) -> int:
 
 
 def halves(count: int, length: int) -> tuple[list[int], list[int]]:
-    """Numbers of the windows to learn from, and of those to judge on: the last tenth, `HELD` tokens at most."""
+    """Numbers of the windows to learn from, and of those to judge on: the last twentieth, `HELD` tokens at most."""
     if count < 2:
         raise RecipeError("one window is too few: some are learnt from and others judged on; give more text")
-    held = max(1, min(count // 10, HELD // length))
+    held = max(1, min(count // 20, HELD // length))
     return list(range(count - held)), list(range(count - held, count))
 
 
