@@ -49,7 +49,7 @@ def rows(options: argparse.Namespace) -> list[str]:
 
     for share in options.shares:
         first = 0.0
-        for name, choice in CASES:
+        for name, choice in (case for case in CASES if case[0] in (options.only or dict(CASES))):
             kl, seconds = ours(options, {"prune": {"mlp": share, **choice}})
             first = first or kl
             add(f"{share:.0%}", name, kl, first, seconds)
@@ -115,6 +115,9 @@ def texts(options: argparse.Namespace, source: Model, text: Path, count: int) ->
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--shares", type=float, nargs="+", default=[0.75, 0.5], help="of the neurons of every MLP, that stay")
+    options.add_argument(
+        "--only", nargs="+", choices=dict(CASES), help="some of the methods; the first is what the others are beside"
+    )
     publish("pruning", "Fewer neurons", options.parse_args(), rows)
 
 
