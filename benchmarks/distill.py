@@ -26,7 +26,7 @@ DENSE: dict[str, dict[str, Any]] = {"all": {}, "lora, rank 16": {"train": "lora"
 PACKED: dict[str, dict[str, Any]] = {
     "scales": {"train": "scales"},
     "scales and norms": {"train": ["scales", "norms"]},
-    "all, straight through": {"rate": 2e-5},
+    "all, straight through": {},
     "lora, rank 16 (0.5 bits more or so)": {"train": "lora", "rank": 16},
 }
 

@@ -185,7 +185,9 @@ def steps_of(ready: Prepared, out: Path, device: str, context_of: Any) -> list[S
         hashed = digest(hashed, ready.foreseen.vocabulary)
     steps, computes = [], " ".join(str(computing(dtype, device))[6:] for dtype in (ready.start.dtype, torch.bfloat16))
     for number, p in enumerate(ready.recipe.passes, 1):
-        read = digest(hashed, ready.training.hash) if p.trains and ready.training else hashed
+        read = (
+            digest(hashed, ready.training.hash, [n for _, n in ready.training.sources]) if p.trains and ready.training else hashed
+        )
         made_of = step_inputs(p, key, read, ready.seed, ready.recipe.passes[number:], computes)
         step = Step.of(out / "steps", number, made_of, context_of, ready.root_key)
         steps.append(step)

@@ -6,6 +6,7 @@ and what is written. Shapes and formats stay as they are, with one exception: fa
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +20,7 @@ from torch import Tensor
 from compress.errors import ModelError, RecipeError
 from compress.formats import LowRank, Packed
 from compress.manager import Context, Cost, Pass, Record
-from compress.model.data import Tokens
+from compress.model.data import MOST, Tokens, shares
 from compress.model.speed import precision
 from compress.model.work import per_token
 from compress.state import Aspect, State
@@ -33,8 +34,9 @@ from compress.training.student import Student
 from compress.training.teacher import Cached, Live, Nobody, Streamed
 
 PARTS = (*DIVERGENCES, "ce", "hidden_cosine")
-RATES = {Kind.WEIGHTS: 1e-4, Kind.SCALES: 1e-3, Kind.FACTORS: 1e-3, Kind.NOTHING: 1e-3}  # NOTHING: what is no matrix
+SMALLEST = 1e-3  # size of a tensor, for its rate: zeros learn too
 HELD = 8192  # tokens to judge on, at most, and a twentieth of the windows: judging costs as much as a third of learning
+OTHERS = "others"  # the part that is committed last: what learns and is no matrix, and the record
 COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kMG]?)")
 
 
@@ -77,8 +79,8 @@ class Distill(Pass):
     rank: int | None = Field(None, ge=1, description="lora: rank of the factors that matrices without any are given")
     tokens: str | int | None = Field(None, description="how many tokens to learn from, such as 2M; default: every window once")
     batch: int = Field(8, ge=1, description="windows in a step")
-    rate: float | None = Field(
-        None, gt=0, description="learning rate; default: 1e-4 for weights, 1e-3 for scales (relative), factors, norms"
+    rate: float = Field(
+        1e-3, gt=0, le=1e6, description="learning rate: by what share of its size (root mean square) a tensor moves in a step, about"
     )
     warmup: float = Field(0.05, ge=0, le=1, description="share of the steps in which the rate rises")
     checks: int = Field(10, ge=1, description="how often the held-out windows are judged; the best state is kept")
@@ -136,6 +138,10 @@ class Distill(Pass):
         if not state.graph.causal or not any(site.role == "head" for site in state.graph):
             raise ModelError(f"'{state.graph.family}' predicts no next token, which is what a student learns")
         found = choose(state, self.words, self.rank)
+        small = next((state.graph[n] for n in found.sites if (self.rank or 0) > min(state.graph[n].shape)), None)
+        if small is not None:
+            (n, k), most = small.shape, min(small.shape)
+            raise RecipeError(f"rank {self.rank} is more than '{small.name}' of {n} x {k} has; ask for {most} or less", ("rank",))
         if "lora" in self.words and self.rank is None and any(
             Kind.FACTORS in kind and not isinstance(state.format(state.graph[n]), LowRank) for n, kind in found.sites.items()
         ):  # fmt: skip
@@ -144,10 +150,7 @@ class Distill(Pass):
 
     def foresee(self, state: State) -> State:
         choice = self.choice(state)
-        made = state.promising(choice.formats)
-        if not choice.formats or state.plan is None:
-            return made
-        return replace(made, plan=BitPlan({**state.plan.formats, **choice.formats}))
+        return planned(state.promising(choice.formats), choice)
 
     def setting(self, length: int) -> needs.Setting:
         """How it is trained on windows of this length."""
@@ -160,18 +163,23 @@ class Distill(Pass):
         assert ctx.training is not None, "`check` asks for it"
         assert ctx.source is not None, "a run begins with a model"
         choice, tokens = self.choice(state), ctx.training
-        learning, held = halves(*tokens.ids.shape)
+        kept = Checkpoints(ctx.store.analysis("training", self.text()))
+        written = self._committed(state, choice, ctx)
+        if written is None:
+            written = self._trained(state, choice, ctx, tokens, kept)
+        kept.drop()
+        return written
+
+    def _trained(self, state: State, choice: Choice, ctx: Context, tokens: Tokens, kept: Checkpoints) -> State:
+        learning, held = halves(len(tokens.ids), tokens.ids.shape[1], tokens.sources)
         schedule = self.schedule(*tokens.ids.shape)
         teacher = self._teacher(state, ctx, tokens)
         student = Student(state, choice, ctx.seed, ctx.device, again=self.memory.activations == "checkpoint")
         training = Training(student, teacher, tokens, learning, held, self.loss, schedule, partial(adamw, self.rates(student)),
                             ctx.seed, ctx.progress)  # fmt: skip
-        kept = Checkpoints(ctx.store.analysis("training", self.text()))
         with precision("bf16" if state.dtype == torch.bfloat16 else "ieee"):  # as precise as the model's own activations
-            curve = training.run(kept)
-            made = self._written(state, student, ctx, curve, training.judged_by)
-        kept.drop()
-        return made
+            training.run(kept)
+            return self._written(state, student, ctx, training)
 
     def schedule(self, windows: int, length: int) -> Schedule:
         wanted = len(halves(windows, length)[0]) * length if self.tokens is None else counted(self.tokens)
@@ -179,10 +187,22 @@ class Distill(Pass):
         return Schedule(steps, self.batch, 1.0, round(self.warmup * steps), min(self.checks, steps))
 
     def rates(self, student: Student) -> list[float]:
-        """The rate of everything that learns, in its order."""
-        kinds = {"W_nk": Kind.WEIGHTS, "t_ng": Kind.SCALES, "A_rk": Kind.FACTORS, "B_nr": Kind.FACTORS}
-        last = [name.rpartition(":")[2].rpartition(".")[2] if name not in student.tensors else "" for name in student.learns]
-        return [self.rate or RATES[kinds.get(n, Kind.NOTHING)] for n in last]
+        """The rate of everything that learns, in its order: `rate` is a share of a tensor's size, its root mean square (relative
+        steps, as in arXiv 1804.04235, section 8). Scales are shares of themselves already. A second factor moves so that its
+        product with the first moves by that share of the matrix."""
+        found = []
+        for name, p in student.learns.items():
+            site, _, last = name.rpartition(":")
+            if last.endswith("t_ng"):
+                found.append(self.rate)
+            elif last.endswith("B_nr"):
+                matrix = student.matrices[site]
+                A_rk = dict(matrix.named_parameters())[last.replace("B_nr", "A_rk")]
+                with torch.no_grad():
+                    found.append(self.rate * size_of(matrix()) / (size_of(A_rk) * len(A_rk) ** 0.5))
+            else:
+                found.append(self.rate * size_of(p))
+        return found
 
     def _teacher(self, state: State, ctx: Context, tokens: Tokens) -> Any:
         assert ctx.source is not None
@@ -197,35 +217,37 @@ class Distill(Pass):
 
         return Cached(ctx.source, tokens, state.vocabulary, ctx.device, self.top_k, keep, ctx.progress)
 
-    def _written(self, state: State, student: Student, ctx: Context, curve: Sequence[Point], by: str) -> State:
+    def _committed(self, state: State, choice: Choice, ctx: Context) -> State | None:
+        """The state with what an earlier run has learnt, where it was stopped when all of that had been written."""
+        for part in (*parts(state, choice), OTHERS):
+            found = ctx.store.committed(part)
+            if found is None:
+                return None
+            state = state.with_part(found)
+        return planned(state, choice)
+
+    def _written(self, state: State, student: Student, ctx: Context, training: Training) -> State:
         """The state with what was learnt, committed block by block."""
-        blocks: dict[int | None, list[str]] = {}
-        for name in student.choice.sites:
-            blocks.setdefault(state.graph[name].block, []).append(name)
-        record: Record = {
-            "site": self.name,
-            "curve": [[p.step, p.tokens, p.loss, p.held] for p in curve],
-            "notes": told(curve, by),
-            "judged_by": by,
-        }
-        for block in sorted(blocks, key=lambda b: -1 if b is None else b):
+        for part, names in parts(state, student.choice).items():
             codes: dict[str, Packed] = {}
             dense: dict[str, Tensor] = {}
-            for name in blocks[block]:
+            for name in names:
                 packed = student.matrices[name].stored()
                 if packed is None:
                     dense[name] = student.matrices[name]().detach().cpu()
                 else:
                     codes[name] = Packed(packed.format, packed.shape, {n: t.cpu() for n, t in packed.tensors.items()})
-            part = "outside" if block is None else f"block-{block:04}"
             state = state.with_part(ctx.store.commit(part, codes=codes, dense=state.stored(dense)))
+        record: Record = {
+            "site": self.name,
+            "curve": [[p.step, p.tokens, p.loss, p.held] for p in training.curve],
+            "notes": told(training.curve, training.judged_by, training.lost),
+            "judged_by": training.judged_by,
+        }
         others = {n: p.detach().to(state.dense.specs[n].dtype).cpu() for n, p in student.tensors.items()}
-        state = state.with_part(ctx.store.commit("others", dense=others, records=[record]))
+        state = state.with_part(ctx.store.commit(OTHERS, dense=others, records=[record]))
         ctx.say(record)
-        formats = student.choice.formats
-        if formats and state.plan is not None:
-            state = replace(state, plan=BitPlan({**state.plan.formats, **formats}))
-        return state
+        return planned(state, student.choice)
 
     def trained(self, state: State, windows: int, length: int) -> tuple[Cost, str]:
         """Every token goes through the student and back, which is two products more, and one again where blocks are run again.
@@ -246,20 +268,46 @@ class Distill(Pass):
         return cost, f"distill: {schedule.steps:,} steps of {schedule.batch} windows; training takes {needs.told(found)}"
 
 
+def parts(state: State, choice: Choice) -> dict[str, list[str]]:
+    """What is committed at once, by the name of the part: matrices outside the blocks, then those of each block."""
+    blocks: dict[int | None, list[str]] = {}
+    for name in choice.sites:
+        blocks.setdefault(state.graph[name].block, []).append(name)
+    ordered = sorted(blocks, key=lambda b: -1 if b is None else b)
+    return {"outside" if b is None else f"block-{b:04}": blocks[b] for b in ordered}
+
+
+def planned(state: State, choice: Choice) -> State:
+    """The same, its plan with the formats that matrices were given."""
+    if not choice.formats or state.plan is None:
+        return state
+    return replace(state, plan=BitPlan({**state.plan.formats, **choice.formats}))
+
+
 def counted(tokens: str | int) -> int:
     """A number of tokens; ValueError where it is none."""
     match = COUNT.fullmatch(str(tokens).strip())
-    if match is None or not float(match[1]):
-        raise ValueError(f"'{tokens}' is no number of tokens; write 2M, 500k or 2000000")
-    return round(float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[match[2]])
+    count = float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[match[2]] if match else 0
+    if not 0.5 <= count <= MOST:
+        raise ValueError(f"'{str(tokens)[:40]}' is no number of tokens; write 2M, 500k or 2000000")
+    return round(count) or 1
 
 
-def halves(count: int, length: int) -> tuple[list[int], list[int]]:
-    """Numbers of the windows to learn from, and of those to judge on: the last twentieth, `HELD` tokens at most."""
+def halves(count: int, length: int, sources: Sequence[tuple[str, int]] = ()) -> tuple[list[int], list[int]]:
+    """Numbers of the windows to learn from, and of those to judge on: the last twentieth, `HELD` tokens at most. Where they come
+    from several sources, the last of each."""
     if count < 2:
         raise RecipeError("one window is too few: some are learnt from and others judged on; give more text")
-    held = max(1, min(count // 20, HELD // length))
-    return list(range(count - held)), list(range(count - held, count))
+    counts = [n for _, n in sources] or [count]
+    ends = list(itertools.accumulate(counts))
+    kept = shares(max(1, min(count // 20, HELD // length)), [float(n) for n in counts])
+    held = [i for end, n in zip(ends, kept, strict=True) for i in range(end - n, end)]
+    return sorted(set(range(count)) - set(held)), held
+
+
+def size_of(t: Tensor) -> float:
+    """The root mean square of a tensor, `SMALLEST` at least."""
+    return max(SMALLEST, float(t.detach().float().square().mean().sqrt()))
 
 
 def adamw(rates: Sequence[float], parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
@@ -268,10 +316,14 @@ def adamw(rates: Sequence[float], parameters: Sequence[Tensor]) -> torch.optim.O
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
-def told(curve: Sequence[Point], by: str) -> list[str]:
-    """What came of it, in words."""
+def told(curve: Sequence[Point], by: str, lost: int | None = None) -> list[str]:
+    """What came of it, in words; `lost`: the step after which the loss was no number."""
     best = min(curve, key=lambda p: (p.held, p.step))
     text = f"held-out {by} {curve[0].held:.5f} -> {best.held:.5f} after {best.tokens:,} tokens"
     won = f", {1 - best.held / curve[0].held:.0%} of what was lost" if by == "kl" and curve[0].held > 0 else ""
-    stopped = curve[-1].step > best.step
-    return [text + won] + ["the state of that check is kept; later ones were worse"] * stopped
+    found = [text + won]
+    if lost is not None:
+        found.append(f"after step {lost:,} the loss was no number any more, and training ended; a lower rate may help")
+    if curve[-1].step > best.step or lost is not None:
+        found.append("the state of that check is kept; later ones were worse")
+    return found

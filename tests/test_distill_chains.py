@@ -21,9 +21,9 @@ from tests.test_distill import trained
 INT3 = Quantize(format=parse("int3:g32"), method="rtn")  # type: ignore[arg-type]
 HALF = Prune(mlp=0.5, method="magnitude", compensate=False)
 WAYS: list[tuple[Any, dict[str, Any]]] = [
-    (HALF, {"train": "all"}),
-    (HALF, {"train": "lora", "rank": 4}),
-    (INT3, {"train": "all", "rate": 1e-3}),
+    (HALF, {"train": "all", "rate": 0.03}),
+    (HALF, {"train": "lora", "rank": 4, "rate": 0.03}),
+    (INT3, {"train": "all", "rate": 0.03}),
     (INT3, {"train": "scales"}),
     (INT3, {"train": ["lora", "norms"], "rank": 4}),
 ]

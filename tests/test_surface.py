@@ -48,7 +48,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "depth": {"drop": 1, "unit": "layer", "metric": "kl", "windows": 8, "keep_zeros": False},
     "edit": {"drop_layers": [], "untie": False, "vocab": None},
     "distill": {"loss": {"kl": 1.0}, "teacher": "cached", "top_k": 64, "train": "all", "rank": None, "tokens": None, "batch": 8,
-                "rate": None, "warmup": 0.05, "checks": 10,
+                "rate": 0.001, "warmup": 0.05, "checks": 10,
                 "memory": {"optimizer": "adamw", "activations": "checkpoint", "limit": None}},
     "smooth": {"strength": "search", "pairs": "all"},
     "factorize": {"rank": 0.5, "pins": {}, "multiple": 64, "spread": "uniform", "method": "whitened", "damp": None, "drift": 0.5},

@@ -10,6 +10,7 @@ from typing import Any
 import greenlet
 import torch
 from torch import Tensor, nn
+from transformers.integrations import moe
 
 from compress.model.skeleton import is_experts
 
@@ -32,6 +33,18 @@ class Routing:
         """Values of slots [tokens, slots] by expert [tokens, experts], in fp32; zero where a token was not sent."""
         found = values.new_zeros(len(values), self.experts + 1, dtype=torch.float32)
         return found.scatter_(1, self.index.clamp(max=self.experts), values.float())[:, : self.experts]
+
+
+@contextmanager
+def foreseeable() -> Iterator[None]:
+    """Inside, mixtures run on fake tensors: torch cannot say what its product of groups gives in fp32. transformers' own, for
+    machines without that one, keeps the same for the way back."""
+    before = moe._can_use_grouped_mm
+    moe._can_use_grouped_mm = lambda *_: False
+    try:
+        yield
+    finally:
+        moe._can_use_grouped_mm = before
 
 
 def run_experts_one_by_one(block: nn.Module) -> None:

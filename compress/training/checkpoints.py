@@ -14,8 +14,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from compress.errors import RunError
 from compress.state.state import Part
 
+SUFFIX = ".safetensors"  # of a file of a store
 TOGETHER = 1 << 27  # bytes in a part
 
 
@@ -40,8 +42,8 @@ class Checkpoints:
         step = notes["curve"][-1][0]
         parts = list(_parts(tensors))
         for i, names in enumerate(parts):
-            self.store.commit(_name(step, i), dense={n: tensors[n].cpu() for n in names})
-        text = torch.frombuffer(bytearray(json.dumps({**notes, "parts": len(parts)}).encode()), dtype=torch.uint8)
+            self.store.commit(_name(step, i, len(parts)), dense={n: tensors[n].cpu() for n in names})
+        text = torch.frombuffer(bytearray(json.dumps(notes).encode()), dtype=torch.uint8)
         self.store.commit("latest", dense={"notes": text})
         wanted = {step, _best(notes)}
         for path in self.store.partial.glob("step-*"):
@@ -59,26 +61,32 @@ class Checkpoints:
         """The tensors of the last checkpoint, one in memory at a time."""
         notes = self.notes()
         assert notes is not None, "the start was kept"
-        return self._tensors(notes["curve"][-1][0], notes["parts"])
+        return self._tensors(notes["curve"][-1][0])
 
     def best(self) -> Iterator[tuple[str, Tensor]]:
         """Those of the best."""
         notes = self.notes()
         assert notes is not None, "the start was kept"
-        return self._tensors(_best(notes), notes["parts"])
+        return self._tensors(_best(notes))
 
     def drop(self) -> None:
+        """Remove all, the note first: should that be cut short, what is left is as if it had never been begun."""
+        (self.store.partial / f"latest{SUFFIX}").unlink(missing_ok=True)
         self.store.drop()
 
-    def _tensors(self, step: int, parts: int) -> Iterator[tuple[str, Tensor]]:
-        for i in range(parts):
-            part = self.store.committed(_name(step, i))
-            for name, written in part.dense.items() if part else ():  # the start has fewer parts: nothing is remembered of it
+    def _tensors(self, step: int) -> Iterator[tuple[str, Tensor]]:
+        found = sorted(self.store.partial.glob(f"step-{step:07}-*"))
+        count = int(found[0].name.removesuffix(SUFFIX).rpartition("-")[2]) if found else 0
+        parts = [self.store.committed(_name(step, i, count)) for i in range(count)]
+        if not parts or None in parts:
+            raise RunError(f"{self.store.partial}: a part of step {step} is missing; delete this folder and run again")
+        for part in parts:
+            for name, written in part.dense.items() if part else ():
                 yield name, written.load()
 
 
-def _name(step: int, part: int) -> str:
-    return f"step-{step:07}-{part:03}"
+def _name(step: int, part: int, count: int) -> str:
+    return f"step-{step:07}-{part:03}-of-{count:03}"
 
 
 def _best(notes: Mapping[str, Any]) -> int:

@@ -71,9 +71,21 @@ def choose(state: State, train: Sequence[str], rank: int | None) -> Choice:
 
 
 def other_tensors(state: State) -> list[str]:
-    """The floating-point tensors of a state that belong to no site: norms, biases and the like."""
+    """The floating-point parameters of a state's language model that belong to no site: norms, biases and the like. What is a
+    buffer there does not learn, nor does a tower beside it, which text does not pass."""
     taken = {s.weight for s in state.graph} | {s.joined for s in state.graph if s.expert is not None}
-    return [spec.name for spec in state.specs if spec.name not in taken and spec.dtype.is_floating_point]
+    beside = {s.weight.rpartition(".")[0] for s in state.graph}  # where the bias of a head lies
+    root = language_model(state)
+    return [spec.name for spec in state.specs
+            if spec.name not in taken and spec.dtype.is_floating_point and spec.name in state.graph.parameters
+            and (spec.name.startswith(root) or spec.name.rpartition(".")[0] in beside)]  # fmt: skip
+
+
+def language_model(state: State) -> str:
+    """What the names of its tensors begin with in the checkpoint: what stands in front of the number of a block."""
+    layer = ".".join(state.graph.blocks[0].module.split(".")[-2:])  # such as layers.0
+    inside = next((s.weight for s in state.graph.of_block(0) if f"{layer}." in s.weight), "")
+    return inside.partition(f"{layer}.")[0]
 
 
 def learning(state: State, site: Site, word: str) -> Kind:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from compress.errors import ModelError
 from compress.model.data import Tokens
 from compress.model.lockstep import Batch
 from compress.model.seeds import seeded
@@ -26,7 +27,7 @@ from compress.training.teacher import Look
 
 MICRO = 2048  # tokens that pass the student at once, or one window
 LEARNS = "learns/"  # before the name of what learns, in a checkpoint
-EVEN_WORSE = 3  # checks in a row without a better one end the training
+EVEN_WORSE = 5  # checks in a row without a better one end the training
 
 
 @dataclass(frozen=True)
@@ -93,25 +94,38 @@ class Training:
     seed: int
     progress: Callable[[float, float, str], None]
     curve: list[Point] = field(default_factory=list)
+    lost: int | None = None  # the step after which the loss was no number any more, which ended the training
 
     def run(self, kept: Kept) -> list[Point]:
         """Train; the student is then what it was at its best check."""
         optimizer = self.optimizer(list(self.student.learns.values()))
         start, losses = self._restore(kept, optimizer), list[float]()
-        if not self.curve:
-            self.curve.append(Point(0, 0, None, self.judge()))
-            kept.keep(self._notes(), self._tensors(optimizer))
+        if not self.curve and not self._note(kept, optimizer, 0, None):
+            raise ModelError(
+                f"before anything is learnt the {self.judged_by} of held-out text is no number; the model is damaged"
+            )
         for step in range(start, self.schedule.steps):
             if self.finished:
                 break
             self.progress(step, self.schedule.steps, f"held out, {self.judged_by} {self.curve[-1].held:.4g}")
             losses.append(self.step(step, optimizer))
+            if not math.isfinite(losses[-1]) or (
+                self.schedule.judged(step + 1) and not self._note(kept, optimizer, step + 1, sum(losses) / len(losses))
+            ):
+                self.lost = step + 1
+                break
             if self.schedule.judged(step + 1):
-                self.curve.append(Point(step + 1, (step + 1) * self.per_step, sum(losses) / len(losses), self.judge()))
                 losses.clear()
-                kept.keep(self._notes(), self._tensors(optimizer))
         self._take(kept.best(), None)
         return self.curve
+
+    def _note(self, kept: Kept, optimizer: torch.optim.Optimizer, step: int, loss: float | None) -> bool:
+        """Judge, and keep it; False where what it comes to is no number, of which nothing is kept."""
+        held = self.judge()
+        if math.isfinite(held):
+            self.curve.append(Point(step, step * self.per_step, loss, held))
+            kept.keep(self._notes(), self._tensors(optimizer))
+        return math.isfinite(held)
 
     @property
     def per_step(self) -> int:
@@ -132,17 +146,18 @@ class Training:
         """The loss of one step, a token."""
         for group in optimizer.param_groups:
             group["lr"] = group["base"] * self.schedule.at(number)
-        optimizer.zero_grad(set_to_none=True)
         total = sum(self._learn(numbers) for numbers in self._few(self._windows(number)))
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)  # or they would be there while a checkpoint is written
         return total
 
     def _windows(self, number: int) -> list[int]:
         """The windows of a step: each epoch has an order of its own."""
-        count, found = len(self.learning), []
-        for at in range(number * self.schedule.batch, (number + 1) * self.schedule.batch):
-            order = torch.randperm(count, generator=seeded(self.seed, f"epoch {at // count}"))
-            found.append(self.learning[int(order[at % count])])
+        count, found, first = len(self.learning), list[int](), number * self.schedule.batch
+        last = first + self.schedule.batch
+        for epoch in range(first // count, (last - 1) // count + 1):
+            order = torch.randperm(count, generator=seeded(self.seed, f"epoch {epoch}")).tolist()
+            found += [self.learning[i] for i in order[max(0, first - epoch * count) : last - epoch * count]]
         return found
 
     def _few(self, numbers: Sequence[int]) -> Iterator[Sequence[int]]:
@@ -162,7 +177,7 @@ class Training:
                 [batch.hidden],
                 [slope.reshape(batch.hidden.shape).to(batch.hidden.dtype) if slope is not None else None],
             )
-            loss = sum(self.weights[n] * s * share for n, s in sums.items())
+            loss = sum(self.weights[n] * self._share(n) * s * share for n, s in sums.items())
             if cosine:
                 apart = cosine * share * apart_in_angle(outputs, look.hidden)
                 roots, slopes = [*roots, apart], [*slopes, None]
@@ -173,7 +188,11 @@ class Training:
     def _behind(
         self, hidden: Tensor, ids: Tensor, look: Look, share: float, backward: bool
     ) -> tuple[Mapping[str, float], Tensor | None]:
-        weights = {n: w for n, w in self.weights.items() if n != "hidden_cosine"} if backward else {self.judged_by: 1.0}
+        weights = (
+            {n: w * self._share(n) for n, w in self.weights.items() if n != "hidden_cosine"}
+            if backward
+            else {self.judged_by: 1.0}
+        )
         return in_parts(self.student, hidden, ids, look, weights, share, backward)
 
     def _ids(self, numbers: Sequence[int]) -> Tensor:
@@ -193,7 +212,12 @@ class Training:
                 with self.teacher.look(numbers) as look:
                     batch = self.student.forward(ids)
                     total += self._behind(batch.hidden, ids, look, 1.0, backward=False)[0][self.judged_by]
-        return total / (len(self.held) * self.tokens.ids.shape[1])
+        return total * self._share(self.judged_by) / (len(self.held) * self.tokens.ids.shape[1])
+
+    def _share(self, part: str) -> float:
+        """By what a sum over all tokens falls short of one over those that a part counts: nothing came behind the last."""
+        length = self.tokens.ids.shape[1]
+        return length / (length - 1) if part == "ce" else 1.0
 
     # --- where it stopped ---
 
@@ -236,8 +260,8 @@ def in_parts(
     targets[:, -1] = -100  # nothing came behind the last token; what torch leaves out
     with student.behind(student.state), student.holding_head():
 
-        def head(h: Tensor, rows: slice) -> Tensor:
-            return student.head(Batch(tokens[None, rows], h[None], []))[0]
+        def head(h: Tensor, rows: slice) -> Tensor:  # windows of one token: of several windows no row has a position
+            return student.head(Batch(tokens[rows, None], h[:, None], []))[:, 0]
 
         found = behind(
             head, flat, look.known, targets.reshape(-1), weights, student.state.graph["embed"].shape[0], backward, share

@@ -52,7 +52,7 @@ def outcomes(z_nv: Tensor, teacher: Known) -> tuple[Tensor, Tensor]:
         return teacher.log_p, log_q
     log_q = log_q.gather(-1, teacher.which)
     if teacher.which.shape[1] == z_nv.shape[1]:
-        return teacher.log_p, log_q
+        return teacher.log_p.log_softmax(-1), log_q  # rounded as they are kept, they do not sum to 1
     return torch.cat([teacher.log_p, rest(teacher.log_p)], -1), torch.cat([log_q, rest(log_q)], -1)
 
 

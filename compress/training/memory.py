@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from compress.errors import RecipeError
 from compress.formats.grid import Quantized
+from compress.model.experts import foreseeable
 from compress.model.skeleton import skeleton
 from compress.model.stream import Probe
 from compress.model.work import block_bytes
@@ -181,7 +182,7 @@ def _run_on_fakes(state: State, together: int, length: int, dtype: torch.dtype) 
         model.get_submodule(parent)._modules[name] = probe
     known: dict[Any, int] = {}
     found = []
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), foreseeable():
         for module in (model, *blocks):
             _fake(module, dtype)
         model(input_ids=torch.zeros(together, length, dtype=torch.int64), use_cache=False)
@@ -225,8 +226,8 @@ def _saved(run: Callable[[], Any], block: nn.Module) -> int:
 def parsed(limit: str) -> int:
     """Bytes of a text such as 8 GiB; ValueError where it is none."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB|TiB|)", limit.strip())
-    if match is None or not float(match[1]):
-        raise ValueError(f"'{limit}' is no amount of memory; write 8 GiB")
+    if match is None or not 0 < float(match[1]) < 1e15:
+        raise ValueError(f"'{limit[:40]}' is no amount of memory; write 8 GiB")
     return int(float(match[1]) * UNITS[match[2]])
 
 
@@ -236,8 +237,10 @@ def within(state: State, choice: Choice, setting: Setting, limit: str | None) ->
     if limit is None or found.total <= parsed(limit):
         return found
     other = next(((words, s) for words, s in others(setting) if split(state, choice, s).total <= parsed(limit)), None)
-    todo = f"{other[0]} would" if other else "no other setting would, unless less is trained (train: lora, scales or a pattern)"
-    raise RecipeError(f"training takes {told(found)}, above the limit of {limit}; {todo} fit", ("memory", "limit"))
+    todo = (
+        f"{other[0]} would fit" if other else "no other setting would fit, unless less is trained (train: lora, scales, patterns)"
+    )
+    raise RecipeError(f"training takes {told(found)}, above the limit of {limit}; {todo}", ("memory", "limit"))
 
 
 def others(setting: Setting) -> Iterator[tuple[str, Setting]]:

@@ -63,16 +63,16 @@ class Student(Stream):
                 continue
             sites = self._names.sites.get(full)
             if sites:
-                self._lend(module, name, [(site, self._matrix(self.graph[site.tied] if site.tied else site)) for site in sites])
+                parts = [(site, self._matrix(self.graph[site.tied] if site.tied else site)) for site in sites]
+                self._lend(module, name, partial(_joined, parts, self.state.dtype))
             else:
-                module._parameters[name] = self._other(full)
+                module._parameters[name] = parameter = self._other(full)
+                if parameter.requires_grad:
+                    self._lend(module, name, partial(_as_stored, parameter, self.state.dense.specs[self._held_as(full)].dtype))
 
     def _other(self, full: str) -> nn.Parameter:
         """A parameter that is no site's."""
-        names = self._names._names_of(full)
-        held = next((self._names.places[n] for n in names if self._names.places.get(n, "") in self.state.dense), None)
-        if held is None:
-            raise ModelError(f"{self.state.dense.folder}: no tensor for '{full}'; config and weights do not belong together")
+        held = self._held_as(full)
         if held in self.tensors:
             return self.tensors[held]
         tensor = self.state.dense.read_finite(held).to(self.device)
@@ -81,6 +81,14 @@ class Student(Stream):
         if learns:
             self.tensors[held] = parameter
         return parameter
+
+    def _held_as(self, full: str) -> str:
+        """The name in the checkpoint of such a parameter."""
+        names = self._names._names_of(full)
+        held = next((self._names.places[n] for n in names if self._names.places.get(n, "") in self.state.dense), None)
+        if held is None:
+            raise ModelError(f"{self.state.dense.folder}: no tensor for '{full}'; config and weights do not belong together")
+        return held
 
     def _matrix(self, site: Site) -> matrices.Matrix:
         if site.name not in self.matrices:
@@ -115,9 +123,8 @@ class Student(Stream):
 
     # --- how modules come by their matrices ---
 
-    def _lend(self, module: nn.Module, name: str, parts: list[tuple[Site, matrices.Matrix]]) -> None:
-        """The module finds the matrix under this name while it is called, and at no other time."""
-        make = partial(_joined, parts, self.state.dtype)
+    def _lend(self, module: nn.Module, name: str, make: Callable[[], Tensor]) -> None:
+        """The module finds what is made under this name while it is called, and at no other time."""
 
         def give(_: nn.Module, args: Any) -> None:
             if module is self._spared:
@@ -193,6 +200,11 @@ def _joined(parts: list[tuple[Site, matrices.Matrix]], dtype: torch.dtype) -> Te
     """The tensor that a module holds, rounded to the model's dtype: a matrix, its transpose, or all experts' matrices in one."""
     made = _parts(parts)
     return made if dtype == torch.float32 else matrices.through(made, lambda W: W.to(dtype))
+
+
+def _as_stored(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """A norm, a bias and the like that learns, rounded as it will be stored."""
+    return parameter if dtype == torch.float32 else matrices.through(parameter, lambda p: p.to(dtype))
 
 
 def _parts(parts: list[tuple[Site, matrices.Matrix]]) -> Tensor:

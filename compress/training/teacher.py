@@ -61,14 +61,14 @@ class Present:
 
         def known(rows: slice) -> Known:
             with torch.no_grad():
-                return Known(self.logits(Batch(ids[None, rows], flat[None, rows], [])).log_softmax(-1))
+                return Known(self.logits(Batch(ids[rows, None], flat[rows, None], [])).log_softmax(-1))
 
         with self.heading():
             yield Look(known, hidden)
 
     def logits(self, batch: Batch) -> Tensor:
-        """Of the tokens that the student knows [n, V]."""
-        z = self.stream.head(batch).float()[0]
+        """Of the tokens that the student knows [n, V], for n windows of one token: a row is none of a text any more."""
+        z = self.stream.head(batch).float()[:, 0]
         return z if self.which is None else z[:, self.which.to(z.device)]
 
     @contextmanager
