@@ -80,7 +80,7 @@ class Distill(Pass):
     tokens: str | int | None = Field(None, description="how many tokens to learn from, such as 2M; default: every window once")
     batch: int = Field(8, ge=1, description="windows in a step")
     rate: float = Field(
-        1e-3, gt=0, le=1e6, description="learning rate: by what share of its size (root mean square) a tensor moves in a step, about"
+        1e-3, gt=0, le=1e6, description="learning rate: what share of its size (root mean square) a tensor moves by in a step"
     )
     warmup: float = Field(0.05, ge=0, le=1, description="share of the steps in which the rate rises")
     checks: int = Field(10, ge=1, description="how often the held-out windows are judged; the best state is kept")
