@@ -6,8 +6,7 @@ import copy
 import json
 import pickle
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,9 @@ from compress.model.layers import fewer
 from compress.model.model import open_model
 from compress.passes.prune import Prune
 from compress.shapes import of_layer, values_of
-from tests.conftest import FAMILIES, ROOT, Project, make_model
+from tests.conftest import FAMILIES, Project, make_model
 from tests.cooking import bake
+from tests.nursery import Nursery
 from tests.pass_laws import TOKENS, attempt, check_pass
 from tests.test_couplings import WIDE_HEADS, loaded
 
@@ -175,7 +175,9 @@ def test_free_shapes_go_out_and_come_back(tmp_path: Path, text: Path, kind: str,
 
 
 @pytest.mark.parametrize("quantized", [True, False])
-def test_the_runtime_loads_them_and_stock_transformers_stops(tmp_path: Path, text: Path, quantized: bool) -> None:
+def test_the_runtime_loads_them_and_stock_transformers_stops(
+    tmp_path: Path, text: Path, quantized: bool, stock_says: Callable[[Path], str]
+) -> None:
     folder = make_model(tmp_path / "model", FAMILIES["gemma3"]())
     done = bake(tmp_path, folder, text, "native", {"prune": FREE}, *([INT4] if quantized else []))
     place = done.artifacts["native"][0]
@@ -199,15 +201,22 @@ def test_the_runtime_loads_them_and_stock_transformers_stops(tmp_path: Path, tex
 
 
 @pytest.mark.parametrize("name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("opt", "gpt2", "phi3"))])
-def test_a_plain_folder_stops_stock_transformers_too(tmp_path: Path, name: str) -> None:
+def test_a_plain_folder_stops_stock_transformers_too(tmp_path: Path, name: str, stock_says: Callable[[Path], str]) -> None:
     assert "per-layer attribute" in stock_says(free(tmp_path, name, MLP, {0: 96, 1: 64})[1])
 
 
-def stock_says(folder: Path) -> str:
+@pytest.fixture
+def stock_says(nursery: Nursery) -> Callable[[Path], str]:
     """The error that a process without our import ends with; empty where it loads the folder."""
-    code = "import sys, transformers; transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, cwd=ROOT, check=False)
-    return done.stderr.strip().splitlines()[-1] if done.returncode else ""
+    program = ("import sys, transformers\nprint('compress' in sys.modules)\n"
+               "transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])")  # fmt: skip
+
+    def said(folder: Path) -> str:
+        done = nursery.run(program, folder, cwd=folder)
+        assert done.out == "False\n"
+        return done.err.strip().splitlines()[-1] if done.code else ""
+
+    return said
 
 
 @pytest.mark.parametrize("kind", ["compressed_tensors", "gptq", "gguf"])
@@ -327,7 +336,9 @@ def test_sublayers_that_put_out_zeros_go_whole_and_no_bit_changes(tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["llama", pytest.param("gemma3", marks=pytest.mark.slow)])
-def test_models_without_some_sublayers_go_out_and_come_back(tmp_path: Path, text: Path, name: str) -> None:
+def test_models_without_some_sublayers_go_out_and_come_back(
+    tmp_path: Path, text: Path, name: str, stock_says: Callable[[Path], str]
+) -> None:
     folder = make_model(tmp_path / "model", deeper(name), torch.float32)
     done = bake(tmp_path, folder, text, "native onnx", {"prune": LESS}, {"smooth": {}}, INT4)
     assert done.artifacts["native"][1].engine == "compress runtime"
@@ -345,7 +356,9 @@ def test_the_laws_of_a_pass_hold_without_some_sublayers(tmp_path: Path) -> None:
     check_pass(Prune.model_validate(LESS), make_model(tmp_path / "source", deeper("llama")), tmp_path / "run")
 
 
-def test_a_plain_folder_without_some_sublayers_stops_stock_transformers(tmp_path: Path) -> None:
+def test_a_plain_folder_without_some_sublayers_stops_stock_transformers(
+    tmp_path: Path, stock_says: Callable[[Path], str]
+) -> None:
     folder = make_model(tmp_path, deeper("llama"), torch.float32)
     for options in ({"mlp": {"layers.1.*": 0}}, {"kv_groups": {"layers.1.*": 0}}):
         Prune.model_validate(options).foresee(open_model(str(folder)).state).config.save_pretrained(tmp_path / "config")
