@@ -86,6 +86,7 @@ def test_a_plan_reads_no_tensor(project: Project, monkeypatch: pytest.MonkeyPatc
     whole = project.plan().out
     monkeypatch.setattr(Checkpoint, "read", read)
     monkeypatch.setattr(Checkpoint, "read_rows", read)
+    monkeypatch.setattr("compress.state.checkpoint.mapped", read)
     monkeypatch.setattr("safetensors.safe_open.get_tensor", read, raising=False)
     assert project.plan().out == whole
     assert not project.out.exists()

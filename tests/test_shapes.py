@@ -156,8 +156,8 @@ def test_layers_that_lose_nothing_keep_every_byte(tmp_path: Path) -> None:
     assert {name.split(".mlp.")[0] for name in after.dense.written} == {"model.layers.1"}
 
 
-@pytest.mark.parametrize(("kind", "quantized"), [("native", True), ("native", False), ("onnx", True),
-                                                 pytest.param("onnx", False, marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.parametrize(("kind", "quantized"), [("native", True), ("native", False),
+                                                 *(pytest.param("onnx", q, marks=pytest.mark.slow) for q in (True, False))])  # fmt: skip
 def test_free_shapes_go_out_and_come_back(tmp_path: Path, text: Path, kind: str, quantized: bool) -> None:
     folder = make_model(tmp_path / "model", FAMILIES["qwen3"](), torch.float32)
     done = bake(tmp_path, folder, text, kind, {"prune": FREE}, *([INT4] if quantized else []))
