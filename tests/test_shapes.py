@@ -24,7 +24,7 @@ from compress.model.layers import fewer
 from compress.model.model import open_model
 from compress.passes.prune import Prune
 from compress.shapes import of_layer, values_of
-from tests.conftest import FAMILIES, Project, make_model
+from tests.conftest import FAMILIES, Project, covered, make_model
 from tests.cooking import bake
 from tests.nursery import Nursery
 from tests.pass_laws import TOKENS, attempt, check_pass
@@ -156,8 +156,8 @@ def test_layers_that_lose_nothing_keep_every_byte(tmp_path: Path) -> None:
     assert {name.split(".mlp.")[0] for name in after.dense.written} == {"model.layers.1"}
 
 
-@pytest.mark.parametrize(("kind", "quantized"), [("native", True), ("native", False),
-                                                 *(pytest.param("onnx", q, marks=pytest.mark.slow) for q in (True, False))])  # fmt: skip
+@pytest.mark.parametrize("quantized", [True, False])
+@pytest.mark.parametrize("kind", ["native", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_free_shapes_go_out_and_come_back(tmp_path: Path, text: Path, kind: str, quantized: bool) -> None:
     folder = make_model(tmp_path / "model", FAMILIES["qwen3"](), torch.float32)
     done = bake(tmp_path, folder, text, kind, {"prune": FREE}, *([INT4] if quantized else []))
@@ -304,7 +304,7 @@ def deeper(name: str) -> Any:
     return config
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", covered(WHOLE, "llama", "gemma3", "phi3"))
 def test_sublayers_that_put_out_zeros_go_whole_and_no_bit_changes(tmp_path: Path, name: str) -> None:
     """The first layer has no attention, the second no MLP."""
     source = make_model(tmp_path / "whole", deeper(name), torch.float32)
