@@ -152,7 +152,8 @@ def test_stock_layouts_refuse_in_one_line(family: Any, exporter: str, stored: st
 @pytest.fixture(scope="module")
 def made(family: Any, text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, pipeline.Outcome]:
     """A llama with factors, as they are and in integers of 8 and 4 bits; the last, which has some of each kind, for onnx too."""
-    return {name: bake(tmp_path_factory.mktemp(name), family("llama"), text, "native onnx" if name == "int4" else "native", *steps)
+    kinds = dict.fromkeys(FACTORED, "native") | {"int4": "native onnx"}
+    return {name: bake(tmp_path_factory.mktemp(name), family("llama"), text, kinds[name], *steps)
             for name, steps in FACTORED.items()}  # fmt: skip
 
 
