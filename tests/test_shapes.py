@@ -19,6 +19,7 @@ from compress.errors import CompressError, ModelError
 from compress.export.artifact.proof import logits
 from compress.export.runtime import load
 from compress.export.table import KINDS
+from compress.model import known
 from compress.model.couplings import KV_GROUPS, MLP, couplings, without
 from compress.model.layers import fewer
 from compress.model.model import open_model
@@ -99,6 +100,7 @@ def test_attention_of_another_kind_is_set_for_every_layer(tmp_path: Path) -> Non
     model = loaded(free(tmp_path, "llama", KV_GROUPS, {0: 2, 1: 1})[1])
     model.set_attn_implementation("eager")
     assert {layer.self_attn.config._attn_implementation for layer in model.model.layers} == {"eager"}
+    assert len({type(layer.self_attn.config) for layer in model.model.layers}) == 1  # a class is long in the making
     with torch.no_grad():
         assert model(input_ids=TOKENS.ids[:1], output_attentions=True).attentions[1].shape[1] == 2
 
@@ -365,6 +367,21 @@ def test_a_plain_folder_without_some_sublayers_stops_stock_transformers(
         (tmp_path / "config" / "model.safetensors").unlink(missing_ok=True)
         shutil.copy(folder / "model.safetensors", tmp_path / "config")
         assert "per-layer attribute" in stock_says(tmp_path / "config")
+
+
+def test_a_deeper_model_takes_no_more_copies_to_foresee(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    copy = known.Kept.copy
+    monkeypatch.setattr(known.Kept, "copy", lambda kept: made.append(kept) or copy(kept))
+    counts = []
+    for layers in (3, 6):
+        config = deeper("llama")
+        config.num_hidden_layers = layers
+        state = open_model(str(make_model(tmp_path / str(layers), config, torch.float32))).state
+        made.clear()
+        Prune.model_validate({**LESS, "mlp": {"layers.*": 0, "layers.2.*": 64}}).foresee(state)
+        counts.append(len(made))
+    assert counts[0] == counts[1]
 
 
 SHORT = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
