@@ -52,6 +52,11 @@ FAMILIES: dict[str, Any] = {
 LIGHT = ("compressed_tensors", "native", "gguf", "gptq")  # exporters that take no seconds, as tracing for onnx does
 
 
+# One of each kind of architecture: grouped heads, norms of heads and around sublayers, transposed matrices, joined ones, biases,
+# experts, an encoder.
+KINDS_OF_FAMILIES = ("llama", "gemma3", "gpt2", "phi3", "opt", "mixtral", "roberta")
+
+
 def covered(values: Iterable[Any], *chosen: Any) -> list[Any]:
     """Values for a test: the chosen ones in every run, and the others, which tell of the same kind, in the slow one."""
     known = list(values)

@@ -30,7 +30,7 @@ from compress.passes.factorize_core import even_rank
 from compress.passes.quantize import Quantize
 from compress.state import State
 from tests import stock
-from tests.conftest import Project
+from tests.conftest import Project, covered
 from tests.cooking import bake, factored
 from tests.pass_laws import attempt, step_of
 
@@ -246,7 +246,7 @@ def test_whitened_comes_nearer_than_svd(family: Any, tmp_path: Path) -> None:
     assert found["more"] < found["whitened"] < found["svd"]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "mixtral", "gemma3", "roberta"])
+@pytest.mark.parametrize("name", covered(["gpt2", "opt", "mixtral", "gemma3", "roberta"], "gpt2", "mixtral", "roberta"))
 def test_every_kind_of_family(family: Any, text: Path, tmp_path: Path, name: str) -> None:
     """Matrices that lie turned, biases, experts, shared tables, masked models."""
     done = bake(tmp_path, family(name, blocks=1), text, "native", {"factorize": {"rank": 16}}, INT8)

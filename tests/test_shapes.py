@@ -25,7 +25,7 @@ from compress.model.layers import fewer
 from compress.model.model import open_model
 from compress.passes.prune import Prune
 from compress.shapes import of_layer, values_of
-from tests.conftest import FAMILIES, Project, covered, make_model
+from tests.conftest import FAMILIES, KINDS_OF_FAMILIES, Project, covered, make_model
 from tests.cooking import bake
 from tests.nursery import Nursery
 from tests.pass_laws import TOKENS, attempt, check_pass
@@ -61,7 +61,7 @@ def free(folder: Path, name: str, kind: str, left: dict[int, int]) -> tuple[Path
 
 
 @pytest.mark.parametrize("kind", [MLP, KV_GROUPS])
-@pytest.mark.parametrize("name", sorted(FAMILIES))
+@pytest.mark.parametrize("name", covered(sorted(FAMILIES), *KINDS_OF_FAMILIES))
 def test_each_layer_loses_its_own_and_no_bit_changes(tmp_path: Path, name: str, kind: str) -> None:
     left = {MLP: {0: 96, 1: 64}, KV_GROUPS: {0: 2, 1: 1}}[kind]
     if (name, kind) in {("mixtral", MLP), ("qwen3_moe", MLP)}:
