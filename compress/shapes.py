@@ -128,10 +128,16 @@ def follower(config: Any, layer: int) -> Any:
 
 def for_layer(kind: type, values: Mapping[str, Any]) -> Any:
     """A config of a class, as one layer's."""
-    known: Any = type(kind.__name__, (Layer, kind), {"__module__": kind.__module__})
+    known = layer_class(kind)
     found = known.__new__(known)
     vars(found).update(values)
     return found
+
+
+@functools.cache
+def layer_class(kind: type) -> Any:
+    """The class of one layer's configs. transformers makes a dataclass of it, which takes as long as building the layer."""
+    return type(kind.__name__, (Layer, kind), {"__module__": kind.__module__})
 
 
 def stack(model: nn.Module, count: int) -> nn.ModuleList | None:

@@ -25,7 +25,7 @@ from compress.manager import Context, Pass
 from compress.model.discover import discover
 from compress.model.layers import fewer
 from compress.model.names import anchor, check_tensors, passed_over, same_parameters
-from compress.model.skeleton import skeleton
+from compress.model.skeleton import glance
 from compress.model.vocabulary import NAMES_IDS, closed, cut_tokenizer, keep_list, numbers, with_new_ids
 from compress.state import Aspect, Fact, State
 from compress.state.overlay import Bare
@@ -121,12 +121,12 @@ def untied(state: State) -> State:
         specs += [replace(spec, name=head) for spec in specs if spec.name == embed]
     places[head] = embed
     bias = f"{head.rpartition('.')[0]}.bias"
-    same = next((paths for paths in same_parameters(skeleton(state.config)) if bias in paths), [])
+    same = next((paths for paths in same_parameters(glance(state.config)) if bias in paths), [])
     shared = next((name for name in same if name in places), None)
     if shared and bias not in places:  # a checkpoint may hold it under another module's name alone
         specs += [replace(spec, name=bias) for spec in specs if spec.name == shared]
         places[bias] = shared
-    model = skeleton(config)
+    model = glance(config)
     graph = anchor(discover(model, config, state.graph.leave), Bare(state.dense.folder, specs), model)
     return replace(state, graph=graph, config=config, specs=tuple(specs), dense=state.dense.moved(places))
 
@@ -136,7 +136,7 @@ def names_of_tables(state: State, config: Any) -> tuple[str, str]:
     head = state.graph.sites.get("lm_head")
     if head is None or head.tied is None:
         raise RecipeError("the output head has a matrix of its own already; leave 'untie' out", ("untie",))
-    graph = discover(skeleton(config), config, state.graph.leave)
+    graph = discover(glance(config), config, state.graph.leave)
     if graph["lm_head"].tied:
         raise ModelError(f"'{state.graph.family}' ties its head to its embedding whatever the config says; it cannot be untied")
     return graph["lm_head"].weight, state.graph["embed"].weight
@@ -156,7 +156,7 @@ def with_tokens(state: State, kept: tuple[int, ...]) -> State:
                 setattr(part, name, value)
         if hasattr(part, "vocab_size"):
             part.vocab_size = len(kept)
-    model = skeleton(config)
+    model = glance(config)
     graph = discover(model, config, state.graph.leave)
     tables = [m for p, m in model.named_modules() if isinstance(m, nn.Embedding) and p != graph["embed"].module]
     counted = any(table.padding_idx is not None for table in tables)

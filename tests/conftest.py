@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,21 @@ FAMILIES: dict[str, Any] = {
                                                      moe_intermediate_size=64),
     "roberta": lambda: transformers.RobertaConfig(**{**SMALL, "max_position_embeddings": 520}, **IDS),  # counted from the pad
 }  # fmt: skip
+
+
+LIGHT = ("compressed_tensors", "native", "gguf", "gptq")  # exporters that take no seconds, as tracing for onnx does
+
+
+# One of each kind of architecture: grouped heads, norms of heads and around sublayers, transposed matrices, joined ones, biases,
+# experts, an encoder.
+KINDS_OF_FAMILIES = ("llama", "gemma3", "gpt2", "phi3", "opt", "mixtral", "roberta")
+
+
+def covered(values: Iterable[Any], *chosen: Any) -> list[Any]:
+    """Values for a test: the chosen ones in every run, and the others, which tell of the same kind, in the slow one."""
+    known = list(values)
+    assert set(chosen) <= set(known)
+    return [value if value in chosen else pytest.param(value, marks=pytest.mark.slow) for value in known]
 
 
 def make_model(folder: Path, config: Any, dtype: torch.dtype = torch.bfloat16, seed: int = 0, **save: Any) -> Path:

@@ -17,7 +17,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from compress.errors import ModelError, RunError
-from compress.state.checkpoint import CODES, INDEX, SINGLE, Checkpoint, Layout, Spec, read_header, tensor_bytes, write_all
+from compress.state.checkpoint import (
+    CODES,
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    Layout,
+    Spec,
+    places_in,
+    read_header,
+    tensor_bytes,
+    write_all,
+)
 
 letters = st.characters(codec="utf-8", exclude_categories=("Cs",))
 names = st.text(letters, min_size=1, max_size=20).filter(lambda n: n != "__metadata__")
@@ -205,6 +216,35 @@ def test_an_unreadable_tensor_names_its_file(folder: Path):
     (folder / SINGLE).write_bytes(b"")
     with pytest.raises(ModelError, match=r"model.safetensors: tensor 'a' cannot be read"):
         checkpoint.read("a")
+
+
+def test_tensors_that_begin_anywhere_are_what_the_library_reads(tmp_path: Path):
+    """Of every dtype, behind others of odd lengths, in parts, and without any entry; the file is not what is written to."""
+    made = {f"{'odd' * odd}{code}": torch.arange(7 * 3).view(7, 3).to(dtype) if not odd else torch.ones(1, dtype=torch.uint8)
+            for dtype, code in CODES.items() for odd in (False, True)} | {"none": torch.zeros(0, 3)}  # fmt: skip
+    Layout.of(specs_of(made)).write(tmp_path, made.items())
+    checkpoint, library = Checkpoint(tmp_path), load_file(tmp_path / SINGLE)
+    for name, tensor in library.items():
+        ours = checkpoint.read(name)
+        assert (ours.dtype, ours.shape) == (tensor.dtype, tensor.shape)
+        assert tensor_bytes(ours) == tensor_bytes(tensor) == tensor_bytes(made[name])
+        for rows in (slice(2, 5), [3, 0]) if len(tensor) == 7 else ():
+            assert tensor_bytes(checkpoint.read_rows(name, rows)) == tensor_bytes(tensor[rows])
+    checkpoint.read("U8").zero_()
+    assert all(tensor_bytes(t) == tensor_bytes(made[n]) for n, t in load_file(tmp_path / SINGLE).items())
+
+
+def test_where_tensors_lie_is_known_for_as_long_as_the_file_is_the_same(folder: Path):
+    before = places_in.cache_info().misses
+    checkpoint = Checkpoint(folder)
+    for _ in range(3):
+        for name in checkpoint.specs:
+            checkpoint.read(name)
+    assert places_in.cache_info().misses == before + 1
+    name = next(iter(checkpoint.specs))
+    wanted = torch.full_like(checkpoint.read(name), 3)
+    save_file({"before": torch.zeros(5), name: wanted}, folder / SINGLE)
+    assert torch.equal(checkpoint.read(name), wanted)
 
 
 # --- fingerprints -----------------------------------------------------------------------------------------------------

@@ -353,18 +353,42 @@ def compress(shell: str, *words: str | Path, **environment: str) -> subprocess.C
     return subprocess.run(["sh", "-c", command], cwd=ROOT, env=variables, capture_output=True, check=False)
 
 
-def test_a_locale_that_is_not_utf_8_and_a_reader_that_goes_away(finished: Project, tmp_path: Path):
-    """A run to its end, its card with all its characters; and nobody listens from its first line on."""
+@pytest.fixture
+def latin(tmp_path: Path) -> dict[str, str]:
+    """The environment of a locale that is not UTF-8, where one can be made."""
     making = ["localedef", "-i", "en_US", "-f", "ISO-8859-1", str(tmp_path / "en_US.ISO-8859-1")]
     known = shutil.which("localedef") and subprocess.run(making, check=False, capture_output=True).returncode == 0
-    latin = {"LOCPATH": str(tmp_path), "LC_ALL": "en_US.ISO-8859-1"} if known else {}
+    return {"LOCPATH": str(tmp_path), "LC_ALL": "en_US.ISO-8859-1"} if known else {}
+
+
+@pytest.fixture
+def undone(finished: Project) -> Iterator[Path]:
+    """The recipe of a run that is to be made again; afterwards it is whole, its card with all its characters."""
     for made in (finished.artifact, finished.out / "steps"):
         shutil.rmtree(made)
     (finished.out / "report.html").unlink()
-    done = compress("| head -c 1", "run", finished.recipe, PYTHONUTF8="0", **latin)
-    assert done.stderr == b""
+    yield finished.recipe
     assert "Δ" in (finished.artifact / "README.md").read_text("utf-8")
     assert (finished.out / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_a_locale_that_is_not_utf_8_from_the_start_of_the_process(undone: Path, latin: dict[str, str]):
+    done = compress("| head -c 1", "run", undone, PYTHONUTF8="0", **latin)
+    assert done.stderr == b""
+
+
+def test_a_locale_that_is_not_utf_8_and_a_reader_that_goes_away(undone: Path, latin: dict[str, str], nursery: Nursery):
+    """A run to its end, whose standard output knows no other characters; and nobody listens from its first line on."""
+    as_there = "import locale, sys\nlocale.setlocale(locale.LC_ALL, '')\nsys.stdout.reconfigure(encoding='iso-8859-1')\n"
+    (reading, out), (err, writing) = os.pipe(), os.pipe()
+    os.close(reading)
+    pid = nursery.start(as_there + COMMAND, "run", undone, files=(0, out, writing), cwd=ROOT, **latin)
+    os.close(out)
+    os.close(writing)
+    with open(err) as said:
+        assert said.read() == ""
+    assert nursery.wait(pid)[0] == 0
 
 
 def test_closed_streams_are_no_mistake(nursery: Nursery):

@@ -22,7 +22,7 @@ from compress.export import runtime
 from compress.model.model import open_model
 from compress.passes.edit import Edit
 from compress.state import State
-from tests.conftest import GROUPED, SMALL, saved
+from tests.conftest import GROUPED, SMALL, covered, saved
 from tests.cooking import recipe
 
 WIDE = {**SMALL, **GROUPED}
@@ -184,7 +184,7 @@ def packed(folder: Path) -> Any:
 # --- language models inside of others --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "mistral3" else n for n in WRAPPERS])
+@pytest.mark.parametrize("name", covered(WRAPPERS, "gemma3", "llava", "qwen2.5-vl"))
 def test_of_a_model_with_a_tower_the_language_model_is_compressed(name: str, text: Path, tmp_path: Path) -> None:
     kind, config = WRAPPERS[name]
     source = made(tmp_path / "model", kind, config())
@@ -246,7 +246,7 @@ def further(source: Path, folder: Path, where: str, **told: Any) -> dict[str, Te
 
 @pytest.mark.parametrize(("name", "where", "told"), [
     ("deepseek v3", "model.layers.2.", {"num_nextn_predict_layers": 1}),
-    ("deepseek v3", "model.layers.2.", {}),
+    pytest.param("deepseek v3", "model.layers.2.", {}, marks=pytest.mark.slow),
     ("qwen3-next", "mtp.layers.0.", {}),
 ])  # fmt: skip
 def test_what_transformers_does_not_load_goes_along(
@@ -296,7 +296,7 @@ def replaced(state: State) -> State:
 # --- matrices that no table names -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "deepseek v2" else n for n in NAMED])
+@pytest.mark.parametrize("name", covered(NAMED, *(NAMED.keys() - {"deepseek v2", "deepseek v3", "distilbert"})))
 def test_architectures_with_names_of_their_own(name: str, text: Path, tmp_path: Path) -> None:
     kind, config = NAMED[name]
     source = made(tmp_path / "model", kind, config())

@@ -33,7 +33,7 @@ from compress.model.model import open_model
 from compress.state import State
 from compress.state.checkpoint import OWN, OWN_INDEX
 from tests import stock
-from tests.conftest import FAMILIES, contents, make_model
+from tests.conftest import FAMILIES, KINDS_OF_FAMILIES, contents, covered, make_model
 from tests.cooking import bake, steps
 
 FORMATS = ("int3:g64:asym", "nf3:g32:dq8x16", "nf4:g64", "lut2:g64", "lut3:g32:shared", "int4:g32+r4", "nf3:g32+r4:int8:channel")
@@ -73,7 +73,7 @@ def same_state(ours: State, theirs: State) -> None:
         assert torch.equal(theirs.dense.read(name), ours.dense.read(name)), name
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", covered(FAMILIES, *KINDS_OF_FAMILIES))
 def test_what_is_written_is_read_back(mixed: Any, family: Any, name: str) -> None:
     """Every family, with formats of every kind among its matrices."""
     done = mixed(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +19,7 @@ from compress.passes.lqlora import LqLora
 from compress.passes.quantize import Quantize
 from compress.state import Aspect, Fact, State
 from compress.state.graph import Graph
+from tests.conftest import covered
 from tests.pass_laws import attempt, check_pass, step_of
 
 SOME = ["int2:g32", "int3:g32", "int4:g64"]
@@ -96,13 +98,23 @@ def test_every_pass_is_tried() -> None:
     assert OPTIONS.keys() == PASSES.keys()
 
 
-@pytest.mark.parametrize(("name", "options"), CASES, ids=[f"{n}{i}" for i, (n, _) in enumerate(CASES)])
+# Of the first options of a pass, and of those that go ways of their own, in every run; of the others in the slow one.
+OWN_WAYS = ("quantize3", "depth6", "prune9", "lqlora18", "allocate20", "allocate22")
+
+
+def cases() -> Iterator[Any]:
+    for i, (name, options) in enumerate(CASES):
+        often = options is OPTIONS[name][0] or f"{name}{i}" in OWN_WAYS
+        yield pytest.param(name, options, id=f"{name}{i}", marks=() if often else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("name", "options"), cases())
 def test_the_laws_of_passes(family: Any, tmp_path: Path, name: str, options: dict[str, Any]) -> None:
     first = options is OPTIONS[name][0]  # where a pass is stopped is no matter of its options
     check_pass(PASSES[name].model_validate(options), family("llama"), tmp_path, FOLLOWING.get(name, ()), everywhere=first)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt2", "roberta"])
+@pytest.mark.parametrize("name", covered(["mixtral", "gpt2", "roberta"], "mixtral"))
 def test_the_laws_hold_for_other_architectures(family: Any, tmp_path: Path, name: str) -> None:
     check_pass(Quantize(format=parse("int4:g32")), family(name), tmp_path)
 

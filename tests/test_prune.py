@@ -20,7 +20,7 @@ from compress.model.feeds import norms_behind
 from compress.model.model import open_model
 from compress.passes.prune import Prune
 from compress.passes.prune_counts import natural
-from tests.conftest import FAMILIES, Project, make_model
+from tests.conftest import FAMILIES, LIGHT, Project, covered, make_model
 from tests.cooking import bake
 from tests.pass_laws import TOKENS, attempt
 
@@ -69,7 +69,7 @@ def smaller(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return lambda kind: run("onnx", 1) if kind == "onnx" else run("compressed_tensors native gguf gptq", 2)
 
 
-@pytest.mark.parametrize("kind", ["compressed_tensors", "native", "onnx", "gguf", "gptq"])
+@pytest.mark.parametrize("kind", covered(["compressed_tensors", "native", "gguf", "gptq", "onnx"], *LIGHT))
 def test_smaller_shapes_go_through_every_exporter_and_back(smaller: Any, kind: str) -> None:
     done = smaller(kind)
     place, proof = done.artifacts[kind]

@@ -21,7 +21,7 @@ from compress.model.model import Model, open_model
 from compress.passes.prune import Prune
 from compress.passes.prune_experts import alike
 from compress.state import State
-from tests.conftest import FAMILIES, GROUPED, IDS, SMALL, Project, make_model
+from tests.conftest import FAMILIES, GROUPED, IDS, SMALL, Project, covered, make_model
 from tests.cooking import bake
 from tests.pass_laws import TOKENS, attempt, check_pass
 from tests.stock import load as load_stock
@@ -129,7 +129,7 @@ def test_what_stays_is_the_sources_bit_for_bit(tmp_path: Path, name: str, layout
     assert not any(f".experts.{count}." in name for name in state.dense.specs)
 
 
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("name", covered(MIXTURES, "mixtral", "deepseek_v3"))
 def test_it_is_the_larger_model_whose_router_cannot_choose_the_others(tmp_path: Path, text: Path, name: str) -> None:
     """As transformers loads both; the smaller one from an artifact, with a cache too."""
     model = made(tmp_path / "model", name)

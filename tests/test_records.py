@@ -130,7 +130,7 @@ def array_of(pieces: Iterator[str]) -> Array:
     return array
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(JSON, max_size=6), st.integers(1, 40), st.sampled_from([None, 0, 3]), st.booleans())
 def test_an_array_in_pieces_is_the_array(items: list[Any], size: int, indent: int | None, plain: bool):
     text = json.dumps(items, indent=indent, ensure_ascii=plain) + "\n"
@@ -138,7 +138,7 @@ def test_an_array_in_pieces_is_the_array(items: list[Any], size: int, indent: in
     assert [item for _, item in array_of(pieces).read()] == items
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(JSON, min_size=1, max_size=4), st.data())
 def test_an_array_that_is_cut_is_one_line(items: list[Any], data: st.DataObject):
     text = json.dumps(items)

@@ -38,7 +38,7 @@ from compress.formats import Dense, parse
 from compress.formats.grid import plain
 from compress.state import State
 from compress.state.checkpoint import OWN_INDEX
-from tests.conftest import FAMILIES, ROOT, make_model
+from tests.conftest import FAMILIES, KINDS_OF_FAMILIES, ROOT, covered, make_model
 from tests.cooking import KINDS, bake, steps
 from tests.nursery import Nursery
 from tests.test_native import told
@@ -97,7 +97,7 @@ def off(folder: Path, state: State, dtype: torch.dtype, model: Any = None) -> fl
 # --- what it computes -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", covered(FAMILIES, *KINDS_OF_FAMILIES))
 def test_every_family(mixed: Any, name: str) -> None:
     """With formats of every kind among its matrices."""
     folder = artifact_of(mixed(name))

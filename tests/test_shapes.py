@@ -6,8 +6,7 @@ import copy
 import json
 import pickle
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,15 @@ from compress.errors import CompressError, ModelError
 from compress.export.artifact.proof import logits
 from compress.export.runtime import load
 from compress.export.table import KINDS
+from compress.model import known
 from compress.model.couplings import KV_GROUPS, MLP, couplings, without
 from compress.model.layers import fewer
 from compress.model.model import open_model
 from compress.passes.prune import Prune
 from compress.shapes import of_layer, values_of
-from tests.conftest import FAMILIES, ROOT, Project, make_model
+from tests.conftest import FAMILIES, KINDS_OF_FAMILIES, Project, covered, make_model
 from tests.cooking import bake
+from tests.nursery import Nursery
 from tests.pass_laws import TOKENS, attempt, check_pass
 from tests.test_couplings import WIDE_HEADS, loaded
 
@@ -60,7 +61,7 @@ def free(folder: Path, name: str, kind: str, left: dict[int, int]) -> tuple[Path
 
 
 @pytest.mark.parametrize("kind", [MLP, KV_GROUPS])
-@pytest.mark.parametrize("name", sorted(FAMILIES))
+@pytest.mark.parametrize("name", covered(sorted(FAMILIES), *KINDS_OF_FAMILIES))
 def test_each_layer_loses_its_own_and_no_bit_changes(tmp_path: Path, name: str, kind: str) -> None:
     left = {MLP: {0: 96, 1: 64}, KV_GROUPS: {0: 2, 1: 1}}[kind]
     if (name, kind) in {("mixtral", MLP), ("qwen3_moe", MLP)}:
@@ -99,6 +100,7 @@ def test_attention_of_another_kind_is_set_for_every_layer(tmp_path: Path) -> Non
     model = loaded(free(tmp_path, "llama", KV_GROUPS, {0: 2, 1: 1})[1])
     model.set_attn_implementation("eager")
     assert {layer.self_attn.config._attn_implementation for layer in model.model.layers} == {"eager"}
+    assert len({type(layer.self_attn.config) for layer in model.model.layers}) == 1  # a class is long in the making
     with torch.no_grad():
         assert model(input_ids=TOKENS.ids[:1], output_attentions=True).attentions[1].shape[1] == 2
 
@@ -156,8 +158,8 @@ def test_layers_that_lose_nothing_keep_every_byte(tmp_path: Path) -> None:
     assert {name.split(".mlp.")[0] for name in after.dense.written} == {"model.layers.1"}
 
 
-@pytest.mark.parametrize(("kind", "quantized"), [("native", True), ("native", False), ("onnx", True),
-                                                 pytest.param("onnx", False, marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.parametrize("quantized", [True, False])
+@pytest.mark.parametrize("kind", ["native", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_free_shapes_go_out_and_come_back(tmp_path: Path, text: Path, kind: str, quantized: bool) -> None:
     folder = make_model(tmp_path / "model", FAMILIES["qwen3"](), torch.float32)
     done = bake(tmp_path, folder, text, kind, {"prune": FREE}, *([INT4] if quantized else []))
@@ -175,7 +177,9 @@ def test_free_shapes_go_out_and_come_back(tmp_path: Path, text: Path, kind: str,
 
 
 @pytest.mark.parametrize("quantized", [True, False])
-def test_the_runtime_loads_them_and_stock_transformers_stops(tmp_path: Path, text: Path, quantized: bool) -> None:
+def test_the_runtime_loads_them_and_stock_transformers_stops(
+    tmp_path: Path, text: Path, quantized: bool, stock_says: Callable[[Path], str]
+) -> None:
     folder = make_model(tmp_path / "model", FAMILIES["gemma3"]())
     done = bake(tmp_path, folder, text, "native", {"prune": FREE}, *([INT4] if quantized else []))
     place = done.artifacts["native"][0]
@@ -199,15 +203,22 @@ def test_the_runtime_loads_them_and_stock_transformers_stops(tmp_path: Path, tex
 
 
 @pytest.mark.parametrize("name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("opt", "gpt2", "phi3"))])
-def test_a_plain_folder_stops_stock_transformers_too(tmp_path: Path, name: str) -> None:
+def test_a_plain_folder_stops_stock_transformers_too(tmp_path: Path, name: str, stock_says: Callable[[Path], str]) -> None:
     assert "per-layer attribute" in stock_says(free(tmp_path, name, MLP, {0: 96, 1: 64})[1])
 
 
-def stock_says(folder: Path) -> str:
+@pytest.fixture
+def stock_says(nursery: Nursery) -> Callable[[Path], str]:
     """The error that a process without our import ends with; empty where it loads the folder."""
-    code = "import sys, transformers; transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, cwd=ROOT, check=False)
-    return done.stderr.strip().splitlines()[-1] if done.returncode else ""
+    program = ("import sys, transformers\nprint('compress' in sys.modules)\n"
+               "transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])")  # fmt: skip
+
+    def said(folder: Path) -> str:
+        done = nursery.run(program, folder, cwd=folder)
+        assert done.out == "False\n"
+        return done.err.strip().splitlines()[-1] if done.code else ""
+
+    return said
 
 
 @pytest.mark.parametrize("kind", ["compressed_tensors", "gptq", "gguf"])
@@ -311,7 +322,7 @@ def deeper(name: str) -> Any:
     return config
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", covered(WHOLE, "llama", "gemma3", "phi3"))
 def test_sublayers_that_put_out_zeros_go_whole_and_no_bit_changes(tmp_path: Path, name: str) -> None:
     """The first layer has no attention, the second no MLP."""
     source = make_model(tmp_path / "whole", deeper(name), torch.float32)
@@ -343,7 +354,9 @@ def test_sublayers_that_put_out_zeros_go_whole_and_no_bit_changes(tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["llama", pytest.param("gemma3", marks=pytest.mark.slow)])
-def test_models_without_some_sublayers_go_out_and_come_back(tmp_path: Path, text: Path, name: str) -> None:
+def test_models_without_some_sublayers_go_out_and_come_back(
+    tmp_path: Path, text: Path, name: str, stock_says: Callable[[Path], str]
+) -> None:
     folder = make_model(tmp_path / "model", deeper(name), torch.float32)
     done = bake(tmp_path, folder, text, "native onnx", {"prune": LESS}, {"smooth": {}}, INT4)
     assert done.artifacts["native"][1].engine == "compress runtime"
@@ -361,13 +374,31 @@ def test_the_laws_of_a_pass_hold_without_some_sublayers(tmp_path: Path) -> None:
     check_pass(Prune.model_validate(LESS), make_model(tmp_path / "source", deeper("llama")), tmp_path / "run")
 
 
-def test_a_plain_folder_without_some_sublayers_stops_stock_transformers(tmp_path: Path) -> None:
+def test_a_plain_folder_without_some_sublayers_stops_stock_transformers(
+    tmp_path: Path, stock_says: Callable[[Path], str]
+) -> None:
     folder = make_model(tmp_path, deeper("llama"), torch.float32)
     for options in ({"mlp": {"layers.1.*": 0}}, {"kv_groups": {"layers.1.*": 0}}):
         Prune.model_validate(options).foresee(open_model(str(folder)).state).config.save_pretrained(tmp_path / "config")
         (tmp_path / "config" / "model.safetensors").unlink(missing_ok=True)
         shutil.copy(folder / "model.safetensors", tmp_path / "config")
         assert "per-layer attribute" in stock_says(tmp_path / "config")
+
+
+def test_a_deeper_model_takes_no_more_copies_to_foresee(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    copy = known.Kept.copy
+    monkeypatch.setattr(known.Kept, "copy", lambda kept: made.append(kept) or copy(kept))
+    counts = []
+    for layers in (3, 6):
+        config = deeper("llama")
+        config.num_hidden_layers = layers
+        state = open_model(str(make_model(tmp_path / str(layers), config, torch.float32))).state
+        made.clear()
+        monkeypatch.setattr(known, "_KEPT", type(known._KEPT)())  # what other tests have asked for
+        Prune.model_validate({**LESS, "mlp": {"layers.*": 0, "layers.2.*": 64}}).foresee(state)
+        counts.append(len(made))
+    assert counts[0] == counts[1]
 
 
 SHORT = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,

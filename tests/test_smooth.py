@@ -20,7 +20,7 @@ from compress.passes import gptq_core, smooth_core
 from compress.passes.quantize import Quantize
 from compress.passes.smooth import Pair, Smooth
 from compress.state import State
-from tests.conftest import FAMILIES, Project, make_model
+from tests.conftest import FAMILIES, KINDS_OF_FAMILIES, Project, covered, make_model
 from tests.cooking import bake
 from tests.pass_laws import TOKENS, step_of
 
@@ -62,7 +62,7 @@ def smoothed(folder: Path, work: Path, p: Smooth) -> tuple[State, State, list[di
     return source.state, p.run(source.state, step.context()), step.records
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", covered(FAMILIES, *KINDS_OF_FAMILIES))
 def test_the_function_of_the_model_does_not_change(model: Any, tmp_path: Path, name: str) -> None:
     before, after, records = smoothed(model(name), tmp_path, Smooth(strength=0.75))
     touched = {r["site"] for r in records if r["strength"]}

@@ -38,7 +38,7 @@ def test_a_measured_speed_is_one() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "mixtral", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3", "gpt2", "opt"))]
+    "name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mixtral", "gemma3", "gpt2", "opt"))]
 )
 def test_blocks_compute_in_fp32_and_the_artifact_is_a_bf16_model(
     family: Any, text: Path, tmp_path: Path, slow: None, monkeypatch: pytest.MonkeyPatch, name: str

@@ -16,7 +16,7 @@ from compress.model.model import Model, open_model
 from compress.model.stream import Batch, Stream, Twin
 from compress.state import State
 from tests import stock
-from tests.conftest import FAMILIES, GROUPED, IDS, SMALL, make_model
+from tests.conftest import FAMILIES, GROUPED, IDS, KINDS_OF_FAMILIES, SMALL, covered, make_model
 from tests.sharing import SharingConfig
 
 MOE = ("mixtral", "qwen3_moe")
@@ -142,7 +142,7 @@ class Spy:
         return [(inputs, clean) for (name, inputs), clean in zip(self.seen, self.clean, strict=True) if name == stage]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", covered(FAMILIES, *KINDS_OF_FAMILIES))
 def test_a_solver_that_changes_nothing_changes_nothing(family: Any, name: str) -> None:
     _, state, stream, batches = start(family(name))
     twins = stream.start(state, tokens())
@@ -159,7 +159,7 @@ def coarse(matrix: Tensor) -> Tensor:
     return (matrix.float() * 8).round().div(8).to(matrix.dtype)
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+@pytest.mark.parametrize("name", covered([*FAMILIES, *OTHERS], *KINDS_OF_FAMILIES))
 def test_each_stage_sees_what_the_stock_model_with_all_earlier_replacements_sees(family: Any, other: Any, name: str) -> None:
     """The sequential property: the inputs of o carry the replaced q, k, v, those of the MLP also o, and so on, to the bit."""
     folder = family(name) if name in FAMILIES else other(name)

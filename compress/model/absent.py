@@ -9,10 +9,8 @@ of the latter, stops at the former.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
-
-from torch import nn
 
 from compress.errors import ModelError
 from compress.model.couplings import KV_GROUPS, MLP, Coupling, couplings, without
@@ -20,10 +18,10 @@ from compress.model.discover import discover
 from compress.model.feeds import feeds, norms, norms_behind
 from compress.model.layers import sublayers
 from compress.model.names import anchor, places
-from compress.model.skeleton import skeleton
+from compress.model.skeleton import glance
 from compress.shapes import ABSENT, ATTENTION, NORM, values_of, with_values
 from compress.state import State
-from compress.state.graph import Site
+from compress.state.graph import Feed, Norm, Site
 from compress.state.overlay import Bare
 
 PARTS = {KV_GROUPS: ("attn", "attention"), MLP: ("mlp", "MLP")}
@@ -34,12 +32,12 @@ def lacking(state: State, gone: Mapping[str, Collection[int]]) -> State:
     cannot go."""
     found = [c for c in couplings(state) if c.block in gone.get(c.kind, ())]
     check(state, found)
-    modules = dict[int, dict[str, str]]()
+    modules, around = dict[int, dict[str, str]](), Norms.of(state)
     for c in found:
-        modules.setdefault(c.block, {}).update(modules_of(state, c))
-    config = config_of(state, found, modules)
-    specs = tuple(spec for spec in state.specs if spec.name not in names_in(state, modules))
-    model = skeleton(config)
+        modules.setdefault(c.block, {}).update(modules_of(state, c, around))
+    config, gone_with = config_of(state, found, modules), names_in(state, modules)
+    specs = tuple(spec for spec in state.specs if spec.name not in gone_with)
+    model = glance(config)
     graph = anchor(discover(model, config, state.graph.leave), Bare(state.dense.folder, specs), model)
     dense = state.dense.moved({spec.name: spec.name for spec in specs})
     return replace(state, graph=graph, config=config, specs=specs, dense=dense)
@@ -61,14 +59,32 @@ def check(state: State, found: Sequence[Coupling]) -> None:
             raise ModelError(f"no layer would have an {PARTS[kind][1]}; keep at least one", (kind,))
 
 
-def modules_of(state: State, c: Coupling) -> dict[str, str]:
+@dataclass(frozen=True)
+class Norms:
+    """The norms of a model: by path, what those feed that feed something, and by site those that are given what it puts out.
+    Of a model that cannot be followed the latter are not known."""
+
+    known: Mapping[str, Norm]
+    feeds: tuple[Feed, ...] = ()
+    behind: Mapping[str, Norm] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, state: State) -> Norms:
+        try:
+            return cls(norms(state), tuple(feeds(state).values()), norms_behind(state))
+        except ModelError:
+            return cls(norms(state))
+
+
+def modules_of(state: State, c: Coupling, around: Norms) -> dict[str, str]:
     """Path within the block -> what it is, of the modules that go with a sublayer."""
     block = f"{state.graph.blocks[c.block].module}."
     path = c.reader.module.removeprefix(block).rpartition(".")[0]
     if not path or "." in path or not all(site.module.startswith(f"{block}{path}.") for site in mates(state, c)):
         raise ModelError(f"layer {c.block} of '{state.graph.family}' has no module that is its {PARTS[c.kind][1]} alone, so that "
                          "cannot go whole; keep at least 1", (c.kind,))  # fmt: skip
-    weights, known = set(norms_of(state, c)), {p.removeprefix(block): n for p, n in norms(state).items() if p.startswith(block)}
+    weights = set(norms_of(state, c, around))
+    known = {p.removeprefix(block): n for p, n in around.known.items() if p.startswith(block)}
     beside = {p: NORM for p, norm in known.items() if norm.weight in weights and not p.startswith(f"{path}.")}
     return {path: ATTENTION if c.kind == KV_GROUPS else MLP} | beside
 
@@ -79,15 +95,11 @@ def mates(state: State, c: Coupling) -> list[Site]:
     return [site for site in state.graph.of_block(c.block) if site.name.startswith(part)]
 
 
-def norms_of(state: State, c: Coupling) -> Iterator[str]:
-    """The weights of the norms that have nothing to do without a sublayer: that feeds it alone, or is fed by it. Of a model that
-    cannot be followed it is not known, and they stay, and do no harm."""
-    inside = {site.name for site in mates(state, c)}
-    try:
-        fed, behind = feeds(state).values(), norms_behind(state).get(c.reader.name)
-    except ModelError:
-        return
-    yield from (feed.weight for feed in fed if feed.readers and inside >= set(feed.readers) and not feed.others)
+def norms_of(state: State, c: Coupling, around: Norms) -> Iterator[str]:
+    """The weights of the norms that have nothing to do without a sublayer: that feeds it alone, or is fed by it. Where that is
+    not known they stay, and do no harm."""
+    inside, behind = {site.name for site in mates(state, c)}, around.behind.get(c.reader.name)
+    yield from (feed.weight for feed in around.feeds if feed.readers and inside >= set(feed.readers) and not feed.others)
     if behind is not None:
         yield behind.weight
 
@@ -116,5 +128,5 @@ def config_of(state: State, found: Sequence[Coupling], modules: Mapping[int, Map
 def names_in(state: State, modules: Mapping[int, Mapping[str, str]]) -> set[str]:
     """The tensors of the checkpoint that lie in modules."""
     paths = tuple(f"{state.graph.blocks[block].module}.{path}." for block, held in modules.items() for path in held)
-    model: nn.Module = skeleton(state.config)
-    return {name for path, name in places(model, (spec.name for spec in state.specs)).items() if path.startswith(paths)}
+    held = places(glance(state.config), (spec.name for spec in state.specs))
+    return {name for path, name in held.items() if path.startswith(paths)}

@@ -24,7 +24,7 @@ from compress.errors import ModelError
 from compress.model.discover import discover
 from compress.model.feeds import BY_HEAD, STACKED
 from compress.model.names import anchor
-from compress.model.skeleton import skeleton
+from compress.model.skeleton import glance
 from compress.shapes import of_layer, values_of, with_values
 from compress.state import State
 from compress.state.checkpoint import Spec
@@ -192,7 +192,7 @@ def without(state: State, found: Sequence[Coupling], counts: Counts) -> State:
         else:
             raise ModelError(f"'{state.graph.family}' has no shape with {span(every)} of its {named(kind)}: "
                              f"{why or 'no value of its config says how many there are'}")  # fmt: skip
-    model = skeleton(config)
+    model = glance(config)
     graph = anchor(discover(model, config, state.graph.leave), Bare(state.dense.folder, specs), model)
     return replace(state, graph=graph, config=config, specs=specs)
 
@@ -263,7 +263,7 @@ def _misfit(state: State, config: Any, specs: Sequence[Spec], done: Collection[s
     """Why a config is not that of these shapes; empty where it is. Of what is to become shorter, only `done` counts by now."""
     try:
         validate(config)
-        model = skeleton(config)
+        model = glance(config)
         graph = anchor(discover(model, config, state.graph.leave), Bare(state.dense.folder, state.specs), model)
     except ModelError as e:
         return str(e)
@@ -271,7 +271,7 @@ def _misfit(state: State, config: Any, specs: Sequence[Spec], done: Collection[s
     for name, shape in shapes(graph).items():
         if name in wanted and tuple(shape) != tuple(wanted[name]):
             return f"'{name}' would be {list(shape)} there, not {list(wanted[name])}"
-    return _scaled(skeleton(state.config), model)
+    return _scaled(glance(state.config), model)
 
 
 def shapes(graph: Graph) -> dict[str, tuple[int, ...]]:

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from compress.errors import ModelError, first_line
 from compress.model.names import places
-from compress.model.skeleton import is_experts, is_matrix, skeleton
+from compress.model.skeleton import glance, is_experts, is_matrix, skeleton
 from compress.shapes import of_layer
 from compress.state import State
 from compress.state.graph import Feed, Norm, Site
@@ -36,7 +36,7 @@ Key = tuple[int | None, str]  # block and input_key
 
 def norms(state: State) -> dict[str, Norm]:
     """Every norm of the model, by its path in the module tree, in the order of its modules."""
-    model = skeleton(state.config)
+    model = glance(state.config)
     return _norms(state, model, places(model, (spec.name for spec in state.specs)))
 
 

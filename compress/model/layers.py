@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from compress.errors import ModelError, first_line
 from compress.model.discover import discover, has_experts
 from compress.model.names import anchor, layers_beyond
-from compress.model.skeleton import is_experts, is_matrix, skeleton
+from compress.model.skeleton import glance, is_experts, is_matrix, skeleton
 from compress.shapes import values_of, with_values
 from compress.state import State
 from compress.state.graph import Site
@@ -47,10 +47,10 @@ def fewer(state: State, kept: Sequence[int]) -> State:
                          "by the number what a layer is; drop others, so that the kinds keep their places")  # fmt: skip
     config = shortened(state, kept)
     names = [spec.name for spec in state.specs]
-    beyond = layers_beyond(state.graph, names, skeleton(state.config))  # they predict further tokens, and stay the last
+    beyond = layers_beyond(state.graph, names, glance(state.config))  # they predict further tokens, and stay the last
     renamed = renumbered(names, stack_of(state), [*kept, *sorted(beyond)])
     specs = tuple(replace(s, name=renamed[s.name]) for s in state.specs if s.name in renamed)
-    model = skeleton(config)
+    model = glance(config)
     graph = anchor(discover(model, config, state.graph.leave), Bare(state.dense.folder, specs), model)
     dense = state.dense.moved({new: old for old, new in renamed.items()})
     return replace(state, graph=graph, config=config, specs=specs, dense=dense)
@@ -104,7 +104,7 @@ class Kinds:
     def _of(self, config: Any) -> list[dict[str, Any]]:
         key = json.dumps(config.to_dict(), sort_keys=True, default=str)
         if key not in self.known:
-            model, stack = skeleton(config), self.state.graph.blocks[0].module.rpartition(".")[0]
+            model, stack = glance(config), self.state.graph.blocks[0].module.rpartition(".")[0]
             self.known[key] = [traits(block) for block in model.get_submodule(stack).children()]
         return self.known[key]
 
@@ -155,7 +155,7 @@ def ends(state: State, block: int, part: str) -> tuple[Site, ...]:
 def silent_without(state: State, part: str) -> set[str]:
     """Paths of the modules that put out zeros while it is seen whether zeros take this part away: what ends either part, and of
     what is no site whatever makes the other one, such as experts of another layout."""
-    found, model = set[str](), skeleton(state.config)
+    found, model = set[str](), glance(state.config)
     for block in state.graph.blocks:
         sites = {each: ends(state, block.index, each) for each in ("attn", "mlp")}
         found |= {site.module for each in sites.values() for site in each}

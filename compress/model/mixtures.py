@@ -24,7 +24,7 @@ from compress.errors import ModelError
 from compress.model.couplings import validate
 from compress.model.discover import discover, has_experts
 from compress.model.names import COUNTS, PREDICTS, anchor, layers_beyond, passed_over, places
-from compress.model.skeleton import skeleton
+from compress.model.skeleton import glance
 from compress.model.work import experts_used
 from compress.state import State
 from compress.state.graph import Site
@@ -61,7 +61,7 @@ def numbers(state: State) -> tuple[int, int]:
     """How many experts each mixture has, and the fewest that may stay; ModelError where none can go."""
     family, found, text = state.graph.family, experts_of(state), state.config.get_text_config()
     if not found:
-        model = skeleton(state.config)
+        model = glance(state.config)
         if any(has_experts(model.get_submodule(path)) for path in state.graph.left):
             raise ModelError(f"experts of '{family}' cannot go: how it lays out their matrices is not read; leave 'experts' out")
         raise ModelError(f"'{family}' has no experts that 'prune' knows; leave 'experts' out")
@@ -83,7 +83,7 @@ def fewer(state: State, count: int) -> Fewer:
     units, _ = numbers(state)
     config = _with_number(state, units, count)
     validate(config)
-    before, after = skeleton(state.config), skeleton(config)
+    before, after = glance(state.config), glance(config)
     dims = _cuts(before, after, units, count)
     _no_names(state, before)
     gone = _predicting(state, before)
@@ -91,7 +91,7 @@ def fewer(state: State, count: int) -> Fewer:
         text = config.get_text_config()
         for name in (n for n in COUNTS if getattr(text, n, 0)):
             setattr(text, name, 0)
-        after = skeleton(config)
+        after = glance(config)
     held = places(before, state.dense.specs)
     cuts = {
         b.index: {held[p]: d for p, d in dims.items() if p in held and p.startswith(f"{b.module}.")} for b in state.graph.blocks

@@ -15,6 +15,7 @@ same order for every batch, which holds for every family that we know.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from compress.errors import ModelError
 from compress.model.binding import Binding, get_matrix, put_matrix, within
 from compress.model.experts import run_experts_one_by_one
+from compress.model.known import key_of
 from compress.model.lockstep import Batch, Inputs, Lockstep
 from compress.model.skeleton import skeleton, stand_on
 from compress.model.speed import computing
@@ -35,6 +37,7 @@ from compress.state import State
 from compress.state.graph import Site
 
 Observe = Callable[[str, Inputs, Inputs | None], None]
+_TUPLES: dict[bytes, int] = {}  # of how many, where the blocks of a model return tuples; by the hash of its config
 
 
 class _Stop(Exception):  # noqa: N818  a signal, not an error
@@ -188,14 +191,18 @@ class Stream:
             probe.stop = False
 
     def _learn_output_kind(self, state: State, ids: Tensor) -> None:
-        """Whether blocks return a tensor or a tuple: asked of the first one, since the model's forward relies on it."""
-        with self.outer(state):
-            self._until(0, ids)
-        args, kwargs = self.probes[0].call
-        with self.block(state, 0) as block:
-            kind = block(self.probes[0].hidden, *args, **kwargs)
+        """Whether blocks return a tensor or a tuple: asked of the first one, since the model's forward relies on it. It is the
+        same for all models of a config, so the first of them is asked."""
+        key = hashlib.sha256(key_of(type(self.model), state.config)).digest()
+        if key not in _TUPLES:
+            with self.outer(state):
+                self._until(0, ids)
+            args, kwargs = self.probes[0].call
+            with self.block(state, 0) as block:
+                kind = block(self.probes[0].hidden, *args, **kwargs)
+            _TUPLES[key] = len(kind) if isinstance(kind, tuple) else 0
         for probe in self.probes:
-            probe.tuple_out = len(kind) if isinstance(kind, tuple) else 0
+            probe.tuple_out = _TUPLES[key]
 
     def logits(self, state: State, batches: Sequence[Batch]) -> Iterator[Tensor]:
         """The logits [b, t, vocabulary] of each batch, whose hidden states have passed all blocks."""

@@ -1,9 +1,10 @@
 """safetensors files, read lazily and written as a stream.
 
-Reading goes through the safetensors library, one short-lived handle per read: it maps the file, so a tensor costs memory
-only while it is used. Writing is ours, because the library wants all tensors of a file in memory at once, while a run
-must be able to write a model larger than memory tensor by tensor. A `Layout` fixes names, order, offsets and header
-before the first byte, so `plan` knows the exact size of files that do not exist yet.
+A tensor that is read is a part of its file that is mapped, so it costs memory only while it is used. Where it lies is kept for as
+long as the file is the same: the safetensors library would parse the whole header for each of thousands of experts. Writing is
+ours too, because the library wants all tensors of a file in memory at once, while a run must be able to write a model larger
+than memory tensor by tensor. A `Layout` fixes names, order, offsets and header before the first byte, so `plan` knows the exact
+size of files that do not exist yet.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import prod
+from mmap import ACCESS_COPY, ALLOCATIONGRANULARITY, mmap
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from compress.documents import MOST_JSON, one_line, parse_json, read_bytes
 from compress.errors import ModelError, RunError
@@ -56,6 +57,11 @@ class Spec:
 
 def read_header(path: Path) -> dict[str, Spec]:
     """The tensors of one safetensors file; ModelError if it is missing, truncated or no such file."""
+    return dict(header_of(path)[0])
+
+
+def header_of(path: Path) -> tuple[dict[str, Spec], dict[str, int]]:
+    """The same, and where in the file each of them begins."""
     if path.exists() and not path.is_file() and not path.is_dir():  # a pipe that nobody writes to would be waited for
         raise ModelError(f"{path}: is no regular file")
     try:
@@ -78,7 +84,13 @@ def read_header(path: Path) -> dict[str, Spec]:
     if path.stat().st_size != 8 + length + end:
         raise ModelError(f"{path}: holds {path.stat().st_size:,} bytes, its header says {8 + length + end:,}; "
                          "the file is truncated or damaged, download it again")  # fmt: skip
-    return specs
+    return specs, {n: 8 + length + t["data_offsets"][0] for n, t in header.items()}
+
+
+@lru_cache(maxsize=64)
+def places_in(path: Path, same: tuple[int, ...]) -> tuple[dict[str, Spec], dict[str, int]]:
+    """As `header_of`, of a file for as long as its stamp is the `same`."""
+    return header_of(path)
 
 
 def checked_end(specs: Mapping[str, Spec], offsets: Mapping[str, Sequence[int]]) -> int:
@@ -186,13 +198,24 @@ def stamp(path: Path) -> tuple[int, ...]:
 def read_tensor(path: Path, name: str, index: Rows | None = None) -> torch.Tensor:
     """A tensor of a safetensors file, or a part of it along the first dimension; ModelError naming the file."""
     try:
-        with safe_open(path, framework="pt") as file:
-            if isinstance(index, list):  # a view of the file: only what is taken is read
-                return file.get_tensor(name)[index]  # type: ignore[no-any-return]
-            tensor: torch.Tensor = file.get_tensor(name) if index is None else file.get_slice(name)[index]
-            return tensor
-    except (SafetensorError, OSError) as e:
-        raise ModelError(f"{path}: tensor '{name}' cannot be read ({e})") from None
+        specs, places = places_in(path, stamp(path))
+        tensor = mapped(path, specs[name], places[name])
+    except KeyError:
+        raise ModelError(f"{path}: tensor '{name}' cannot be read (the file holds none of that name)") from None
+    except (ModelError, OSError, ValueError) as e:
+        reason = str(e).removeprefix(f"{path}: ")
+        raise ModelError(f"{path}: tensor '{name}' cannot be read ({reason})") from None
+    return tensor if index is None else tensor[index]
+
+
+def mapped(path: Path, spec: Spec, start: int) -> torch.Tensor:
+    """The tensor that begins at a byte of a file. What is written to it stays in memory."""
+    if not spec.nbytes:
+        return torch.empty(spec.shape, dtype=spec.dtype)
+    before = start % ALLOCATIONGRANULARITY
+    with path.open("rb") as file:
+        held = mmap(file.fileno(), before + spec.nbytes, offset=start - before, access=ACCESS_COPY)
+    return torch.frombuffer(held, dtype=spec.dtype, count=prod(spec.shape), offset=before).view(spec.shape)
 
 
 def within(folder: Path, path: Path, what: str = "model's folder") -> Path:
