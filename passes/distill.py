@@ -238,10 +238,12 @@ class Distill(Pass):
                 else:
                     codes[name] = Packed(packed.format, packed.shape, {n: t.cpu() for n, t in packed.tensors.items()})
             state = state.with_part(ctx.store.commit(part, codes=codes, dense=state.stored(dense)))
+        expected = needs.split(student.state, student.choice, self.setting(training.tokens.ids.shape[1]))
+        notes = [*told(training.curve, training.judged_by, training.lost), f"expected to take {needs.told(expected)}"]
         record: Record = {
             "site": self.name,
             "curve": [[p.step, p.tokens, p.loss, p.held] for p in training.curve],
-            "notes": told(training.curve, training.judged_by, training.lost),
+            "notes": notes,
             "judged_by": training.judged_by,
         }
         others = {n: p.detach().to(state.dense.specs[n].dtype).cpu() for n, p in student.tensors.items()}

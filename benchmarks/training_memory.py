@@ -1,0 +1,100 @@
+"""What `plan` says that training takes, and what two steps of it really do: anonymous memory beyond what the process began with.
+
+python benchmarks/training_memory.py --model MODEL [--train all] [--activations kept] [--length 256] [--windows 8]
+
+The teacher is none but numbers, so that only the student is measured. Linux.
+"""
+
+from __future__ import annotations
+
+import argparse
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from report import machine
+
+from compress.model.data import Tokens
+from compress.model.model import open_model
+from compress.model.speed import precision
+from compress.passes.distill import Distill, adamw
+from compress.training import memory
+from compress.training.loop import Schedule, Training
+from compress.training.loss import Known
+from compress.training.student import Student
+from compress.training.teacher import Look
+
+K = 64
+
+
+class Numbers:
+    """A teacher that finds the same tokens likeliest, whatever it sees."""
+
+    @contextmanager
+    def look(self, numbers: Sequence[int]) -> Iterator[Look]:
+        def known(rows: slice) -> Known:
+            n = rows.stop - rows.start
+            return Known(torch.full((n, K), -5.0), torch.arange(K)[None].repeat(n, 1))
+
+        yield Look(known)
+
+
+def anonymous() -> int:
+    """Bytes of memory that is no file's."""
+    line = next(row for row in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if row.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+
+@contextmanager
+def watched() -> Iterator[SimpleNamespace]:
+    """Inside, the peak is looked for."""
+    found, ended = SimpleNamespace(peak=0), threading.Event()
+
+    def watch() -> None:
+        while not ended.is_set():
+            found.peak = max(found.peak, anonymous())
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield found
+    finally:
+        ended.set()
+        thread.join()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--train", nargs="+", default=["all"])
+    parser.add_argument("--activations", choices=["kept", "checkpoint"], default="checkpoint")
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--windows", type=int, default=8)
+    options = parser.parse_args()
+    memory_ = {"activations": options.activations}
+    p = Distill.model_validate({"train": options.train, "batch": options.windows, "memory": memory_})
+    state = open_model(str(options.model)).state
+    choice, before = p.choice(state), anonymous()
+    expected = memory.split(state, choice, p.setting(options.length))
+    print(machine(), f"expected {memory.told(expected)}", sep="\n")
+    student = Student(state, choice, 0, again=options.activations == "checkpoint")
+    ids = torch.randint(0, state.graph["embed"].shape[0], (options.windows, options.length))
+    schedule, rates = Schedule(2, options.windows, 1.0, 0, 1), partial(adamw, p.rates(student))
+    training = Training(student, Numbers(), Tokens(ids, "numbers"), list(range(options.windows)), [0], {"kl": 1.0}, schedule,
+                        rates, 0, lambda *_: None)  # fmt: skip
+    optimizer = training.optimizer(list(student.learns.values()))
+    with watched() as found, precision("bf16" if state.dtype == torch.bfloat16 else "ieee"):
+        for step in range(2):
+            training.step(step, optimizer)
+    taken = found.peak - before
+    print(f"measured {taken / 2**20:,.0f} MiB, {taken / expected.total:.3f} of what was expected")
+
+
+if __name__ == "__main__":
+    main()
