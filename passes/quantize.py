@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field, PlainSerializer, PlainValidator, WithJsonSchema
+from pydantic import Field, PlainSerializer, PlainValidator, WithJsonSchema, model_validator
 from torch import Tensor
 
 from compress.errors import FormatError, RecipeError
@@ -52,7 +52,9 @@ class Quantize(Pass):
     breaks: ClassVar[Fact] = Fact.DENSE | Fact.FACTORED
     writes: ClassVar[Aspect] = Aspect.WEIGHTS | Aspect.ENCODING | Aspect.PLAN
 
-    method: Literal["gptq", "rtn"] = Field("gptq", description="gptq: error feedback; rtn: rounding to nearest")
+    method: Literal["gptq", "rtn", "learned"] = Field(
+        "gptq", description="gptq: error feedback; rtn: rounding to nearest; learned: gptq, then whole blocks by descent"
+    )
     format: FormatText = Field("int4:g128", description="format of every matrix inside the blocks")  # type: ignore[assignment]
     pins: dict[str, str] = Field({}, description="pattern of sites -> format; later ones win; bf16 leaves a site as it is")
     damp: float | None = Field(
@@ -66,20 +68,27 @@ class Quantize(Pass):
     drift: float = Field(
         0.5, ge=0, le=1, description="share of the error in a matrix's inputs that it makes up for; 0 saves a forward pass"
     )
+    steps: int = Field(100, ge=0, description="learned: steps of the descent for each block; 0 is gptq")
+
+    @model_validator(mode="after")
+    def _steps_are_learned(self) -> Quantize:
+        if "steps" in self.chosen() and self.method != "learned":
+            raise ValueError("'steps' is an option of method: learned; leave it out")
+        return self
 
     @property
     def by_inputs(self) -> bool:
         """Whether matrices are solved under what they are given."""
-        return self.method == "gptq"
+        return self.method != "rtn"
 
     @property
     def corrects(self) -> bool:
         """Whether an unquantized twin runs beside, to correct the drift of inputs."""
-        return self.method == "gptq" and self.drift > 0
+        return self.by_inputs and self.drift > 0
 
     def check(self, calibrated: bool, following: Sequence[Pass] = ()) -> None:
-        if self.method == "gptq" and not calibrated:
-            raise RecipeError("'gptq' needs data.calibration; add it, or use method: rtn", ("method",))
+        if self.by_inputs and not calibrated:
+            raise RecipeError(f"'{self.method}' needs data.calibration; add it, or use method: rtn", ("method",))
         solvers = [self, *(p for p in following if isinstance(p, Quantize))]
         for at, fmt in self.named():
             if all(p.target(fmt) != fmt for p in solvers):
@@ -110,6 +119,9 @@ class Quantize(Pass):
         formats = dict(plan.formats)
         for name, fmt in plan.formats.items():
             held, at = state.format(state.graph[name]), self._said_of(state.graph, name)
+            if isinstance(held, Factored) and self.method == "learned":
+                raise RecipeError(f"'{name}' is {held} by an earlier step, and of factors nothing is learned; use method: gptq",
+                                  ("method",))  # fmt: skip
             if isinstance(fmt, LowRank | Factored) and isinstance(held, Factored):
                 raise FormatError(
                     f"'{name}' is {held} by an earlier step: give its factors a format without a rank, not {fmt}", at
@@ -147,7 +159,7 @@ class Quantize(Pass):
         if isinstance(fmt, Factored):
             return factored.solve(self, W_nk, factor, fmt, case)
         assert isinstance(fmt, Quantized)
-        if self.method == "gptq" and factor is not None:
+        if self.by_inputs and factor is not None:
             solved = core.quantize(W_nk, factor, fmt, clip=self.clip, scale_dtype=case.scale_dtype)
         else:
             solved = core.round_to_nearest(W_nk, factor, fmt, clip=self.clip, scale_dtype=case.scale_dtype)
@@ -187,11 +199,11 @@ class Quantize(Pass):
         held = {s: f for s in sites if isinstance(f := formats.get(s.name), Factored)}
         alone = [side for site, fmt in held.items() for side in fmt.factor_shapes(site.shape).values()]
         shapes = costs.joined([s for s in sites if s not in held]) + 2 * alone
-        return costs.solving(shapes) if self.method == "gptq" else costs.rounding(shapes)
+        return costs.solving(shapes) if self.by_inputs else costs.rounding(shapes)
 
     def _watches(self, state: State, table: Site) -> bool:
         """Whether what the head is given is seen before a table is solved."""
-        return table.role == "head" or (self.method == "gptq" and any(s.tied == table.name for s in state.graph))
+        return table.role == "head" or (self.by_inputs and any(s.tied == table.name for s in state.graph))
 
     def _loads(self, state: State, tokens: int) -> int:
         """How often a block's weights are read: once, and those of a twin again behind each of its stages."""
@@ -228,4 +240,4 @@ class Quantize(Pass):
         return held + max(solved + 2 * hessian, number * table.numel + hessian, passing)
 
     def run(self, state: State, ctx: Context) -> State:
-        return Walk(self, ctx).run(self.planned(state))
+        return Walk(self, ctx, self.steps if self.method == "learned" else 0).run(self.planned(state))
