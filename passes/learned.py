@@ -8,6 +8,7 @@ outside the blocks have no block to be judged by, and stay what the solver made 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,18 +17,23 @@ from torch import Tensor, nn
 
 from compress.formats import LowRank, Packed
 from compress.formats.grid import Quantized
-from compress.manager import Context
+from compress.manager import Context, Cost
 from compress.model.learnable import Learnable
 from compress.model.lockstep import Batch
 from compress.model.seeds import seeded
+from compress.model.speed import computing
 from compress.model.stream import Stream, Twin
+from compress.model.work import per_token
 from compress.passes import learned_core as core
-from compress.passes.solver import Solver
+from compress.passes.solver import Aim, Solver
 from compress.state import State
 from compress.state.graph import Graph, Site
 
-TOKENS = 2048  # in a step, or one window
+TOKENS = 1024  # in a step, or one window
 HELD = 8  # one window of so many is held out
+BACKWARD = 6  # passes forward that one forward and back is like, in all that is not a product
+SECONDS_PER_WEIGHT, STEPS_PER_MATRIX = 6e-9, 8  # of a step, beside products: of a weight; of a matrix, as inputs that are rounded
+LATENT_BYTES, TAPE = 36, 3  # held of a weight; times that numbers of a token are held for the way back
 JUDGED = 10  # times that iterates are judged
 NOTHING_HELD = "nothing was learned: one window of calibration text leaves none to judge by"
 
@@ -48,8 +54,9 @@ class Chunk:
 class Matrix:
     """One matrix of the block while it is learned: its latents, and what stands beside them in a format with a correction."""
 
-    def __init__(self, site: Site, packed: Packed, aim_nk: Tensor, device: torch.device):
-        self.site, self.packed = site, packed
+    def __init__(self, site: Site, packed: Packed, aim: Aim, device: torch.device):
+        self.site, self.packed, aim_nk = site, packed, aim.W_nk
+        energy_k = aim.factor.diag_k if aim.factor else None
         base = packed.format.base if isinstance(packed.format, LowRank) else packed.format
         assert isinstance(base, Quantized)
         codes, grid = base.unpack(packed.tensors)
@@ -58,7 +65,7 @@ class Matrix:
             A_rk, B_nr = packed.format.factor_matrices(packed.tensors)
             self.beside = (B_nr @ A_rk).to(device)
             aim_nk = aim_nk - self.beside
-        self.latent = core.Latent(codes.to(device), grid.to(device), aim_nk, base)
+        self.latent = core.Latent(codes.to(device), grid.to(device), aim_nk, base, energy_k)
 
     def weights(self) -> Tensor:
         """[N, K], fp32."""
@@ -92,7 +99,7 @@ class Learner:
         if aims and self.some:
             given, wanted = [batch.hidden for batch in batches], self._wanted(state, index, batches, twin)
             with self.stream.block(state, index) as block:
-                matrices = [Matrix(state.graph[n], solver.packed[n], aim.W_nk, self.stream.device) for n, aim in aims.items()]
+                matrices = [Matrix(state.graph[n], solver.packed[n], aim, self.stream.device) for n, aim in aims.items()]
                 note = Descent(self, block, index, matrices, given, wanted, state.dtype).run(self._progress(state.graph, index))
             solver.packed |= {m.site.name: m.packed for m in matrices}
         seconds = (time.perf_counter() - start) / max(1, len(aims))
@@ -167,6 +174,33 @@ class Descent:
             if slope is not None:
                 m.latent.step(slope, share)
         self._put()
+
+
+def cost(state: State, tokens: int, steps: int, sites: Sequence[Site], corrects: bool) -> Cost:
+    """What learning takes on top of solving: steps forward and back, judgements, and one more pass, or two without a twin."""
+    work, once = per_token(state), min(TOKENS, tokens)
+    forward = JUDGED * tokens / HELD + tokens * (2 - corrects)
+    blocks, rounds = len({s.block for s in sites}), 1.0 * steps * sum(s.numel for s in sites)
+    share = blocks / max(1, len(state.graph.blocks))
+    return Cost(
+        2.0 * (forward + 3.0 * once * steps) * work.weights * share,
+        numbers=(forward + BACKWARD * once * steps) * work.numbers * share,
+        seconds=SECONDS_PER_WEIGHT * rounds, steps=1.0 * STEPS_PER_MATRIX * steps * len(sites),
+        peak_bytes=_peak_bytes(state, tokens, sites),
+    )  # fmt: skip
+
+
+def _peak_bytes(state: State, tokens: int, sites: Sequence[Site]) -> int:
+    """Of the largest block what is held of each of its weights, the Hessians, and what a step's tokens leave in it for the way
+    back; beside that what all tokens are in front of it and behind it."""
+    work, number, width = per_token(state), computing(state.dtype).itemsize, state.graph["embed"].shape[1]
+    held = Counter[int | None]()
+    for s in sites:
+        held[s.block] += (LATENT_BYTES + 2 * number) * s.numel
+    for (block, _), k in {(s.block, s.input_key): s.shape[1] for s in sites}.items():
+        held[block] += 8 * k * k
+    tape = TAPE * min(TOKENS, tokens) * work.numbers / max(1, len(state.graph.blocks))
+    return int(max(held.values(), default=0) + number * (tape + 3 * tokens * width))
 
 
 def windows(count: int, length: int, draw: torch.Generator) -> tuple[list[list[int]], list[list[int]]]:

@@ -38,9 +38,9 @@ from torch import Tensor
 
 from compress.formats.grid import Grid, Quantized, in_groups, restore
 
-REACH = 0.5  # levels that a weight can be moved by, on the whole
-STRETCH = 0.1  # of a scale
-INSIDE = 0.49  # of the distance between two levels: as far as a latent starts from its code
+REACH = 1.0  # levels that a weight can be moved by, on the whole
+STRETCH = 0.05  # of a scale
+INSIDE = 0.25  # of the distance between two levels: as far as a latent starts from its code
 FORGET, FORGET_SQUARES = 0.9, 0.95  # of the moments at each step
 
 
@@ -71,14 +71,15 @@ class Moments:
         self.first.lerp_(slope, 1 - FORGET)
         self.second.lerp_(square.mean(-1, keepdim=True) if self.shared else square, 1 - FORGET_SQUARES)
         size = (self.second / (1 - FORGET_SQUARES**self.count)).sqrt_().add_(1e-30)
-        return self.first / size.mul_(1 - FORGET**self.count)
+        return self.first / size
 
 
 class Latent:
     """One matrix while it is learned, W [N, K] on a grid [N, G] of a format."""
 
-    def __init__(self, codes_nk: Tensor, grid: Grid, aim_nk: Tensor, fmt: Quantized):
-        """`codes_nk` and `grid` are the start; `aim_nk` are the weights that it stands for."""
+    def __init__(self, codes_nk: Tensor, grid: Grid, aim_nk: Tensor, fmt: Quantized, energy_k: Tensor | None = None):
+        """`codes_nk` and `grid` are the start; `aim_nk` are the weights that it stands for; `energy_k` is how much the inputs
+        count, their mean squares."""
         self.fmt, self.inputs, self._start = fmt, codes_nk.shape[1], grid
         Q_nGg = self._grouped(restore(codes_nk, grid, fmt))
         table = grid.table
@@ -90,6 +91,9 @@ class Latent:
         same = fmt.encode(Z_nGg, wide) == self._grouped(codes_nk)
         self._latent = torch.where(same, Z_nGg, Q_nGg)
         self._factor = torch.ones_like(self._gap[..., 0])
+        self._pace = self._gap * REACH
+        if energy_k is not None:
+            self._pace = self._pace * self._grouped((energy_k.mean() / energy_k.clamp(min=1e-30)).clamp(max=1.0)[None])
         self._moments = Moments(self._latent, shared=True), Moments(self._factor, shared=False)
 
     def _grouped(self, x_nk: Tensor) -> Tensor:
@@ -119,4 +123,4 @@ class Latent:
         if self.fmt.rescalable:
             turn = by_scale.direction((slope * self._levels()).sum(-1))
             self._factor.add_(turn, alpha=-STRETCH * share)
-        self._latent.addcmul_(by_weight.direction(slope), self._gap, value=-REACH * share)
+        self._latent.addcmul_(by_weight.direction(slope), self._pace, value=-share)

@@ -1,6 +1,7 @@
-"""The pass `quantize`: each matrix to its format, by GPTQ or by rounding, block by block.
+"""The pass `quantize`: each matrix to its format, by GPTQ or by rounding, block by block; or learned from there on.
 
-The mathematics is in gptq_core.py, the walk over the model in walk.py, one block's Hessians and codes are solver.py's business.
+The mathematics is in gptq_core.py, the walk over the model in walk.py, one block's Hessians and codes are solver.py's business,
+and what becomes of them where blocks are learned is learned.py's.
 The inputs of every stage carry the error of what was quantized before it. The weights are then aimed at the outputs of the
 unquantized model on its own inputs, not at their own outputs on the drifted ones (`drift`): a twin of the model runs beside,
 unquantized. It costs a second forward pass and takes a fifth to a third off the divergence at 4 to 2 bits.
@@ -26,7 +27,7 @@ from compress.formats.grid import Quantized
 from compress.manager import Context, Cost, Pass
 from compress.model.speed import computing
 from compress.model.work import advancing_bytes, block_bytes, per_token, waiting_bytes
-from compress.passes import costs, factored
+from compress.passes import costs, factored, learned
 from compress.passes import gptq_core as core
 from compress.passes.solver import TABLE, Answer, Case
 from compress.passes.walk import Walk
@@ -43,7 +44,7 @@ FormatText = Annotated[
 
 
 class Quantize(Pass):
-    """Quantize weights to integers: GPTQ (error feedback from calibration data) or rounding to nearest."""
+    """Quantize weights to integers: GPTQ (error feedback from calibration data), rounding to nearest, or GPTQ and learning."""
 
     name: ClassVar[str] = "quantize"
     needs: ClassVar[Fact] = Fact.DENSE
@@ -188,10 +189,16 @@ class Quantize(Pass):
         factoring = sum(costs.FACTORING * k**3 for k in factored.values())
         entries = self._loads(state, tokens) * total(state.graph.linear) + costs.ORDERING * sum(k * k for k in factored.values())
         peaks = [self._block_memory(state, tokens, matrices), *(self._table_memory(state, tokens, s) for s in tables)]
-        return Cost(
+        return self._learning(state, tokens, matrices) + Cost(
             forward, tokens * work.squares + solved.flops + moved + factoring, sum(s.numel for s in sites), max(peaks),
             numbers=passes * work.numbers + entries, steps=solved.steps,
         )  # fmt: skip
+
+    def _learning(self, state: State, tokens: int, matrices: Sequence[Site]) -> Cost:
+        """What comes on top where blocks are learned."""
+        if self.method != "learned" or not self.steps or not tokens or not matrices:
+            return Cost()
+        return learned.cost(state, tokens, self.steps, matrices, self.corrects)
 
     def solving(self, state: State, sites: Sequence[Site]) -> costs.Solving:
         """Solving some sites: of one input as one, of factors each by itself, twice."""
