@@ -17,18 +17,22 @@ since every level of every format is a multiple of its scale. So weights are mov
 or widened. It is the idea of AutoRound (SignRound, arXiv 2309.05516, equations 3 to 5), with other choices, each by the
 divergence from the unquantized model on held-out text:
 
-- The start is GPTQ's solution, codes and scales, not rounding. z starts at the weight that GPTQ aimed at, as far toward it as
-  GPTQ's code allows, so that what was nearly undecided is moved first.
+- The start is GPTQ's solution, codes and scales, not rounding. z starts from the code toward the weight that GPTQ aimed at, no
+  farther than half-way to where the next code begins (`INSIDE`): what was nearly undecided moves first, but not by noise.
 - Steps are Adam's (arXiv 1412.6980) with one second moment for a group (as Adam-mini's, arXiv 2406.16793), where AutoRound takes
-  the sign alone: a weight that hardly matters then hardly moves. It costs two numbers for each weight less than Adam.
-- Rates fall linearly to zero. A weight goes `REACH` steps of its grid at most on the whole, a scale `STRETCH` of itself.
-- Which iterate stays is judged on windows that neither gradients nor choices of steps saw: the start, where none is better.
+  the sign alone: a weight that hardly matters then hardly moves. The first moment begins at nothing and is not corrected for it:
+  the first gradients are mostly noise, and what a rounding of GPTQ's balances is lost when many codes move by noise at once.
+- Weights of inputs that are louder than the mean move in proportion less, for the same reason.
+- Rates fall linearly to zero. A weight goes about `REACH` levels of its grid on the whole, a scale `STRETCH` of itself.
+- Which iterate stays is judged on windows that no gradient saw (GPTQ's Hessians did): the start, where none is better.
 
 The alternative that was not taken: a soft rounding that hardens as it goes (AdaRound, arXiv 2004.10568, equations 21 to 24). It
 needs a regularizer and a schedule for it, many times the steps, and cannot move a weight by more than one level.
 
-Limits. What layers behind the block make of its error is not known here. What is learned from few windows is theirs alone, and
-the judgement then throws it away. Tables of levels stay as they are.
+Limits. Codes are moved one by one, each by its own slope: where the inputs of a matrix nearly depend on each other (the first
+block of some models) that spoils GPTQ's balance faster than it gains, and the start stays. What layers behind the block make of
+its error is not known here. What is learned from few windows is theirs alone, and the judgement then throws it away. Tables of
+levels stay as they are.
 """
 
 from __future__ import annotations
