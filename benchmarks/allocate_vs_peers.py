@@ -6,7 +6,7 @@
 Two small real models, 64 windows of 256 tokens to calibrate on, 80 others to judge by. A budget is an average over the linear
 layers of the blocks, scales counted; head and embeddings stay as they are. The rows:
 
-    ours        `allocate` and `quantize`, over plain integers (INT) or those and look-up tables (ALL)
+    ours        `allocate` and `quantize`, over plain integers (INT) or those and look-up tables (ALL); by GPTQ, or `learned`
     uniform     `quantize` alone with one format everywhere; for a budget the best of those that keep to it
     autoround   AutoScheme over symmetric or asymmetric integers of 2, 3, 4 and 8 bits, in groups of 64
     modelopt    AutoQuantize over symmetric integers of these widths and groups
@@ -149,6 +149,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=lambda text: text.split(","), default=ROWS, help="of " + ",".join(ROWS))
     parser.add_argument("--metrics", nargs="+", choices=METRICS, default=METRICS, help="ours: only these")
     parser.add_argument("--lists", nargs="+", choices=LISTS, default=list(LISTS), help="ours: only these candidates")
+    parser.add_argument("--methods", nargs="+", choices=("gptq", "learned"), default=["gptq"], help="ours: only these")
     parser.add_argument("--variants", nargs="+", help="peers: only these, such as iters50")
     for tool in VARIANTS:
         default = os.environ.get(f"{tool.upper()}_PYTHON")
@@ -201,7 +202,8 @@ def wanted(case: Case, args: argparse.Namespace) -> Iterator[Row]:
     if "uniform" in args.rows:
         yield from (Row(case.name, "uniform", fmt, None) for fmt in UNIFORM)
     if "ours" in args.rows:
-        for label in (f"{metric} {name}" for metric in args.metrics for name in args.lists):
+        ways = {"gptq": "", "learned": " learned"}
+        for label in (f"{metric} {name}{ways[way]}" for metric in args.metrics for name in args.lists for way in args.methods):
             yield from (Row(case.name, "ours", label, budget) for budget in args.budgets)
     for tool in (tool for tool in VARIANTS if tool in args.rows):
         for label in (v for v in VARIANTS[tool] if not args.variants or v in args.variants):
@@ -212,9 +214,9 @@ def ours(row: Row, case: Case, judge: MixedJudge, work: Path) -> Row:
     """Allocated or uniform by `compress`. All budgets of one label share a run folder, so the first pays for the measuring."""
     passes: list[dict[str, Any]] = [{"quantize": {"format": row.label}}]
     if row.tool == "ours":
-        metric, name = row.label.split()
+        metric, name, *method = row.label.split()
         options = {"budget": f"{row.budget} bits", "formats": LISTS[name], "metric": metric}
-        passes = [{"allocate": options}, {"quantize": {}}]
+        passes = [{"allocate": options}, {"quantize": {"method": "learned"} if method else {}}]
     cpu, wall = cpu_seconds(), time.perf_counter()
     outcome = run_recipe(case, passes, work / replace(row, budget=None).key)
     row = replace(row, cpu_s=cpu_seconds() - cpu, wall_s=time.perf_counter() - wall)

@@ -53,6 +53,8 @@ VARIANTS = (
     Variant("ours", "gptq", True),
     Variant("ours", "gptq", False),
     Variant("ours", "gptq, drift 0", True, {"drift": 0.0}),
+    Variant("ours", "learned", True, {"method": "learned"}),
+    Variant("ours", "learned", False, {"method": "learned"}),
     Variant("llmcompressor", "GPTQ, default", True),
     Variant("llmcompressor", "GPTQ, act-order static", False, {"actorder": "static"}),
     Variant("llmcompressor", "GPTQ, act-order static, mse", False, {"actorder": "static", "observer": "memoryless_mse"}),
@@ -92,6 +94,7 @@ def arguments() -> argparse.Namespace:
     for tool in TOOLS:
         default = sys.executable if tool == "ours" else os.environ.get(f"{tool.upper()}_PYTHON")
         parser.add_argument(f"--{tool}-python", default=default, help=f"the python of an environment with {tool}")
+    parser.add_argument("--only", nargs="+", help="only variants of these labels, such as learned")
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2], help="stories: only these widths")
     parser.add_argument("--threads", type=int, default=1, help="OpenMP threads of every tool (1 or 2)")
     parser.add_argument("--repeats", type=int, default=1, help="runs of each cell, the tools taking turns; medians are shown")
@@ -114,7 +117,7 @@ def measure(workload: Workload, args: argparse.Namespace, work: Path) -> list[Ro
     """The original's row, then one for each variant at each width."""
     judge = Judge(workload.model, workload.evaluation)
     rows = [Row("original", "", 32, True, score=judge.original_score())]
-    chosen = [variant for variant in VARIANTS if variant.tool in args.tools]
+    chosen = [v for v in VARIANTS if v.tool in args.tools and (not args.only or v.label in args.only)]
     draws = [redraw(workload, i, args.draws, work) for i in range(args.draws)] if workload.redraws else [workload]
     for bits in workload.bits:
         cells: list[list[Row]] = [[] for _ in chosen]

@@ -1,6 +1,7 @@
-"""The pass `quantize`: each matrix to its format, by GPTQ or by rounding, block by block.
+"""The pass `quantize`: each matrix to its format, by GPTQ or by rounding, block by block; or learned from there on.
 
-The mathematics is in gptq_core.py, the walk over the model in walk.py, one block's Hessians and codes are solver.py's business.
+The mathematics is in gptq_core.py, the walk over the model in walk.py, one block's Hessians and codes are solver.py's business,
+and what becomes of them where blocks are learned is learned.py's.
 The inputs of every stage carry the error of what was quantized before it. The weights are then aimed at the outputs of the
 unquantized model on its own inputs, not at their own outputs on the drifted ones (`drift`): a twin of the model runs beside,
 unquantized. It costs a second forward pass and takes a fifth to a third off the divergence at 4 to 2 bits.
@@ -17,7 +18,7 @@ from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field, PlainSerializer, PlainValidator, WithJsonSchema
+from pydantic import Field, PlainSerializer, PlainValidator, WithJsonSchema, model_validator
 from torch import Tensor
 
 from compress.errors import FormatError, RecipeError
@@ -26,7 +27,7 @@ from compress.formats.grid import Quantized
 from compress.manager import Context, Cost, Pass
 from compress.model.speed import computing
 from compress.model.work import advancing_bytes, block_bytes, per_token, waiting_bytes
-from compress.passes import costs, factored
+from compress.passes import costs, factored, learned
 from compress.passes import gptq_core as core
 from compress.passes.solver import TABLE, Answer, Case
 from compress.passes.walk import Walk
@@ -43,7 +44,7 @@ FormatText = Annotated[
 
 
 class Quantize(Pass):
-    """Quantize weights to integers: GPTQ (error feedback from calibration data) or rounding to nearest."""
+    """Quantize weights to integers: GPTQ (error feedback from calibration data), rounding to nearest, or GPTQ and learning."""
 
     name: ClassVar[str] = "quantize"
     needs: ClassVar[Fact] = Fact.DENSE
@@ -52,7 +53,9 @@ class Quantize(Pass):
     breaks: ClassVar[Fact] = Fact.DENSE | Fact.FACTORED
     writes: ClassVar[Aspect] = Aspect.WEIGHTS | Aspect.ENCODING | Aspect.PLAN
 
-    method: Literal["gptq", "rtn"] = Field("gptq", description="gptq: error feedback; rtn: rounding to nearest")
+    method: Literal["gptq", "rtn", "learned"] = Field(
+        "gptq", description="gptq: error feedback; rtn: rounding to nearest; learned: gptq, then whole blocks by descent"
+    )
     format: FormatText = Field("int4:g128", description="format of every matrix inside the blocks")  # type: ignore[assignment]
     pins: dict[str, str] = Field({}, description="pattern of sites -> format; later ones win; bf16 leaves a site as it is")
     damp: float | None = Field(
@@ -66,20 +69,27 @@ class Quantize(Pass):
     drift: float = Field(
         0.5, ge=0, le=1, description="share of the error in a matrix's inputs that it makes up for; 0 saves a forward pass"
     )
+    steps: int = Field(100, ge=0, description="learned: steps of the descent for each block; 0 is gptq")
+
+    @model_validator(mode="after")
+    def _steps_are_learned(self) -> Quantize:
+        if "steps" in self.chosen() and self.method != "learned":
+            raise ValueError("'steps' is an option of method: learned; leave it out")
+        return self
 
     @property
     def by_inputs(self) -> bool:
         """Whether matrices are solved under what they are given."""
-        return self.method == "gptq"
+        return self.method != "rtn"
 
     @property
     def corrects(self) -> bool:
         """Whether an unquantized twin runs beside, to correct the drift of inputs."""
-        return self.method == "gptq" and self.drift > 0
+        return self.by_inputs and self.drift > 0
 
     def check(self, calibrated: bool, following: Sequence[Pass] = ()) -> None:
-        if self.method == "gptq" and not calibrated:
-            raise RecipeError("'gptq' needs data.calibration; add it, or use method: rtn", ("method",))
+        if self.by_inputs and not calibrated:
+            raise RecipeError(f"'{self.method}' needs data.calibration; add it, or use method: rtn", ("method",))
         solvers = [self, *(p for p in following if isinstance(p, Quantize))]
         for at, fmt in self.named():
             if all(p.target(fmt) != fmt for p in solvers):
@@ -110,6 +120,9 @@ class Quantize(Pass):
         formats = dict(plan.formats)
         for name, fmt in plan.formats.items():
             held, at = state.format(state.graph[name]), self._said_of(state.graph, name)
+            if isinstance(held, Factored) and self.method == "learned":
+                raise RecipeError(f"'{name}' is {held} by an earlier step, and of factors nothing is learned; use method: gptq",
+                                  ("method",))  # fmt: skip
             if isinstance(fmt, LowRank | Factored) and isinstance(held, Factored):
                 raise FormatError(
                     f"'{name}' is {held} by an earlier step: give its factors a format without a rank, not {fmt}", at
@@ -147,7 +160,7 @@ class Quantize(Pass):
         if isinstance(fmt, Factored):
             return factored.solve(self, W_nk, factor, fmt, case)
         assert isinstance(fmt, Quantized)
-        if self.method == "gptq" and factor is not None:
+        if self.by_inputs and factor is not None:
             solved = core.quantize(W_nk, factor, fmt, clip=self.clip, scale_dtype=case.scale_dtype)
         else:
             solved = core.round_to_nearest(W_nk, factor, fmt, clip=self.clip, scale_dtype=case.scale_dtype)
@@ -176,10 +189,16 @@ class Quantize(Pass):
         factoring = sum(costs.FACTORING * k**3 for k in factored.values())
         entries = self._loads(state, tokens) * total(state.graph.linear) + costs.ORDERING * sum(k * k for k in factored.values())
         peaks = [self._block_memory(state, tokens, matrices), *(self._table_memory(state, tokens, s) for s in tables)]
-        return Cost(
+        return self._learning(state, tokens, matrices) + Cost(
             forward, tokens * work.squares + solved.flops + moved + factoring, sum(s.numel for s in sites), max(peaks),
             numbers=passes * work.numbers + entries, steps=solved.steps,
         )  # fmt: skip
+
+    def _learning(self, state: State, tokens: int, matrices: Sequence[Site]) -> Cost:
+        """What comes on top where blocks are learned."""
+        if self.method != "learned" or not self.steps or not tokens or not matrices:
+            return Cost()
+        return learned.cost(state, tokens, self.steps, matrices, self.corrects)
 
     def solving(self, state: State, sites: Sequence[Site]) -> costs.Solving:
         """Solving some sites: of one input as one, of factors each by itself, twice."""
@@ -187,11 +206,11 @@ class Quantize(Pass):
         held = {s: f for s in sites if isinstance(f := formats.get(s.name), Factored)}
         alone = [side for site, fmt in held.items() for side in fmt.factor_shapes(site.shape).values()]
         shapes = costs.joined([s for s in sites if s not in held]) + 2 * alone
-        return costs.solving(shapes) if self.method == "gptq" else costs.rounding(shapes)
+        return costs.solving(shapes) if self.by_inputs else costs.rounding(shapes)
 
     def _watches(self, state: State, table: Site) -> bool:
         """Whether what the head is given is seen before a table is solved."""
-        return table.role == "head" or (self.method == "gptq" and any(s.tied == table.name for s in state.graph))
+        return table.role == "head" or (self.by_inputs and any(s.tied == table.name for s in state.graph))
 
     def _loads(self, state: State, tokens: int) -> int:
         """How often a block's weights are read: once, and those of a twin again behind each of its stages."""
@@ -228,4 +247,4 @@ class Quantize(Pass):
         return held + max(solved + 2 * hessian, number * table.numel + hessian, passing)
 
     def run(self, state: State, ctx: Context) -> State:
-        return Walk(self, ctx).run(self.planned(state))
+        return Walk(self, ctx, self.steps if self.method == "learned" else 0).run(self.planned(state))

@@ -142,11 +142,27 @@ class Shared:
     seconds: float = 0.0
 
 
-class Solver:
-    """One block's worth of solving: Hessians as they are observed, packed sites and records as they are solved."""
+@dataclass(frozen=True, eq=False)
+class Aim:
+    """What a matrix was solved for: weights [N, K], the Hessian they are weighed by, and what is noted of the site."""
 
-    def __init__(self, options: Solves, state: State, ctx: Context):
+    W_nk: Tensor
+    factor: core.Factor | None
+    record: Record
+
+    def error(self, found_nk: Tensor) -> float:
+        """The relative error of other weights."""
+        energy = float(core.loss(self.W_nk, self.factor).sum()) or 1.0
+        return float(core.loss(self.W_nk - found_nk, self.factor).sum()) / energy
+
+
+class Solver:
+    """One block's worth of solving: Hessians as they are observed, packed sites and records as they are solved. With `aims`, what
+    each matrix was solved for is kept, for one that goes on from there and tells of it."""
+
+    def __init__(self, options: Solves, state: State, ctx: Context, aims: bool = False):
         self.options, self.state, self.ctx = options, state, ctx
+        self.aims: dict[str, Aim] | None = {} if aims else None
         planned = state.plan.formats if state.plan else {}
         self.formats: Mapping[str, Format] = {n: options.target(f) for n, f in planned.items()}
         self.packed: dict[str, Packed] = {}
@@ -276,6 +292,8 @@ class Solver:
                 "damping": damping(factor), "tokens": shared.tokens, "seconds": seconds,
                 "notes": [*shared.notes, *answer.notes],
             })  # fmt: skip
+            if self.aims is not None:
+                self.aims[site.name] = Aim(W_nk[rows], factor, self.records[-1])
 
     def _solve_table(self, site: Site, fmt: Int | NF | Lut, shared: Shared) -> None:
         """A matrix with a row for every token, some rows at a time: they are independent, and all of them at once would be the
@@ -305,7 +323,8 @@ class Solver:
         self.packed[site.name] = packed
         record = {"site": site.name, "format": str(packed.format), "bytes": packed.nbytes, **measured}
         self.records.append(record)
-        self.ctx.say(record)
+        if self.aims is None:
+            self.ctx.say(record)
 
 
 def is_table(site: Site) -> bool:

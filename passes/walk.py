@@ -16,6 +16,7 @@ from compress.manager import Context
 from compress.model.lockstep import Batch
 from compress.model.speed import precision
 from compress.model.stream import Stream, Twin
+from compress.passes.learned import Learner
 from compress.passes.solver import LOOKED_UP, Shared, Solver, Solves
 from compress.state import State
 
@@ -35,10 +36,12 @@ class Walks(Solves, Protocol):
 
 @dataclass(frozen=True)
 class Walk:
-    """One run of a pass over a model whose plan says what each site is to become."""
+    """One run of a pass over a model whose plan says what each site is to become. learns: for how many steps each block is
+    learned once its matrices are solved."""
 
     options: Walks
     ctx: Context
+    learns: int = 0
 
     def run(self, state: State) -> State:
         """The state with every site in its format, each block committed."""
@@ -51,13 +54,20 @@ class Walk:
         ctx, before, state = self.ctx, state, self._embedding(state)
         stream, batches = ctx.stream(state)
         twin = self.twin(before)
+        learner = Learner(self.learns, state, ctx, stream) if self.learns else None
         for block in state.graph.blocks:
             ctx.progress(block.index, len(state.graph.blocks), block.module)
             done = ctx.store.committed(f"block-{block.index:04}")
             if done is None:
-                solver = Solver(self.options, state, ctx)
+                solver, given = Solver(self.options, state, ctx, learner is not None), [batch.hidden for batch in batches]
                 stream.calibrate(state, block.index, batches, solver.sites(block.sites), solver.observe, solver.solve, twin)
+                if learner:
+                    for batch, hidden in zip(batches, given, strict=True):
+                        batch.hidden = hidden
+                    learner.learn(solver, state, block.index, batches, twin)
                 state = state.with_part(ctx.store.commit(f"block-{block.index:04}", solver.packed, records=solver.records))
+                if learner:
+                    stream.advance(state, block.index, batches)
             else:
                 state = state.with_part(done)
                 stream.advance(state, block.index, batches)

@@ -29,6 +29,12 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # at least one set for every pass,
         {"format": "int3:g32", "drift": 0, "order": "natural", "clip": "hessian", "pins": {"lm_head": "int4:channel"}},
         {"format": "int4:g32", "method": "rtn", "clip": "minmax", "pins": {"lm_head": "fp32", "layers.0.*": "bf16"}},
         {"format": "lut3:g32", "pins": {"*.down": "nf3:g64:dq8x16", "layers.0.*": "nf4:g32"}},
+        {
+            "format": "int2:g32",
+            "method": "learned",
+            "steps": 6,
+            "pins": {"*.down": "lut3:g32", "*.q": "bf16", "*.o": "nf3:g64:dq8x16"},
+        },
     ],
     "edit": [{"drop_layers": [0]}],
     "depth": [
@@ -70,6 +76,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # at least one set for every pass,
     "lqlora": [
         {"format": "int3:g32", "rank": 4, "rounds": 1, "pins": {"*.down": "int4:g32", "*.up": "lut2:g64+r8:int8:channel"}},
         {"format": "nf3:g64:dq8x16", "rank": 4, "init": "paper", "fisher": True, "clip": "minmax"},
+        {"format": "int2:g32", "rank": 4, "rounds": 0, "method": "learned", "steps": 6},
     ],
     "allocate": [
         {"budget": "3.5 bits", "formats": SOME, "trials": 2, "pins": {"lm_head": "int8:g32", "layers.1.*": {"min": "int3:g32"}}},

@@ -32,15 +32,23 @@ def put_matrix(module: nn.Module, site: Site, matrix: Tensor) -> None:
 
 def get_matrix(module: nn.Module, site: Site) -> Tensor:
     """A copy of the matrix [out, in] that `put_matrix` would write."""
+    return matrix_in(holding(module, site), site).detach().clone()
+
+
+def holding(module: nn.Module, site: Site) -> nn.Parameter:
+    """The parameter of a module that `put_matrix` would write to."""
     holder: Any = module
+    found: nn.Parameter = (
+        holder.weight if site.expert is None else holder.down_proj if site.role == "down" else holder.gate_up_proj
+    )
+    return found
+
+
+def matrix_in(whole: Tensor, site: Site) -> Tensor:
+    """The view [out, in] of a site's matrix in the parameter that holds it, or in a gradient of that."""
     if site.expert is None:
-        found = holder.weight.T if site.transposed else holder.weight
-    elif site.role == "down":
-        found = holder.down_proj[site.expert]
-    else:
-        found = holder.gate_up_proj[site.expert].chunk(2)[site.role == "up"]
-    copy: Tensor = found.detach().clone()
-    return copy
+        return whole.T if site.transposed else whole
+    return whole[site.expert] if site.role == "down" else whole[site.expert].chunk(2)[site.role == "up"]
 
 
 def kept_in_fp32(model: nn.Module, dtype: torch.dtype) -> tuple[str, ...]:
