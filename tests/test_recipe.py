@@ -49,7 +49,7 @@ EDITS = [
     ("seed: 0", "seed: a: b", ":3:8  mapping values are not allowed here; put a text that holds ': ' in quotes"),
     ("seed: 0", "---", ":3:1  but found another document, expected a single document in the stream from line 1 on; "
      "a recipe is one document"),
-    ("data:\n", "data:\n  test: {}\n", ":5:3  'data' has no option 'test'   options: calibration, evaluation"),
+    ("data:\n", "data:\n  test: {}\n", ":5:3  'data' has no option 'test'   options: calibration, training, evaluation"),
     ("sequences: 8", "sequenses: 8", f":5:34  'calibration' has no option 'sequenses'; did you mean 'sequences'?   "
      f"options: {WINDOWS}"),
     ("sequences: 8", "sequences: many", ":5:34  'sequences' needs a whole number, not 'many'"),
@@ -65,7 +65,7 @@ EDITS = [
     ("calibration: {text: words.txt, sequences: 8, length: 32}", "calibration: words.txt", ":5:3  'calibration' needs a mapping, "
      "not 'words.txt'"),
     ("  - quantize:\n", "  - quantise:\n", ":8:5  no pass 'quantise'; did you mean 'quantize'?   known: edit, depth, prune, "
-     "smooth, allocate, factorize, quantize, lqlora"),
+     "smooth, allocate, factorize, quantize, lqlora, distill"),
     ("  - quantize:\n", "    quantize:\n", ":7:1  'passes' needs a list, not a mapping"),
     ("  - quantize:\n", "  - quantize\n  - quantize:\n", ":8:5  item 1 of 'passes' is written 'NAME: {OPTION: VALUE}', here "
      "'quantize: {}'"),
@@ -211,7 +211,7 @@ def test_a_spoilt_recipe_is_a_recipe_or_a_recipe_error(tmp_path_factory: Any, at
         ("passes=3", "passes  'passes' needs a list, not '3'"),
         ("data=3", "data  'data' needs a mapping, not '3'"),
         ("data.calibration.sequences=many", "data.calibration.sequences  'sequences' needs a whole number, not 'many'"),
-        ("data.sequences=3", "data.sequences  'data' has no option 'sequences'   options: calibration, evaluation"),
+        ("data.sequences=3", "data.sequences  'data' has no option 'sequences'   options: calibration, training, evaluation"),
         ("compressed_tensors.shards=1", "compressed_tensors.shards  exporter 'compressed_tensors' has no option 'shards'; "
          "did you mean 'shard_bytes'?   options: shard_bytes"),
     ],
