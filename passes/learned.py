@@ -29,7 +29,7 @@ from compress.passes.solver import Aim, Solver
 from compress.state import State
 from compress.state.graph import Graph, Site
 
-TOKENS = 1024  # in a step, or one window
+TOKENS = 768  # in a step, or one window
 HELD = 8  # one window of so many is held out
 BACKWARD = 6  # passes forward that one forward and back is like, in all that is not a product
 SECONDS_PER_WEIGHT, STEPS_PER_MATRIX = 6e-9, 8  # of a step, beside products: of a weight; of a matrix, as inputs that are rounded

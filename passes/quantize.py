@@ -69,7 +69,7 @@ class Quantize(Pass):
     drift: float = Field(
         0.5, ge=0, le=1, description="share of the error in a matrix's inputs that it makes up for; 0 saves a forward pass"
     )
-    steps: int = Field(100, ge=0, description="learned: steps of the descent for each block; 0 is gptq")
+    steps: int = Field(150, ge=0, description="learned: steps of the descent for each block; 0 is gptq")
 
     @model_validator(mode="after")
     def _steps_are_learned(self) -> Quantize:

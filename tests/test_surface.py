@@ -37,7 +37,7 @@ VERBS = {
 }  # fmt: skip
 
 QUANTIZE = {"method": "gptq", "format": "int4:g128", "pins": {}, "damp": None, "order": "activation", "clip": "mse", "drift": 0.5,
-            "steps": 100}  # fmt: skip
+            "steps": 150}  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {
     "allocate": {"budget": "4.0 bits", "formats": ["int2:g64", "int3:g64", "int4:g64", "int8:g64"], "ranks": [0],
                  "factors": "bf16", "pins": {}, "also": [], "limits": {}, "together": "engine",
