@@ -34,13 +34,14 @@ PACKED: dict[str, dict[str, Any]] = {
 def rows(options: argparse.Namespace) -> list[str]:
     """A Markdown table, a row for each damage and each way to learn."""
     found = [line(["damage", "learns", "KL", "won back", "s", "peak, MiB"]), line(["---"] * 6)]
+    asked = {name: value for name in ("tokens", "rate", "batch") if (value := getattr(options, name)) is not None}
     with tempfile.TemporaryDirectory() as place:
         for name in options.only or DAMAGES:
             steps = DAMAGES[name]
             before = outcome(options, steps, Path(place)).scores["compressed"]["kl"]
             add(found, [name, "", f"{before:.4f}", "", "", ""])
             for how, choice in (DENSE if "prune" in steps[0] else PACKED).items():
-                made = outcome(options, [*steps, {"distill": choice}], Path(place))
+                made = outcome(options, [*steps, {"distill": {**choice, **asked}}], Path(place))
                 kl, step = made.scores["compressed"]["kl"], made.report.steps[-1]
                 add(
                     found,
@@ -57,6 +58,9 @@ def add(found: list[str], cells: list[str]) -> None:
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--training", type=int, default=512, help="windows to learn from, a twentieth of them held out")
+    options.add_argument("--tokens", help="how many to learn from; default: every window once")
+    options.add_argument("--rate", type=float)
+    options.add_argument("--batch", type=int)
     options.add_argument("--only", nargs="+", choices=DAMAGES, help="some of the damages")
     publish("distill", "What training wins back", options.parse_args(), rows)
 
