@@ -126,6 +126,10 @@ STEPS: dict[str, list[tuple[Any, Sequence[str], int | None]]] = {
     "factors": [
         (LqLora(format=parse("int3:g32"), rank=4, rounds=0), words, None)
         for words in (("lora",), ("scales",), ("lora", "scales"))
+    ]
+    + [
+        (LqLora(format=parse("int3:g32"), rank=4, rounds=0, factors=parse(f)), words, None)
+        for f, words in (("int8:channel", ("scales",)), ("nf8:g64", ("norms",)))
     ],
 }
 
@@ -521,3 +525,18 @@ def test_memory_of_every_family_is_foretold(family: Any, name: str) -> None:
 )
 def test_what_makes_no_sense_is_refused(project: Project, step: dict[str, Any], says: str) -> None:
     assert says in project.refused(json.dumps({"distill": step}))
+
+
+def test_quantized_factors_stay_as_they_are(family: Any, tmp_path: Path) -> None:
+    """Beside scales that learn, to the byte; asked to learn themselves, they are refused in a line."""
+    source = open_model(str(family("llama")))
+    step = LqLora(format=parse("int3:g32"), rank=4, rounds=0, factors=parse("int8:channel"))
+    state = attempt(step, source, tmp_path / "q")
+    after = trained(Distill(train="scales", batch=4), source, state, tmp_path / "d")
+    one, two = (s.codes["layers.0.mlp.down"].load().tensors for s in (state, after))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[n], two[n]) for n in one if n.startswith("lora_"))
+    assert any(not torch.equal(s.tensors["weight_scale"], t.tensors["weight_scale"]) for s, t in
+               ((state.codes[n].load(), after.codes[n].load()) for n in state.formats))  # fmt: skip
+    with pytest.raises(RecipeError, match="which are not trained"):
+        Distill().foresee(state)

@@ -19,7 +19,7 @@ of layer that one thought of.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -157,16 +157,16 @@ class Rounded(Matrix):
 
 
 class Corrected(Matrix):
-    """A matrix plus a product of factors that learn, W + B A; `fmt` is what both are stored as together, None for a dense one,
-    which the product is added to in the end."""
+    """A matrix plus a product of factors, W + B A; `fmt` is what both are stored as together, None for a dense one, which the
+    product is added to in the end. kept: the stored tensors of factors that do not learn, None where they do."""
 
-    def __init__(self, base: Matrix, A_rk: Tensor, B_nr: Tensor, fmt: LowRank | None):
+    def __init__(self, base: Matrix, A_rk: Tensor, B_nr: Tensor, fmt: LowRank | None, kept: Mapping[str, Tensor] | None = None):
         super().__init__()
-        self.base, self.format = base, fmt
-        self.A_rk, self.B_nr = nn.Parameter(A_rk.float()), nn.Parameter(B_nr.float())
+        self.base, self.format, self.kept = base, fmt, kept
+        self.A_rk, self.B_nr = (nn.Parameter(f.float(), requires_grad=kept is None) for f in (A_rk, B_nr))
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        if self.format is None:
+        if self.format is None or self.kept is not None:
             return self.A_rk, self.B_nr
         assert isinstance(self.format.factors, Dense)
         dtype = self.format.factors.dtype
@@ -180,8 +180,10 @@ class Corrected(Matrix):
         base = self.base.stored()
         if self.format is None or base is None:
             return None
-        A_rk, B_nr = (f.detach().cpu() for f in self.factors())
         tensors = {n: t.cpu() for n, t in base.tensors.items()}
+        if self.kept is not None:
+            return Stored(self.format, base.shape, {**tensors, **self.kept})
+        A_rk, B_nr = (f.detach().cpu() for f in self.factors())
         return Stored(self.format, base.shape, self.format.pack(tensors, A_rk, B_nr))
 
 

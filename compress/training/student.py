@@ -102,11 +102,10 @@ class Student(Stream):
             return self._corrected(site, dense, None) if Kind.FACTORS in kind else dense
         packed = self.state.codes[site.name].load()
         if isinstance(fmt, LowRank):
-            base = Packed(fmt.base, packed.shape, {n: t for n, t in packed.tensors.items() if not n.startswith("lora_")})
-            found = matrices.Corrected(self._coded(base, kind), *fmt.factor_matrices(packed.tensors), fmt)
-            for factor in (found.A_rk, found.B_nr):
-                factor.requires_grad_(Kind.FACTORS in kind)
-            return found
+            factors = {n: t for n, t in packed.tensors.items() if n.startswith("lora_")}
+            base = Packed(fmt.base, packed.shape, {n: t for n, t in packed.tensors.items() if n not in factors})
+            A_rk, B_nr = (f.to(self.device) for f in fmt.factor_matrices(packed.tensors))
+            return matrices.Corrected(self._coded(base, kind), A_rk, B_nr, fmt, None if Kind.FACTORS in kind else factors)
         coded = self._coded(packed, kind)
         return self._corrected(site, coded, self.choice.formats[site.name]) if Kind.FACTORS in kind else coded
 
