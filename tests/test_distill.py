@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from compress.errors import CompressError, RunError
+from compress.errors import CompressError, RecipeError, RunError
 from compress.evaluate import compare
 from compress.formats import parse
 from compress.manager import Context

@@ -107,8 +107,8 @@ def learning(state: State, site: Site, word: str) -> Kind:
         return Kind.NOTHING
     if isinstance(fmt, LowRank):
         if not takes_factors(fmt):
-            raise RecipeError(f"'{site.name}' has factors in {fmt.factors}, which are not trained; give 'lqlora' factors: bf16, or "
-                              "train scales or norms", ("train",))  # fmt: skip
+            raise RecipeError(f"'{site.name}' has factors in {fmt.factors}, which are not trained; give 'lqlora' factors: bf16, "
+                              "or train scales or norms", ("train",))  # fmt: skip
         return Kind.FACTORS
     if fmt is None or isinstance(fmt, Quantized):
         return Kind.WEIGHTS
