@@ -28,7 +28,7 @@ from compress.state.plan import BitPlan
 from compress.training import memory as needs
 from compress.training.checkpoints import Checkpoints
 from compress.training.choice import Choice, Kind, choose
-from compress.training.loop import MICRO, Point, Schedule, Training
+from compress.training.loop import MICRO, Point, Schedule, Training, best_of
 from compress.training.loss import DIVERGENCES
 from compress.training.student import Student
 from compress.training.teacher import Cached, Live, Nobody, Streamed
@@ -320,7 +320,7 @@ def adamw(rates: Sequence[float], parameters: Sequence[Tensor]) -> torch.optim.O
 
 def told(curve: Sequence[Point], by: str, lost: int | None = None) -> list[str]:
     """What came of it, in words; `lost`: the step after which the loss was no number."""
-    best = min(curve, key=lambda p: (p.held, p.step))
+    best = best_of(curve)
     text = f"held-out {by} {curve[0].held:.5f} -> {best.held:.5f} after {best.tokens:,} tokens"
     won = f", {1 - best.held / curve[0].held:.0%} of what was lost" if by == "kl" and curve[0].held > 0 else ""
     found = [text + won]

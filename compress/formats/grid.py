@@ -161,8 +161,14 @@ def plain(W_nk: Tensor, fmt: Quantized, scale_dtype: torch.dtype = torch.bfloat1
     fmt.check(tuple(W_nk.shape))
     W_nGg = in_groups(W_nk, fmt.width(W_nk.shape[1]), 1)
     grid = fmt.settle(fmt.fit(W_nGg.amin(-1), W_nGg.amax(-1), scale_dtype))
-    codes = fmt.encode(W_nGg, grid.map(lambda t: t[..., None]))
-    return codes.flatten(1)[:, : W_nk.shape[1]].contiguous(), grid
+    return encoded(W_nk, grid, fmt), grid
+
+
+def encoded(W_nk: Tensor, grid: Grid, fmt: Quantized) -> Tensor:
+    """The codes [N, K] of the levels on a grid [N, G] that are nearest to W."""
+    k = W_nk.shape[1]
+    codes = fmt.encode(in_groups(W_nk, fmt.width(k), 1), grid.map(lambda t: t[..., None]))
+    return codes.flatten(1)[:, :k].contiguous()
 
 
 def restore(codes_nk: Tensor, grid: Grid, fmt: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -32,7 +32,7 @@ class Store(Protocol):
 
 
 class Checkpoints:
-    """Of one training: `notes` say how far it is, under "curve" as loop.py has it."""
+    """Of one training: `notes` say how far it is, under "curve" as loop.py has it, and at which step it was "best"."""
 
     def __init__(self, store: Store):
         self.store = store
@@ -45,7 +45,7 @@ class Checkpoints:
             self.store.commit(_name(step, i, len(parts)), dense={n: tensors[n].cpu() for n in names})
         text = torch.frombuffer(bytearray(json.dumps(notes).encode()), dtype=torch.uint8)
         self.store.commit("latest", dense={"notes": text})
-        wanted = {step, _best(notes)}
+        wanted = {step, notes["best"]}
         for path in self.store.partial.glob("step-*"):
             if int(path.name.split("-")[1]) not in wanted:
                 path.unlink()
@@ -67,7 +67,7 @@ class Checkpoints:
         """Those of the best."""
         notes = self.notes()
         assert notes is not None, "the start was kept"
-        return self._tensors(_best(notes))
+        return self._tensors(notes["best"])
 
     def drop(self) -> None:
         """Remove all, the note first: should that be cut short, what is left is as if it had never been begun."""
@@ -87,10 +87,6 @@ class Checkpoints:
 
 def _name(step: int, part: int, count: int) -> str:
     return f"step-{step:07}-{part:03}-of-{count:03}"
-
-
-def _best(notes: Mapping[str, Any]) -> int:
-    return int(min(notes["curve"], key=lambda p: (p[3], p[0]))[0])
 
 
 def _parts(tensors: Mapping[str, Tensor]) -> list[list[str]]:

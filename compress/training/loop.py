@@ -64,6 +64,11 @@ class Point:
     held: float
 
 
+def best_of(curve: Sequence[Point]) -> Point:
+    """The point that is kept: of equals the first."""
+    return min(curve, key=lambda p: (p.held, p.step))
+
+
 class Asked(Protocol):
     """A teacher, see teacher.py."""
 
@@ -133,7 +138,7 @@ class Training:
 
     @property
     def best(self) -> Point:
-        return min(self.curve, key=lambda p: (p.held, p.step))
+        return best_of(self.curve)
 
     @property
     def finished(self) -> bool:
@@ -222,7 +227,7 @@ class Training:
     # --- where it stopped ---
 
     def _notes(self) -> dict[str, Any]:
-        return {"curve": [[p.step, p.tokens, p.loss, p.held] for p in self.curve]}
+        return {"curve": [[p.step, p.tokens, p.loss, p.held] for p in self.curve], "best": self.best.step}
 
     def _tensors(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         """What learns, and what the optimizer remembers of it."""

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from compress.formats import Dense, Factored, LowRank
 from compress.formats import Packed as Stored
-from compress.formats.grid import Grid, Quantized, in_groups, restore, round_scale
+from compress.formats.grid import Grid, Quantized, encoded, in_groups, restore, round_scale
 
 
 class _Through(torch.autograd.Function):
@@ -55,6 +55,11 @@ class Matrix(nn.Module):
         return None
 
 
+def moved(packed: Stored, device: torch.device) -> Stored:
+    """The same with its tensors on a device."""
+    return replace(packed, tensors={n: t.to(device) for n, t in packed.tensors.items()})
+
+
 class Free(Matrix):
     """A dense matrix; it learns in fp32, or stays in what it is stored in."""
 
@@ -71,7 +76,7 @@ class Packed(Matrix):
 
     def __init__(self, packed: Stored, device: torch.device):
         super().__init__()
-        self.packed = Stored(packed.format, packed.shape, {n: t.to(device) for n, t in packed.tensors.items()})
+        self.packed = moved(packed, device)
 
     def forward(self) -> Tensor:
         return self.packed.dequantize(torch.float32)
@@ -111,7 +116,7 @@ class Scaled(Matrix):
 
     def __init__(self, packed: Stored, device: torch.device):
         super().__init__()
-        self.packed = Packed(packed, device).packed
+        self.packed = moved(packed, device)
         assert isinstance(packed.format, Quantized)
         self.start = packed.format.unpack(self.packed.tensors)[1].scale
         self.t_ng = nn.Parameter(torch.zeros(self.start.shape, device=device))
@@ -142,12 +147,11 @@ class Rounded(Matrix):
         assert isinstance(packed.format, Quantized)
         self.format: Quantized = packed.format
         self.packed_as, self.shape = packed.format, packed.shape
-        codes, self.grid = self.format.unpack(Packed(packed, device).packed.tensors)
+        codes, self.grid = self.format.unpack(moved(packed, device).tensors)
         self.W_nk = nn.Parameter(restore(codes, self.grid, self.format))
 
     def codes(self) -> Tensor:
-        W_nGg = in_groups(self.W_nk.detach(), self.format.width(self.shape[1]), 1)
-        return self.format.encode(W_nGg, self.grid.map(lambda t: t[..., None])).flatten(1)[:, : self.shape[1]].contiguous()
+        return encoded(self.W_nk.detach(), self.grid, self.format)
 
     def forward(self) -> Tensor:
         return through(self.W_nk, lambda _: restore(self.codes(), self.grid, self.format))
