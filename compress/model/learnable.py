@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from compress.model.binding import holding, matrix_in, put_matrix, within
+from compress.model.binding import holding, matrix_in, put_matrix
 from compress.model.stream import Stream
 from compress.state.graph import Site
 
@@ -19,8 +19,7 @@ class Learnable:
         self.dtype = stream.dtype
         self._holders = {}
         for site in sites:
-            block = stream.graph.blocks[site.block or 0]
-            modules = [stream.model_module(block.module, stream.blocks[block.index], p) for p in within(site, block.module)]
+            modules = list(stream.holders(site))
             for module in modules:
                 put_matrix(module, site, matrix_in(holding(module, site).detach(), site).clone())
             self._holders[site.name] = site, modules

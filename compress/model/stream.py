@@ -371,7 +371,7 @@ class Stream:
     @contextmanager
     def swapped(self, matrices: Mapping[str, Tensor]) -> Iterator[None]:
         """Inside, sites of the block in hand have other matrices [out, in]."""
-        before = {name: get_matrix(next(self._holders(self.graph[name])), self.graph[name]) for name in matrices}
+        before = {name: get_matrix(next(self.holders(self.graph[name])), self.graph[name]) for name in matrices}
         try:
             self._install(matrices)
             yield
@@ -381,10 +381,10 @@ class Stream:
     def _install(self, matrices: Mapping[str, Tensor]) -> None:
         for name, matrix in matrices.items():
             site = self.graph[name]
-            for module in self._holders(site):
+            for module in self.holders(site):
                 put_matrix(module, site, matrix.to(self.device, self.dtype))
 
-    def _holders(self, site: Site) -> Iterator[nn.Module]:
+    def holders(self, site: Site) -> Iterator[nn.Module]:
         """The modules of the block in hand that hold the site's matrix."""
         block = self.graph.blocks[site.block or 0]
         for path in within(site, block.module):
