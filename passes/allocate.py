@@ -152,7 +152,7 @@ class Allocate(Options):
             return
         levels = (f"{' or '.join(map(str, counts))} {named(kind)}" for kind, counts in self._counts(state).items() if counts)
         where = "a layer" if self.shapes == "free" else "every layer"
-        yield f"allocate may leave {'; '.join(levels)} in {where}; until that is measured shape and formats are a guess"
+        yield f"allocate may leave {'; '.join(levels)} in {where}"
         if foreseen.specs != state.specs:
             yield from Prune().remarks(state, foreseen)
 

@@ -16,8 +16,8 @@ measures only what it adds.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -26,15 +26,16 @@ from torch import Tensor
 
 from compress.errors import ModelError, RecipeError
 from compress.manager import Context, Cost, Pass, Record
+from compress.model.absent import lacking
+from compress.model.couplings import KV_GROUPS, MLP, couplings
 from compress.model.layers import Kinds, Unit, fewer, sublayers
 from compress.passes.perturbed import Change, Perturbed, silent, spread, walking
+from compress.passes.prune_counts import differing
 from compress.state import Aspect, Fact, State
-
-WHY = "no engine has layers without an attention or an MLP"
 
 
 class Depth(Pass):
-    """Take layers away, or put zeros in place of attentions and MLPs: those whose loss costs the least, measured one by one."""
+    """Take layers away, or attentions and MLPs of layers: those whose loss costs the least, measured one by one."""
 
     name: ClassVar[str] = "depth"
     needs: ClassVar[Fact] = Fact.DENSE
@@ -48,14 +49,13 @@ class Depth(Pass):
         "kl", description="what it costs: KL from the original, measured anew in every round; or how far a layer turns its input"
     )
     windows: StrictInt = Field(8, ge=1, description="calibration windows to measure on, spread over the text; at most all")
-    keep_zeros: bool = Field(False, description="put zeros in place of a sublayer's output matrix; the file keeps its size")
+    keep_zeros: bool = Field(
+        False, description="put zeros in place of a sublayer's output matrix: every engine loads it, and the file keeps its size"
+    )
 
     # --- before anything is measured ---
 
     def check(self, calibrated: bool, following: Sequence[Pass] = ()) -> None:
-        if self.unit == "sublayer" and not self.keep_zeros:
-            raise RecipeError(f"{WHY}; with keep_zeros: true the output matrix of a sublayer becomes zeros, which every engine "
-                              "loads and which makes nothing smaller; or use unit: layer", ("unit",))  # fmt: skip
         if self.unit == "layer" and self.keep_zeros:
             raise RecipeError("a layer is taken away whole; leave keep_zeros out, or use unit: sublayer", ("keep_zeros",))
         if self.unit == "sublayer" and self.metric == "angle":
@@ -69,7 +69,7 @@ class Depth(Pass):
             raise RecipeError("an earlier step has planned formats for layers by their numbers; move 'depth' in front of it")
         choice, gone = Choice.of(self, state), list[Unit]()
         for _ in range(self.drop):
-            gone.append(choice.last(gone))
+            gone.append(choice.left(gone)[-1])
         return choice.without(gone)
 
     def decided(self, state: State, foreseen: State, records: Sequence[Record]) -> State:
@@ -81,11 +81,13 @@ class Depth(Pass):
         return min(windows, self.windows)
 
     def remarks(self, state: State, foreseen: State) -> Iterable[str]:
+        if self.keep_zeros:
+            yield f"depth puts zeros in place of {self.drop} sublayers, so files and time stay what they are"
+            return
+        of = f"{len(state.graph.blocks)} layers" if self.unit == "layer" else f"{len(Choice.of(self, state).units)} sublayers"
+        yield f"depth takes {self.drop} of {of} away; which ones is measured, and until then a guess: the last ones"
         if self.unit == "sublayer":
-            yield f"depth puts zeros in place of {self.drop} sublayers: {WHY}, so files and time stay what they are"
-        else:
-            yield (f"depth takes {self.drop} of {len(state.graph.blocks)} layers away; which ones is measured, and until then a "
-                   "guess: the last ones")  # fmt: skip
+            yield f"{differing('depth')}: keep_zeros: true gives a model of the size it had that they load"
 
     def cost(self, state: State, tokens: int) -> Cost:
         """The original; in each round what stands in front of candidates, and every candidate from there to its logits."""
@@ -108,8 +110,7 @@ class Depth(Pass):
             part = f"round-{record['round']:04}"
             done = ctx.store.committed(part)
             if done is None:
-                matrices = {site.name: torch.zeros(site.shape) for site in unit.sites}
-                done = ctx.store.commit(part, dense=choice.zeros(unit, matrices), records=[record])
+                done = ctx.store.commit(part, dense=choice.written(unit), records=[record])
             ctx.say(record)
             gone.append(unit)
             zeroed.append(done)
@@ -140,73 +141,146 @@ class Depth(Pass):
         note = f"{number} of {self.drop} to go, {what} {costs[unit.name]:.3g}"
         note += f"; next best {others[0].name}, {costs[others[0].name]:.3g}" if others else ""
         return {"site": unit.name, "round": number, "metric": self.metric, "cost": costs[unit.name], "candidates": dict(costs),
-                "notes": [note, *(["zeros"] if unit.sites else [])]}  # fmt: skip
+                "notes": [note, *(["zeros"] if self.keep_zeros else [])]}  # fmt: skip
 
 
 # --- what may go ------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Choice:
+class Choice(ABC):
     """What may go of a model, in the order of its blocks."""
 
-    state: State
-    units: list[Unit]
-    drop: int
-    kinds: Kinds | None  # of layers
+    def __init__(self, state: State, units: list[Unit]):
+        self.state, self.units = state, units
 
-    @classmethod
-    def of(cls, options: Depth, state: State) -> Choice:
-        count = len(state.graph.blocks)
-        layers = options.unit == "layer"
-        units = [Unit(f"layers.{i}", i) for i in range(count)] if layers else sublayers(state)
-        if options.drop > len(units) - layers:
-            raise RecipeError(f"there are {len(units)} {options.unit}s to choose from, and {options.drop} are to go"
-                              f"{'; keep one' if layers else ''}", ("drop",))  # fmt: skip
-        return cls(state, units, options.drop, Kinds(state) if layers else None)
+    @staticmethod
+    def of(options: Depth, state: State) -> Choice:
+        if options.unit == "layer":
+            choice: Choice = Layers(state)
+        else:
+            choice = Zeros(state, sublayers(state)) if options.keep_zeros else Sublayers(state)
+        if options.drop > len(choice.units) - (options.unit == "layer"):
+            raise RecipeError(f"there are {len(choice.units)} {options.unit}s to choose from, and {options.drop} are to go"
+                              f"{'; keep one' if options.unit == 'layer' else ''}", ("drop",))  # fmt: skip
+        return choice
+
+    @abstractmethod
+    def may_go(self, unit: Unit, gone: Sequence[Unit]) -> bool:
+        """Whether a unit that is there may go next."""
+
+    @abstractmethod
+    def refused(self, gone: Sequence[Unit]) -> Exception:
+        """Why none may."""
+
+    @abstractmethod
+    def without(self, gone: Sequence[Unit]) -> State:
+        """The state without these units."""
+
+    def written(self, unit: Unit) -> dict[str, Tensor]:
+        """The tensors of the checkpoint that a unit leaves behind."""
+        return {}
+
+    def idle(self, unit: Unit) -> bool:
+        """Whether taking a unit would change nothing that there is to take."""
+        return False
 
     def left(self, gone: Sequence[Unit]) -> list[Unit]:
-        """The units that may go next."""
-        self.last(gone)
-        return [unit for unit in self.units if self._may_go(unit, gone)]
-
-    def last(self, gone: Sequence[Unit]) -> Unit:
-        """The last of those that may go next; ModelError where none may."""
-        found = next((unit for unit in reversed(self.units) if self._may_go(unit, gone)), None)
-        if found is None:
-            raise ModelError(f"'{self.state.graph.family}' decides by the number what a layer is: with {len(gone)} gone, no "
-                             "other can go without changing what the rest are", ("drop",))  # fmt: skip
+        """The units that may go next, at least one."""
+        found = [unit for unit in self.units if unit not in gone and self.may_go(unit, gone)]
+        if not found:
+            raise self.refused(gone)
         return found
-
-    def _may_go(self, unit: Unit, gone: Sequence[Unit]) -> bool:
-        """Whether a unit is there, and the layers that are left without it are what they were."""
-        if self.kinds is None or unit in gone:
-            return unit not in gone
-        return self.kinds.odd([u.block for u in self.units if u != unit and u not in gone]) is None
 
     def least(self, units: Sequence[Unit], costs: Mapping[str, float | None]) -> tuple[Unit, list[Unit]]:
         """The unit that costs the least, and the others from there on; those that are gone before they go do not count."""
         finite = [(cost, unit) for unit in units if (cost := costs[unit.name]) is not None]
         ranked = [unit for _, unit in sorted(finite, key=lambda found: found[0])]
-        while ranked and ranked[0].sites and not any(self.state.reference(s).any() for s in ranked[0].sites):
+        while ranked and self.idle(ranked[0]):
             ranked.pop(0)
         if not ranked:
             raise ModelError(f"nothing is left to go: without any of {units[0].name} to {units[-1].name} the model puts out "
                              "what is not finite, or what it did before; lower 'drop'", ("drop",))  # fmt: skip
         return ranked[0], ranked[1:]
 
+
+class Layers(Choice):
+    """Whole layers, which leave those behind them what they were."""
+
+    def __init__(self, state: State):
+        super().__init__(state, [Unit(f"layers.{i}", i) for i in range(len(state.graph.blocks))])
+        self.kinds = Kinds(state)
+
+    def may_go(self, unit: Unit, gone: Sequence[Unit]) -> bool:
+        return self.kinds.odd([u.block for u in self.units if u != unit and u not in gone]) is None
+
+    def refused(self, gone: Sequence[Unit]) -> Exception:
+        return ModelError(f"'{self.state.graph.family}' decides by the number what a layer is: with {len(gone)} gone, no "
+                          "other can go without changing what the rest are", ("drop",))  # fmt: skip
+
     def without(self, gone: Sequence[Unit]) -> State:
-        """The state without these layers; what loses a sublayer keeps its shape."""
-        if self.kinds is None:
-            return self.state
         lost = {unit.block for unit in gone}
         return fewer(self.state, [unit.block for unit in self.units if unit.block not in lost])
 
-    def zeros(self, unit: Unit, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of the checkpoint that hold these matrices, and the biases behind them, at zero."""
-        dense = self.state.dense
+
+class Sublayers(Choice):
+    """Attentions and MLPs; one of each stays, for the config to speak of."""
+
+    def __init__(self, state: State):
+        self.kinds = [c.kind for c in couplings(state)]
+        super().__init__(state, separable(state, sublayers(state)))
+
+    def may_go(self, unit: Unit, gone: Sequence[Unit]) -> bool:
+        return self.kinds.count(kind_of(unit)) - sum(kind_of(u) == kind_of(unit) for u in gone) > 1
+
+    def refused(self, gone: Sequence[Unit]) -> Exception:
+        return RecipeError(f"with {len(gone)} sublayers gone there is one attention and one MLP left, and these stay", ("drop",))
+
+    def without(self, gone: Sequence[Unit]) -> State:
+        found = {kind: [unit.block for unit in gone if kind_of(unit) == kind] for kind in (KV_GROUPS, MLP)}
+        return lacking(self.state, found) if gone else self.state
+
+
+class Zeros(Choice):
+    """Attentions and MLPs that keep their shape, with zeros in what puts out their outputs."""
+
+    def may_go(self, unit: Unit, gone: Sequence[Unit]) -> bool:
+        return True
+
+    def refused(self, gone: Sequence[Unit]) -> Exception:
+        raise AssertionError("there are as many as are to go")
+
+    def without(self, gone: Sequence[Unit]) -> State:
+        return self.state
+
+    def written(self, unit: Unit) -> dict[str, Tensor]:
+        """The tensors that hold these matrices, and the biases behind them, at zero."""
+        dense, matrices = self.state.dense, {site.name: torch.zeros(site.shape) for site in unit.sites}
         biases = [name for site in unit.sites if (name := f"{site.stem}.bias") in dense]
         return {**self.state.stored(matrices), **{name: torch.zeros_like(dense.read(name)) for name in biases}}
+
+    def idle(self, unit: Unit) -> bool:
+        return not any(self.state.reference(site).any() for site in unit.sites)
+
+
+def kind_of(unit: Unit) -> str:
+    """The kind of coupling that a sublayer is."""
+    return KV_GROUPS if unit.name.endswith(".attn") else MLP
+
+
+def separable(state: State, units: Sequence[Unit]) -> list[Unit]:
+    """The sublayers that a config can be without; ModelError where there is none."""
+    known, why = {(c.kind, c.block) for c in couplings(state)}, dict[str, str]()
+    units = [unit for unit in units if (kind_of(unit), unit.block) in known]
+    for kind, block in {kind_of(unit): unit.block for unit in units}.items():
+        try:
+            lacking(state, {kind: [block]})
+        except ModelError as e:
+            why[kind] = str(e)
+    found = [unit for unit in units if kind_of(unit) not in why]
+    if not found:
+        what = next(iter(why.values()), f"what '{state.graph.family}' has for sublayers cannot go whole")
+        raise ModelError(f"{what}, or use keep_zeros: true, or unit: layer", ("unit",))
+    return found
 
 
 def changes(units: Iterable[Unit]) -> list[Change]:

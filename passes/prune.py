@@ -33,7 +33,7 @@ from compress.model.speed import precision
 from compress.model.stream import Twin
 from compress.model.work import advancing_bytes, block_bytes, cached, per_token, waiting_bytes
 from compress.passes.prune_block import Aim, Block
-from compress.passes.prune_counts import Counts, Stays, as_before, cuts, fitted, losing, wanted
+from compress.passes.prune_counts import Counts, Stays, as_before, cuts, differing, fitted, losing, wanted
 from compress.state import Aspect, Fact, State
 
 SWEEP, JUDGED = 8.0, 12.0  # operations, as of fp32, for K³ of a reader's sweep and factors, and for N K² of its losses
@@ -148,8 +148,7 @@ class Prune(Pass):
         smaller = f"; {cache[0]:,} → {cache[1]:,} bytes of cache for each token" if cache[0] != cache[1] else ""
         yield f"prune: {''.join(told).removesuffix(', ')}{'; ' * bool(told)}{' → '.join(counts)} parameters{smaller}"
         if free(foreseen.config):
-            yield ("prune: layers differ in shape; native (where compress-pipeline is installed) and onnx load that, and stock "
-                   "transformers, vLLM and llama.cpp do not: one share for all layers gives a model that they load")  # fmt: skip
+            yield f"{differing('prune')}: one share for all layers gives a model that they load"
 
     def run(self, state: State, ctx: Context) -> State:
         smaller = self._smaller(state)

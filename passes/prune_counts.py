@@ -53,6 +53,12 @@ def as_before(state: State, kind: str, stays: float | Mapping[str, int | float])
         yield reader.shape[0], widest if isinstance(stays, Mapping) else round(reader.shape[1] / stays)
 
 
+def differing(name: str) -> str:
+    """What a step says of a model whose layers differ in shape."""
+    return (f"{name}: layers differ in shape; native (where compress-pipeline is installed) and onnx load that, and stock "
+            "transformers, vLLM and llama.cpp do not")  # fmt: skip
+
+
 def natural(units: int) -> int:
     """What the number of neurons is rounded up to: what formats and engines divide them by."""
     most = 128 if units >= WIDE else 32

@@ -259,6 +259,54 @@ def test_attentions_of_several_kinds_can_go(tmp_path: Path) -> None:
     assert {u.name for u in sublayers(open_model(str(folder)).state)} >= {"layers.0.attn", "layers.1.attn"}
 
 
+# --- sublayers that are not there --------------------------------------------------------------------------------------
+
+GONE = {"unit": "sublayer", "windows": 100}
+
+
+@pytest.mark.parametrize("name", covered(["llama", "gemma3", "phi3", "qwen3"], "gemma3", "qwen3"))
+def test_sublayers_that_go_are_those_whose_zeros_cost_least(tmp_path: Path, name: str) -> None:
+    """In three rounds, of a model whose tensors and config are without them afterwards."""
+    folder = deep(tmp_path / "model", name)
+    state = open_model(str(folder)).state
+    made, told, _ = ran(Depth.model_validate({"drop": 3, **GONE}), folder, tmp_path / "gone")
+    _, zeros, _ = ran(Depth.model_validate({"drop": 3, **ZEROS}), folder, tmp_path / "zeros")
+    assert [(t["site"], t["candidates"]) for t in told] == [(t["site"], t["candidates"]) for t in zeros]
+    assert kl(state, made, folder) == pytest.approx(told[-1]["cost"], rel=1e-3)
+    gone = [u for u in sublayers(state) if u.name in {t["site"] for t in told}]
+    assert not {site.weight for unit in gone for site in unit.sites} & {spec.name for spec in made.specs}
+    assert {u.name for u in sublayers(made)} == {u.name for u in sublayers(state)} - {u.name for u in gone}
+
+
+def test_one_attention_and_one_mlp_stay(tmp_path: Path) -> None:
+    folder = deep(tmp_path / "model", "llama")
+    made, told, _ = ran(Depth.model_validate({"drop": 6, **GONE}), folder, tmp_path)
+    assert sorted(name.rpartition(".")[2] for name in {u.name for u in sublayers(made)}) == ["attn", "mlp"]
+    assert len(told) == 6
+
+
+def test_what_cannot_go_whole_is_no_candidate(tmp_path: Path, family: Any) -> None:
+    """The MLP of OPT is no module; GPT-2 says nothing of groups of heads; an MLP that is a mixture is not taken away."""
+    mixture = Depth.model_validate(GONE).foresee(open_model(str(family("mixtral"))).state)
+    assert {u.name for u in sublayers(mixture)} == {"layers.0.attn", "layers.0.mlp", "layers.1.mlp"}
+    with pytest.raises(ModelError, match=r"keep at least 1, or use keep_zeros: true, or unit: layer"):
+        Depth.model_validate(GONE).foresee(open_model(str(family("opt"))).state)
+
+
+def test_a_run_without_sublayers_is_smaller_as_planned(project: Project, tmp_path: Path) -> None:
+    passes(project, "depth: {drop: 1, unit: sublayer, windows: 2}")
+    project.edit("compressed_tensors", "native")
+    planned = project.plan()
+    assert planned.code == 0, planned.err
+    assert "depth takes 1 of 4 sublayers away" in planned.out
+    assert "depth: layers differ in shape; native (where compress-pipeline is installed) and onnx load that" in planned.out
+    size = next(line for line in planned.out.splitlines() if line.startswith("native:"))
+    assert project.run().code == 0
+    assert f"{sum(f.stat().st_size for f in (project.out / 'native').glob('*.safetensors')):,} bytes" in size
+    project.edit("native", "compressed_tensors")
+    assert "layers differ in shape" in project.plan().line
+
+
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
@@ -275,7 +323,7 @@ def test_more_layers_measure_only_the_rounds_that_are_new(tmp_path: Path, monkey
     assert rounds == [0, 1, 2, 0]
 
 
-@pytest.mark.parametrize("options", [{"drop": 2}, {"drop": 2, **ZEROS}], ids=["layers", "zeros"])
+@pytest.mark.parametrize("options", [{"drop": 2}, {"drop": 2, **ZEROS}, {"drop": 2, **GONE}], ids=["layers", "zeros", "gone"])
 def test_a_run_that_was_stopped_at_any_commit_leaves_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
@@ -365,12 +413,12 @@ def test_a_bare_config_is_planned_by_a_guess(project: Project, tmp_path: Path) -
 def test_zeros_say_that_nothing_becomes_smaller(project: Project) -> None:
     passes(project, "depth: {drop: 1, unit: sublayer, keep_zeros: true, windows: 2}")
     planned = project.plan()
-    assert "depth puts zeros in place of 1 sublayers: no engine has layers without an attention or an MLP" in planned.out
+    assert "depth puts zeros in place of 1 sublayers, so files and time stay what they are" in planned.out
     assert project.run().code == 0
 
 
 @pytest.mark.parametrize(("options", "says"), [
-    ("unit: sublayer", "no engine has layers without an attention or an MLP; with keep_zeros: true"),
+    ("drop: 3, unit: sublayer", "with 2 sublayers gone there is one attention and one MLP left, and these stay"),
     ("keep_zeros: true", "a layer is taken away whole; leave keep_zeros out"),
     ("unit: sublayer, keep_zeros: true, metric: angle", "an angle is that of a whole layer"),
     ("drop: 2", "there are 2 layers to choose from, and 2 are to go; keep one"),

@@ -40,6 +40,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # at least one set for every pass,
     "depth": [
         {"windows": 2},
         {"drop": 2, "unit": "sublayer", "keep_zeros": True, "windows": 2},
+        {"unit": "sublayer", "windows": 2},
         {"metric": "angle"},
     ],
     "prune": [
@@ -106,12 +107,12 @@ def test_every_pass_is_tried() -> None:
 
 
 # Of the first options of a pass, and of those that go ways of their own, in every run; of the others in the slow one.
-OWN_WAYS = ("quantize3", "depth6", "prune9", "lqlora18", "allocate20", "allocate22")
+OWN_WAYS = {"quantize": (3,), "depth": (2,), "prune": (1,), "lqlora": (1,), "allocate": (1, 4)}
 
 
 def cases() -> Iterator[Any]:
     for i, (name, options) in enumerate(CASES):
-        often = options is OPTIONS[name][0] or f"{name}{i}" in OWN_WAYS
+        often = OPTIONS[name].index(options) in (0, *OWN_WAYS.get(name, ()))
         yield pytest.param(name, options, id=f"{name}{i}", marks=() if often else pytest.mark.slow)
 
 
