@@ -88,6 +88,8 @@ def removed(model: Any, ids: torch.Tensor, share: float, criterion: str) -> None
 
     layers = model.get_decoder().layers
     roots = [layer.mlp.gate_proj for layer in layers]
+    mlps = {id(m) for layer in layers for m in layer.mlp.modules()}
+    others = [m for m in model.modules() if isinstance(m, torch.nn.Linear | torch.nn.Embedding) and id(m) not in mlps]
     choose = torch_pruning.importance.GroupTaylorImportance() if criterion == "taylor" else (
         torch_pruning.importance.GroupMagnitudeImportance())  # fmt: skip
     pruner = torch_pruning.pruner.BasePruner(
@@ -96,6 +98,7 @@ def removed(model: Any, ids: torch.Tensor, share: float, criterion: str) -> None
         choose,
         pruning_ratio=0.0,
         pruning_ratio_dict=dict.fromkeys(roots, 1 - share),
+        ignored_layers=others,  # or it looks at every group of the model, which takes it hours
         forward_fn=lambda m, x: m(x, use_cache=False).logits,
     )
     if criterion == "taylor":

@@ -77,8 +77,8 @@ def allocated(bits: BitPlan, state: State) -> str:
     if f.measured:
         parts += ["\n".join(allocation.summary(f)), allocation.frontier_table(f), allocation.plot(f)]
     else:
-        parts += ["This allocation is a guess, shape and formats: every weight counts alike until 'plan' or 'run' measures damage on\n"
-                  "the model's weights. What fits the budget is exact."]  # fmt: skip
+        parts += ["This allocation is a guess, shape and formats: every weight counts alike until 'plan' or 'run' measures\n"
+                  "damage on the model's weights. What fits the budget is exact."]  # fmt: skip
         parts += [allocation.pace(f.latency)] if f.latency else []
     return "\n\n".join(parts)
 

@@ -6,7 +6,6 @@ and what is written. Shapes and formats stay as they are, with one exception: fa
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,9 +19,10 @@ from torch import Tensor
 from compress.errors import ModelError, RecipeError
 from compress.formats import LowRank, Packed
 from compress.manager import Context, Cost, Pass, Record
-from compress.model.data import MOST, Tokens, shares
+from compress.model.data import MOST, Tokens
 from compress.model.speed import precision
 from compress.model.work import per_token
+from compress.passes import blockwise
 from compress.state import Aspect, State
 from compress.state.plan import BitPlan
 from compress.training import memory as needs
@@ -32,10 +32,10 @@ from compress.training.loop import MICRO, Point, Schedule, Training, best_of
 from compress.training.loss import DIVERGENCES
 from compress.training.student import Student
 from compress.training.teacher import Cached, Live, Nobody, Streamed
+from compress.training.windows import halves
 
 PARTS = (*DIVERGENCES, "ce", "hidden_cosine")
 SMALLEST = 1e-3  # size of a tensor, for its rate: zeros learn too
-HELD = 8192  # tokens to judge on, at most, and a twentieth of the windows: judging costs as much as a third of learning
 OTHERS = "others"  # the part that is committed last: what learns and is no matrix, and the record
 COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kMG]?)")
 
@@ -75,6 +75,10 @@ class Distill(Pass):
     top_k: int = Field(64, ge=1, description="cached: how many of a prediction's likeliest tokens are kept")
     train: str | tuple[str, ...] = Field(
         "all", description="what learns: all, lora, scales, norms, patterns of names, or a list of these"
+    )
+    scope: Literal["model", "block"] = Field(
+        "model",
+        description="the whole model learns at once; or the scales of each block, from what the source's puts out",
     )
     rank: int | None = Field(None, ge=1, description="lora: rank of the factors that matrices without any are given")
     tokens: str | int | None = Field(None, description="how many tokens to learn from, such as 2M; default: every window once")
@@ -122,6 +126,11 @@ class Distill(Pass):
             raise ValueError("what blocks put out is not cached; use teacher: live or streamed, or leave hidden_cosine out")
         if self.rank is not None and "lora" not in self.words:
             raise ValueError("'rank' is about train: lora; leave it out")
+        if self.scope == "block":
+            if self.words != ("scales",):
+                raise ValueError("block by block scales learn; use train: scales, or scope: model")
+            if idle := sorted(self.chosen().keys() & {"loss", "teacher", "top_k", "memory"}):
+                raise ValueError(f"'{idle[0]}' is about the whole model, and blocks learn by what they put out; leave it out")
         return self
 
     @property
@@ -137,6 +146,8 @@ class Distill(Pass):
     def choice(self, state: State) -> Choice:
         if not state.graph.causal or not any(site.role == "head" for site in state.graph):
             raise ModelError(f"'{state.graph.family}' predicts no next token, which is what a student learns")
+        if self.scope == "block":
+            blockwise.check(state)
         found = choose(state, self.words, self.rank)
         small = next((state.graph[n] for n in found.sites if (self.rank or 0) > min(state.graph[n].shape)), None)
         if small is not None:
@@ -163,6 +174,8 @@ class Distill(Pass):
         assert ctx.training is not None, "`check` asks for it"
         assert ctx.source is not None, "a run begins with a model"
         choice, tokens = self.choice(state), ctx.training
+        if self.scope == "block":
+            return blockwise.run(self, state, ctx)
         kept = Checkpoints(ctx.store.analysis("training", self.text()))
         written = self._committed(state, choice, ctx)
         if written is None:
@@ -255,6 +268,8 @@ class Distill(Pass):
         """Every token goes through the student and back, which is two products more, and one again where blocks are run again.
         The teacher is asked about every window, or for every step."""
         choice, setting = self.choice(state), self.setting(length)
+        if self.scope == "block":
+            return blockwise.cost(self, state, windows, length)
         found = needs.within(state, choice, setting, self.memory.limit)
         schedule = self.schedule(windows, length)
         learnt = schedule.steps * schedule.batch * length
@@ -293,18 +308,6 @@ def counted(tokens: str | int) -> int:
     if not 0.5 <= count <= MOST:
         raise ValueError(f"'{str(tokens)[:40]}' is no number of tokens; write 2M, 500k or 2000000")
     return round(count) or 1
-
-
-def halves(count: int, length: int, sources: Sequence[tuple[str, int]] = ()) -> tuple[list[int], list[int]]:
-    """Numbers of the windows to learn from, and of those to judge on: the last twentieth, `HELD` tokens at most. Where they come
-    from several sources, the last of each."""
-    if count < 2:
-        raise RecipeError("one window is too few: some are learnt from and others judged on; give more text")
-    counts = [n for _, n in sources] or [count]
-    ends = list(itertools.accumulate(counts))
-    kept = shares(max(1, min(count // 20, HELD // length)), [float(n) for n in counts])
-    held = [i for end, n in zip(ends, kept, strict=True) for i in range(end - n, end)]
-    return sorted(set(range(count)) - set(held)), held
 
 
 def size_of(t: Tensor) -> float:

@@ -51,12 +51,32 @@ class Chunk:
         return torch.stack([hidden[i // size][i % size] for i in self.numbers])
 
 
-class Matrix:
-    """One matrix of the block while it is learned: its latents, and what stands beside them in a format with a correction."""
+@dataclass(frozen=True)
+class Course:
+    """What the learning of every block has in common. held, some: the windows to judge by and those to learn from; share: how far
+    a step goes; judged: whether the block is judged behind it; seed: of the order of the windows."""
 
-    def __init__(self, site: Site, packed: Packed, aim: Aim, device: torch.device):
-        self.site, self.packed, aim_nk = site, packed, aim.W_nk
-        energy_k = aim.factor.diag_k if aim.factor else None
+    stream: Stream
+    held: Sequence[Chunk]
+    some: Sequence[Chunk]
+    steps: int
+    share: Callable[[int], float]
+    judged: Callable[[int], bool]
+    seed: int
+
+
+def chunks(stream: Stream, state: State, ids: Tensor, *some: Sequence[Sequence[int]]) -> list[list[Chunk]]:
+    """Windows [sequences, length], by their numbers, several times some at a time."""
+    batches = iter(stream.start(state, [ids[list(numbers)] for each in some for numbers in each]))
+    return [[Chunk([*n], replace(next(batches), hidden=torch.empty(0, device=stream.device))) for n in each] for each in some]
+
+
+class Matrix:
+    """One matrix of the block while it is learned: its latents, and what stands beside them in a format with a correction.
+    Without an `aim` its codes stay."""
+
+    def __init__(self, site: Site, packed: Packed, aim: Aim | None, device: torch.device):
+        self.site, self.packed = site, packed
         base = packed.format.base if isinstance(packed.format, LowRank) else packed.format
         assert isinstance(base, Quantized)
         codes, grid = base.unpack(packed.tensors)
@@ -64,8 +84,12 @@ class Matrix:
         if isinstance(packed.format, LowRank):
             A_rk, B_nr = packed.format.factor_matrices(packed.tensors)
             self.beside = (B_nr @ A_rk).to(device)
-            aim_nk = aim_nk - self.beside
-        self.latent = core.Latent(codes.to(device), grid.to(device), aim_nk, base, energy_k)
+        codes, grid = codes.to(device), grid.to(device)
+        if aim is None:
+            self.latent: core.Latent | core.Held = core.Held(codes, grid, base)
+            return
+        aim_nk = aim.W_nk if self.beside is None else aim.W_nk - self.beside
+        self.latent = core.Latent(codes, grid, aim_nk, base, aim.factor.diag_k if aim.factor else None)
 
     def weights(self) -> Tensor:
         """[N, K], fp32."""
@@ -83,12 +107,12 @@ class Learner:
 
     def __init__(self, steps: int, state: State, ctx: Context, stream: Stream):
         assert ctx.calibration is not None, "`check` asks for calibration data"
-        self.steps, self.ctx, self.stream = steps, ctx, stream
+        self.ctx, self.stream, every = ctx, stream, max(1, steps // JUDGED)
         ids = state.ids(ctx.calibration.ids)
-        held, some = windows(len(ids), ids.shape[1], seeded(ctx.seed, "windows to learn from"))
-        batches = stream.start(state, [ids[numbers] for numbers in held + some])
-        chunks = [Chunk(n, replace(b, hidden=b.hidden.new_empty(0))) for n, b in zip(held + some, batches, strict=True)]
-        self.held, self.some = chunks[: len(held)], chunks[len(held) :]
+        numbers = windows(len(ids), ids.shape[1], seeded(ctx.seed, "windows to learn from"))
+        held, some = chunks(stream, state, ids, *numbers)
+        self.course = Course(stream, held, some, steps, lambda step: core.share(step, steps),
+                             lambda step: (steps - 1 - step) % every == 0, ctx.seed)  # fmt: skip
 
     def learn(self, solver: Solver, state: State, index: int, batches: Sequence[Batch], twin: Twin | None) -> None:
         """Better codes for the block than the solver's, in their place, and what is noted of them. batches: in front of the
@@ -96,11 +120,12 @@ class Learner:
         assert solver.aims is not None
         aims = {n: aim for n, aim in solver.aims.items() if isinstance(solver.formats[n], Quantized | LowRank)}
         start, note = time.perf_counter(), NOTHING_HELD
-        if aims and self.some:
+        if aims and self.course.some:
             given, wanted = [batch.hidden for batch in batches], self._wanted(state, index, batches, twin)
             with self.stream.block(state, index) as block:
                 matrices = [Matrix(state.graph[n], solver.packed[n], aim, self.stream.device) for n, aim in aims.items()]
-                note = Descent(self, block, index, matrices, given, wanted, state.dtype).run(self._progress(state.graph, index))
+                descent = Descent(self.course, block, index, matrices, given, wanted, state.dtype)
+                note = f"learned: {descent.run(self._progress(state.graph, index))}"
             solver.packed |= {m.site.name: m.packed for m in matrices}
         seconds = (time.perf_counter() - start) / max(1, len(aims))
         for name, aim in aims.items():
@@ -126,30 +151,30 @@ class Descent:
     """The learning of one block, which the stream has in hand."""
 
     def __init__(
-        self, learner: Learner, block: nn.Module, index: int, matrices: Sequence[Matrix], given: Sequence[Tensor],
+        self, course: Course, block: nn.Module, index: int, matrices: Sequence[Matrix], given: Sequence[Tensor],
         wanted: Sequence[Tensor], dtype: torch.dtype,
     ):  # fmt: skip
-        self.learner, self.block, self.index, self.matrices = learner, block, index, matrices
+        self.course, self.block, self.index, self.matrices = course, block, index, matrices
         self.given, self.wanted, self.dtype = given, wanted, dtype
-        self.places = Learnable(learner.stream, [m.site for m in matrices])
+        self.places = Learnable(course.stream, [m.site for m in matrices])
 
     def run(self, progress: Callable[[float], None]) -> str:
         """Go all steps; matrices keep the best of what was judged. What is noted of it."""
-        steps, every, order = self.learner.steps, max(1, self.learner.steps // JUDGED), list[int]()
-        draw = seeded(self.learner.ctx.seed, f"steps of block {self.index}")
+        course, order = self.course, list[int]()
+        draw = seeded(course.seed, f"steps of block {self.index}")
         self._put()
         first = best = self._judged()
-        for step in range(steps):
-            order = order or torch.randperm(len(self.learner.some), generator=draw).tolist()
-            self._step(self.learner.some[order.pop()], core.share(step, steps))
-            if (steps - 1 - step) % every == 0:
-                progress((step + 1) / steps)
+        for step in range(course.steps):
+            order = order or torch.randperm(len(course.some), generator=draw).tolist()
+            self._step(course.some[order.pop()], course.share(step))
+            if course.judged(step):
+                progress((step + 1) / course.steps)
                 found = self._judged()
                 if found < best:
                     best = found
                     for m in self.matrices:
                         m.keep()
-        return f"learned: error of the block on held-out windows {first:.3g} -> {best:.3g}"
+        return f"error of the block on held-out windows {first:.3g} -> {best:.3g}"
 
     def _put(self) -> None:
         for m in self.matrices:
@@ -157,12 +182,12 @@ class Descent:
 
     def _loss(self, chunk: Chunk) -> Tensor:
         batch = replace(chunk.batch, hidden=chunk.of(self.given))
-        return core.relative(self.learner.stream.call(self.block, batch, self.index), chunk.of(self.wanted))
+        return core.relative(self.course.stream.call(self.block, batch, self.index), chunk.of(self.wanted))
 
     def _judged(self) -> float:
         """The loss on the windows that were held out."""
-        losses = [float(self._loss(chunk)) * len(chunk.numbers) for chunk in self.learner.held]
-        return sum(losses) / sum(len(chunk.numbers) for chunk in self.learner.held)
+        losses = [float(self._loss(chunk)) * len(chunk.numbers) for chunk in self.course.held]
+        return sum(losses) / sum(len(chunk.numbers) for chunk in self.course.held)
 
     def _step(self, chunk: Chunk, share: float) -> None:
         self.places.forget()
@@ -178,19 +203,23 @@ class Descent:
 
 def cost(state: State, tokens: int, steps: int, sites: Sequence[Site], corrects: bool) -> Cost:
     """What learning takes on top of solving: steps forward and back, judgements, and one more pass, or two without a twin."""
-    work, once = per_token(state), min(TOKENS, tokens)
-    forward = JUDGED * tokens / HELD + tokens * (2 - corrects)
+    return descent_cost(state, tokens, JUDGED * tokens / HELD + tokens * (2 - corrects), steps, TOKENS, sites)
+
+
+def descent_cost(state: State, tokens: int, forward: float, steps: int, once: int, sites: Sequence[Site]) -> Cost:
+    """Of `steps` forward and back on `once` of the `tokens`, and of `forward` more tokens that pass the same blocks."""
+    work, once = per_token(state), min(once, tokens)
     blocks, rounds = len({s.block for s in sites}), 1.0 * steps * sum(s.numel for s in sites)
     share = blocks / max(1, len(state.graph.blocks))
     return Cost(
         2.0 * (forward + 3.0 * once * steps) * work.weights * share,
         numbers=(forward + BACKWARD * once * steps) * work.numbers * share,
         seconds=SECONDS_PER_WEIGHT * rounds, steps=1.0 * STEPS_PER_MATRIX * steps * len(sites),
-        peak_bytes=_peak_bytes(state, tokens, sites),
+        peak_bytes=_peak_bytes(state, tokens, once, sites),
     )  # fmt: skip
 
 
-def _peak_bytes(state: State, tokens: int, sites: Sequence[Site]) -> int:
+def _peak_bytes(state: State, tokens: int, once: int, sites: Sequence[Site]) -> int:
     """Of the largest block what is held of each of its weights, the Hessians, and what a step's tokens leave in it for the way
     back; beside that what all tokens are in front of it and behind it."""
     work, number, width = per_token(state), computing(state.dtype).itemsize, state.graph["embed"].shape[1]
@@ -199,7 +228,7 @@ def _peak_bytes(state: State, tokens: int, sites: Sequence[Site]) -> int:
         held[s.block] += (LATENT_BYTES + 2 * number) * s.numel
     for (block, _), k in {(s.block, s.input_key): s.shape[1] for s in sites}.items():
         held[block] += 8 * k * k
-    tape = TAPE * min(TOKENS, tokens) * work.numbers / max(1, len(state.graph.blocks))
+    tape = TAPE * once * work.numbers / max(1, len(state.graph.blocks))
     return int(max(held.values(), default=0) + number * (tape + 3 * tokens * width))
 
 

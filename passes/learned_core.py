@@ -78,6 +78,33 @@ class Moments:
         return self.first / size
 
 
+class Held:
+    """One matrix whose codes [N, K] stay, and of whose grid [N, G] the scales are learned."""
+
+    def __init__(self, codes_nk: Tensor, grid: Grid, fmt: Quantized):
+        self.fmt, self._codes, self._start = fmt, codes_nk, grid
+        self._factor = torch.ones_like(grid.scale, dtype=torch.float32)
+        self._moments = Moments(self._factor, shared=False)
+
+    @property
+    def grid(self) -> Grid:
+        """As it will be stored."""
+        return self.fmt.rescale(self._start, self._factor)
+
+    def rounded(self) -> Tensor:
+        """The weights [N, K] as they are now, fp32."""
+        return restore(self._codes, self.grid, self.fmt)
+
+    def codes(self) -> Tensor:
+        return self._codes
+
+    def step(self, slope_nk: Tensor, share: float) -> None:
+        """Move each scale by about `share` of itself against the gradient of the loss at `rounded`."""
+        width = self.fmt.width(slope_nk.shape[1])
+        turn = self._moments.direction(in_groups(slope_nk.float() * self.rounded(), width, 1).sum(-1))
+        self._factor.add_(turn, alpha=-share)
+
+
 class Latent:
     """One matrix while it is learned, W [N, K] on a grid [N, G] of a format."""
 

@@ -24,7 +24,7 @@ from compress.manager import Context
 from compress.model.data import Tokens
 from compress.model.model import open_model
 from compress.model.stream import Stream
-from compress.passes.distill import Distill, halves
+from compress.passes.distill import Distill
 from compress.passes.lqlora import LqLora
 from compress.passes.prune import Prune
 from compress.passes.quantize import Quantize
@@ -34,6 +34,7 @@ from compress.training import loss, matrices, memory
 from compress.training.choice import choose
 from compress.training.loop import Training
 from compress.training.student import Student
+from compress.training.windows import halves
 from tests.conftest import FAMILIES, Project
 from tests.pass_laws import TEXT, TOKENS, KilledError, attempt
 from tests.test_kinds_of_models import NAMED, WRAPPERS, made

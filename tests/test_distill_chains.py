@@ -11,9 +11,10 @@ from compress.evaluate import compare
 from compress.formats import parse
 from compress.model.data import Tokens
 from compress.model.model import open_model
-from compress.passes.distill import Distill, halves
+from compress.passes.distill import Distill
 from compress.passes.prune import Prune
 from compress.passes.quantize import Quantize
+from compress.training.windows import halves
 from tests.conftest import Project
 from tests.pass_laws import TEXT, attempt
 from tests.test_distill import trained
