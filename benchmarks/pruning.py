@@ -75,7 +75,7 @@ def with_torch_pruning(options: argparse.Namespace, share: float, criterion: str
     seconds = time.perf_counter() - start
     with tempfile.TemporaryDirectory() as folder:
         model.to(source.state.dtype).save_pretrained(folder)
-        for name in source.checkpoint.path.glob("tokenizer*"):
+        for name in source.checkpoint.folder.glob("tokenizer*"):
             (Path(folder) / name.name).write_bytes(name.read_bytes())
         scores = compare(source.state, open_model(folder).state, texts(options, source, options.evaluation, options.judged))[1]
     assert scores.kl is not None

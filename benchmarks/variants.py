@@ -24,17 +24,21 @@ def measured(options: argparse.Namespace, passes: list[dict[str, Any]]) -> float
 
 def outcome(options: argparse.Namespace, passes: list[dict[str, Any]], work: Path | None = None) -> Any:
     """The run itself. A folder `work` keeps what was measured for the next."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = work or Path(place)
+        recipe = folder / "recipe.yaml"
+        recipe.write_text(yaml.safe_dump(recipe_of(options, passes, folder), sort_keys=False), encoding="utf-8")
+        return compress.run_recipe(recipe)
+
+
+def recipe_of(options: argparse.Namespace, passes: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """The recipe of the passes, run in a folder."""
     windows = {"length": options.length, "bos": options.bos}
     data = {"calibration": {"text": str(options.calibration.resolve()), "sequences": options.sequences, **windows},
             "evaluation": {"text": str(options.evaluation.resolve()), "sequences": options.judged, **windows}}  # fmt: skip
     if any("distill" in step for step in passes):
         data["training"] = {"text": str(options.calibration.resolve()), "sequences": options.training, **windows}
-    with tempfile.TemporaryDirectory() as place:
-        folder = work or Path(place)
-        recipe = folder / "recipe.yaml"
-        content = {"model": str(options.model.resolve()), "out": f"{folder}/run", "data": data, "passes": passes, "export": []}
-        recipe.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-        return compress.run_recipe(recipe)
+    return {"model": str(options.model.resolve()), "out": f"{folder}/run", "data": data, "passes": passes, "export": []}
 
 
 def parser(doc: str | None, judged: int = 32) -> argparse.ArgumentParser:

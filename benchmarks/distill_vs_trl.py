@@ -1,0 +1,196 @@
+"""One distillation through `compress` and through TRL's GKDTrainer, side by side: KL on held-out text, peak memory, seconds.
+
+python benchmarks/distill_vs_trl.py --model MODEL --calibration TEXT --evaluation TEXT --trl-python VENV/bin/python \\
+    [--steps 40] [--batch 8] [--rates 1e-3 3e-3] [--trl-rates 1e-4 3e-4] [--save DIR]
+
+Half of every MLP's neurons go, by magnitude and without compensation, so that there is much to win back. Both students start at
+those weights and learn from the same windows, as many a step, in as many steps, by forward KL at temperature 1 (TRL: lmbda 0,
+beta 0), with AdamW without decay, a cosine after a warm-up, blocks run again for the way back, and weights in fp32 that are
+stored as the model's are. Our rate is a share of each tensor's size, TRL's is absolute and one for all: several of both are tried. Peaks are of
+anonymous memory in the process that trains, beyond what its imports take. Linux.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+DAMAGE = {"prune": {"mlp": 0.5, "method": "magnitude", "compensate": False}}
+
+
+class Meter(threading.Thread):
+    """The peak of anonymous memory, and the seconds, from here on."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.first = self.peak = self.anonymous()
+        self.start_time = time.perf_counter()
+        self.start()
+
+    @staticmethod
+    def anonymous() -> int:
+        rows = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return int(next(row for row in rows if row.startswith("RssAnon")).split()[1]) * 1024
+
+    def run(self) -> None:
+        while True:
+            self.peak = max(self.peak, self.anonymous())
+            time.sleep(0.01)
+
+    def said(self) -> dict[str, float]:
+        return {"peak": self.peak - self.first, "seconds": time.perf_counter() - self.start_time}
+
+
+# --- the processes that are measured ---------------------------------------------------------------------------------
+
+
+def trl_child(job: dict[str, Any]) -> None:
+    """Train a folder's model; runs in TRL's environment."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    ids = torch.load(job["ids"])
+    meter = Meter()
+    student = AutoModelForCausalLM.from_pretrained(job["student"], dtype=torch.float32)
+    teacher = AutoModelForCausalLM.from_pretrained(job["teacher"], dtype="auto")
+    config = GKDConfig(
+        output_dir=job["out"], max_steps=job["steps"], per_device_train_batch_size=job["batch"], learning_rate=job["rate"],
+        lr_scheduler_type="cosine", warmup_steps=job["warmup"], adam_beta2=0.95, weight_decay=0.0, max_grad_norm=0.0,
+        gradient_checkpointing=True, bf16=False, lmbda=0.0, beta=0.0, temperature=1.0, use_cpu=True, report_to=[],
+        save_strategy="no", logging_steps=1000, disable_tqdm=True, seed=0, max_length=None,
+    )  # fmt: skip
+
+    def collate(rows: list[Any]) -> dict[str, Any]:
+        some = torch.tensor([row["input_ids"] for row in rows])
+        return {"input_ids": some, "attention_mask": torch.ones_like(some), "labels": some.clone(),
+                "prompts": some[:, :1], "prompt_attention_mask": torch.ones_like(some[:, :1])}  # fmt: skip
+
+    trainer = GKDTrainer(student, teacher_model=teacher, args=config, data_collator=collate,
+                         train_dataset=Dataset.from_dict({"input_ids": ids.tolist()}),
+                         processing_class=AutoTokenizer.from_pretrained(job["student"]))  # fmt: skip
+    trainer.train()
+    said = meter.said()
+    student.to(getattr(torch, job["dtype"])).save_pretrained(job["out"])
+    print(json.dumps(said))
+
+
+def our_child(job: dict[str, Any]) -> None:
+    """Run the recipe, whose first step was made before."""
+    import compress.pipeline
+
+    meter = Meter()
+    compress.run_recipe(Path(job["recipe"]))
+    print(json.dumps(meter.said()))
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def measured(python: str, kind: str, job: dict[str, Any]) -> dict[str, float]:
+    """What a child says of itself."""
+    threads = {**os.environ, "TRL_EXPERIMENTAL_SILENCE": "1"}
+    done = subprocess.run([python, __file__, "--child", kind], input=json.dumps(job), capture_output=True, text=True, env=threads)
+    if done.returncode:
+        raise SystemExit(f"{kind}: {done.stderr[-2000:]}")
+    found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def rows(options: argparse.Namespace) -> list[str]:
+    """A Markdown table, a row for each student."""
+    import torch
+    import yaml
+    from report import line
+    from variants import recipe_of
+
+    import compress
+    from compress.evaluate import compare
+    from compress.model.data import Windows, read
+    from compress.model.model import open_model
+    from compress.training.windows import halves
+
+    found = [line(["tool", "rate", "held-out KL", "peak, MiB", "s"]), line(["---"] * 5)]
+
+    def add(tool: str, rate: str, kl: float, said: dict[str, float] | None) -> None:
+        cells = [f"{said['peak'] / 2**20:,.0f}", f"{said['seconds']:.0f}"] if said else ["", ""]
+        found.append(line([tool, rate, f"{kl:.5f}", *cells]))
+        print(found[-1], flush=True)
+
+    with tempfile.TemporaryDirectory() as place:
+        folder, source = Path(place), open_model(str(options.model))
+        size = source.state.graph["embed"].shape[0]
+
+        def windows(text: Path, count: int) -> Any:
+            asked = Windows(text=str(text.resolve()), sequences=count, length=options.length, bos=options.bos)
+            return read(asked, options.model, Path(), size)
+
+        training, judged = windows(options.calibration, options.training), windows(options.evaluation, options.judged)
+
+        def kl_of(student: Path) -> float:
+            kl = compare(source.state, open_model(str(student)).state, judged)[1].kl
+            assert kl is not None
+            return kl
+
+        def recipe(passes: list[dict[str, Any]]) -> Path:
+            content = {**recipe_of(options, passes, folder), "export": [{"compressed_tensors": {}}]}
+            del content["data"]["evaluation"]
+            path = folder / "recipe.yaml"
+            path.write_text(yaml.safe_dump(content), encoding="utf-8")
+            return path
+
+        compress.run_recipe(recipe([DAMAGE]))
+        student = folder / "student"
+        (folder / "run" / "compressed_tensors").rename(student)
+        add("pruned", "", kl_of(student), None)
+        learning = halves(*training.ids.shape)[0]
+        torch.save(training.ids[learning], folder / "ids.pt")
+        asked = {"batch": options.batch, "tokens": options.steps * options.batch * options.length}
+        for teacher, rate in [*(("cached", rate) for rate in options.rates), ("live", options.rates[0])]:
+            job = {"recipe": str(recipe([DAMAGE, {"distill": {**asked, "teacher": teacher, "rate": rate}}]))}
+            said = measured(sys.executable, "ours", job)
+            add(
+                f"compress, teacher: {teacher}",
+                f"{rate:g}",
+                kl_of(folder / "run" / "compressed_tensors"),
+                said,
+            )
+        for rate in options.trl_rates:
+            out = folder / f"trl-{rate}"
+            said = measured(options.trl_python, "trl", {
+                "ids": str(folder / "ids.pt"), "student": str(student), "teacher": str(options.model.resolve()), "out": str(out),
+                "steps": options.steps, "batch": options.batch, "rate": rate, "warmup": round(0.05 * options.steps),
+                "dtype": str(source.state.dtype)[6:],
+            })  # fmt: skip
+            add("TRL GKDTrainer", f"{rate:g}", kl_of(out), said)
+    return found
+
+
+def main() -> None:
+    if "--child" in sys.argv:
+        job = json.load(sys.stdin)
+        return trl_child(job) if sys.argv[-1] == "trl" else our_child(job)
+    from variants import parser, publish
+
+    options = parser(__doc__)
+    options.add_argument("--trl-python", required=True, help="the interpreter of an environment that has trl")
+    options.add_argument("--training", type=int, default=512, help="windows to learn from, a twentieth of them held out")
+    options.add_argument("--steps", type=int, default=40)
+    options.add_argument("--batch", type=int, default=8)
+    options.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="ours, shares of a tensor's size")
+    options.add_argument("--trl-rates", type=float, nargs="+", default=[3e-5, 1e-4, 3e-4, 1e-3])
+    return publish("distill-vs-trl", "One distillation, two tools", options.parse_args(), rows)
+
+
+if __name__ == "__main__":
+    main()
