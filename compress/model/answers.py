@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from compress.documents import one_line
 from compress.errors import DataError, first_line
@@ -30,27 +31,42 @@ Answers = tuple[str, list[Span]]  # the text of a conversation, and the stretche
 HOW = "give its chat template {% generation %} marks, or leave 'answers' out"
 
 
-# --- what a template says; in the tokenizer's own process -------------------------------------------------------------
+# --- which of them count ----------------------------------------------------------------------------------------------
+
+
+def learnt_from(messages: Sequence[dict[str, Any]], where: str) -> list[int]:
+    """The numbers, from 0, of the answers that the data lets be learnt from: not with `train: false`, nor with `weight: 0`."""
+    return [i for i in answering(messages) if is_learnt(messages[i], f"message {i + 1}", where)]
 
 
 def answering(messages: Sequence[dict[str, Any]]) -> list[int]:
-    """The numbers of the messages that are answers, from 0."""
     return [i for i, message in enumerate(messages) if message["role"] == "assistant"]
 
 
-def answers_in(tokenizer: Any, messages: list[dict[str, Any]]) -> Answers | str:
-    """The text of a conversation with its answers, in order: one stretch for each, but where a template marks them as it sees
-    fit; or why they cannot be told."""
+def is_learnt(message: dict[str, Any], which: str, where: str) -> bool:
+    train, weight = message.get("train"), message.get("weight")
+    if train is not None and not isinstance(train, bool):
+        raise DataError(f"{where}: 'train' of {which} is '{one_line(str(train), 40)}'; it is true or false")
+    if weight is not None and (not isinstance(weight, int | float) or weight not in (0, 1)):
+        raise DataError(f"{where}: 'weight' of {which} is '{one_line(str(weight), 40)}'; it is 0 or 1")
+    return train is not False and weight != 0
+
+
+# --- what a template says; in the tokenizer's own process -------------------------------------------------------------
+
+
+def answers_in(tokenizer: Any, messages: list[dict[str, Any]], wanted: Sequence[int]) -> Answers | str:
+    """The text of a conversation, and the stretches of it that are the answers of these numbers; or why they cannot be told."""
     text: str = tokenizer.apply_chat_template(messages, tokenize=False)
     if MARKS.search(tokenizer.get_chat_template()):
-        return marked_ones(tokenizer, messages, text)
+        return marked_ones(tokenizer, messages, wanted, text)
     spans = []
-    for i in answering(messages):
+    for i in wanted:
         try:
-            given = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
-            said = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
+            given = rendered(tokenizer, messages[:i], add_generation_prompt=True)[0]
+            said = rendered(tokenizer, messages[: i + 1])[0]
         except Exception as e:  # a template may refuse what has no answer yet, or raise whatever Jinja does
-            return f"the chat template fails on the messages up to number {i + 1}: {one_line(first_line(e))}"
+            return f"the chat template fails on what stands before message {i + 1}: {one_line(first_line(e))}"
         if not text.startswith(said):  # behind a whole conversation some put the end of a text
             said = said.removesuffix(tokenizer.eos_token or "")
         if not said.startswith(given):
@@ -61,38 +77,30 @@ def answers_in(tokenizer: Any, messages: list[dict[str, Any]]) -> Answers | str:
     return text, spans
 
 
-def marked_ones(tokenizer: Any, messages: list[dict[str, Any]], text: str) -> Answers | str:
+def marked_ones(tokenizer: Any, messages: list[dict[str, Any]], wanted: Sequence[int], text: str) -> Answers | str:
     """What the template itself marks."""
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    template, special = tokenizer.get_chat_template(), tokenizer.special_tokens_map
-    found: Any = render_jinja_template([messages], chat_template=template, return_assistant_tokens_mask=True, **special)
-    (said,), (spans,) = found
-    return (text, spans) if said == text else "the chat template writes something else when it is asked for its marks"
-
-
-# --- which of them count ----------------------------------------------------------------------------------------------
-
-
-def learnt_of(spans: Sequence[Span], messages: Sequence[dict[str, Any]], where: str) -> list[Span]:
-    """The answers that are learnt from: without those of which the data says that they are not."""
-    wanted = [is_learnt(messages[i], i + 1, where) for i in answering(messages)]
-    if all(wanted):
-        return list(spans)
-    if len(spans) != len(wanted):
-        raise DataError(f"{where}: some answers are not to be learnt from, and the chat template marks {len(spans)} stretches of "
-                        f"text for {len(wanted)} answers, so which are whose is not known; leave the record out")  # fmt: skip
-    return [span for span, is_wanted in zip(spans, wanted, strict=True) if is_wanted]
+    said, spans = rendered(tokenizer, messages, return_assistant_tokens_mask=True)
+    answers = answering(messages)
+    if said != text:
+        return "the chat template writes something else when it is asked for its marks"
+    if len(wanted) == len(answers):
+        return text, spans
+    if len(spans) != len(answers):
+        return f"some do not count, and the chat template marks {len(spans)} stretches of text for {len(answers)} answers"
+    return text, [span for i, span in zip(answers, spans, strict=True) if i in wanted]
 
 
-def is_learnt(message: dict[str, Any], number: int, where: str) -> bool:
-    """Whether the data lets an answer be learnt from: not with `train: false`, nor with `weight: 0`."""
-    train, weight = message.get("train"), message.get("weight")
-    if train is not None and not isinstance(train, bool):
-        raise DataError(f"{where}: 'train' of message {number} is '{one_line(str(train), 40)}', neither true nor false")
-    if weight is not None and (not isinstance(weight, int | float) or weight not in (0, 1)):
-        raise DataError(f"{where}: 'weight' of message {number} is '{one_line(str(weight), 40)}', neither 0 nor 1")
-    return train is not False and weight != 0
+def rendered(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> tuple[str, list[Span]]:
+    """What a template makes of messages, which may be none, and what it marks, where it is asked for that."""
+    if messages and "return_assistant_tokens_mask" not in options:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options), []
+    special: dict[str, Any] = tokenizer.special_tokens_map
+    found: Any = render_jinja_template([messages], chat_template=tokenizer.get_chat_template(), **special, **options)
+    (text,), spans = found
+    return text, spans[0] if spans else []
+
+
+# --- from characters to tokens ----------------------------------------------------------------------------------------
 
 
 def covered(starts: Sequence[int], ends: Sequence[int], spans: Sequence[Span]) -> array[int]:

@@ -18,6 +18,7 @@ import hashlib
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -27,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from compress.documents import local_path
 from compress.errors import DataError
 from compress.model import records, texts
-from compress.model.answers import HOW, Span, covered, learnt_of
+from compress.model.answers import HOW, Span, covered, learnt_from
 from compress.model.tokenizer import Tokenizer, tokenizer_of
 from compress.model.vocabulary import cut_tokenizer
 
@@ -352,11 +353,11 @@ def documents(tokenizer: Tokenizer, source: Text, base: Path) -> Iterator[Docume
 
     def answered(record: Any, where: str) -> Document:
         messages = texts.messages_of(record, source.field, where)
-        found = told(tokenizer, tokenizer.answers, messages, where)
+        found = told(tokenizer, partial(tokenizer.answers, learnt_from(messages, where)), messages, where)
         if isinstance(found, str):
             raise DataError(f"{where}: where its answers are cannot be told, {found}; {HOW}")
         text, spans = found
-        return Document(texts.Text(iter([texts.whole(text, where)])), learnt_of(spans, messages, where))
+        return Document(texts.Text(iter([texts.whole(text, where)])), spans)
 
     read = answered if isinstance(source, Lesson) and source.answers else plain
     if source.text is not None:

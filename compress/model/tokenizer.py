@@ -13,12 +13,13 @@ import transformers
 
 from compress.documents import one_line
 from compress.errors import DataError
-from compress.model.answers import Answers, answering, answers_in
+from compress.model.answers import Answers, answers_in
 from compress.model.apart import Apart, Failed
 from compress.model.custom import refuse_tokenizer_code
 
 OPENING = 60.0  # seconds of CPU time
 ENCODING, SPEED = 20.0, 20_000  # seconds for a text, and one more for so many characters; usual are a million
+FAILS = "the tokenizer's chat template fails on the messages"
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Tokenizer:
 
     def chat(self, messages: list[dict[str, Any]]) -> str:
         """The text of a conversation, as the tokenizer's chat template writes it; DataError where it fails on it."""
-        text: str = self._ask("the tokenizer's chat template fails on the messages", len(repr(messages)), "chat", messages)
+        text: str = self._ask(FAILS, len(repr(messages)), "chat", messages)
         return text
 
     def placed(self, text: str) -> tuple[array[int], array[int], array[int]]:
@@ -50,10 +51,10 @@ class Tokenizer:
             numbers.frombytes(data)
         return ids, starts, ends
 
-    def answers(self, messages: list[dict[str, Any]]) -> Answers | str:
-        """The same text, and where the answers stand in it; or why that cannot be told."""
-        length = len(repr(messages)) * (1 + 2 * len(answering(messages)))  # the template is asked about what comes before each
-        found: Answers | str = self._ask("the tokenizer's chat template fails on the messages", length, "answers", messages)
+    def answers(self, wanted: list[int], messages: list[dict[str, Any]]) -> Answers | str:
+        """The same text, and where the answers of these numbers stand in it; or why that cannot be told."""
+        length = len(repr(messages)) * (1 + 2 * len(wanted))  # the template is asked about what comes before each
+        found: Answers | str = self._ask(FAILS, length, "answers", messages, wanted)
         return found
 
     def whole(self) -> tuple[str, list[int]]:
@@ -123,8 +124,8 @@ class Server:
         starts, ends = zip(*found["offset_mapping"], strict=True) if found["offset_mapping"] else ((), ())
         return [array("q", numbers).tobytes() for numbers in (found["input_ids"], starts, ends)]
 
-    def _answers(self, messages: list[dict[str, Any]]) -> Answers | str:
-        return answers_in(self.tokenizer, messages)
+    def _answers(self, messages: list[dict[str, Any]], wanted: list[int]) -> Answers | str:
+        return answers_in(self.tokenizer, messages, wanted)
 
     def _chat(self, messages: list[dict[str, Any]]) -> str:
         text: str = self.tokenizer.apply_chat_template(messages, tokenize=False)
