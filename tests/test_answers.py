@@ -81,6 +81,12 @@ def lessons(model: Path, folder: Path, **options: Any) -> Tokens:
     return read(Lessons(**{"answers": True, "sequences": 1, **options}), model, folder, 272)
 
 
+def whole(model: Path, turns: list[dict[str, Any]]) -> int:
+    """How many tokens a conversation has."""
+    tokenizer = open_tokenizer(model)
+    return len(tokenizer(tokenizer.apply_chat_template(turns, tokenize=False), add_special_tokens=False)["input_ids"])
+
+
 def words(model: Path, tokens: Tokens) -> str:
     """What is learnt from, with what lies between the stretches as one '.': a byte is a token, and predicts the one behind it."""
     assert tokens.learnt is not None
@@ -114,8 +120,7 @@ def test_what_is_learnt_is_what_the_assistant_says(
     talker: Any, tmp_path: Path, template: str, turns: list[dict[str, Any]], learnt: list[str]
 ) -> None:
     model = talker(template)
-    text = open_tokenizer(model).apply_chat_template(turns, tokenize=False)
-    count = len(text.replace("</s>", "!"))
+    count = whole(model, turns)
     tokens = lessons(model, tmp_path, jsonl=put(tmp_path, turns), length=count)
     found = words(model, tokens)
     assert [part for part in found.split(".") if part] == learnt
@@ -129,14 +134,15 @@ def test_what_is_learnt_is_what_the_assistant_says(
 def test_what_the_data_leaves_out_is_not_learnt(talker: Any, tmp_path: Path, template: str, left_out: Any) -> None:
     model = talker(template)
     turns = [*said("a", "no", **left_out), *said("b", "yes", train=True, weight=1), *said("c", "too", train=None, weight=None)]
-    found = words(model, lessons(model, tmp_path, jsonl=put(tmp_path, turns), length=104))
+    found = words(model, lessons(model, tmp_path, jsonl=put(tmp_path, turns), length=whole(model, turns)))
     assert "no" not in found
     assert [w.rstrip("\n") for w in found.split(".") if w] == ["yes<end>", "too<end>"]
 
 
 def test_an_answer_that_counts_may_be_the_only_one_that_can_be_told(talker: Any, tmp_path: Path) -> None:
     turns = [*said("a", "no", train=False), *said("b", "yes")]
-    found = words(talker(THINKS), lessons(talker(THINKS), tmp_path, jsonl=put(tmp_path, turns), length=81))
+    model = talker(THINKS)
+    found = words(model, lessons(model, tmp_path, jsonl=put(tmp_path, turns), length=whole(model, turns)))
     assert [w for w in found.split(".") if w] == ["<think>yes<end>\n"]
 
 
