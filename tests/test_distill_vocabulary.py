@@ -19,6 +19,7 @@ from compress.passes.distill import Distill, halves
 from compress.training.choice import choose
 from compress.training.loss import DIVERGENCES
 from compress.training.student import Student
+from compress.training.teacher import Live
 from tests.cooking import recipe
 from tests.test_distill import logits_of, trained
 from tests.test_tokenizer import prose
@@ -66,6 +67,21 @@ def test_what_is_judged_is_the_divergence_over_the_tokens_that_are_left(cut: Any
         held_out = [point[3] for point in records[0]["curve"]]
         assert held_out[0] == pytest.approx(float(expected), rel=2e-3 if more else 1e-5), teacher
         assert min(held_out) < held_out[0], teacher
+
+
+def test_no_more_logits_of_the_teacher_are_held_than_of_the_student(cut: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has more of them in a row."""
+    source, path, state = cut
+    tokens = read(Windows(text=str(path.parent / "text.txt"), **WINDOWS), source.folder, path.parent, 420, state.vocabulary)
+    teacher, sizes, logits = Live(source.state, tokens, state.vocabulary, "cpu"), list[int](), Live.logits
+    with teacher.look([0, 1]) as look:
+        assert look.known is not None
+        whole = look.known(slice(0, 64)).log_p
+        monkeypatch.setattr("compress.training.teacher.NUMBERS", 10 * 420)
+        monkeypatch.setattr(Live, "logits", lambda self, b: sizes.append(len(b.tokens)) or logits(self, b))
+        for rows in (slice(3, 48), torch.arange(3, 48)):
+            torch.testing.assert_close(look.known(rows).log_p, whole[3:48], rtol=1e-5, atol=1e-5)
+    assert max(sizes) == 10
 
 
 @pytest.mark.parametrize("loss", [{"kl": 1.0}, {"js": 1.0, "reverse_kl": 1.0}, {"ce": 1.0}])

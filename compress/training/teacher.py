@@ -61,10 +61,22 @@ class Present:
 
         def known(rows: Rows) -> Known:
             with torch.no_grad():
-                return Known(self.logits(Batch(ids[rows, None], flat[rows, None], [])).log_softmax(-1))
+                found = [
+                    self.logits(Batch(ids[part, None], flat[part, None], [])).log_softmax(-1)
+                    for part in self.bounded(rows, len(ids))
+                ]
+            return Known(found[0] if len(found) == 1 else torch.cat(found))
 
         with self.heading():
             yield Look(known, hidden)
+
+    def bounded(self, rows: Rows, count: int) -> Sequence[Rows]:
+        """Some rows of `count`, as many at once as whoever knows all of the teacher's tokens asks for: a student that knows
+        fewer asks for more."""
+        if self.which is None:
+            return [rows]
+        few: tuple[Tensor, ...] = torch.arange(count)[rows].split(max(1, NUMBERS // self.state.graph["embed"].shape[0]))
+        return few
 
     def logits(self, batch: Batch) -> Tensor:
         """Of the tokens that the student knows [n, V], for n windows of one token: a row is none of a text any more."""
