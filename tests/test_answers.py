@@ -34,7 +34,7 @@ from tests.conftest import Project
 from tests.pass_laws import TEXT, KilledError, attempt
 from tests.test_distill import pruned, trained
 
-END, BEGIN = 257, 256
+END = 257
 CHATML = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<end>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
