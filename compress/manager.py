@@ -179,6 +179,9 @@ class Pass(BaseModel, ABC):
         that it will be given. RecipeError where it takes more than it may."""
         return Cost(), ""
 
+    def check_text(self, tokens: Tokens) -> None:
+        """CompressError where a pass that `trains` cannot learn from this text."""
+
     def reads(self, windows: int) -> int:
         """How many of so many calibration windows it reads: what `cost` is asked for."""
         return windows

@@ -71,7 +71,7 @@ def plan(
     ready = prepare(path, overrides, console.note)
     out = out or ready.recipe.out
     if ready.model.has_weights:
-        _ = ready.model.state, ready.pool, ready.evaluation  # their mistakes are known now, not after hours
+        _ = ready.model.state, ready.pool, ready.lessons, ready.evaluation  # their mistakes are known now, not after hours
         RunFolder(out).refuse_foreign()
         ready = decided(windows_for(ready, out, measure, device, console), out, measure, device, console)
     remarks = list(ready.model.remarks)
@@ -223,7 +223,12 @@ def run(
     last = last_step(ready.recipe, until)
     check_device(device)
     out = out or ready.recipe.out
-    _ = ready.model.state, ready.pool, ready.evaluation  # what can fail by itself does so before anything is written
+    _ = (
+        ready.model.state,
+        ready.pool,
+        ready.lessons,
+        ready.evaluation,
+    )  # what can fail by itself does so before anything is written
     for exporter in ready.exports:
         refuse_foreign(out / exporter.name)
     with RunFolder(out).held():

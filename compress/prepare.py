@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from compress import manager
-from compress.errors import CompressError, ExportError, MatchError, RecipeError
+from compress.errors import CompressError, DataError, ExportError, MatchError, RecipeError
 from compress.export.artifact.carried import carried
 from compress.export.artifact.exporter import Exporter
 from compress.export.table import EXPORTERS
@@ -71,7 +71,21 @@ class Prepared:
     @cached_property
     def training(self) -> data.Tokens | None:
         """What passes that train learn from."""
-        return self._tokens("training") or self.calibration
+        return self.lessons or self.calibration
+
+    @cached_property
+    def lessons(self) -> data.Tokens | None:
+        """What `data.training` names."""
+        tokens = self._tokens("training")
+        for i, p in enumerate(self.recipe.passes if tokens else ()):
+            try:
+                if p.trains and tokens:
+                    p.check_text(tokens)
+            except DataError as e:
+                raise DataError(f"{self.recipe.place(('data', 'training'))}  {e}") from None
+            except CompressError as e:
+                raise self.recipe.located(e, "passes", i) from None
+        return tokens
 
     def _tokens(self, which: str) -> data.Tokens | None:
         windows = getattr(self.recipe.document.data, which)

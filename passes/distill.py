@@ -28,7 +28,7 @@ from compress.state.plan import BitPlan
 from compress.training import memory as needs
 from compress.training.checkpoints import Checkpoints
 from compress.training.choice import Choice, Kind, choose
-from compress.training.loop import MICRO, Point, Schedule, Training, best_of
+from compress.training.loop import MICRO, Point, Schedule, Training, best_of, check_learnt
 from compress.training.loss import DIVERGENCES
 from compress.training.student import Student
 from compress.training.teacher import Cached, Live, Nobody, Streamed
@@ -159,6 +159,9 @@ class Distill(Pass):
             raise RecipeError("'lora' needs the rank of the factors that matrices are to be given; add rank: 16", ("rank",))
         return found
 
+    def check_text(self, tokens: Tokens) -> None:
+        check_learnt(tokens, *halves(len(tokens.ids), tokens.ids.shape[1], tokens.sources))
+
     def foresee(self, state: State) -> State:
         choice = self.choice(state)
         return planned(state.promising(choice.formats), choice)
@@ -223,7 +226,8 @@ class Distill(Pass):
             return Nobody()
         if self.teacher != "cached":
             return (Live if self.teacher == "live" else Streamed)(ctx.source, tokens, state.vocabulary, ctx.device)
-        store = ctx.store.of_source("teacher", {"tokens": tokens.hash, "k": self.top_k, "vocabulary": state.vocabulary})
+        read = replace(tokens, learnt=None)  # what is learnt from makes no difference to what it says
+        store = ctx.store.of_source("teacher", {"tokens": read.hash, "k": self.top_k, "vocabulary": state.vocabulary})
 
         def keep(part: str, tensors: dict[str, Tensor] | None) -> Any:
             return store.committed(part) if tensors is None else store.commit(part, dense=tensors)
@@ -252,7 +256,11 @@ class Distill(Pass):
                     codes[name] = Packed(packed.format, packed.shape, {n: t.cpu() for n, t in packed.tensors.items()})
             state = state.with_part(ctx.store.commit(part, codes=codes, dense=state.stored(dense)))
         expected = needs.split(student.state, student.choice, self.setting(training.tokens.ids.shape[1]))
-        notes = [*told(training.curve, training.judged_by, training.lost), f"expected to take {needs.told(expected)}"]
+        notes = [
+            *told(training.curve, training.judged_by, training.lost),
+            *learnt_from(training.tokens),
+            f"expected to take {needs.told(expected)}",
+        ]
         record: Record = {
             "site": self.name,
             "curve": [[p.step, p.tokens, p.loss, p.held] for p in training.curve],
@@ -319,6 +327,11 @@ def adamw(rates: Sequence[float], parameters: Sequence[Tensor]) -> torch.optim.O
     """AdamW without decay: weights come from a model that was trained already."""
     groups = [{"params": [p], "lr": rate, "base": rate} for p, rate in zip(parameters, rates, strict=True)]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+
+def learnt_from(tokens: Tokens) -> list[str]:
+    """What share of the text is learnt from, where not all of it is."""
+    return [] if tokens.learnt is None else [f"learnt from the answers, {tokens.learnt.float().mean():.1%} of the tokens"]
 
 
 def told(curve: Sequence[Point], by: str, lost: int | None = None) -> list[str]:

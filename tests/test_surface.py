@@ -20,7 +20,7 @@ import pytest
 import compress
 from compress.cli import parser
 from compress.export.table import EXPORTERS
-from compress.model.data import Calibration, Data, Generate, Prompts, Text, Windows
+from compress.model.data import Calibration, Data, Generate, Lesson, Lessons, Prompts, Text, Windows
 from compress.passes import PASSES
 from compress.recipe import Document
 from tests.conftest import ROOT
@@ -72,6 +72,9 @@ DATA: dict[type, dict[str, Any]] = {
     Calibration: {"text": None, "jsonl": None, "dataset": None, "field": "text", "split": "train", "weight": 1.0,
                   "sequences": 128, "length": 2048, "bos": False, "sources": [], "select": "first", "pool": None,
                   "generate": None},
+    Lesson: {"text": None, "jsonl": None, "dataset": None, "field": "text", "split": "train", "weight": 1.0, "answers": False},
+    Lessons: {"text": None, "jsonl": None, "dataset": None, "field": "text", "split": "train", "weight": 1.0, "answers": False,
+              "sequences": 128, "length": 2048, "bos": False, "sources": []},
     Generate: {"temperature": [1.0, 1.0], "first": 16, "prompts": None},
     Prompts: {"text": None, "jsonl": None, "dataset": None, "field": "text", "split": "train", "tokens": 8},
 }  # fmt: skip

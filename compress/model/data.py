@@ -8,16 +8,19 @@ window, and what follows is never looked at. That gives the same tokens because 
 run of spaces or a few merges; `MARGIN` tokens behind the windows are left out. (A normalizer whose pattern is anchored to the end
 of the text would be the exception.) Tokenizing piece by piece would cost less where many windows are wanted, but many tokenizers
 treat the start of a text as something else than its middle.
+
+Beside the tokens goes which of them are learnt from, where only answers are (answers.py); it is cut as they are.
 """
 
 from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -25,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from compress.documents import local_path
 from compress.errors import DataError
 from compress.model import records, texts
+from compress.model.answers import HOW, Span, covered, learnt_from
 from compress.model.tokenizer import Tokenizer, tokenizer_of
 from compress.model.vocabulary import cut_tokenizer
 
@@ -33,6 +37,8 @@ BATCH = 4096  # tokens that go through a model at once, or one window
 MARGIN = 256  # tokens behind the windows
 MOST = 2**40  # tokens that anybody may ask for
 POOL = 8  # windows that each chosen one is chosen from
+
+T = TypeVar("T")
 
 
 class Source(BaseModel):
@@ -55,6 +61,13 @@ class Source(BaseModel):
         if named is not None:
             local_path(named)
         return named
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_learnt(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "answers" in given and "answers" not in cls.model_fields:
+            raise ValueError("'answers' says what 'distill' learns from; put it under data.training, or leave it out")
+        return given
 
     @model_validator(mode="after")
     def _one_kind(self) -> Source:
@@ -92,6 +105,33 @@ class Windows(Text):
             raise ValueError("give one source (text, jsonl or dataset) or a list of sources, not both")
         if not all(s.place for s in self.sources):
             raise ValueError("every source needs text, jsonl or dataset")
+        return self
+
+
+class Lesson(Text):
+    """A text to learn from."""
+
+    answers: bool = Field(
+        False, description="learn from the answers of conversations alone, and read the rest; for a jsonl or dataset of messages"
+    )
+
+    @model_validator(mode="after")
+    def _in_conversations(self) -> Lesson:
+        if self.answers and self.text is not None:
+            raise ValueError("answers stand in conversations, and a plain text has none; name a jsonl or dataset of messages, or "
+                             "leave 'answers' out")  # fmt: skip
+        return self
+
+
+class Lessons(Windows, Lesson):
+    """Windows to learn from."""
+
+    sources: tuple[Lesson, ...] = Field((), description="several sources with weights, instead of one")
+
+    @model_validator(mode="after")
+    def _each_its_own(self) -> Lessons:
+        if self.answers and self.sources:
+            raise ValueError("'answers' belongs to each of several sources; put it beside their jsonl or dataset")
         return self
 
 
@@ -178,23 +218,26 @@ class Data(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     calibration: Calibration | None = Field(None, description="what GPTQ sees")
-    training: Windows | None = Field(None, description="what 'distill' learns from; the calibration windows where it is absent")
+    training: Lessons | None = Field(None, description="what 'distill' learns from; the calibration windows where it is absent")
     evaluation: Windows | None = Field(None, description="what the figures of the report are measured on")
 
 
 @dataclass(frozen=True)
 class Tokens:
     """ids: int64 [sequences, length]. place: where they come from, for people. sources: of several ones that gave windows, in
-    order, each one's name and number of windows. hash: of the ids."""
+    order, each one's name and number of windows. learnt: bool [sequences, length], of each token whether the one behind it, which
+    it is to predict, is learnt from; None: all are. hash: of ids and learnt."""
 
     ids: torch.Tensor
     place: str
     sources: tuple[tuple[str, int], ...] = ()
+    learnt: torch.Tensor | None = None
 
     @property
     def hash(self) -> str:
         shape = f"{tuple(self.ids.shape)}".encode()
-        return hashlib.sha256(shape + self.ids.numpy().tobytes()).hexdigest()
+        learnt = b"" if self.learnt is None else self.learnt.numpy().tobytes()
+        return hashlib.sha256(shape + self.ids.numpy().tobytes() + learnt).hexdigest()
 
     def batches(self, tokens: int = BATCH) -> list[torch.Tensor]:
         """Batches of whole windows, about `tokens` tokens each and at least one window."""
@@ -211,7 +254,8 @@ def read(windows: Windows, model: Path, base: Path, size: int, vocabulary: tuple
     length = windows.length - windows.bos
     counts = shares(windows.sequences, [s.weight for s in sources])
     with tokenizer_of(model) if vocabulary is None else cut_tokenizer(model, vocabulary) as tokenizer:
-        ids = torch.cat([cut(tokenizer, source, base, n, length) for source, n in zip(sources, counts, strict=True)])
+        parts = [cut(tokenizer, source, base, n, length) for source, n in zip(sources, counts, strict=True)]
+    ids, learnt = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     if windows.bos:
         if tokenizer.begin is None:
             raise DataError("data: bos is true, but the tokenizer has no begin-of-text token; remove it")
@@ -222,7 +266,12 @@ def read(windows: Windows, model: Path, base: Path, size: int, vocabulary: tuple
         raise DataError(f"{model}: the tokenizer gives token {int(ids.max())}, the model knows only {size}; "
                         "they do not belong together")  # fmt: skip
     given = [(source.place, n) for source, n in zip(sources, counts, strict=True) if n]
-    return Tokens(ids, ", ".join(s.place for s in sources), tuple(given) if len(given) > 1 else ())
+    place = ", ".join(s.place for s in sources)
+    if not learnt.any():
+        raise DataError(f"{place}: {len(ids)} windows of {windows.length} tokens hold no token of an answer; give more, or leave "
+                        "'answers' out")  # fmt: skip
+    asked = any(isinstance(s, Lesson) and s.answers for s in sources)
+    return Tokens(ids, place, tuple(given) if len(given) > 1 else (), learnt[:, not windows.bos :] if asked else None)
 
 
 def beginnings(model: Path, count: int) -> Tokens:
@@ -253,53 +302,90 @@ def shares(total: int, weights: list[float]) -> list[int]:
     return parts
 
 
-def cut(tokenizer: Tokenizer, source: Text, base: Path, sequences: int, length: int) -> torch.Tensor:
-    """The first windows of one source, int64 [sequences, length]."""
-    ids: array[int] = array("q")
-    wanted = sequences * length
+def cut(tokenizer: Tokenizer, source: Text, base: Path, sequences: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first windows of one source, int64 [sequences, length]; and which tokens are learnt from, bool [sequences, length + 1]:
+    those of each window, and the one behind it."""
+    ids, learnt = array("q"), array("b")
+    wanted, answers = sequences * length, isinstance(source, Lesson) and source.answers
     for document in documents(tokenizer, source, base):
         if ids and tokenizer.end is not None:
             ids.append(tokenizer.end)
-        ids += first_tokens(tokenizer, document, wanted - len(ids))
+            learnt.append(not answers)
+        more = first_tokens(tokenizer, document, wanted - len(ids) + answers)
+        ids += more[0]
+        learnt += more[1]
         if len(ids) >= wanted:
             break
     if len(ids) < wanted:
         fewer = f"ask for at most {len(ids) // length} sequences" if len(ids) >= length else "ask for shorter windows"
         raise DataError(f"{source.place}: holds {len(ids):,} tokens, {sequences} windows of {length} need "
                         f"{wanted:,}; give more text or {fewer}")  # fmt: skip
-    return torch.tensor(ids[:wanted], dtype=torch.int64).view(sequences, length)
+    learnt.append(not answers)  # what comes behind the last window, where that was not read
+    places = torch.arange(sequences)[:, None] * length + torch.arange(length + 1)
+    return (torch.tensor(ids[:wanted], dtype=torch.int64).view(sequences, length),
+            torch.tensor(learnt[: wanted + 1], dtype=torch.bool)[places])  # fmt: skip
 
 
-def documents(tokenizer: Tokenizer, source: Text, base: Path) -> Iterator[texts.Text]:
+@dataclass(frozen=True)
+class Document:
+    """A text, read as far as it is asked for. answers: the stretches of it that are learnt from; None: all of it."""
+
+    text: texts.Text
+    answers: list[Span] | None = None
+
+    def encoded(self, tokenizer: Tokenizer, part: str) -> tuple[array[int], array[int]]:
+        """The tokens of the text's beginning, and 1 for each of them that is learnt from."""
+        if self.answers is None:
+            ids = tokenizer.encode(part)
+            return ids, array("b", [1]) * len(ids)
+        ids, starts, ends = tokenizer.placed(part)
+        return ids, covered(starts, ends, self.answers)
+
+
+def documents(tokenizer: Tokenizer, source: Text, base: Path) -> Iterator[Document]:
     """The texts of one source, each read as far as it is asked for."""
 
     def chat(messages: list[dict[str, Any]], where: str) -> str:
-        if not tokenizer.has_template:
-            raise DataError(f"{where}: holds chat messages, and the tokenizer in {tokenizer.model} has no chat template; "
-                            "name a field that holds text")  # fmt: skip
-        try:
-            return tokenizer.chat(messages)
-        except DataError as e:
-            raise DataError(f"{where}: {e}") from None
+        return told(tokenizer, tokenizer.chat, messages, where)
 
+    def plain(record: Any, where: str) -> Document:
+        return Document(texts.Text(iter([texts.text_of(record, source.field, where, chat)])))
+
+    def answered(record: Any, where: str) -> Document:
+        messages = texts.messages_of(record, source.field, where)
+        found = told(tokenizer, partial(tokenizer.answers, learnt_from(messages, where)), messages, where)
+        if isinstance(found, str):
+            raise DataError(f"{where}: where its answers are cannot be told, {found}; {HOW}")
+        text, spans = found
+        return Document(texts.Text(iter([texts.whole(text, where)])), spans)
+
+    read = answered if isinstance(source, Lesson) and source.answers else plain
     if source.text is not None:
-        yield texts.file_text(texts.located(base, source.text))
-        return
-    if source.dataset is not None:
-        found = records.rows(source.dataset, source.split, source.field, chat)
+        yield Document(texts.file_text(texts.located(base, source.text)))
+    elif source.dataset is not None:
+        yield from records.rows(source.dataset, source.split, read)
     else:
-        found = records.records(texts.located(base, source.place), source.field, chat)
-    for text in found:
-        yield texts.Text(iter([text]))
+        yield from records.records(texts.located(base, source.place), read)
 
 
-def first_tokens(tokenizer: Tokenizer, text: texts.Text, wanted: int) -> array[int]:
-    """The first tokens of a text, `wanted` of them or more if it has so many; else all."""
+def told(tokenizer: Tokenizer, ask: Callable[[list[dict[str, Any]]], T], messages: list[dict[str, Any]], where: str) -> T:
+    """What a tokenizer's chat template says of messages; DataError with where they stand."""
+    if not tokenizer.has_template:
+        raise DataError(f"{where}: holds chat messages, and the tokenizer in {tokenizer.model} has no chat template; "
+                        "name a field that holds text")  # fmt: skip
+    try:
+        return ask(messages)
+    except DataError as e:
+        raise DataError(f"{where}: {e}") from None
+
+
+def first_tokens(tokenizer: Tokenizer, document: Document, wanted: int) -> tuple[array[int], array[int]]:
+    """The first tokens of a text, `wanted` of them or more if it has so many, else all; and 1 for each that is learnt from."""
     size = START + 4 * max(0, wanted)
     while True:
-        part, whole = text.upto(size)
-        ids = tokenizer.encode(part)
+        part, whole = document.text.upto(size)
+        ids, learnt = document.encoded(tokenizer, part)
         if whole or len(ids) >= wanted + MARGIN:
-            return ids if whole else ids[:wanted]
+            return (ids, learnt) if whole else (ids[:wanted], learnt[:wanted])
         needed = len(part) * (wanted + MARGIN) // max(1, len(ids))
         size = min(max(size + size // 2, needed + needed // 8), 8 * size)

@@ -8,26 +8,27 @@ asked for one value after the other, and where a value goes on behind what was r
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from compress.documents import one_line, parse_json
 from compress.errors import DataError, first_line
-from compress.model.texts import Chat, decoded, text_of
+from compress.model.texts import decoded
 from compress.model.unpacked import is_parquet, opened
 
 LONGEST = 100_000_000  # bytes of a line, characters of an item: one record
 LONGEST_TOKEN = 16  # characters of the longest thing in JSON that is cut anywhere and then another: an escape, -Infinity
 ROWS = 64  # of parquet at once
 
+T = TypeVar("T")
 Record = tuple[str, Any]  # where it stands, what it is
 
 
-def records(path: Path, field: str, chat: Chat) -> Iterator[str]:
-    """The texts of a file of records."""
+def records(path: Path, read: Callable[[Any, str], T]) -> Iterator[T]:
+    """What `read` makes of each record of a file, told where it stands."""
     for where, record in found_in(path):
-        yield text_of(record, field, where, chat)
+        yield read(record, where)
 
 
 def found_in(path: Path) -> Iterator[Record]:
@@ -171,8 +172,8 @@ def of_parquet(path: Path) -> Iterator[Record]:
         raise DataError(f"{path}: cannot be read as parquet ({one_line(first_line(e))})") from None
 
 
-def rows(dataset: str, split: str, field: str, chat: Chat) -> Iterator[str]:
-    """The texts of a data set of the hub, streamed."""
+def rows(dataset: str, split: str, read: Callable[[Any, str], T]) -> Iterator[T]:
+    """The same of a data set of the hub, streamed."""
     try:
         import datasets
     except ImportError:
@@ -180,7 +181,7 @@ def rows(dataset: str, split: str, field: str, chat: Chat) -> Iterator[str]:
     name, _, config = dataset.partition(":")
     try:
         for row in datasets.load_dataset(name, config or None, split=split, streaming=True):
-            yield text_of(row, field, f"data set '{dataset}'", chat)
+            yield read(row, f"data set '{dataset}'")
     except DataError:
         raise
     except Exception as e:  # the library raises its own, the network's and the author's errors

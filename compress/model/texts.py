@@ -69,16 +69,32 @@ def decoded(path: Path) -> Iterator[str]:
 
 def text_of(record: Any, field: str, where: str, chat: Chat) -> str:
     """The text of one record: what its field says, or what the chat template makes of the messages there."""
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: has no text field '{field}'; found: {kind(record)}, where a record is a mapping")
-    if field == "text" and field not in record:
-        field = next((name for name in CONVERSATIONS if name in record), field)
+    field = field_of(record, field, where)
     value = record.get(field)
-    if isinstance(value, list) and is_conversation(value):
+    if is_conversation(value):
         value = chat(conversation(value, field, where), where)
     if not isinstance(value, str):
         raise DataError(f"{where}: has no text field '{field}'; found: {found_in(record, field)}")
     return whole(value, where)
+
+
+def field_of(record: Any, field: str, where: str) -> str:
+    """The field of a record that is read where `field` is named; DataError where the record has no fields."""
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: has no text field '{field}'; found: {kind(record)}, where a record is a mapping")
+    if field == "text" and field not in record:
+        return next((name for name in CONVERSATIONS if name in record), field)
+    return field
+
+
+def messages_of(record: Any, field: str, where: str) -> list[dict[str, Any]]:
+    """The conversation that one record holds; DataError where its field holds none."""
+    field = field_of(record, field, where)
+    if not is_conversation(record.get(field)):
+        names = [name for name, value in record.items() if is_conversation(value)]
+        advice = f"name those in '{one_line(names[0])}', as field: {one_line(names[0])}" if names else "leave 'answers' out"
+        raise DataError(f"{where}: has no chat messages in '{field}', and answers stand in nothing else; {advice}")
+    return conversation(record[field], field, where)
 
 
 def is_conversation(value: Any) -> bool:

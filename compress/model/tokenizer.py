@@ -13,11 +13,13 @@ import transformers
 
 from compress.documents import one_line
 from compress.errors import DataError
+from compress.model.answers import Answers, answers_in
 from compress.model.apart import Apart, Failed
 from compress.model.custom import refuse_tokenizer_code
 
 OPENING = 60.0  # seconds of CPU time
 ENCODING, SPEED = 20.0, 20_000  # seconds for a text, and one more for so many characters; usual are a million
+FAILS = "the tokenizer's chat template fails on the messages"
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,22 @@ class Tokenizer:
 
     def chat(self, messages: list[dict[str, Any]]) -> str:
         """The text of a conversation, as the tokenizer's chat template writes it; DataError where it fails on it."""
-        text: str = self._ask("the tokenizer's chat template fails on the messages", len(repr(messages)), "chat", messages)
+        text: str = self._ask(FAILS, len(repr(messages)), "chat", messages)
         return text
+
+    def placed(self, text: str) -> tuple[array[int], array[int], array[int]]:
+        """The same tokens, and of each the characters that it stands for: from which one on, and up to which."""
+        found = self._ask("the tokenizer cannot tell where its tokens stand in the text", len(text), "placed", text)
+        ids, starts, ends = array("q"), array("q"), array("q")
+        for numbers, data in zip((ids, starts, ends), found, strict=True):
+            numbers.frombytes(data)
+        return ids, starts, ends
+
+    def answers(self, wanted: list[int], messages: list[dict[str, Any]]) -> Answers | str:
+        """The same text, and where the answers of these numbers stand in it; or why that cannot be told."""
+        length = len(repr(messages)) * (1 + 2 * len(wanted))  # the template is asked about what comes before each
+        found: Answers | str = self._ask(FAILS, length, "answers", messages, wanted)
+        return found
 
     def whole(self) -> tuple[str, list[int]]:
         """The tokenizer as a tokenizer.json, with all that its class made of the files, and the ids of its special tokens."""
@@ -98,6 +114,18 @@ class Server:
     def _encode(self, text: str) -> bytes:
         found = self.tokenizer(text, add_special_tokens=False, verbose=False, return_attention_mask=False)
         return array("q", found["input_ids"]).tobytes()
+
+    def _placed(self, text: str) -> list[bytes]:
+        if not self.tokenizer.is_fast:
+            raise TypeError("it is none of the library 'tokenizers'")
+        found = self.tokenizer(
+            text, add_special_tokens=False, verbose=False, return_attention_mask=False, return_offsets_mapping=True
+        )
+        starts, ends = zip(*found["offset_mapping"], strict=True) if found["offset_mapping"] else ((), ())
+        return [array("q", numbers).tobytes() for numbers in (found["input_ids"], starts, ends)]
+
+    def _answers(self, messages: list[dict[str, Any]], wanted: list[int]) -> Answers | str:
+        return answers_in(self.tokenizer, messages, wanted)
 
     def _chat(self, messages: list[dict[str, Any]]) -> str:
         text: str = self.tokenizer.apply_chat_template(messages, tokenize=False)

@@ -1,10 +1,12 @@
 """The loop: steps of an optimizer on a student's distance to its teacher, judged on held-out windows, from where it stopped.
 
-A step takes `batch` windows, a few at a time (`MICRO` tokens), adds up their gradients, and moves what learns. At every check the
-held-out windows are judged and everything that the next step depends on is kept on disk: what learns, what the optimizer
+A step takes `batch` windows, a few at a time (`MICRO` tokens), adds up their gradients, and moves what learns. At every check
+the held-out windows are judged and everything that the next step depends on is kept on disk: what learns, what the optimizer
 remembers, and the curve so far. The order of windows is drawn from the seed and the epoch alone. So a run that was killed comes
-to the same bytes as one that was not. In the end the student is what it was at its best check; the start counts as one, so
-training never makes a model worse on what was held out.
+to the same bytes as one that was not. Where only some tokens are learnt from (`Tokens.learnt`), a sum over a step's predictions
+is divided by how many of them are of such tokens, all micro-batches together, and windows without any change nothing. In the
+end the student is what it was at its best check; the start counts as one, so training never makes a model worse on what was
+held out.
 """
 
 from __future__ import annotations
@@ -17,11 +19,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from compress.errors import ModelError
+from compress.errors import DataError, ModelError
 from compress.model.data import Tokens
 from compress.model.lockstep import Batch
 from compress.model.seeds import seeded
-from compress.training.loss import DIVERGENCES, behind
+from compress.training.loss import DIVERGENCES, Known, Rows, behind
 from compress.training.student import Student
 from compress.training.teacher import Look
 
@@ -54,9 +56,41 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class Counted:
+    """How many predictions a loss is the mean of. known: those among them of a token that the window itself holds."""
+
+    all: int
+    known: int
+
+    def share(self, part: str) -> float:
+        """By what a sum over all falls short of one over those that a part counts: nothing came behind the last token."""
+        return self.all / max(1, self.known) if part == "ce" else 1.0
+
+    def of(self, part: str) -> int:
+        return self.known if part == "ce" else self.all
+
+
+def counted(tokens: Tokens, numbers: Sequence[int]) -> Counted:
+    """Of some windows."""
+    windows, length = len(numbers), tokens.ids.shape[1]
+    if tokens.learnt is None:
+        return Counted(windows * length, windows * (length - 1))
+    learnt = tokens.learnt[list(numbers)]
+    return Counted(int(learnt.sum()), int(learnt[:, :-1].sum()))
+
+
+def check_learnt(tokens: Tokens, learning: Sequence[int], held: Sequence[int]) -> None:
+    """DataError where windows to learn from, or those to judge on, hold no token that is learnt from."""
+    for numbers, what in ((learning, "to learn from"), (held, "held out to judge on")):
+        if not counted(tokens, numbers).known:
+            raise DataError(f"{tokens.place}: the {len(numbers)} windows {what} hold no token of an answer; give more or longer "
+                            "windows")  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Point:
-    """What is known when `step` steps are done. loss: of training, the mean since the last point; None at the start. held: what
-    the student is judged by, on the held-out windows, nats a token."""
+    """What is known when `step` steps are done. loss: of training, the mean since the last point; None where nothing was learnt.
+    held: what the student is judged by, on the held-out windows, nats a token."""
 
     step: int
     tokens: int
@@ -113,9 +147,11 @@ class Training:
             if self.finished:
                 break
             self.progress(step, self.schedule.steps, f"held out, {self.judged_by} {self.curve[-1].held:.4g}")
-            losses.append(self.step(step, optimizer))
-            if not math.isfinite(losses[-1]) or (
-                self.schedule.judged(step + 1) and not self._note(kept, optimizer, step + 1, sum(losses) / len(losses))
+            loss = self.step(step, optimizer)
+            losses += [] if loss is None else [loss]
+            if not all(map(math.isfinite, losses[-1:])) or (
+                self.schedule.judged(step + 1)
+                and not self._note(kept, optimizer, step + 1, sum(losses) / len(losses) if losses else None)
             ):
                 self.lost = step + 1
                 break
@@ -147,11 +183,15 @@ class Training:
 
     # --- a step ---
 
-    def step(self, number: int, optimizer: torch.optim.Optimizer) -> float:
-        """The loss of one step, a token."""
+    def step(self, number: int, optimizer: torch.optim.Optimizer) -> float | None:
+        """The loss of one step, a token that is learnt from; None where its windows hold none, and nothing moves."""
+        windows = self._windows(number)
+        whole, few = counted(self.tokens, windows), list(self._few(windows))
+        if not few:
+            return None
         for group in optimizer.param_groups:
             group["lr"] = group["base"] * self.schedule.at(number)
-        total = sum(self._learn(numbers) for numbers in self._few(self._windows(number)))
+        total = sum(self._learn(numbers, whole) for numbers in few)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)  # or they would be there while a checkpoint is written
         return total
@@ -166,42 +206,39 @@ class Training:
         return found
 
     def _few(self, numbers: Sequence[int]) -> Iterator[Sequence[int]]:
+        """Micro-batches, without those that no part of the loss counts a token of."""
         size = max(1, MICRO // self.tokens.ids.shape[1])
         for start in range(0, len(numbers), size):
-            yield numbers[start : start + size]
+            found = counted(self.tokens, numbers[start : start + size])
+            if any(found.of(part) for part in self.weights):
+                yield numbers[start : start + size]
 
-    def _learn(self, numbers: Sequence[int]) -> float:
-        """Add the gradients of some windows; their share of the step's loss."""
-        ids, share = self._ids(numbers), 1 / self.per_step
+    def _learn(self, numbers: Sequence[int], whole: Counted) -> float:
+        """Add the gradients of some windows of a step, which counts so many tokens; their share of its loss."""
+        ids, learnt, share = self._ids(numbers), self._learnt(numbers), 1 / whole.all
+        weights = {n: w * whole.share(n) for n, w in self.weights.items() if n != "hidden_cosine"}
         outputs: list[Tensor] = []
         cosine = self.weights.get("hidden_cosine", 0.0)
         with self.teacher.look(numbers) as look, torch.enable_grad():  # a teacher that is streamed has turned it off
             batch = self.student.forward(ids, (lambda _, h: outputs.append(h)) if cosine else None)
-            sums, slope = self._behind(batch.hidden, ids, look, share, backward=True)
+            sums, slope = in_parts(self.student, batch.hidden, ids, look, weights, share, True, learnt)
             roots, slopes = (
                 [batch.hidden],
                 [slope.reshape(batch.hidden.shape).to(batch.hidden.dtype) if slope is not None else None],
             )
-            loss = sum(self.weights[n] * self._share(n) * s * share for n, s in sums.items())
+            loss = sum(weights[n] * s * share for n, s in sums.items())
             if cosine:
-                apart = cosine * share * apart_in_angle(outputs, look.hidden)
+                apart = cosine * share * apart_in_angle(outputs, look.hidden, learnt)
                 roots, slopes = [*roots, apart], [*slopes, None]
                 loss += float(apart.detach())
             torch.autograd.backward(roots, slopes)
         return float(loss)
 
-    def _behind(
-        self, hidden: Tensor, ids: Tensor, look: Look, share: float, backward: bool
-    ) -> tuple[Mapping[str, float], Tensor | None]:
-        weights = (
-            {n: w * self._share(n) for n, w in self.weights.items() if n != "hidden_cosine"}
-            if backward
-            else {self.judged_by: 1.0}
-        )
-        return in_parts(self.student, hidden, ids, look, weights, share, backward)
-
     def _ids(self, numbers: Sequence[int]) -> Tensor:
         return self.student.state.ids(self.tokens.ids[list(numbers)]).to(self.student.device)
+
+    def _learnt(self, numbers: Sequence[int]) -> Tensor | None:
+        return None if self.tokens.learnt is None else self.tokens.learnt[list(numbers)]
 
     @property
     def judged_by(self) -> str:
@@ -210,19 +247,15 @@ class Training:
 
     def judge(self) -> float:
         """What the student comes to on the held-out windows, nats a token."""
-        total = 0.0
+        by, total, whole = self.judged_by, 0.0, counted(self.tokens, self.held)
         with torch.no_grad():
             for numbers in self._few(self.held):
                 ids = self._ids(numbers)
                 with self.teacher.look(numbers) as look:
                     batch = self.student.forward(ids)
-                    total += self._behind(batch.hidden, ids, look, 1.0, backward=False)[0][self.judged_by]
-        return total * self._share(self.judged_by) / (len(self.held) * self.tokens.ids.shape[1])
-
-    def _share(self, part: str) -> float:
-        """By what a sum over all tokens falls short of one over those that a part counts: nothing came behind the last."""
-        length = self.tokens.ids.shape[1]
-        return length / (length - 1) if part == "ce" else 1.0
+                    sums, _ = in_parts(self.student, batch.hidden, ids, look, {by: 1.0}, 1.0, False, self._learnt(numbers))
+                    total += sums[by]
+        return total * whole.share(by) / whole.all
 
     # --- where it stopped ---
 
@@ -257,26 +290,41 @@ class Training:
 
 
 def in_parts(
-    student: Student, hidden: Tensor, ids: Tensor, look: Look, weights: Mapping[str, float], share: float, backward: bool
-) -> tuple[Mapping[str, float], Tensor | None]:
-    """The loss behind the last block [b, t, d], summed over tokens by its parts, and `share` of its slope there."""
+    student: Student, hidden: Tensor, ids: Tensor, look: Look, weights: Mapping[str, float], share: float, backward: bool,
+    learnt: Tensor | None = None,
+) -> tuple[Mapping[str, float], Tensor | None]:  # fmt: skip
+    """The loss behind the last block [b, t, d], summed over tokens by its parts, and `share` of its slope there. learnt [b, t]:
+    whose predictions count, None being all; no others go through the head."""
     flat, tokens = hidden.detach().reshape(-1, hidden.shape[-1]), ids.reshape(-1)
     targets = ids.roll(-1, 1)
     targets[:, -1] = -100  # nothing came behind the last token; what torch leaves out
+    targets, known, chosen = targets.reshape(-1), look.known, None
+    if learnt is not None:
+        chosen = learnt.reshape(-1).nonzero()[:, 0]
+        tokens, targets = tokens[chosen], targets[chosen]
+        known = chosen_of(look.known, chosen)
     with student.behind(student.state), student.holding_head():
 
         def head(h: Tensor, rows: slice) -> Tensor:  # windows of one token: of several windows no row has a position
             return student.head(Batch(tokens[rows, None], h[:, None], []))[:, 0]
 
-        found = behind(
-            head, flat, look.known, targets.reshape(-1), weights, student.state.graph["embed"].shape[0], backward, share
-        )
-    return found.sums, found.slope
+        found = behind(head, flat if chosen is None else flat[chosen], known, targets, weights,
+                       student.state.graph["embed"].shape[0], backward, share)  # fmt: skip
+    if chosen is None or found.slope is None:
+        return found.sums, found.slope
+    slope = torch.zeros_like(flat, dtype=found.slope.dtype)
+    slope[chosen] = found.slope
+    return found.sums, slope
 
 
-def apart_in_angle(outputs: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
-    """The sum over tokens, and mean over blocks, of 1 - cos between what the blocks of two models put out [b, t, d]. Where one
-    has fewer blocks, only what the last puts out is compared."""
+def chosen_of(known: Callable[[Rows], Known] | None, chosen: Tensor) -> Callable[[Rows], Known] | None:
+    """What a teacher knows of some rows, as if there were no others."""
+    return None if known is None else lambda rows: known(chosen[rows])
+
+
+def apart_in_angle(outputs: Sequence[Tensor], theirs: Sequence[Tensor], learnt: Tensor | None = None) -> Tensor:
+    """The sum over tokens, or those in `learnt` [b, t], and mean over blocks, of 1 - cos between what the blocks of two models
+    put out [b, t, d]. Where one has fewer blocks, only what the last puts out is compared."""
     pairs = list(zip(outputs, theirs, strict=True)) if len(outputs) == len(theirs) else [(outputs[-1], theirs[-1])]
-    apart = [(1 - torch.cosine_similarity(ours.float(), other.float(), -1)).sum() for ours, other in pairs]
-    return torch.stack(apart).mean()
+    apart = [1 - torch.cosine_similarity(ours.float(), other.float(), -1) for ours, other in pairs]
+    return torch.stack([a.sum() if learnt is None else a[learnt.to(a.device)].sum() for a in apart]).mean()

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 NUMBERS = 1 << 24  # logits in hand at once
+Rows = slice | Tensor  # of a batch's tokens: a stretch of them, or their numbers
 LEAST = 1e-7  # of a rest: fp32 knows a sum of probabilities no better
 
 
@@ -36,7 +37,7 @@ class Known:
     log_p: Tensor
     which: Tensor | None = None
 
-    def rows(self, rows: slice) -> Known:
+    def rows(self, rows: Rows) -> Known:
         return Known(self.log_p[rows], None if self.which is None else self.which[rows])
 
 
@@ -86,7 +87,7 @@ class Behind:
 def behind(
     head: Callable[[Tensor, slice], Tensor],
     h_nd: Tensor,
-    teacher: Known | Callable[[slice], Known] | None,
+    teacher: Known | Callable[[Rows], Known] | None,
     targets: Tensor | None,
     weights: Mapping[str, float],
     size: int,

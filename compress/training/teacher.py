@@ -23,7 +23,7 @@ from compress.model.stream import Stream
 from compress.state import State
 from compress.state.state import Part
 from compress.training.choice import Choice
-from compress.training.loss import NUMBERS, Known
+from compress.training.loss import NUMBERS, Known, Rows
 from compress.training.student import Student
 
 TOGETHER = 1 << 14  # tokens that are cached at once: a block's weights are read once for them
@@ -38,7 +38,7 @@ class Look:
     """What a teacher says of some windows. known: its predictions, by rows of all their tokens; None where it has none. hidden:
     what each block put out [b, t, d]; empty where it is not known."""
 
-    known: Callable[[slice], Known] | None
+    known: Callable[[Rows], Known] | None
     hidden: Sequence[Tensor] = ()
 
 
@@ -59,12 +59,24 @@ class Present:
         flat = batch.hidden.reshape(-1, batch.hidden.shape[-1])
         ids = batch.tokens.reshape(-1)
 
-        def known(rows: slice) -> Known:
+        def known(rows: Rows) -> Known:
             with torch.no_grad():
-                return Known(self.logits(Batch(ids[rows, None], flat[rows, None], [])).log_softmax(-1))
+                found = [
+                    self.logits(Batch(ids[part, None], flat[part, None], [])).log_softmax(-1)
+                    for part in self.bounded(rows, len(ids))
+                ]
+            return Known(found[0] if len(found) == 1 else torch.cat(found))
 
         with self.heading():
             yield Look(known, hidden)
+
+    def bounded(self, rows: Rows, count: int) -> Sequence[Rows]:
+        """Some rows of `count`, as many at once as whoever knows all of the teacher's tokens asks for: a student that knows
+        fewer asks for more."""
+        if self.which is None:
+            return [rows]
+        few: tuple[Tensor, ...] = torch.arange(count)[rows].split(max(1, NUMBERS // self.state.graph["embed"].shape[0]))
+        return few
 
     def logits(self, batch: Batch) -> Tensor:
         """Of the tokens that the student knows [n, V], for n windows of one token: a row is none of a text any more."""
