@@ -160,6 +160,8 @@ class Distill(Pass):
         return found
 
     def check_text(self, tokens: Tokens) -> None:
+        if self.scope == "block" and tokens.learnt is not None:
+            raise RecipeError("blocks learn from every token, and data.training asks for answers alone; use scope: model", ("scope",))
         check_learnt(tokens, *halves(len(tokens.ids), tokens.ids.shape[1], tokens.sources))
 
     def foresee(self, state: State) -> State:
