@@ -22,12 +22,12 @@ from pydantic import Field, PlainSerializer, PlainValidator, WithJsonSchema, mod
 from torch import Tensor
 
 from compress.errors import FormatError, RecipeError
-from compress.formats import Factored, Format, LowRank, base_of, parse
+from compress.formats import Factored, Format, LowRank, Rotated, base_of, parse
 from compress.formats.grid import Quantized
 from compress.manager import Context, Cost, Pass
 from compress.model.speed import computing
 from compress.model.work import advancing_bytes, block_bytes, per_token, waiting_bytes
-from compress.passes import costs, factored, learned
+from compress.passes import costs, factored, learned, rotated
 from compress.passes import gptq_core as core
 from compress.passes.solver import TABLE, Answer, Case
 from compress.passes.walk import Walk
@@ -123,9 +123,12 @@ class Quantize(Pass):
             if isinstance(held, Factored) and self.method == "learned":
                 raise RecipeError(f"'{name}' is {held} by an earlier step, and of factors nothing is learned; use method: gptq",
                                   ("method",))  # fmt: skip
-            if isinstance(fmt, LowRank | Factored) and isinstance(held, Factored):
+            if isinstance(fmt, Rotated) and self.method == "learned":
+                raise RecipeError(f"'{name}' is to be {fmt}, and in rotated coordinates nothing is learned; use method: gptq, or "
+                                  f"{fmt.base}", at)  # fmt: skip
+            if isinstance(fmt, LowRank | Factored | Rotated) and isinstance(held, Factored):
                 raise FormatError(
-                    f"'{name}' is {held} by an earlier step: give its factors a format without a rank, not {fmt}", at
+                    f"'{name}' is {held} by an earlier step: give its factors a format without a rank or rotation, not {fmt}", at
                 )
             if isinstance(fmt, Factored):
                 raise FormatError(f"'{name}' cannot become {fmt} here: factors are made by 'factorize'; put it in front", at)
@@ -159,6 +162,8 @@ class Quantize(Pass):
         """W in a quantized format, by this pass's method, under the Hessian that was factored (None: nothing was seen)."""
         if isinstance(fmt, Factored):
             return factored.solve(self, W_nk, factor, fmt, case)
+        if isinstance(fmt, Rotated):
+            return rotated.solve(self, W_nk, factor, fmt, case)
         assert isinstance(fmt, Quantized)
         if self.by_inputs and factor is not None:
             solved = core.quantize(W_nk, factor, fmt, clip=self.clip, scale_dtype=case.scale_dtype)

@@ -34,7 +34,7 @@ class LowRank:
 
     def __post_init__(self) -> None:
         if not isinstance(self.base, Int | NF | Lut):
-            raise FormatError(f"low-rank factors go with a quantized matrix, as in int4:g64+r16, not with {self.base}")
+            raise FormatError(f"low-rank factors go with a quantized matrix, unrotated, as in int4:g64+r16, not {self.base}")
         if not isinstance(self.factors, Int | NF | Lut | Dense):
             raise FormatError(f"low-rank factors are dense or quantized, as in int4:g64+r16:int8:g64, not {self.factors}")
         if self.rank < 1:
