@@ -191,8 +191,9 @@ class Quantize(Pass):
         forward = 2.0 * passes * work.weights + (2 * tokens * work.squares if self.corrects else 0)
         solved = self.solving(state, [*matrices, *watched] if tokens else [])
         moved = costs.RETARGETING * self.corrects * sum(1.0 * s.numel * s.shape[1] for s in matrices)
-        factoring = sum(costs.FACTORING * k**3 for k in factored.values())
-        entries = self._loads(state, tokens) * total(state.graph.linear) + costs.ORDERING * sum(k * k for k in factored.values())
+        hessians = [*factored.values(), *self._turned(state, [*matrices, *watched] if tokens and self.by_inputs else []).values()]
+        factoring = sum(costs.FACTORING * k**3 for k in hessians)
+        entries = self._loads(state, tokens) * total(state.graph.linear) + costs.ORDERING * sum(k * k for k in hessians)
         peaks = [self._block_memory(state, tokens, matrices), *(self._table_memory(state, tokens, s) for s in tables)]
         return self._learning(state, tokens, matrices) + Cost(
             forward, tokens * work.squares + solved.flops + moved + factoring, sum(s.numel for s in sites), max(peaks),
@@ -212,6 +213,11 @@ class Quantize(Pass):
         alone = [side for site, fmt in held.items() for side in fmt.factor_shapes(site.shape).values()]
         shapes = costs.joined([s for s in sites if s not in held]) + 2 * alone
         return costs.solving(shapes) if self.by_inputs else costs.rounding(shapes)
+
+    def _turned(self, state: State, sites: Sequence[Site]) -> dict[tuple[int | None, str, int], int]:
+        """The Hessians that are factored a second time, in rotated coordinates."""
+        formats = state.plan.formats if state.plan else {}
+        return costs.turned((s, formats.get(s.name)) for s in sites)
 
     def _watches(self, state: State, table: Site) -> bool:
         """Whether what the head is given is seen before a table is solved."""
@@ -235,7 +241,8 @@ class Quantize(Pass):
             return codes + max((costs.matrix_bytes(s.numel, costs.ROUNDED) for s in matrices), default=0)
         models, block = 1 + self.corrects, block_bytes(state)
         seen = max((costs.seen_bytes(members, self.corrects) for members in stages.values()), default=0)
-        solved = max((costs.stage_bytes(members, self.corrects) for members in stages.values()), default=0)
+        solved = max((costs.stage_bytes(members, self.corrects, bool(self._turned(state, members)))
+                      for members in stages.values()), default=0)  # fmt: skip
         return codes + waiting_bytes(state, tokens, models) + max(models * block + seen, block + solved)
 
     def _table_memory(self, state: State, tokens: int, table: Site) -> int:

@@ -83,10 +83,13 @@ class Rotated:
 
     def turn(self, W_nk: Tensor, outputs: int) -> Tensor:
         """C = H_o S_o W S_i H_i, in the dtype of W, of rows of a matrix with so many outputs: all of them, or whole blocks."""
-        return _by_parts(W_nk, self.outputs(outputs), lambda W, b: self.turn_inputs(turned(W, OUTPUTS, b)))
+        return _by_parts(W_nk, self.outputs(outputs), lambda W, b: self._mixed(turned(W, OUTPUTS, b)))
 
     def turn_inputs(self, W_nk: Tensor) -> Tensor:
         """W S_i H_i: the inputs alone, of any rows."""
+        return _by_parts(W_nk, 1, lambda W, _: self._mixed(W))
+
+    def _mixed(self, W_nk: Tensor) -> Tensor:
         return turned(W_nk.T, INPUTS, self.block).T
 
     def turn_back(self, C_nk: Tensor, outputs: int) -> Tensor:
@@ -165,7 +168,7 @@ def _times(x_mn: Tensor, R_bb: Tensor) -> Tensor:
 
 def _by_parts(X_nk: Tensor, block: int, f: Callable[[Tensor, int], Tensor]) -> Tensor:
     """`f` of some blocks of rows after the other."""
-    out, step = torch.empty_like(X_nk), max(1, _CHUNK // (X_nk.shape[1] * block)) * block
+    out, step = X_nk.new_empty(X_nk.shape), max(1, _CHUNK // (X_nk.shape[1] * block)) * block
     for i in range(0, len(X_nk), step):
         out[i : i + step] = f(X_nk[i : i + step], block)
     return out
