@@ -87,7 +87,7 @@ def test_weights_are_turned_as_written_and_come_back(fmt: Rotated, n: int, block
     Ro, Ri = matrix(OUTPUTS, side, n), matrix(INPUTS, fmt.block, W.shape[1])
     C = fmt.turn(W, n)
     torch.testing.assert_close(C.double(), Ro.T @ W.double() @ Ri, rtol=0, atol=3e-6)
-    torch.testing.assert_close(fmt.turn_back(C, n), W, rtol=0, atol=3e-6)
+    torch.testing.assert_close(fmt.turn_back(C), W, rtol=0, atol=3e-6)
 
 
 @pytest.mark.parametrize("text", ["int3:g64:asym:r128", "lut2:g64:r128", "nf4:g64:dq8x16:r64", "int4:channel:r16"])
@@ -320,22 +320,22 @@ def test_other_exporters_name_native(family: Any, exporter: str, form: str) -> N
 
 
 FIRST = {"quantize": {"format": "int4:g32:r32"}}
+LEARNING = {"allocate": {"budget": "3 bits", "formats": ["int2:g32:r32", "int4:g32"]}}, {"quantize": {"method": "learned"}}
+RANKED = {"allocate": {"budget": "3 bits", "formats": ["int2:g32:r32"], "ranks": [0, 4]}}, {"lqlora": {}}
+LOSS = {"loss": {"ce": 1.0}}
 
 
 @pytest.mark.parametrize(("passes", "says"), [
-    ([{"quantize": {"pins": {"embed": "int4:g32:r32"}}}], "'embed' is a token embedding, .* a rotation mixes rows: pin it to int4:g32"),
+    ([{"quantize": {"pins": {"embed": "int4:g32:r32"}}}], "'embed' is a token embedding, .* mixes rows: pin it to int4:g32"),
     ([{"quantize": {"format": "int4:g32:r128"}}], "blocks of 128 do not divide 64 inputs; blocks that do: r16, r32, r64"),
-    ([{"quantize": {"method": "learned", "format": "int4:g32:r32"}}], "int4:g32:r32, and in rotated coordinates nothing is learned"),
-    ([{"allocate": {"budget": "3 bits", "formats": ["int2:g32:r32", "int4:g32"]}}, {"quantize": {"method": "learned"}}],
-     "in rotated coordinates nothing is learned"),
+    ([{"quantize": {"method": "learned", "format": "int4:g32:r32"}}], "in rotated coordinates nothing is learned"),
+    (LEARNING, "in rotated coordinates nothing is learned"),
     ([FIRST, {"lqlora": {"rank": 4}}], "low-rank factors do not go with rotated matrices, such as int4:g32:r32; use int4:g32"),
-    ([{"lqlora": {"format": "int4:g32:r32", "rank": 4}}], "low-rank factors do not go with rotated matrices, such as int4:g32:r32; use int4:g32"),
-    ([{"allocate": {"budget": "3 bits", "formats": ["int2:g32:r32"], "ranks": [0, 4]}}, {"lqlora": {}}],
-     "low-rank factors do not go with rotated matrices, such as int2:g32:r32"),
+    ([{"lqlora": {"format": "int4:g32:r32", "rank": 4}}], "low-rank factors do not go with rotated matrices"),
+    (RANKED, "low-rank factors do not go with rotated matrices, such as int2:g32:r32"),
     ([{"factorize": {"rank": 0.5}}, FIRST], "factors are dense or quantized|without a rank or rotation"),
-    *(([FIRST, {"distill": {"train": train, "rank": rank, "loss": {"ce": 1.0}} if rank else {"train": train, "loss": {"ce": 1.0}}}],
-       "int4:g32:r32, and in rotated coordinates nothing is trained") for train, rank in
-      (("scales", None), ("all", None), ("lora", 4), ("*.down", None))),
+    *(([FIRST, {"distill": LOSS | train}], "int4:g32:r32, and in rotated coordinates nothing is trained")
+      for train in ({"train": "scales"}, {"train": "all"}, {"train": "lora", "rank": 4}, {"train": "*.down"})),
 ])  # fmt: skip
 def test_what_does_not_go_with_a_rotation_is_said_in_a_line(
     family: Any, text: Path, tmp_path: Path, passes: list[dict[str, Any]], says: str
@@ -346,6 +346,11 @@ def test_what_does_not_go_with_a_rotation_is_said_in_a_line(
         pipeline.plan(path)
     assert "\n" not in str(caught.value)
     assert not isinstance(caught.value, AssertionError)
+
+
+def test_scales_are_searched_for_a_rotated_quantizer(family: Any, text: Path, tmp_path: Path) -> None:
+    done = bake(tmp_path, family("llama"), text, "native", {"smooth": {}}, {"quantize": {"format": "int3:g32:r64"}})
+    assert "native" in done.artifacts
 
 
 def test_norms_learn_beside_rotated_matrices(family: Any, text: Path, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from compress.formats.ints import Int
 
 BLOCKS = (16, 32, 64, 128, 256)
 INPUTS, OUTPUTS = 0, 1  # sides of a matrix, and the bit of the hash that is their sign
-_CHUNK = 1 << 18  # weights turned at a time, so that the temporaries stay in cache
+_CHUNK = 1 << 17  # weights turned at a time, so that the temporaries stay in cache
 _MIX, _WORD = 0x45D9F3B, (1 << 32) - 1
 
 
@@ -78,8 +78,7 @@ class Rotated:
 
     def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """The weight [N, K] as it was before it was turned, in `dtype`; turned back in fp32 and rounded once."""
-        C_nk = self.base.dequantize(tensors, torch.float32)
-        return self.turn_back(C_nk, len(C_nk)).to(dtype)
+        return self.turn_back(self.base.dequantize(tensors, torch.float32), dtype)
 
     def turn(self, W_nk: Tensor, outputs: int) -> Tensor:
         """C = H_o S_o W S_i H_i, in the dtype of W, of rows of a matrix with so many outputs: all of them, or whole blocks."""
@@ -92,10 +91,11 @@ class Rotated:
     def _mixed(self, W_nk: Tensor) -> Tensor:
         return turned(W_nk.T, INPUTS, self.block).T
 
-    def turn_back(self, C_nk: Tensor, outputs: int) -> Tensor:
-        """W of C: the inverse of `turn`."""
+    def turn_back(self, C_nk: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """W of a whole matrix C, the inverse of `turn`, rounded to `dtype`."""
         side = self.block
-        return _by_parts(C_nk, self.outputs(outputs), lambda C, b: turned_back(turned_back(C, OUTPUTS, b).T, INPUTS, side).T)
+        back = lambda C, b: turned_back(turned_back(C, OUTPUTS, b).T, INPUTS, side).T  # noqa: E731
+        return _by_parts(C_nk, self.outputs(len(C_nk)), back, dtype)
 
     def warm(self, shape: Shape, device: torch.device) -> None:
         """Make what activations are multiplied by on a device, so that nothing need be moved there later."""
@@ -139,11 +139,13 @@ def hadamard(X_nm: Tensor, block: int | None = None) -> Tensor:
     """H X / sqrt(block) for each `block` rows of X (all of them where it is None), a power of two, by butterflies."""
     n, m = X_nm.shape
     block, half = block or n, 1
+    X_nm, spare = X_nm.clone(memory_format=torch.contiguous_format), X_nm.new_empty(n, m)
     while half < block:
-        pairs = X_nm.reshape(-1, 2, half, m)
-        X_nm = torch.stack([pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]], 1)
-        half *= 2
-    return X_nm.reshape(n, m) * (1 / math.sqrt(block))
+        pairs, mixed = X_nm.view(-1, 2, half, m), spare.view(-1, 2, half, m)
+        torch.add(pairs[:, 0], pairs[:, 1], out=mixed[:, 0])
+        torch.sub(pairs[:, 0], pairs[:, 1], out=mixed[:, 1])
+        X_nm, spare, half = spare, X_nm, 2 * half
+    return X_nm.mul_(1 / math.sqrt(block))
 
 
 def turned(X_nm: Tensor, side: int, block: int) -> Tensor:
@@ -166,9 +168,9 @@ def _times(x_mn: Tensor, R_bb: Tensor) -> Tensor:
     return (x_mn.to(wide).reshape(-1, len(R_bb)) @ R_bb.to(wide)).view(x_mn.shape)
 
 
-def _by_parts(X_nk: Tensor, block: int, f: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """`f` of some blocks of rows after the other."""
-    out, step = X_nk.new_empty(X_nk.shape), max(1, _CHUNK // (X_nk.shape[1] * block)) * block
+def _by_parts(X_nk: Tensor, block: int, f: Callable[[Tensor, int], Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    """`f` of some blocks of rows after the other, in `dtype` or that of X."""
+    out, step = X_nk.new_empty(X_nk.shape, dtype=dtype), max(1, _CHUNK // (X_nk.shape[1] * block)) * block
     for i in range(0, len(X_nk), step):
         out[i : i + step] = f(X_nk[i : i + step], block)
     return out

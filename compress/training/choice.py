@@ -93,7 +93,11 @@ def learning(state: State, site: Site, word: str) -> Kind:
     fmt = state.format(site)
     if word == "norms":
         return Kind.NOTHING
-    if isinstance(fmt, Rotated) and (word in WORDS or fnmatchcase(site.name, word)):
+    if (
+        isinstance(fmt, Rotated)
+        and (site.block is not None or word != "lora")
+        and (word in WORDS or fnmatchcase(site.name, word))
+    ):
         raise RecipeError(f"'{site.name}' is in {fmt}, and in rotated coordinates nothing is trained; name other matrices, or "
                           f"train norms, or quantize to {fmt.base}", ("train",))  # fmt: skip
     if word == "scales":

@@ -136,7 +136,7 @@ def dequantize(parts: Sequence[Tensor], fmt: Format, shape: Shape, dtype: torch.
         A, B = (dequantize(half, fmt.factors, side, torch.float32) for half, side in _halves(parts, fmt, shape))
         return (B @ A).to(dtype)
     if isinstance(fmt, Rotated):
-        return fmt.turn_back(dequantize(parts, fmt.base, shape, torch.float32), shape[0]).to(dtype)
+        return fmt.turn_back(dequantize(parts, fmt.base, shape, torch.float32), dtype)
     matrix, out = _Matrix.of(parts, fmt, shape), torch.empty(shape, dtype=dtype, device=parts[0].device)
     for rows in _chunks(shape):
         if matrix.factors:
