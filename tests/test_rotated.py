@@ -66,6 +66,20 @@ def test_a_rotation_is_what_is_written_and_its_transpose_undoes_it(side: int, bl
     torch.testing.assert_close(R @ R.T, torch.eye(block, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
+def test_a_rotation_is_made_whatever_device_and_dtype_are_the_default() -> None:
+    """As they are not what they seem while transformers builds a model."""
+    rotation.cache_clear()
+    signs.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            R = rotation(INPUTS, 32)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert (R.dtype, signs(INPUTS, 32).dtype) == (torch.float32, torch.float32)
+    torch.testing.assert_close(R.double(), matrix(INPUTS, 32, 32), rtol=0, atol=1e-7)
+
+
 def test_signs_are_balanced_and_those_of_the_two_sides_differ() -> None:
     for block in BLOCKS[1:]:
         for side in (INPUTS, OUTPUTS):

@@ -82,20 +82,17 @@ class Rotated:
 
     def turn(self, W_nk: Tensor, outputs: int) -> Tensor:
         """C = H_o S_o W S_i H_i, in the dtype of W, of rows of a matrix with so many outputs: all of them, or whole blocks."""
-        return _by_parts(W_nk, self.outputs(outputs), lambda W, b: self._mixed(turned(W, OUTPUTS, b)))
+        side = self.outputs(outputs)
+        return _by_parts(W_nk, side, lambda W: turned(turned(W, OUTPUTS, side).T, INPUTS, self.block).T)
 
     def turn_inputs(self, W_nk: Tensor) -> Tensor:
         """W S_i H_i: the inputs alone, of any rows."""
-        return _by_parts(W_nk, 1, lambda W, _: self._mixed(W))
-
-    def _mixed(self, W_nk: Tensor) -> Tensor:
-        return turned(W_nk.T, INPUTS, self.block).T
+        return _by_parts(W_nk, 1, lambda W: turned(W.T, INPUTS, self.block).T)
 
     def turn_back(self, C_nk: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """W of a whole matrix C, the inverse of `turn`, rounded to `dtype`."""
-        side = self.block
-        back = lambda C, b: turned_back(turned_back(C, OUTPUTS, b).T, INPUTS, side).T  # noqa: E731
-        return _by_parts(C_nk, self.outputs(len(C_nk)), back, dtype)
+        side = self.outputs(len(C_nk))
+        return _by_parts(C_nk, side, lambda C: turned_back(turned_back(C, OUTPUTS, side).T, INPUTS, self.block).T, dtype)
 
     def warm(self, shape: Shape, device: torch.device) -> None:
         """Make what activations are multiplied by on a device, so that nothing need be moved there later."""
@@ -122,23 +119,22 @@ class Rotated:
 @lru_cache(maxsize=64)
 def signs(side: int, block: int) -> Tensor:
     """The signs, fp32 [block], of the places in a block: -1 where bit `side` of a hash of the place, counted from 1, is set."""
-    x = torch.arange(1, block + 1)
+    x = torch.arange(1, block + 1, device="cpu")  # whatever device and dtype are the default while a model is built
     for _ in range(2):
         x = ((x >> 16) ^ x) * _MIX & _WORD
-    return torch.where((((x >> 16) ^ x) >> side) & 1 == 1, -1.0, 1.0)
+    return torch.where((((x >> 16) ^ x) >> side) & 1 == 1, -1.0, 1.0).float()
 
 
 @lru_cache(maxsize=64)
 def rotation(side: int, block: int, device: torch.device | str = "cpu") -> Tensor:
     """S H [block, block], fp32: what a row of activations is multiplied by."""
     s_b = signs(side, block)
-    return (s_b[:, None] * hadamard(torch.eye(block))).to(device)
+    return (s_b[:, None] * hadamard(torch.eye(block, device="cpu", dtype=torch.float32), block)).to(device)
 
 
-def hadamard(X_nm: Tensor, block: int | None = None) -> Tensor:
-    """H X / sqrt(block) for each `block` rows of X (all of them where it is None), a power of two, by butterflies."""
-    n, m = X_nm.shape
-    block, half = block or n, 1
+def hadamard(X_nm: Tensor, block: int) -> Tensor:
+    """H X / sqrt(block) for each `block` rows of X, a power of two, by butterflies."""
+    (n, m), half = X_nm.shape, 1
     X_nm, spare = X_nm.clone(memory_format=torch.contiguous_format), X_nm.new_empty(n, m)
     while half < block:
         pairs, mixed = X_nm.view(-1, 2, half, m), spare.view(-1, 2, half, m)
@@ -168,9 +164,9 @@ def _times(x_mn: Tensor, R_bb: Tensor) -> Tensor:
     return (x_mn.to(wide).reshape(-1, len(R_bb)) @ R_bb.to(wide)).view(x_mn.shape)
 
 
-def _by_parts(X_nk: Tensor, block: int, f: Callable[[Tensor, int], Tensor], dtype: torch.dtype | None = None) -> Tensor:
+def _by_parts(X_nk: Tensor, block: int, f: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> Tensor:
     """`f` of some blocks of rows after the other, in `dtype` or that of X."""
     out, step = X_nk.new_empty(X_nk.shape, dtype=dtype), max(1, _CHUNK // (X_nk.shape[1] * block)) * block
     for i in range(0, len(X_nk), step):
-        out[i : i + step] = f(X_nk[i : i + step], block)
+        out[i : i + step] = f(X_nk[i : i + step])
     return out
