@@ -127,8 +127,9 @@ class Quantize(Pass):
                 raise RecipeError(f"'{name}' is to be {fmt}, and in rotated coordinates nothing is learned; use method: gptq, or "
                                   f"{fmt.base}", at)  # fmt: skip
             if isinstance(fmt, LowRank | Factored | Rotated) and isinstance(held, Factored):
+                what = "rotation" if isinstance(fmt, Rotated) else "rank"
                 raise FormatError(
-                    f"'{name}' is {held} by an earlier step: give its factors a format without a rank or rotation, not {fmt}", at
+                    f"'{name}' is {held} by an earlier step: give its factors a format without a {what}, not {fmt}", at
                 )
             if isinstance(fmt, Factored):
                 raise FormatError(f"'{name}' cannot become {fmt} here: factors are made by 'factorize'; put it in front", at)

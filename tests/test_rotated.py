@@ -347,7 +347,7 @@ LOSS = {"loss": {"ce": 1.0}}
     ([FIRST, {"lqlora": {"rank": 4}}], "low-rank factors do not go with rotated matrices, such as int4:g32:r32; use int4:g32"),
     ([{"lqlora": {"format": "int4:g32:r32", "rank": 4}}], "low-rank factors do not go with rotated matrices"),
     (RANKED, "low-rank factors do not go with rotated matrices, such as int2:g32:r32"),
-    ([{"factorize": {"rank": 0.5}}, FIRST], "factors are dense or quantized|without a rank or rotation"),
+    ([{"factorize": {"rank": 0.5}}, FIRST], "give its factors a format without a rotation, not int4:g32:r32"),
     *(([FIRST, {"distill": LOSS | train}], "int4:g32:r32, and in rotated coordinates nothing is trained")
       for train in ({"train": "scales"}, {"train": "all"}, {"train": "lora", "rank": 4}, {"train": "*.down"})),
 ])  # fmt: skip
