@@ -23,7 +23,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 from compress.errors import FormatError, RecipeError
-from compress.formats import Dense, Format
+from compress.formats import Dense, Format, Rotated
 from compress.manager import Context, Cost, Pass, Record
 from compress.model.backward import LOGITS
 from compress.model.couplings import couplings, named
@@ -163,9 +163,11 @@ class Allocate(Options):
             return Cost()
         sites, n = state.graph.linear, len(self.formats)
         once, again = Quantize(drift=0.0).cost(state, tokens), Quantize().cost(state, tokens)
-        drawn = [(min(s.shape[0], DRAWN) if max(self.ranks) == 0 else s.shape[0], s.shape[1]) for s in sites]
+        sides = {fmt.block for fmt in self.formats if isinstance(fmt, Rotated)}
+        whole = max(self.ranks) > 0 or bool(sides)
+        drawn = [(s.shape[0] if whole else min(s.shape[0], DRAWN), s.shape[1]) for s in sites]
         solved, work = costs.solving(drawn), per_token(state)
-        factoring = costs.FACTORING * sum(k**3 for _, k in costs.joined(sites)) if tokens else 0
+        factoring = (1 + len(sides)) * costs.FACTORING * sum(k**3 for _, k in costs.joined(sites)) if tokens else 0
         if self.also:  # a pass forward for the head's Hessian, and some rows of the table
             once = replace(once, model_flops=2 * once.model_flops, numbers=2 * once.numbers)
             drawn.append((CERTAIN + SOME + min(self.probe, tokens), state.graph["embed"].shape[1]))

@@ -156,7 +156,7 @@ def fitting(
             # what the types do not allow here, LowRank itself refuses
             fmt = LowRank(base, rank, factors) if rank else base  # type: ignore[arg-type]
             try:
-                fmt.check(site.shape)
+                check_fits(site, fmt, ("formats",))
                 found.append(fmt)
             except FormatError:
                 misfits.setdefault(fmt, []).append(site)

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from compress.formats import Rotated
 from compress.state.graph import Site
 
 SOLVING = 12.0  # operations for each weight and input: feedback 1, sweep 2, refit 2, three losses 3, and half as much again
@@ -63,14 +64,21 @@ def seen_bytes(sites: Sequence[Site], corrects: bool = False) -> int:
     return hessians + drifts * corrects
 
 
-def stage_bytes(sites: Sequence[Site], corrects: bool = False) -> int:
+def turned(formats: Iterable[tuple[Site, object]]) -> dict[tuple[int | None, str, int], int]:
+    """The inputs of Hessians that are turned as well, by block, input and side of the rotation."""
+    return {(s.block, s.input_key, f.block): s.shape[1] for s, f in formats if isinstance(f, Rotated)}
+
+
+def stage_bytes(sites: Sequence[Site], corrects: bool = False, turns: bool = False) -> int:
     """Memory for solving one stage: every Hessian in fp32; of one of them the factor, the weights as they are and in fp32, and
     what the solver holds for the outputs that it has in hand. Where drift is corrected also its sum, and the weights as they are
-    moved."""
+    moved. Where a format turns one more Hessian and its factor, and the weights turned."""
     shapes, found = joined(sites), [0]
     for n, k in shapes:
         drift = drift_bytes(n * k, k) + 4 * n * k if corrects else 0
         found.append(max(6 * k * k, 4 * k * k + matrix_bytes(n * k) + drift))
+        if turns:
+            found.append(4 * n * k + max(14 * k * k + 4 * n * k, 12 * k * k + matrix_bytes(n * k)) + drift)
     return 4 * sum(k * k for _, k in shapes) + max(found)
 
 

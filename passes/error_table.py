@@ -15,9 +15,10 @@ what comes of them, or a few huge inputs that do nothing would decide (see gradi
 Every matrix is quantized alone, on the inputs of the unquantized model: the table answers for one matrix at a time, and adding
 its entries up is the allocator's assumption, not the table's. Outputs are solved one by one and errors are sums over them, so of
 a matrix with many outputs some are drawn (`DRAWN`), the same for all formats, and stand for the rest; except for corrections of
-low rank, which are fitted to all outputs at once. A matrix outside the blocks has a row for every token, and few of them weigh:
-those with the largest gradients and those that are looked up are all taken, and some of the rest. An embedding's `kl` is that of
-its rows looked up, a shared one's that plus the head's. The table is kept part by part, a block and a family of formats in each,
+low rank, which are fitted to all outputs at once, and for rotations, which mix them. A matrix outside the blocks has a row for
+every token, and few of them weigh: those with the largest gradients and those that are looked up are all taken, and some of the
+rest; where a format rotates, these are mixed with each other. An embedding's `kl` is that of its rows looked up, a shared one's
+that plus the head's. The table is kept part by part, a block and a family of formats in each,
 so a killed measurement goes on where it was, another budget measures nothing, and one more format measures only itself.
 """
 
@@ -32,7 +33,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from compress.formats import Format, LowRank, base_of, parse
+from compress.formats import Format, LowRank, Rotated, base_of, parse
+from compress.formats.rotated import BLOCKS
 from compress.manager import Context, Record, Store
 from compress.model.data import Tokens
 from compress.model.lockstep import Inputs
@@ -153,7 +155,7 @@ class Meter(Solver):
             self._measure_table(site, shared)
             return
         formats, rows = self.wanted[site.name], torch.arange(site.shape[0])
-        if len(rows) > DRAWN and not any(isinstance(f, LowRank) for f in formats):
+        if len(rows) > DRAWN and not any(isinstance(f, LowRank | Rotated) for f in formats):
             rows = torch.randperm(len(rows), generator=self.ctx.generator(site))[:DRAWN].sort().values
         W_nk = self.state.reference(site)[rows].to(self.ctx.device, torch.float32)
         energy = float(core.loss(W_nk, shared.factor).sum()) or 1.0
@@ -211,12 +213,20 @@ class Meter(Solver):
             certain = counts > 0
             certain[self.tables.head_v.topk(min(n, CERTAIN)).indices] = True
         rest = (~certain).nonzero()[:, 0]
-        some = rest[torch.randperm(len(rest), generator=generator)[:SOME]]
+        count = SOME + turned_alike(n, int(certain.sum()) + SOME)
+        some = rest[torch.randperm(len(rest), generator=generator)[:count]]
         stands = torch.zeros(n)
         stands[certain] = 1.0
         stands[some] = len(rest) / max(1, len(some))
         rows = (stands > 0).nonzero()[:, 0]
         return rows, stands[rows], counts[rows]
+
+
+def turned_alike(outputs: int, rows: int) -> int:
+    """How many rows more than `rows` a rotation turns in blocks of the same side as a matrix with so many outputs."""
+    side = min(BLOCKS[-1], outputs & -outputs)
+    more = -rows % side
+    return more + side * (side < BLOCKS[-1] and (rows + more) // side % 2 == 0)
 
 
 def measure(

@@ -41,7 +41,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -63,7 +63,10 @@ _CHUNK = 1 << 22  # weights solved at a time; outputs are independent, so this b
 
 @dataclass(frozen=True, eq=False)
 class Factor:
-    """H + lam I = Lᵀ D L over the inputs in the order `order_k`; `notes` says what went wrong on the way, if anything did."""
+    """H + lam I = Lᵀ D L over the inputs in the order `order_k`; `notes` says what went wrong on the way, if anything did.
+
+    `turned` keeps the same of H in rotated coordinates, by block, once somebody asked for it (see rotated.py).
+    """
 
     A_kk: Tensor  # H + lam I itself, in that order
     L_kk: Tensor
@@ -72,6 +75,7 @@ class Factor:
     order_k: Tensor
     diag_k: Tensor  # diag H, in the original order
     notes: tuple[str, ...] = ()
+    turned: dict[int, Factor] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, eq=False)

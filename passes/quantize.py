@@ -22,12 +22,12 @@ from pydantic import Field, PlainSerializer, PlainValidator, WithJsonSchema, mod
 from torch import Tensor
 
 from compress.errors import FormatError, RecipeError
-from compress.formats import Factored, Format, LowRank, base_of, parse
+from compress.formats import Factored, Format, LowRank, Rotated, base_of, parse
 from compress.formats.grid import Quantized
 from compress.manager import Context, Cost, Pass
 from compress.model.speed import computing
 from compress.model.work import advancing_bytes, block_bytes, per_token, waiting_bytes
-from compress.passes import costs, factored, learned
+from compress.passes import costs, factored, learned, rotated
 from compress.passes import gptq_core as core
 from compress.passes.solver import TABLE, Answer, Case
 from compress.passes.walk import Walk
@@ -123,9 +123,13 @@ class Quantize(Pass):
             if isinstance(held, Factored) and self.method == "learned":
                 raise RecipeError(f"'{name}' is {held} by an earlier step, and of factors nothing is learned; use method: gptq",
                                   ("method",))  # fmt: skip
-            if isinstance(fmt, LowRank | Factored) and isinstance(held, Factored):
+            if isinstance(fmt, Rotated) and self.method == "learned":
+                raise RecipeError(f"'{name}' is to be {fmt}, and in rotated coordinates nothing is learned; use method: gptq, or "
+                                  f"{fmt.base}", at)  # fmt: skip
+            if isinstance(fmt, LowRank | Factored | Rotated) and isinstance(held, Factored):
+                what = "rotation" if isinstance(fmt, Rotated) else "rank"
                 raise FormatError(
-                    f"'{name}' is {held} by an earlier step: give its factors a format without a rank, not {fmt}", at
+                    f"'{name}' is {held} by an earlier step: give its factors a format without a {what}, not {fmt}", at
                 )
             if isinstance(fmt, Factored):
                 raise FormatError(f"'{name}' cannot become {fmt} here: factors are made by 'factorize'; put it in front", at)
@@ -159,6 +163,8 @@ class Quantize(Pass):
         """W in a quantized format, by this pass's method, under the Hessian that was factored (None: nothing was seen)."""
         if isinstance(fmt, Factored):
             return factored.solve(self, W_nk, factor, fmt, case)
+        if isinstance(fmt, Rotated):
+            return rotated.solve(self, W_nk, factor, fmt, case)
         assert isinstance(fmt, Quantized)
         if self.by_inputs and factor is not None:
             solved = core.quantize(W_nk, factor, fmt, clip=self.clip, scale_dtype=case.scale_dtype)
@@ -186,8 +192,9 @@ class Quantize(Pass):
         forward = 2.0 * passes * work.weights + (2 * tokens * work.squares if self.corrects else 0)
         solved = self.solving(state, [*matrices, *watched] if tokens else [])
         moved = costs.RETARGETING * self.corrects * sum(1.0 * s.numel * s.shape[1] for s in matrices)
-        factoring = sum(costs.FACTORING * k**3 for k in factored.values())
-        entries = self._loads(state, tokens) * total(state.graph.linear) + costs.ORDERING * sum(k * k for k in factored.values())
+        hessians = [*factored.values(), *self._turned(state, [*matrices, *watched] if tokens and self.by_inputs else []).values()]
+        factoring = sum(costs.FACTORING * k**3 for k in hessians)
+        entries = self._loads(state, tokens) * total(state.graph.linear) + costs.ORDERING * sum(k * k for k in hessians)
         peaks = [self._block_memory(state, tokens, matrices), *(self._table_memory(state, tokens, s) for s in tables)]
         return self._learning(state, tokens, matrices) + Cost(
             forward, tokens * work.squares + solved.flops + moved + factoring, sum(s.numel for s in sites), max(peaks),
@@ -207,6 +214,11 @@ class Quantize(Pass):
         alone = [side for site, fmt in held.items() for side in fmt.factor_shapes(site.shape).values()]
         shapes = costs.joined([s for s in sites if s not in held]) + 2 * alone
         return costs.solving(shapes) if self.by_inputs else costs.rounding(shapes)
+
+    def _turned(self, state: State, sites: Sequence[Site]) -> dict[tuple[int | None, str, int], int]:
+        """The Hessians that are factored a second time, in rotated coordinates."""
+        formats = state.plan.formats if state.plan else {}
+        return costs.turned((s, formats.get(s.name)) for s in sites)
 
     def _watches(self, state: State, table: Site) -> bool:
         """Whether what the head is given is seen before a table is solved."""
@@ -230,7 +242,8 @@ class Quantize(Pass):
             return codes + max((costs.matrix_bytes(s.numel, costs.ROUNDED) for s in matrices), default=0)
         models, block = 1 + self.corrects, block_bytes(state)
         seen = max((costs.seen_bytes(members, self.corrects) for members in stages.values()), default=0)
-        solved = max((costs.stage_bytes(members, self.corrects) for members in stages.values()), default=0)
+        solved = max((costs.stage_bytes(members, self.corrects, bool(self._turned(state, members)))
+                      for members in stages.values()), default=0)  # fmt: skip
         return codes + waiting_bytes(state, tokens, models) + max(models * block + seen, block + solved)
 
     def _table_memory(self, state: State, tokens: int, table: Site) -> int:

@@ -20,9 +20,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from compress.formats import Dense, Factored, Format, Int, LowRank, Packed
+from compress.formats import Dense, Format, Int, Packed, Rotated
 from compress.formats.codebooks import NF, Lut
-from compress.formats.grid import Quantized
+from compress.formats.grid import Quantized, Storage
 from compress.manager import Context, Record
 from compress.model.lockstep import Inputs
 from compress.model.speed import precision
@@ -35,6 +35,7 @@ from compress.state.graph import Site
 # int4:g64, KL is 0.198 with the Hessian, 0.161 with rounding, 0.108 with both.
 LOOKED_UP = 1.0
 TABLE = 1 << 24  # weights of a table that are solved at a time
+ROWS = 256  # of a table in hand, a multiple: codes of zero points fill words, and outputs are turned in blocks
 TOKENS_PER_INPUT = 2  # below this, an expert's own Hessian is too poor to stand alone
 
 
@@ -53,11 +54,15 @@ class Solves(Protocol):
 
 @dataclass(frozen=True)
 class Case:
-    """What else is known of a matrix in hand: its site (the first of several solved as one), the state, the context."""
+    """What else is known of a matrix in hand: its site (the first of several solved as one), the state, the context.
+
+    outputs: of the matrices below each other that are in hand, or of the one that some rows are of; none: of one that is whole.
+    """
 
     site: Site
     state: State
     ctx: Context
+    outputs: tuple[int, ...] = ()
 
     @property
     def scale_dtype(self) -> torch.dtype:
@@ -229,8 +234,7 @@ class Solver:
         """Sites of one Hessian that can be solved as one matrix: of one format, unless its parameters are a whole matrix's."""
         for fmt in dict.fromkeys(self.formats[s.name] for s in sites):
             same = [s for s in sites if self.formats[s.name] == fmt]
-            alone = isinstance(fmt, LowRank | Factored) or (isinstance(fmt, Quantized) and fmt.joint)
-            yield from ([s] for s in same) if alone else [same]
+            yield from ([s] for s in same) if fmt.joint else [same]
 
     def _pool(self, stage: str) -> Tensor:
         total = sum(self._tokens.values())
@@ -268,7 +272,7 @@ class Solver:
         """Solve sites of one Hessian and one format as one matrix, and keep the parts."""
         start, factor = time.perf_counter(), shared.factor
         fmt = self.formats[sites[0].name]
-        if len(sites) == 1 and is_table(sites[0]) and isinstance(fmt, Int | NF | Lut) and not fmt.joint:
+        if len(sites) == 1 and is_table(sites[0]) and isinstance(fmt, Int | NF | Lut | Rotated) and not fmt.joint:
             self._solve_table(sites[0], fmt, shared)
             return
         weights = [self.state.reference(s) for s in sites]
@@ -279,7 +283,8 @@ class Solver:
         W_nk = torch.cat([w.to(self.ctx.device, torch.float32) for w in weights])
         if self._drift is not None and factor is not None and factor.lam > 0:
             W_nk = core.retarget(W_nk, self._drift.of(sites, W_nk), factor, self.options.drift / self._drift.tokens)
-        answer = self.options.solve(W_nk, factor, fmt, Case(sites[0], self.state, self.ctx))
+        outputs = tuple(s.shape[0] for s in sites)
+        answer = self.options.solve(W_nk, factor, fmt, Case(sites[0], self.state, self.ctx, outputs))
         seconds, rounding_n = shared.seconds + (time.perf_counter() - start) / len(sites), answer.rounding_loss_n
         row = 0
         for site in sites:
@@ -295,23 +300,23 @@ class Solver:
             if self.aims is not None:
                 self.aims[site.name] = Aim(W_nk[rows], factor, self.records[-1])
 
-    def _solve_table(self, site: Site, fmt: Int | NF | Lut, shared: Shared) -> None:
+    def _solve_table(self, site: Site, fmt: Int | NF | Lut | Rotated, shared: Shared) -> None:
         """A matrix with a row for every token, some rows at a time: they are independent, and all of them at once would be the
         largest thing in the run."""
-        start, case, parts = time.perf_counter(), Case(site, self.state, self.ctx), []
+        start, case, parts = time.perf_counter(), Case(site, self.state, self.ctx, (site.shape[0],)), []
         W_nk, sums, notes = self.state.reference(site), torch.zeros(5, dtype=torch.float64), shared.notes
-        step = max(1, TABLE // site.shape[1] // 32) * 32  # codes of zero points fill words
+        both = shared.factor is not None and site.role == "embed"
+        step = max(1, TABLE // site.shape[1] // ROWS) * ROWS
         for row in range(0, len(W_nk), step):
             self.ctx.progress(row, len(W_nk), site.module)
             part = W_nk[row : row + step].to(self.ctx.device, torch.float32)
             answer = self.options.solve(part, shared.factor, fmt, case)
             parts.append(answer.pack(slice(0, len(part))))
-            off = fmt.dequantize(parts[-1], torch.float32).sub_(part.cpu())
+            off = fmt.dequantize(parts[-1], torch.float32).sub_(part.cpu()) if both else part.new_zeros(1, 1)
             assert answer.rounding_loss_n is not None, "tables become plain formats"
             losses = (answer.loss_n, answer.rounding_loss_n, answer.energy_n, off.square().sum(-1), part.square().sum(-1))
             sums += torch.stack([t.sum(dtype=torch.float64).cpu() for t in losses])
             notes = tuple(dict.fromkeys((*notes, *answer.notes)))
-        both = shared.factor is not None and site.role == "embed"
         looked_up = (f"rows looked up are off by {float(sums[3] / sums[4]):.2e}",) if both else ()
         energy = float(sums[2]) or 1.0
         self._keep(site, Packed(fmt, site.shape, joined(fmt, site, parts, self.state.scale_dtype)), {
@@ -332,7 +337,7 @@ def is_table(site: Site) -> bool:
     return site.block is None and site.expert is None and not site.transposed
 
 
-def joined(fmt: Quantized, site: Site, parts: Sequence[dict[str, Tensor]], scale: torch.dtype) -> dict[str, Tensor]:
+def joined(fmt: Storage, site: Site, parts: Sequence[dict[str, Tensor]], scale: torch.dtype) -> dict[str, Tensor]:
     """The packed tensors of a matrix from those of its rows; what is no row's stands in each part alike."""
     found = {}
     for suffix, (dtype, shape) in fmt.tensors(site.shape, scale).items():

@@ -66,7 +66,7 @@ KINDS = (
     "int3:g64:asym", "nf3:g32:dq8x16", "lut2:g64", "int4:channel", "lut3:g32:shared", "int4:g32+r4", "fp16", "nf4:g64",
     "nf3:g32+r4:int8:channel", "int2:g16", "int8:channel", "bf16", "int5:g64:asym", "nf8:g32:dq8x256", "int7:g32",
     "nf4:g64:dq3x16:fp32", "lut4:g32", "int5:channel:asym+r1", "nf2:g32", "int8:g16:asym", "lut3:g48", "lut2:g32+r4:fp32",
-    "lut2:g64:shared", "int3:g32", "nf4:g64+r2:int8:channel", "int6:g32", "int3:g64+r4",
+    "lut2:g64:shared", "int3:g32", "nf4:g64+r2:int8:channel", "int3:g32:r32", "int3:g64+r4",
 )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from compress.errors import FormatError
-from compress.formats import Dense, Factored, Format, Int, LowRank, Packed, parse
+from compress.formats import Dense, Factored, Format, Int, LowRank, Packed, Rotated, parse
 from compress.formats.codebooks import Codebook
 from compress.formats.grid import Grid, Quantized, plain
 
@@ -19,7 +19,7 @@ def check_format(fmt: Format, in_features: int = 256) -> None:
     for rows in (1, 37):
         if not isinstance(fmt, LowRank | Factored) or fmt.rank <= rows:
             _check_bytes(fmt, rows, in_features)
-    if isinstance(fmt, Dense | LowRank | Factored):
+    if isinstance(fmt, Dense | LowRank | Factored | Rotated):
         return
     for dtype in SCALE_DTYPES:
         for weight in _weights(in_features).values():
@@ -66,6 +66,8 @@ def packed_tensors(fmt: Format, W: torch.Tensor) -> dict[str, torch.Tensor]:
     if isinstance(fmt, Factored):
         A, B = torch.randn(fmt.rank, W.shape[1]), torch.randn(len(W), fmt.rank)
         return fmt.pack(packed_tensors(fmt.factors, A), packed_tensors(fmt.factors, B))
+    if isinstance(fmt, Rotated):
+        return packed_tensors(fmt.base, fmt.turn(W, len(W)))
     return fmt.pack(*encode(fmt, W))
 
 

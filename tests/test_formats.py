@@ -17,6 +17,7 @@ TABLE = [
     *("int4:g16", "int3:g96:asym", "int5:g256", "bf16", "fp16", "fp32"),
     *("int3:g64+r16", "int4:channel:asym+r1", "int3:g64+r16:int8:channel", "lut2:g64+r4:fp16", "nf4:g64+r2:lut4:g64"),
     "nf3:g64:dq8x256+r16:nf8:g64:dq8x256:fp32",
+    *("int2:g64:r128", "int3:channel:asym:r256", "lut3:g64:r16", "lut2:g96:shared:r64", "nf4:g64:dq8x256:fp32:r32"),
     *(
         "lr16",
         "lr1:fp32",
@@ -115,6 +116,7 @@ def test_compressed_tensors_decodes_the_same_bits(fmt: Int, dtype: torch.dtype, 
         ("nf4:g64:dq8:256", "nf4:g64:dq8x256"),
         ("lut3:g64:share", "lut3:g64:shared"),
         ("int3:g64+16", "int3:g64+r16"),
+        ("lut2:g64-r128", "lut2:g64:r128"),
     ],
 )
 def test_misspelt_text_names_the_nearest(text: str, hint: str) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from compress.export.runtime.cuda import launch as cuda
 from compress.export.runtime.cuda import tiles
-from compress.formats import Factored, Format, LowRank, base_of, parse
+from compress.formats import Factored, Format, LowRank, Rotated, base_of, parse
 from compress.formats.codebooks import Lut
 from compress.formats.grid import Grid, plain, restore
 from tests import emulator
@@ -35,6 +35,7 @@ CASES = [
     ("int8:g64", FP16), ("int8:g32:asym", BF16), ("nf2:g64", BF16), ("lut3:g256", BF16), ("nf4:g64+r5:int8:channel", FP16),
 ]  # fmt: skip
 FACTORED = [("lr64:int4:channel", FP16), ("lr128:int4:g128:asym", BF16), ("lr64:nf4:g64:dq8x256", BF16)]
+ROTATED = [("int4:channel:r128", FP16), ("nf4:g64:dq8x256:r64", BF16)]
 EMULATED = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES[len(QUICK) :])]
 BATCHED = [pytest.param(*case, marks=() if case in QUICK[1::2] else pytest.mark.slow) for case in CASES]
 TOKENS = (1, 13, 27, 64)  # one for each number of token tiles
@@ -95,7 +96,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Emula
 
     @functools.cache
     def get(slow: bool) -> Emulator:
-        needs = [(parse(text), (16, 256), dtype) for text, dtype in [*(CASES if slow else QUICK), *FACTORED]]
+        needs = [(parse(text), (16, 256), dtype) for text, dtype in [*(CASES if slow else QUICK), *FACTORED, *ROTATED]]
         return Emulator(tmp_path_factory.mktemp("kernels"), emulator.variants(needs, TOKENS))
 
     return get
@@ -134,6 +135,27 @@ def test_factors_are_two_products(text: str, dtype: torch.dtype, cpu: Emulator) 
         allowed = torch.finfo(dtype).eps * (x.double().abs() @ A.abs().T @ B.abs().T + bias.double().abs())
         assert bool(((cuda.linear(x, parts, bias, fmt, shape).double() - exact).abs() <= 2 * allowed).all())
     torch.testing.assert_close(cuda.dequantize(parts, fmt, shape, torch.float32).double(), B @ A, rtol=1e-4, atol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("text", "dtype"), ROTATED)
+def test_a_rotated_matrix_is_a_product_between_two_rotations(text: str, dtype: torch.dtype, cpu: Emulator) -> None:
+    """Of few rows and of many; and the matrix itself, where somebody reads it."""
+    fmt, shape, random = parse(text), (144, 256), torch.Generator().manual_seed(0)
+    assert isinstance(fmt, Rotated)
+    assert cuda.obstacle(fmt, shape, dtype) is None
+    assert cuda.obstacle(parse("int5:channel:r128"), shape, dtype) == "5-bit codes"
+    W = torch.randn(shape, generator=random)
+    tensors = fmt.base.pack(*plain(fmt.turn(W, shape[0]), fmt.base))
+    parts, bias = cuda.repack(fmt, shape, tensors, dtype), torch.randn(shape[0], generator=random).to(dtype)
+    W = fmt.dequantize(tensors, torch.float32)
+    assert torch.equal(cuda.dequantize(parts, fmt, shape, torch.float32), W)
+    for rows in (13, 150):
+        x = torch.randn(rows, shape[1], generator=random).to(dtype)
+        exact = x.double() @ W.double().T + bias.double()
+        found = cuda.linear(x, parts, bias, fmt, shape)
+        assert found.dtype == dtype
+        assert float((found - exact).norm()) <= 2 * torch.finfo(dtype).eps * float(exact.norm())
 
 
 SHAPES = [(70, 256, 32, 1), (23, 1280, 64, 2), (16, 5120, 96, 1)]  # rows, inputs, and a tail of these; blocks that share K

@@ -262,7 +262,9 @@ def test_no_weights_are_handed_out_again_before_all_the_others() -> None:
     assert large.float().min() > 0, "numbers that no processor is slow with, and more of them than the store was made for"
 
 
-@pytest.mark.parametrize("text", ["bf16", "int3:g32", "int4:g64:asym", "nf3:g64:dq8x16", "lut2:g64", "int3:g32+r4:int8:channel"])
+@pytest.mark.parametrize(
+    "text", ["bf16", "int3:g32", "int4:g64:asym", "nf3:g64:dq8x16", "lut2:g64", "int3:g32+r4:int8:channel", "int3:g32:r32"]
+)
 def test_what_is_timed_is_the_module_that_serves_the_format(text: str) -> None:
     timer = Timer((96, 64), parse(text), torch.bfloat16, torch.bfloat16, torch.rand(2, 1, 64).bfloat16(), Store(1 << 16))
     with torch.no_grad():

@@ -28,7 +28,7 @@ from compress.export.native import engine as native_engine
 from compress.export.native import exporter as native
 from compress.export.native import reader as native_reader
 from compress.export.runtime.linear import PackedLinear
-from compress.formats import parse
+from compress.formats import LowRank, Rotated, parse
 from compress.model.model import open_model
 from compress.state import State
 from compress.state.checkpoint import OWN, OWN_INDEX
@@ -36,7 +36,8 @@ from tests import stock
 from tests.conftest import FAMILIES, KINDS_OF_FAMILIES, contents, covered, make_model
 from tests.cooking import bake, steps
 
-FORMATS = ("int3:g64:asym", "nf3:g32:dq8x16", "nf4:g64", "lut2:g64", "lut3:g32:shared", "int4:g32+r4", "nf3:g32+r4:int8:channel")
+FORMATS = ("int3:g64:asym", "nf3:g32:dq8x16", "nf4:g64", "lut2:g64", "lut3:g32:shared", "int4:g32+r4", "nf3:g32+r4:int8:channel",
+           "int3:g32:r64")  # fmt: skip
 OF_FAMILIES = ("llama", "qwen3", "gpt2", "mixtral", "opt")
 PINS = {"layers.0.*.o": "int8:channel", "layers.1.*.o": "fp16", "layers.1.*.down": "bf16"}
 FILE = f"{OWN}-00001.safetensors"
@@ -97,7 +98,9 @@ def read_back(done: pipeline.Outcome) -> None:
     artifact, proof = done.artifacts["native"]
     assert proof.engine == native_engine.ENGINE
     assert proof.difference < 0.1
-    assert (proof.remark == "compared in fp32") == any("+r" in str(done.state.format(s)) for s in done.state.graph)
+    assert (proof.remark == "compared in fp32") == any(
+        isinstance(done.state.format(s), LowRank | Rotated) for s in done.state.graph
+    )
     same_state(done.state, native_reader.read(artifact))
     layout = pipeline.plan(done.out.parent / "recipe.yaml").layouts["native"]
     assert {f.name: f.nbytes for f in layout.files} == {p.name: p.stat().st_size for p in artifact.glob("*.safetensors")}

@@ -29,6 +29,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # at least one set for every pass,
         {"format": "int3:g32", "drift": 0, "order": "natural", "clip": "hessian", "pins": {"lm_head": "int4:channel"}},
         {"format": "int4:g32", "method": "rtn", "clip": "minmax", "pins": {"lm_head": "fp32", "layers.0.*": "bf16"}},
         {"format": "lut3:g32", "pins": {"*.down": "nf3:g64:dq8x16", "layers.0.*": "nf4:g32"}},
+        {"format": "int2:g32:r64", "pins": {"*.down": "lut3:g64:r128", "layers.0.*.o": "nf3:g64:r16", "lm_head": "int4:g32:r32"}},
         {
             "format": "int2:g32",
             "method": "learned",
@@ -107,7 +108,7 @@ def test_every_pass_is_tried() -> None:
 
 
 # Of the first options of a pass, and of those that go ways of their own, in every run; of the others in the slow one.
-OWN_WAYS = {"quantize": (3,), "depth": (2,), "prune": (1,), "lqlora": (1,), "allocate": (1, 4)}
+OWN_WAYS = {"quantize": (3, 4), "depth": (2,), "prune": (1,), "lqlora": (1,), "allocate": (1, 4)}
 
 
 def cases() -> Iterator[Any]:

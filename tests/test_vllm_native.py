@@ -26,7 +26,8 @@ from tests.test_vllm import CHILD, IDS, VOCABULARY, vllm_python
 assert vllm_python  # the fixture
 pytestmark = pytest.mark.slow
 
-MIXED = {"*.q": "int4:g32", "*.k": "int3:g64:asym+r4", "*.v": "bf16", "*.o": "nf4:g64:dq8x16", "*.gate": "lut3:g64",
+MIXED = {"*.q": "int4:g32", "*.k": "int3:g64:asym+r4", "*.v": "bf16", "*.o": "nf4:g64:dq8x16:r64", "*.gate": "lut3:g64",
+         "*.up": "int4:g32:r128",
          "*.down": "nf3:g64+r8:int8:channel", "lm_head": "int8:channel"}  # fmt: skip
 KINDS = {
     "llama": lambda: transformers.LlamaConfig(

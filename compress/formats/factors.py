@@ -16,6 +16,7 @@ from compress.errors import FormatError
 from compress.formats.codebooks import NF, Lut
 from compress.formats.grid import Listing, Shape, listed_bytes, plain
 from compress.formats.ints import BF16, Dense, Int
+from compress.formats.rotated import Rotated
 
 _CHUNK = 1 << 22  # weights to which a product of factors is added, or that one makes, at a time
 
@@ -33,6 +34,10 @@ class LowRank:
     factors: Int | NF | Lut | Dense = BF16
 
     def __post_init__(self) -> None:
+        if isinstance(self.base, Rotated):
+            raise FormatError(
+                f"low-rank factors do not go with rotated matrices, such as {self.base}; use {self.base.base} with them"
+            )
         if not isinstance(self.base, Int | NF | Lut):
             raise FormatError(f"low-rank factors go with a quantized matrix, as in int4:g64+r16, not with {self.base}")
         if not isinstance(self.factors, Int | NF | Lut | Dense):

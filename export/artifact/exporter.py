@@ -18,7 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from compress.errors import ExportError
-from compress.formats import Dense, Factored, Format
+from compress.formats import Dense, Factored, Format, Rotated
 from compress.model.model import Model
 from compress.model.skeleton import free
 from compress.state import State
@@ -58,9 +58,17 @@ def way_for(ways: Mapping[type, Way], exporter: str, site: str, fmt: Format) -> 
     if isinstance(fmt, Factored) and Factored not in ways:
         raise ExportError(f"{exporter}: '{site}' has {fmt}, two factors in place of a matrix, and engines of this layout have no "
                           "such layer; export native or onnx instead, or leave 'factorize' out")  # fmt: skip
+    if isinstance(fmt, Rotated):
+        raise ExportError(rotates(exporter, site, fmt))
     if type(fmt) not in ways:
         raise ExportError(f"{exporter} holds integers; '{site}' has {fmt}: export native instead, or use int formats only")
     return ways[type(fmt)]
+
+
+def rotates(exporter: str, site: str, fmt: Rotated) -> str:
+    """Why an exporter does not take a site in rotated coordinates."""
+    return (f"{exporter}: '{site}' has {fmt}, whose inputs and outputs are rotated, which no engine of this layout does; export "
+            f"native instead, or use {fmt.base}")  # fmt: skip
 
 
 def refuse_packed_table(exporter: str, state: State, name: str, fmt: Format) -> None:

@@ -34,7 +34,7 @@ from compress.export.artifact.proof import FP32_TOLERANCE, TOLERANCE, prove, pro
 from compress.export.artifact.tensors import same_tensors, tensors, write_config
 from compress.export.native.engine import engine
 from compress.export.native.reader import belonging, read
-from compress.formats import Dense, Factored, LowRank
+from compress.formats import Dense, Factored, LowRank, Rotated
 from compress.model.model import Model
 from compress.model.skeleton import auto_class
 from compress.shapes import ATTENTION, layers_without
@@ -102,10 +102,11 @@ def wants(state: State) -> str:
 
 
 def in_runtime(job: Job, folder: Path) -> Proof:
-    """The proof by the runtime. Where there are factors it multiplies by them, we by the matrix that they make, and in 16 bits
-    the two round differently: a CPU compares in fp32, for which the kernels of a GPU have no code."""
+    """The proof by the runtime. Where there are factors it multiplies by them, where there are rotations it turns activations; we
+    multiply by the matrix that these make, and in 16 bits the two round differently: a CPU compares in fp32, for which the
+    kernels of a GPU have no code."""
     state = job.state
-    if not any(isinstance(f, LowRank | Factored) for f in state.formats.values()):
+    if not any(isinstance(f, LowRank | Factored | Rotated) for f in state.formats.values()):
         return prove(job, engine(folder, state, job.device))
     if job.device != "cpu":
         return prove(job, engine(folder, state, job.device), FACTORS_TOLERANCE)

@@ -12,6 +12,7 @@ from compress.formats import Format
 from compress.model.model import Model, open_model
 from compress.state import State
 from compress.state.graph import Graph, Site
+from compress.state.plan import check_fits
 
 READER = "our reader of native artifacts, streamed"
 
@@ -56,6 +57,7 @@ def read(folder: Path) -> State:
 def placed(site: Site, fmt: Format, model: Model, folder: Path) -> Placed:
     """Where a site's tensors lie; ModelError unless they are there as the format says."""
     try:
+        check_fits(site, fmt, ())
         names = {suffix: f"{site.stem}.{suffix}" for suffix in fmt.tensors(site.shape)}
     except FormatError as e:
         raise ModelError(f"{folder / 'config.json'}: '{site.stem}': {e}") from None

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from compress.errors import FormatError
 from compress.export.runtime.decode import Rows, Shape, blocks, format_of, named, with_shapes
-from compress.formats import Dense, Factored, Format, LowRank, base_of
+from compress.formats import Dense, Factored, Format, LowRank, Rotated, base_of
 
 LAYOUTS = ("canonical", "tiles")
 _LIBRARY = torch.library.Library("compress", "FRAGMENT")
@@ -44,9 +44,13 @@ def linear(x: Tensor, parts: list[Tensor], bias: Tensor | None, format: str, n: 
 
 
 def by_blocks(x: Tensor, tensors: dict[str, Tensor], bias: Tensor | None, fmt: Format, shape: Shape) -> Tensor:
-    """x [m, k] times the matrix. The product with low-rank factors is taken in fp32, and the bias added to the sum."""
+    """x [m, k] times the matrix. The product with low-rank factors is taken in fp32, and the bias added to the sum; and all that
+    is done in rotated coordinates is."""
     if isinstance(fmt, Factored):
         return by_factors(x, tensors, bias, fmt, shape)
+    if isinstance(fmt, Rotated):
+        y = fmt.out_of(by_blocks(fmt.into(x), tensors, None, fmt.base, shape))
+        return (y if bias is None else y + bias.float()).to(x.dtype)
     out, factors = x.new_empty(len(x), shape[0]), factors_of(fmt, shape, tensors)
     for start, stop, W_rk in blocks(fmt, shape, tensors, x.dtype):
         out[:, start:stop] = torch.nn.functional.linear(x, W_rk, None if bias is None or factors else bias[start:stop])
@@ -74,6 +78,8 @@ def embedding(ids: Tensor, parts: list[Tensor], format: str, n: int, k: int, dty
     fmt, tensors, flat = checked(format, LAYOUTS[0]), named(format, (n, k), parts), ids.reshape(-1)
     if not len(flat):
         return parts[0].new_empty(*ids.shape, k, dtype=dtype)
+    if isinstance(fmt, Rotated):
+        raise FormatError(f"rows of a matrix in {fmt} are not looked up: a rotation mixes them")
     factors = factors_of(fmt, (n, k), tensors)
     if factors is None:
         return Rows(fmt, (n, k), tensors, dtype).at(flat).view(*ids.shape, k)
@@ -116,6 +122,8 @@ def gradient(grad: Tensor, parts: list[Tensor], format: str, n: int, k: int, lay
     if isinstance(fmt, Factored):
         A_rk, B_nr = fmt.factor_matrices(with_shapes(fmt, (n, k), tensors))
         return ((grad.float() @ B_nr) @ A_rk).to(grad.dtype)
+    if isinstance(fmt, Rotated):
+        return fmt.out_of_gradient(gradient(fmt.into_gradient(grad), parts, str(fmt.base), n, k, layout)).to(grad.dtype)
     total = torch.zeros(len(grad), k, dtype=torch.float32, device=grad.device)
     for start, stop, W_rk in blocks(fmt, (n, k), tensors, grad.dtype):
         total += grad[:, start:stop] @ W_rk

@@ -9,6 +9,7 @@ cuBLAS multiplies. A matrix in a packed form is a list of tensors, its *parts*:
     A [r, K], B [N, r]                         only of low-rank formats: in the activations' dtype, r padded with zeros to 8
 
 A product of two quantized factors (`lr64:int4:g64`) is the parts of A and then those of B, and two products, one after the other.
+A rotated matrix is the parts of the one inside; activations are turned in front of its product and behind it, by torch, in fp32.
 
 Nothing here waits for the GPU or allocates outside torch's allocator, so all of it can be captured in a CUDA graph, after
 `prepare` has compiled what is needed. A matrix must not be multiplied on two streams at once, because of its counters.
@@ -26,7 +27,7 @@ from torch.nn.functional import pad
 from compress.export.runtime.cuda import nvrtc, tiles
 from compress.export.runtime.cuda.nvrtc import Defines
 from compress.export.runtime.cuda.tiles import ROWS, Base, Layout
-from compress.formats import Dense, Factored, Format, LowRank, base_of
+from compress.formats import Dense, Factored, Format, LowRank, Rotated, base_of
 from compress.formats.grid import restore
 
 Shape = tuple[int, int]
@@ -70,7 +71,7 @@ def obstacle(fmt: Format, shape: Shape, dtype: torch.dtype) -> str | None:
         return f"{fmt} is not quantized"
     if isinstance(fmt, Factored):
         return next(filter(None, (obstacle(fmt.factors, side, dtype) for side in fmt.factor_shapes(shape).values())), None)
-    base = _base(fmt)
+    base = _base(_inside(fmt))
     if dtype not in (torch.bfloat16, torch.float16):
         return f"activations in {str(dtype).removeprefix('torch.')}"
     table = Layout.of(base).table
@@ -91,6 +92,9 @@ def repack(fmt: Format, shape: Shape, tensors: Mapping[str, Tensor], dtype: torc
     if isinstance(fmt, Factored):
         return [part for name, side in fmt.factor_shapes(shape).items()
                 for part in repack(fmt.factors, side, fmt.factor(tensors, name), dtype)]  # fmt: skip
+    if isinstance(fmt, Rotated):
+        fmt.warm(shape, next(iter(tensors.values())).device)
+        return repack(fmt.base, shape, tensors, dtype)
     base = _base(fmt)
     words, scales, *levels = tiles.pack(base, tensors)
     parts = [words, scales, torch.zeros(len(words), dtype=torch.int32, device=words.device), *levels]
@@ -109,6 +113,9 @@ def linear(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, fmt: Format,
     if isinstance(fmt, Factored):
         (A, first), (B, second) = _halves(parts, fmt, shape)
         return linear(linear(x, A, None, fmt.factors, first), B, bias, fmt.factors, second)
+    if isinstance(fmt, Rotated):
+        y = fmt.out_of(linear(fmt.into(x).to(x.dtype), parts, None, fmt.base, shape))
+        return (y if bias is None else y + bias.float()).to(x.dtype)
     matrix, y = _Matrix.of(parts, fmt, shape), x.new_empty(len(x), shape[0])
     if x.data_ptr() % 16:
         x = x.clone()  # a view into the middle of something: the kernels load 16 bytes at a time
@@ -128,6 +135,8 @@ def dequantize(parts: Sequence[Tensor], fmt: Format, shape: Shape, dtype: torch.
     if isinstance(fmt, Factored):
         A, B = (dequantize(half, fmt.factors, side, torch.float32) for half, side in _halves(parts, fmt, shape))
         return (B @ A).to(dtype)
+    if isinstance(fmt, Rotated):
+        return fmt.turn_back(dequantize(parts, fmt.base, shape, torch.float32), dtype)
     matrix, out = _Matrix.of(parts, fmt, shape), torch.empty(shape, dtype=dtype, device=parts[0].device)
     for rows in _chunks(shape):
         if matrix.factors:
@@ -148,11 +157,11 @@ def prepare(
     """
     device, wanted = torch.device(device), set[tuple[str, Defines]]()
     for fmt, _, dtype in needs:
-        layout = Layout.of(_base(fmt.factors if isinstance(fmt, Factored) else fmt))
+        layout = Layout.of(_base(_inside(fmt)))
         for count in (t for m in tokens for t in ((min(m, _TOKENS), m % _TOKENS) if m <= MOST else ()) if t):
             wanted.add(("packed_linear", variant(layout, dtype, count)))
         wanted.add(("dequantize", _dequantizer(layout, dtype)))
-        if isinstance(fmt, Factored):
+        if isinstance(fmt, Factored | Rotated):
             wanted.add(("dequantize", _dequantizer(layout, torch.float32)))
         if isinstance(fmt, LowRank):
             wanted |= {("low_rank", _low_rank_variant(dtype)), ("dequantize", _dequantizer(layout, torch.float32))}
@@ -255,7 +264,12 @@ def _dequantizer(layout: Layout, dtype: torch.dtype) -> Defines:
     return nvrtc.defines(bits=layout.bits, table=layout.table, out=_OUT[dtype])
 
 
+def _inside(fmt: Format) -> Format:
+    """What the matrices are in that the kernels multiply by."""
+    return fmt.factors if isinstance(fmt, Factored) else fmt.base if isinstance(fmt, Rotated) else fmt
+
+
 def _base(fmt: Format) -> Base:
     base = base_of(fmt)
-    assert not isinstance(base, Dense | Factored)
+    assert not isinstance(base, Dense | Factored | Rotated)
     return base
