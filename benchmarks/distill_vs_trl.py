@@ -6,8 +6,8 @@ python benchmarks/distill_vs_trl.py --model MODEL --calibration TEXT --evaluatio
 Half of every MLP's neurons go, by magnitude and without compensation, so that there is much to win back. Both students start at
 those weights and learn from the same windows, as many a step, in as many steps, by forward KL at temperature 1 (TRL: lmbda 0,
 beta 0), with AdamW without decay, a cosine after a warm-up, blocks run again for the way back, and weights in fp32 that are
-stored as the model's are. Our rate is a share of each tensor's size, TRL's is absolute and one for all: several of both are tried. Peaks are of
-anonymous memory in the process that trains, beyond what its imports take. Linux.
+stored as the model's are. Our rate is a share of each tensor's size, TRL's is absolute and one for all: several of both are
+tried. Peaks are of anonymous memory in the process that trains, beyond what its imports take. Linux.
 """
 
 from __future__ import annotations

@@ -161,7 +161,9 @@ class Distill(Pass):
 
     def check_text(self, tokens: Tokens) -> None:
         if self.scope == "block" and tokens.learnt is not None:
-            raise RecipeError("blocks learn from every token, and data.training asks for answers alone; use scope: model", ("scope",))
+            raise RecipeError(
+                "blocks learn from every token, and data.training asks for answers alone; use scope: model", ("scope",)
+            )
         check_learnt(tokens, *halves(len(tokens.ids), tokens.ids.shape[1], tokens.sources))
 
     def foresee(self, state: State) -> State:

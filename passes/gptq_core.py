@@ -47,7 +47,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import FormatError
-from compress.formats.grid import Grid, Quantized, in_groups, join
+from compress.formats.grid import Grid, Quantized, Rounds, in_groups, join
 from compress.passes import clip_core
 
 ORDERS = ("activation", "natural")
@@ -207,7 +207,7 @@ def _identity(H_kk: Tensor, *notes: str) -> Factor:
     return Factor(I_kk, I_kk, one_k, 0.0, torch.arange(len(H_kk), device=H_kk.device), one_k, notes)
 
 
-def _nothing_seen(W_nk: Tensor) -> Factor:
+def nothing_seen(W_nk: Tensor) -> Factor:
     """What stands for a Hessian where nothing streams: losses are those of the weights, and no K×K matrix is made."""
     none, one_k = W_nk.new_empty(0, 0, dtype=torch.float32), torch.ones(W_nk.shape[1], device=W_nk.device)
     return Factor(none, none, one_k, 0.0, torch.arange(len(one_k), device=W_nk.device), one_k)
@@ -263,7 +263,7 @@ def round_to_nearest(
     scale_dtype: torch.dtype = torch.bfloat16,
 ) -> Solved:
     """As `quantize`, without feedback: every weight goes to its nearest level. Without `f` the losses are those of W itself."""
-    f = f or _nothing_seen(W_nk)
+    f = f or nothing_seen(W_nk)
     return _chunked(W_nk, f, fmt, clip, scale_dtype, 0, None)
 
 
@@ -337,7 +337,7 @@ def _descend(P_kn: Tensor, f: Factor, fmt: Quantized, grid: Grid, refine: int, b
     """GPTQ and its refinement for the weights P in the order of `f`: the levels Q [K, N], the grid [G, N], the losses [N]."""
     group_k = f.order_k // fmt.width(len(P_kn))
     Q_kn, D_kn = torch.empty_like(P_kn), torch.zeros_like(P_kn)
-    _feedback(P_kn.clone(), P_kn, f, fmt, _columns(grid, group_k, P_kn.dtype), Q_kn, D_kn, block)
+    feedback(P_kn.clone(), P_kn, f, fmt, _columns(grid, group_k, P_kn.dtype), Q_kn, D_kn, block)
     for _ in range(refine):
         if fmt.rescalable:
             grid = clip_core.refit(f.A_kk, group_k, fmt, grid, Q_kn, D_kn)
@@ -352,8 +352,8 @@ def _columns(grid: Grid, group_k: Tensor, dtype: torch.dtype) -> list[Grid]:
     return [rows[g] for g in group_k.tolist()]
 
 
-def _feedback(
-    T_kn: Tensor, P_kn: Tensor, f: Factor, fmt: Quantized, grids: list[Grid], Q_kn: Tensor, D_kn: Tensor, block: int, a: int = 0
+def feedback(
+    T_kn: Tensor, P_kn: Tensor, f: Factor, fmt: Rounds, grids: list[Grid], Q_kn: Tensor, D_kn: Tensor, block: int, a: int = 0
 ) -> None:
     """Fill Q and Δ for the inputs a... that these views hold; the targets T start as the weights P and are overwritten."""
     n = len(P_kn)
@@ -361,9 +361,9 @@ def _feedback(
         _leaf(T_kn, P_kn, f.L_kk[a : a + n, a : a + n].tril(-1), fmt, grids, Q_kn, D_kn)
         return
     m = -(-n // (2 * block)) * block
-    _feedback(T_kn[:m], P_kn[:m], f, fmt, grids[:m], Q_kn[:m], D_kn[:m], block, a)
+    feedback(T_kn[:m], P_kn[:m], f, fmt, grids[:m], Q_kn[:m], D_kn[:m], block, a)
     T_kn[m:].addmm_(f.L_kk[a + m : a + n, a : a + m], D_kn[:m], alpha=-1)
-    _feedback(T_kn[m:], P_kn[m:], f, fmt, grids[m:], Q_kn[m:], D_kn[m:], block, a + m)
+    feedback(T_kn[m:], P_kn[m:], f, fmt, grids[m:], Q_kn[m:], D_kn[m:], block, a + m)
 
 
 def _sweep(A_kk: Tensor, fmt: Quantized, grids: list[Grid], Q_kn: Tensor, D_kn: Tensor, block: int) -> None:
@@ -380,7 +380,7 @@ def _sweep(A_kk: Tensor, fmt: Quantized, grids: list[Grid], Q_kn: Tensor, D_kn: 
         D_kn[a:b] += step
 
 
-def _leaf(T: Tensor, base: Tensor, L: Tensor, fmt: Quantized, grids: list[Grid], Q: Tensor, D: Tensor) -> None:
+def _leaf(T: Tensor, base: Tensor, L: Tensor, fmt: Rounds, grids: list[Grid], Q: Tensor, D: Tensor) -> None:
     """For each row i in turn: q_i = the level nearest to t_i - Σ_j L_ij d_j, and d_i = q_i - base_i; D comes zeroed."""
     done = D.T
     with _one_thread():

@@ -12,22 +12,21 @@ Where `factorize` has put two factors in place of a matrix, both are quantized, 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, PlainSerializer, PlainValidator, WithJsonSchema, model_validator
 from torch import Tensor
 
 from compress.errors import FormatError, RecipeError
-from compress.formats import Factored, Format, LowRank, Rotated, base_of, parse
-from compress.formats.grid import Quantized
+from compress.formats import Ecq, Factored, Format, LowRank, Rotated, base_of, parse
 from compress.manager import Context, Cost, Pass
 from compress.model.speed import computing
 from compress.model.work import advancing_bytes, block_bytes, per_token, waiting_bytes
-from compress.passes import costs, factored, learned, rotated
+from compress.passes import costs, entropy_core, factored, learned, rotated
 from compress.passes import gptq_core as core
 from compress.passes.solver import TABLE, Answer, Case
 from compress.passes.walk import Walk
@@ -123,14 +122,13 @@ class Quantize(Pass):
             if isinstance(held, Factored) and self.method == "learned":
                 raise RecipeError(f"'{name}' is {held} by an earlier step, and of factors nothing is learned; use method: gptq",
                                   ("method",))  # fmt: skip
-            if isinstance(fmt, Rotated) and self.method == "learned":
-                raise RecipeError(f"'{name}' is to be {fmt}, and in rotated coordinates nothing is learned; use method: gptq, or "
-                                  f"{fmt.base}", at)  # fmt: skip
-            if isinstance(fmt, LowRank | Factored | Rotated) and isinstance(held, Factored):
-                what = "rotation" if isinstance(fmt, Rotated) else "rank"
-                raise FormatError(
-                    f"'{name}' is {held} by an earlier step: give its factors a format without a {what}, not {fmt}", at
+            if isinstance(fmt, Rotated | Ecq) and self.method == "learned":
+                raise RecipeError(
+                    f"'{name}' is to be {fmt}, which is not learned; use method: gptq, or a format such as int3:g64", at
                 )
+            if isinstance(fmt, LowRank | Factored | Rotated | Ecq) and isinstance(held, Factored):
+                raise FormatError(f"'{name}' is {held} by an earlier step: give its factors a format with a grid and without a "
+                                  f"rank, such as int4:g64, not {fmt}", at)  # fmt: skip
             if isinstance(fmt, Factored):
                 raise FormatError(f"'{name}' cannot become {fmt} here: factors are made by 'factorize'; put it in front", at)
             if isinstance(held, Factored):
@@ -161,16 +159,8 @@ class Quantize(Pass):
 
     def solve(self, W_nk: Tensor, factor: core.Factor | None, fmt: Format, case: Case) -> Answer:
         """W in a quantized format, by this pass's method, under the Hessian that was factored (None: nothing was seen)."""
-        if isinstance(fmt, Factored):
-            return factored.solve(self, W_nk, factor, fmt, case)
-        if isinstance(fmt, Rotated):
-            return rotated.solve(self, W_nk, factor, fmt, case)
-        assert isinstance(fmt, Quantized)
-        if self.by_inputs and factor is not None:
-            solved = core.quantize(W_nk, factor, fmt, clip=self.clip, scale_dtype=case.scale_dtype)
-        else:
-            solved = core.round_to_nearest(W_nk, factor, fmt, clip=self.clip, scale_dtype=case.scale_dtype)
-        return Answer.of(solved, fmt)
+        encode: Encoder = ENCODERS.get(type(fmt), on_grid)
+        return encode(self, W_nk, factor, fmt, case)
 
     def tries(
         self, W_nk: Tensor, factor: core.Factor | None, formats: Sequence[Format], case: Case
@@ -261,3 +251,30 @@ class Quantize(Pass):
 
     def run(self, state: State, ctx: Context) -> State:
         return Walk(self, ctx, self.steps if self.method == "learned" else 0).run(self.planned(state))
+
+
+# --- encoders: what makes of a matrix one that is in a format --------------------------------------------------------
+
+
+def on_grid(options: Quantize, W_nk: Tensor, factor: core.Factor | None, fmt: Any, case: Case) -> Answer:
+    """By GPTQ, or rounded to nearest where nothing was seen or asked for."""
+    if options.by_inputs and factor is not None:
+        solved = core.quantize(W_nk, factor, fmt, clip=options.clip, scale_dtype=case.scale_dtype)
+    else:
+        solved = core.round_to_nearest(W_nk, factor, fmt, clip=options.clip, scale_dtype=case.scale_dtype)
+    return Answer.of(solved, fmt)
+
+
+def coded(options: Quantize, W_nk: Tensor, factor: core.Factor | None, fmt: Any, case: Case) -> Answer:
+    """Entropy-coded, by GPTQ on steps of each input; on one step for all where nothing was seen or asked for."""
+    known = factor if options.by_inputs else None
+    found = entropy_core.solve(W_nk, known or core.nothing_seen(W_nk), fmt, case.scale_dtype)
+    return Answer(lambda _: found.tensors, found.loss_n, None, found.energy_n, found.notes)
+
+
+Encoder = Callable[[Any, Tensor, core.Factor | None, Any, Case], Answer]
+ENCODERS: Mapping[type, Encoder] = {
+    Factored: factored.solve,
+    Rotated: rotated.solve,
+    Ecq: coded,
+}  # by the kind of the format; all others have a grid

@@ -268,7 +268,7 @@ def test_plan_and_report_say_what_is_left(project: Project) -> None:
     allocate = {"budget": "2.6 bits", "formats": FORMATS, "structure": SHAPES, "probe": 64}
     write(project, allocate)
     guessed = project("plan", project.recipe, "--no-measure")
-    assert "note: allocate may leave 96 or 64 neurons of an MLP; 1 groups of heads in every layer; until" in guessed.out
+    assert "note: allocate may leave 96 or 64 neurons of an MLP; 1 groups of heads in every layer" in guessed.out
     told = project("plan", project.recipe).out
     assert "note: layers: shape: " in told
     assert "layers.0.mlp.down:" not in told, "matrices are the report's"

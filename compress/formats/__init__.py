@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from compress.formats.entropy import Ecq
 from compress.formats.factors import Factored, LowRank
 from compress.formats.formats import Format, Packed, base_of, integers, numbers_of, parse
 from compress.formats.ints import Dense, Int
 from compress.formats.rotated import Rotated
 
-__all__ = ["Dense", "Factored", "Format", "Int", "LowRank", "Packed", "Rotated", "base_of", "integers", "numbers_of", "parse"]
+__all__ = [
+    "Dense",
+    "Ecq",
+    "Factored",
+    "Format",
+    "Int",
+    "LowRank",
+    "Packed",
+    "Rotated",
+    "base_of",
+    "integers",
+    "numbers_of",
+    "parse",
+]

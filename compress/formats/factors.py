@@ -35,9 +35,7 @@ class LowRank:
 
     def __post_init__(self) -> None:
         if isinstance(self.base, Rotated):
-            raise FormatError(
-                f"low-rank factors do not go with rotated matrices, such as {self.base}; use {self.base.base} with them"
-            )
+            raise FormatError(f"low-rank factors do not go with rotated matrices, such as {self.base}")
         if not isinstance(self.base, Int | NF | Lut):
             raise FormatError(f"low-rank factors go with a quantized matrix, as in int4:g64+r16, not with {self.base}")
         if not isinstance(self.factors, Int | NF | Lut | Dense):

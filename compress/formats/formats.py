@@ -6,9 +6,10 @@ A format has a text form that round-trips, `parse(str(f)) == f`:
     int3:g64:asym      3-bit integers, a scale and a zero point for 64 inputs
     int8:channel       8-bit integers, one scale for each output
     nf3:g64:dq8x256    a table of levels, see codebooks.py; so do lut3:g64 and lut3:g64:shared
+    ecq2.5             entropy-coded integers, 2.5 bits a weight with all that goes with them, see entropy.py
     int2:g64:r128      any of these in rotated coordinates, inputs in blocks of 128, see rotated.py
-    int3:g64+r16       any of the above, not rotated, plus a product of two factors of rank 16
-    lr64 lr64:int4:g32 a product of two factors of rank 64 in place of the matrix, in bf16 or in any of these; see factors.py
+    int3:g64+r16       int, nf or lut, not rotated, plus a product of two factors of rank 16
+    lr64 lr64:int4:g32 a product of two factors of rank 64 in place of the matrix, in bf16 or in int, nf or lut; see factors.py
     bf16 fp16 fp32     no quantization
 
 Two laws hold for every format. `nbytes(shape)` is exactly what the exporter writes for the matrix, scales and zero points
@@ -28,20 +29,21 @@ from torch import Tensor
 from compress.errors import FormatError, did_you_mean
 from compress.formats import bitpack
 from compress.formats.codebooks import NF, DoubleQuant, Lut
+from compress.formats.entropy import Ecq
 from compress.formats.factors import Factored, LowRank
 from compress.formats.grid import Grid, Shape, Storage, restore
 from compress.formats.ints import BITS, DENSE, Dense, Int
 from compress.formats.rotated import BLOCKS, Rotated
 
-Format = Int | NF | Lut | Dense | LowRank | Factored | Rotated
+Format = Int | NF | Lut | Ecq | Dense | LowRank | Factored | Rotated
 
 
-def base_of(fmt: Format) -> Int | NF | Lut | Dense | Factored | Rotated:
+def base_of(fmt: Format) -> Int | NF | Lut | Ecq | Dense | Factored | Rotated:
     """A format without its low-rank correction, if it has one."""
     return fmt.base if isinstance(fmt, LowRank) else fmt
 
 
-def numbers_of(fmt: Format) -> Int | NF | Lut | Dense:
+def numbers_of(fmt: Format) -> Int | NF | Lut | Ecq | Dense:
     """What the numbers of a format are stored in: those of its quantized part, or of its two factors."""
     return fmt.base if isinstance(fmt, LowRank | Rotated) else fmt.factors if isinstance(fmt, Factored) else fmt
 
@@ -84,6 +86,7 @@ _INT = re.compile(r"int(\d+):(?:g(\d+)|channel)(:asym)?")
 _NF = re.compile(r"nf(\d+):g(\d+)(?::dq(\d+)x(\d+)(?::(bf16|fp16|fp32))?)?")
 _LUT = re.compile(r"lut(\d+):g(\d+)(:shared)?")
 _ROTATED = re.compile(r"([^+]+):r(\d+)")
+_ECQ = re.compile(r"ecq(\d(?:\.\d{1,2})?)")
 _LOW_RANK = re.compile(r"([^+]+)\+r(\d+)(?::([^+]+))?")
 _FACTORED = re.compile(r"lr(\d+)(?::((?!lr\d)[^+]+))?")
 _USUAL = [
@@ -91,14 +94,15 @@ _USUAL = [
     *(f"nf{b}:g64{d}" for b in NF.WIDTHS for d in ("", ":dq8x256", ":dq8x256:fp32")),
     *(f"lut{b}:g64{s}" for b in Lut.WIDTHS for s in ("", ":shared")),
     *(f"{kind}:g64:r{r}" for kind in ("int2", "int3", "int4", "int8", "lut2", "lut3", "lut4", "nf3", "nf4") for r in BLOCKS),
+    *(f"ecq{rate}{r}" for rate in ("2", "2.25", "2.5", "3", "3.5", "4") for r in ("", ":r128")),
     *(f"{base}+r{r}" for base in ("int3:g64", "int4:g64", "nf3:g64:dq8x256") for r in (16, 64)),
     *(f"lr{r}{f}" for r in (16, 64, 256) for f in ("", ":int8:channel", ":int4:g64")),
     *DENSE,
 ]
 _ALLOWED = (
     "int<2..8>:g<16..256>[:asym], int<2..8>:channel[:asym], nf<2,3,4,8>:g<16..256>[:dq<2,3,4,8>x<16..4096>[:fp16|:fp32]], "
-    "lut<2..4>:g<16..256>[:shared], <any of these four>:r<16,32,64,128,256>, <any of these four>+r<rank>[:<format of factors>], "
-    "lr<rank>[:<format of factors>], " + ", ".join(DENSE)
+    "lut<2..4>:g<16..256>[:shared], ecq<1..8>, <any of these five>:r<16,32,64,128,256>, "
+    "<int, nf or lut>+r<rank>[:<format of factors>], lr<rank>[:<format of factors>], " + ", ".join(DENSE)
 )
 
 
@@ -112,6 +116,8 @@ def parse(text: str) -> Format:
         return Factored(int(found[1]), parse(found[2] or "bf16"))  # type: ignore[arg-type]
     if found := _ROTATED.fullmatch(text):
         return Rotated(parse(found[1]), int(found[2]))  # type: ignore[arg-type]  # Rotated itself refuses others
+    if found := _ECQ.fullmatch(text):
+        return Ecq(round(100 * float(found[1])))
     if text in DENSE:
         return Dense(DENSE[text])
     if found := _INT.fullmatch(text):

@@ -94,6 +94,12 @@ class Storage(Protocol):
     def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor: ...
 
 
+class Rounds(Protocol):
+    """All that GPTQ's feedback asks of a format."""
+
+    def nearest(self, w: Tensor, grid: Grid, out: Tensor | None = None) -> Tensor: ...
+
+
 @runtime_checkable
 class Quantized(Storage, Protocol):
     """A format with a grid. Solvers use only this, so integers and codebooks are alike to them.

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from compress.errors import FormatError
 from compress.formats.codebooks import NF, Lut
+from compress.formats.entropy import Ecq
 from compress.formats.grid import Listing, Shape
 from compress.formats.ints import Int
 
@@ -37,11 +38,11 @@ class Rotated:
     """A format whose matrix is stored in rotated coordinates, inputs in blocks of `block`. It has no grid of its own: who solves
     it turns the weights and what they are weighed by (`turn`), and solves `base`."""
 
-    base: Int | NF | Lut
+    base: Int | NF | Lut | Ecq
     block: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.base, Int | NF | Lut):
+        if not isinstance(self.base, Int | NF | Lut | Ecq):
             raise FormatError(f"a rotation goes with a quantized matrix, as in int4:g64:r128, not with {self.base}")
         if self.block not in BLOCKS:
             raise FormatError(f"a rotation has blocks of {', '.join(map(str, BLOCKS))} inputs, not {self.block}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from compress.errors import MatchError, RecipeError, did_you_mean
-from compress.formats import Dense, Factored, LowRank, Rotated
+from compress.formats import Dense, Ecq, Factored, LowRank, Rotated
 from compress.formats.formats import Format
 from compress.formats.grid import Quantized
 from compress.state import State
@@ -94,12 +94,12 @@ def learning(state: State, site: Site, word: str) -> Kind:
     if word == "norms":
         return Kind.NOTHING
     if (
-        isinstance(fmt, Rotated)
+        isinstance(fmt, Rotated | Ecq)
         and (site.block is not None or word != "lora")
         and (word in WORDS or fnmatchcase(site.name, word))
     ):
-        raise RecipeError(f"'{site.name}' is in {fmt}, and in rotated coordinates nothing is trained; name other matrices, or "
-                          f"train norms, or quantize to {fmt.base}", ("train",))  # fmt: skip
+        raise RecipeError(f"'{site.name}' is in {fmt}, which is not trained; name other matrices, train norms, or quantize to a "
+                          "format such as int4:g64", ("train",))  # fmt: skip
     if word == "scales":
         base = fmt.base if isinstance(fmt, LowRank) else fmt
         if base is None or isinstance(base, Dense | Factored):

@@ -18,7 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from compress.errors import ExportError
-from compress.formats import Dense, Factored, Format, Rotated
+from compress.formats import Dense, Ecq, Factored, Format, Rotated, numbers_of
 from compress.model.model import Model
 from compress.model.skeleton import free
 from compress.state import State
@@ -58,17 +58,20 @@ def way_for(ways: Mapping[type, Way], exporter: str, site: str, fmt: Format) -> 
     if isinstance(fmt, Factored) and Factored not in ways:
         raise ExportError(f"{exporter}: '{site}' has {fmt}, two factors in place of a matrix, and engines of this layout have no "
                           "such layer; export native or onnx instead, or leave 'factorize' out")  # fmt: skip
-    if isinstance(fmt, Rotated):
-        raise ExportError(rotates(exporter, site, fmt))
+    refuse_ours(exporter, site, fmt)
     if type(fmt) not in ways:
         raise ExportError(f"{exporter} holds integers; '{site}' has {fmt}: export native instead, or use int formats only")
     return ways[type(fmt)]
 
 
-def rotates(exporter: str, site: str, fmt: Rotated) -> str:
-    """Why an exporter does not take a site in rotated coordinates."""
-    return (f"{exporter}: '{site}' has {fmt}, whose inputs and outputs are rotated, which no engine of this layout does; export "
-            f"native instead, or use {fmt.base}")  # fmt: skip
+def refuse_ours(exporter: str, site: str, fmt: Format) -> None:
+    """ExportError for a site in a format that only our own runtime reads."""
+    if isinstance(numbers_of(fmt), Ecq):
+        raise ExportError(f"{exporter}: '{site}' has {fmt}, which is entropy-coded, and no engine of this layout reads that; "
+                          "export native instead, or use int or lut formats")  # fmt: skip
+    if isinstance(fmt, Rotated):
+        raise ExportError(f"{exporter}: '{site}' has {fmt}, whose inputs and outputs are rotated, which no engine of this layout "
+                          f"does; export native instead, or use {fmt.base}")  # fmt: skip
 
 
 def refuse_packed_table(exporter: str, state: State, name: str, fmt: Format) -> None:

@@ -13,14 +13,14 @@ from pydantic import Field
 from compress.errors import ExportError, FormatError
 from compress.export.artifact import proof
 from compress.export.artifact.engines import EngineError
-from compress.export.artifact.exporter import Exporter, Files, Job, Proof, headless, rotates, state_bytes
+from compress.export.artifact.exporter import Exporter, Files, Job, Proof, headless, refuse_ours, state_bytes
 from compress.export.artifact.place import carry_over
 from compress.export.artifact.tensors import same_site, write_config
 from compress.export.onnx import datafile
 from compress.export.onnx.datafile import GRAPH, METHOD, VERSION, DataLayout
 from compress.export.onnx.encode import NBits
 from compress.export.onnx.words import describe, describe_factors, describe_table, engines, use, warnings
-from compress.formats import Factored, Format, Int, Rotated, numbers_of
+from compress.formats import Factored, Format, Int, numbers_of
 from compress.model.model import Model
 from compress.state import State
 from compress.state.checkpoint import tensor_bytes
@@ -45,8 +45,7 @@ class Onnx(Exporter):
     def check(self, state: State) -> None:
         refuse(state)
         for name, fmt in state.formats.items():
-            if isinstance(fmt, Rotated):
-                raise ExportError(rotates("onnx", name, fmt))
+            refuse_ours("onnx", name, fmt)
             base, shape = numbers_of(fmt), state.graph[name].shape
             try:
                 for _, inputs in fmt.factor_shapes(shape).values() if isinstance(fmt, Factored) else (shape,):

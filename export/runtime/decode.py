@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import FormatError
-from compress.formats import Factored, Format, Int, LowRank, base_of, bitpack, parse
+from compress.formats import Ecq, Factored, Format, Int, LowRank, base_of, bitpack, entropy, parse
 from compress.formats.codebooks import NF, Lut, lut_table, nf_table
 
 Shape = tuple[int, int]
@@ -31,15 +31,20 @@ def format_of(text: str) -> Format:
     return parse(text)
 
 
+DECODED = ("weight_codes", "weight_step", "weight_base", "weight_scale")  # the parts of the layout "codes"
+
+
 @lru_cache(maxsize=4096)
-def part_names(text: str, n: int, k: int) -> tuple[str, ...]:
-    """The suffixes of a matrix's tensors in order, without shapes: what the parts of the layout "canonical" are."""
+def part_names(text: str, n: int, k: int, layout: str = "canonical") -> tuple[str, ...]:
+    """The suffixes of a matrix's tensors in order, without shapes: what the parts of the layouts "canonical" and "codes" are."""
+    if layout == "codes":
+        return DECODED
     return tuple(name for name in format_of(text).tensors((n, k)) if not name.endswith("weight_shape"))
 
 
-def named(text: str, shape: Shape, parts: list[Tensor]) -> dict[str, Tensor]:
+def named(text: str, shape: Shape, parts: list[Tensor], layout: str = "canonical") -> dict[str, Tensor]:
     """The parts under their suffixes; FormatError where their number is wrong."""
-    names = part_names(text, *shape)
+    names = part_names(text, *shape, layout)
     if len(names) != len(parts):
         raise FormatError(f"{text} has {len(names)} parts, not {len(parts)}: {', '.join(names)}")
     return dict(zip(names, parts, strict=True))
@@ -56,11 +61,34 @@ def with_shapes(fmt: Format, shape: Shape, tensors: Mapping[str, Tensor]) -> dic
 def blocks(fmt: Format, shape: Shape, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
     """First row, end row and weights [rows, K] of one block after the other; of a low-rank format the quantized part alone."""
     n, k = shape
-    held = _BLOCK if tensors["weight_packed"].device.type == "cpu" else _ELSEWHERE
+    held = _BLOCK if next(iter(tensors.values())).device.type == "cpu" else _ELSEWHERE
     rows = max(1, held // (k * dtype.itemsize))
-    every = Rows(base_of(fmt), shape, tensors, dtype)
+    every = rows_of(base_of(fmt), shape, tensors, dtype)
     for start in range(0, n, rows):
         yield start, min(n, start + rows), every.at(slice(start, start + rows))
+
+
+def decoded(fmt: Ecq, shape: Shape, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parts of the layout "codes" of an entropy-coded matrix: its codes, a byte each, and what they are multiplied by."""
+    return {"weight_codes": fmt.codes(with_shapes(fmt, shape, tensors)), **{name: tensors[name] for name in DECODED[1:]}}
+
+
+def rows_of(fmt: Format, shape: Shape, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Rows | CodedRows:
+    """The weights of any rows of a matrix."""
+    return CodedRows(fmt, shape, tensors, dtype) if isinstance(fmt, Ecq) else Rows(fmt, shape, tensors, dtype)
+
+
+class CodedRows:
+    """Of an entropy-coded matrix: from its codes, or, where they are still coded, all of them decoded first."""
+
+    def __init__(self, fmt: Ecq, shape: Shape, tensors: Mapping[str, Tensor], dtype: torch.dtype):
+        held = tensors if "weight_codes" in tensors else decoded(fmt, shape, tensors)
+        self.codes, self.scale, self.dtype = held["weight_codes"], held["weight_scale"], dtype
+        self.step = entropy.steps(held)
+
+    def at(self, rows: slice | Tensor) -> Tensor:
+        """The weights [rows, K] in the dtype."""
+        return entropy.restored(self.codes[rows], self.step, self.scale[rows], self.dtype)
 
 
 class Rows:

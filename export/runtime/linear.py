@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from compress.errors import ModelError
 from compress.export.runtime import ops
-from compress.export.runtime.decode import Shape, format_of, named, part_names, with_shapes
-from compress.formats import Dense, numbers_of
+from compress.export.runtime.decode import Shape, decoded, format_of, named, part_names, with_shapes
+from compress.formats import Dense, Ecq, numbers_of
 
 assert ops.LAYOUTS  # the operators are registered
 
@@ -39,7 +39,8 @@ class Made(Tensor):
 class Packed(nn.Module):
     """What packed modules share: the tensors of one matrix in a format, [out, in], and the dtype that it computes in.
 
-    format: its text. layout: "canonical", or "tiles" after `prepare` on CUDA. The module is made on `device` without content.
+    format: its text. layout: "canonical"; after `prepare` "codes" where they were entropy-coded, or "tiles" on CUDA. The module
+    is made on `device` without content.
     """
 
     format: str
@@ -80,10 +81,23 @@ class Packed(nn.Module):
         return whole.as_subclass(Made)
 
     def prepare(self) -> None:
-        """Repack where the matrix is on CUDA."""
+        """Decode what is entropy-coded, once; else repack where the matrix is on CUDA."""
+        numbers = numbers_of(format_of(self.format))
+        if isinstance(numbers, Ecq):
+            if self.layout == "canonical" and self.parts[0].device.type != "meta":
+                self.decode(numbers)
+            return
         plain = isinstance(numbers_of(format_of(self.format)), Dense)  # factors that torch multiplies by as they are
         if self.layout != "tiles" and self.parts[0].device.type == "cuda" and not plain:
             self.repack()
+
+    def decode(self, numbers: Ecq) -> None:
+        """Hold codes, a byte each, in place of the words that they were coded into."""
+        found = decoded(numbers, self.shape, named(self.format, self.shape, self.parts))
+        self._drop()
+        for name, tensor in found.items():
+            self.register_buffer(name, tensor, persistent=False)
+        self._places, self.layout = [("", name) for name in found], "codes"
 
     def repack(self) -> None:
         """Repack for the kernel and drop the format's tensors; what the kernel does not take stays, with a warning."""
@@ -132,14 +146,15 @@ class Packed(nn.Module):
 
 def prepare(model: nn.Module) -> None:
     """Compile what the packed modules on CUDA need, all at once, and repack them; before a graph is captured, for one."""
-    held = [m for m in model.modules() if isinstance(m, Packed) and m.parts[0].device.type == "cuda"]
+    packed = [m for m in model.modules() if isinstance(m, Packed)]
+    held = [m for m in packed if m.parts[0].device.type == "cuda" and not isinstance(numbers_of(format_of(m.format)), Ecq)]
     if held:
         from compress.export.runtime.cuda import launch as cuda
 
         for device in {m.parts[0].device for m in held}:
             needs = {(format_of(m.format), m.shape, m.dtype) for m in held if m.parts[0].device == device}
             cuda.prepare([need for need in needs if not cuda.obstacle(*need)], device)
-    for module in held:
+    for module in packed:
         module.prepare()
 
 

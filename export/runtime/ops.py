@@ -4,6 +4,7 @@
 A matrix is a list of tensors, the text of its format, its shape (n outputs, k inputs) and a layout:
 
     canonical   the tensors of `format.tensors((n, k))` in that order, without the `weight_shape` entries; any device
+    codes       of entropy-coded matrices: the codes themselves, a byte each, and what they are multiplied by; any device
     tiles       what `cuda.repack` made of them; CUDA
 
 They are plain registrations in a library: the decorator `torch.library.custom_op` costs four times as much a call. They can be
@@ -20,10 +21,10 @@ import torch
 from torch import Tensor
 
 from compress.errors import FormatError
-from compress.export.runtime.decode import Rows, Shape, blocks, format_of, named, with_shapes
+from compress.export.runtime.decode import Rows, Shape, blocks, format_of, named, rows_of, with_shapes
 from compress.formats import Dense, Factored, Format, LowRank, Rotated, base_of
 
-LAYOUTS = ("canonical", "tiles")
+LAYOUTS = ("canonical", "codes", "tiles")
 _LIBRARY = torch.library.Library("compress", "FRAGMENT")
 _LIBRARY.define("linear(Tensor x, Tensor[] parts, Tensor? bias, str format, int n, int k, str layout) -> Tensor")
 _LIBRARY.define("gradient(Tensor grad, Tensor[] parts, str format, int n, int k, str layout) -> Tensor")
@@ -39,7 +40,7 @@ def linear(x: Tensor, parts: list[Tensor], bias: Tensor | None, format: str, n: 
 
         out = cuda.linear(flat.contiguous(), parts, bias, fmt, (n, k))
     else:
-        out = by_blocks(flat, named(format, (n, k), parts), bias, fmt, (n, k))
+        out = by_blocks(flat, named(format, (n, k), parts, layout), bias, fmt, (n, k))
     return out.view(*x.shape[:-1], n)
 
 
@@ -97,7 +98,16 @@ def dequantize(parts: list[Tensor], format: str, n: int, k: int, layout: str, dt
         from compress.export.runtime.cuda import launch as cuda
 
         return cuda.dequantize(parts, fmt, (n, k), dtype)
+    if layout == "codes":
+        return whole(fmt, (n, k), named(format, (n, k), parts, layout), dtype)
     return fmt.dequantize(with_shapes(fmt, (n, k), named(format, (n, k), parts)), dtype)
+
+
+def whole(fmt: Format, shape: Shape, tensors: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """A matrix of which the codes are in hand."""
+    if isinstance(fmt, Rotated):
+        return fmt.turn_back(whole(fmt.base, shape, tensors, torch.float32), dtype)
+    return rows_of(fmt, shape, tensors, dtype).at(slice(None))
 
 
 def factors_of(fmt: Format, shape: Shape, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
@@ -118,7 +128,7 @@ def gradient(grad: Tensor, parts: list[Tensor], format: str, n: int, k: int, lay
     fmt = format_of(format)
     if layout == "tiles":
         return grad @ dequantize(parts, format, n, k, layout, grad.dtype)
-    tensors = named(format, (n, k), parts)
+    tensors = named(format, (n, k), parts, layout)
     if isinstance(fmt, Factored):
         A_rk, B_nr = fmt.factor_matrices(with_shapes(fmt, (n, k), tensors))
         return ((grad.float() @ B_nr) @ A_rk).to(grad.dtype)

@@ -1,0 +1,241 @@
+"""Integers that are entropy-coded: `ecq2.25` takes exactly 2.25 bits a weight in the file, and 8 in memory.
+
+A code q of output n and input i stands for q * t_n * a_i: a scale for each output and a step for each input. The grid is
+unbounded in effect, so nothing is clipped, and an input that matters much has a fine step while others pay nothing for it. What
+that costs is the entropy of the codes: within .254 bit of the rate-distortion bound at every rate, where a fixed number of bits
+loses .45 to .64 (ECSQ; steps by input as WaterSIC, arXiv 2603.04956, has them).
+
+The tensors of a weight [N, K]:
+
+    weight_coded    int32 [words]   the codes, entropy-coded as below; padded with zeros to the size that the rate says
+    weight_step     uint8 [K]       e_i: a_i = base * 2**(e_i / 16)
+    weight_spread   uint8 [K]       the table by which the codes of an input are coded
+    weight_scale    16-bit [N]      t_n
+    weight_base     fp32 [1]
+    weight_shape    int64 [2]
+
+So `nbytes` is exact before anything is known of the weights: the solver finds the steps under which the codes fit (a wider step
+of all inputs costs a bit less a weight for each doubling), and a rate may be any number. The coder is rANS (arXiv 1311.2540) in
+lanes: 32-bit states, 16-bit words, one table a column; every lane holds some rows, and all of them go through an input at once,
+so plain vector operations decode some million weights a second. A table is the law of a normal variable that is rounded, at one
+of `SPREADS` widths, eight an octave; which one an input has is chosen by what its codes would cost.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from compress.errors import FormatError
+from compress.formats.grid import Listing, Shape, listed_bytes
+
+LEAST, MOST = 100, 800  # hundredths of a bit
+LARGEST = 127  # codes go from -LARGEST to LARGEST
+STEPS = 16  # steps of an input in an octave
+SPREADS, IN_OCTAVE, NARROWEST = 96, 8, 2.0**-4  # tables; how many to an octave; the first one's standard deviation
+ONE = 1 << 16  # what the counts of a table sum to
+LANE = 4096  # weights that a lane holds, or one row: its state takes 4 bytes
+TABLES = "2b3435557c0fff6a"  # hash of the tables, which every machine must compute alike
+
+Counts = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Ecq:
+    """Entropy-coded integers at `hundredths` of a bit a weight, everything counted."""
+
+    hundredths: int
+    joint: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not LEAST <= self.hundredths <= MOST:
+            raise FormatError(f"ecq has {LEAST / 100:g} to {MOST / 100:g} bits a weight, not {self.rate:g}")
+
+    @property
+    def rate(self) -> float:
+        """Bits a weight."""
+        return self.hundredths / 100
+
+    def __str__(self) -> str:
+        return f"ecq{self.rate:g}"
+
+    def check(self, shape: Shape) -> None:
+        """Raise FormatError unless a weight of `shape` [N, K] can have this format."""
+        if len(shape) != 2 or min(shape) < 1:
+            raise FormatError(f"{self} needs a matrix [outputs, inputs], not the shape {list(shape)}")
+        if self.words(shape) < 0.5 * shape[0] * shape[1] / 32:
+            beside = 8 * self._beside(shape) / (shape[0] * shape[1])
+            raise FormatError(f"{self}: scales and steps of a matrix {shape[0]} x {shape[1]} alone take {beside:.2f} bits a "
+                              "weight; use a higher rate, or another format")  # fmt: skip
+
+    def _beside(self, shape: Shape) -> int:
+        """Bytes of everything but the codes."""
+        n, k = shape
+        return 2 * n + 2 * k + 4 + 16
+
+    def words(self, shape: Shape) -> int:
+        """32-bit words that the codes have."""
+        n, k = shape
+        return int(self.hundredths * n * k // 800 - self._beside(shape)) // 4
+
+    def tensors(self, shape: Shape, scale_dtype: torch.dtype = torch.bfloat16) -> Listing:
+        """Suffix -> (dtype, shape) of every tensor written for a weight of `shape` [N, K]."""
+        self.check(shape)
+        n, k = shape
+        return {"weight_coded": (torch.int32, (self.words(shape),)), "weight_step": (torch.uint8, (k,)),
+                "weight_spread": (torch.uint8, (k,)), "weight_scale": (scale_dtype, (n,)),
+                "weight_base": (torch.float32, (1,)), "weight_shape": (torch.int64, (2,))}  # fmt: skip
+
+    def nbytes(self, shape: Shape) -> int:
+        """Bytes of all tensors, scales of 16 bits."""
+        return listed_bytes(self.tensors(shape))
+
+    def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """The weight [N, K] in `dtype`: products in fp32, rounded once."""
+        return restored(self.codes(tensors), steps(tensors), tensors["weight_scale"], dtype)
+
+    def codes(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The codes, int8 [N, K]."""
+        n, k = (int(x) for x in tensors["weight_shape"])
+        device = tensors["weight_coded"].device
+        return decode(tensors["weight_coded"].cpu(), tensors["weight_spread"].cpu(), n, k).to(device)
+
+    def pack(self, coded: Tensor, step_k: Tensor, spread_k: Tensor, base: float, scale_n: Tensor) -> dict[str, Tensor]:
+        """The tensors, of codes that were coded into at most `words` words, int32."""
+        shape = len(scale_n), len(step_k)
+        padded = torch.zeros(self.words(shape), dtype=torch.int32)
+        padded[: len(coded)] = coded
+        return {"weight_coded": padded, "weight_step": step_k.cpu(), "weight_spread": spread_k.cpu(),
+                "weight_scale": scale_n.cpu().contiguous(), "weight_base": torch.tensor([base]),
+                "weight_shape": torch.tensor(shape, dtype=torch.int64)}  # fmt: skip
+
+
+def steps(tensors: Mapping[str, Tensor]) -> Tensor:
+    """a [K], fp32."""
+    return stepped(tensors["weight_base"], tensors["weight_step"])
+
+
+def stepped(base: float | Tensor, step_k: Tensor) -> Tensor:
+    """base * 2**(e / STEPS), by a table of one octave and exact doublings, so that it is the same on every device."""
+    octave, part = step_k.int() // STEPS, step_k.long() % STEPS
+    table = torch.tensor([2.0 ** (i / STEPS) for i in range(STEPS)], device=step_k.device)
+    return torch.ldexp(table[part], octave) * base
+
+
+def restored(codes_nk: Tensor, step_k: Tensor, scale_n: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weights that codes stand for."""
+    return (codes_nk.float() * step_k).mul_(scale_n.float()[:, None]).to(dtype)
+
+
+# --- the law of codes ------------------------------------------------------------------------------------------------
+
+
+@cache
+def tables() -> tuple[Counts, Counts]:
+    """Counts [SPREADS, codes] that sum to `ONE`, each at least 1, and what comes before each of them."""
+    q = np.arange(2 * LARGEST + 1) - LARGEST
+    inside = (np.arange(32) + 0.5) / 32 - 0.5
+    found = []
+    for s in range(SPREADS):
+        sigma = NARROWEST * 2.0 ** (s / IN_OCTAVE)
+        mass = np.exp(-0.5 * ((q[:, None] + inside) / sigma) ** 2).sum(1)
+        counts = 1 + np.floor(mass / mass.sum() * (ONE - len(q))).astype(np.int64)
+        counts[LARGEST] += ONE - counts.sum()
+        found.append(counts)
+    counts = np.stack(found)
+    if hashlib.sha256(counts.astype("<u4").tobytes()).hexdigest()[:16] != TABLES:
+        raise FormatError("this machine computes other tables for 'ecq' than others do, and would misread its files")
+    return counts, counts.cumsum(1) - counts
+
+
+@cache
+def costs() -> Tensor:
+    """Bits of each code by each table, fp32 [codes, SPREADS]."""
+    return torch.from_numpy(-np.log2(tables()[0].T / ONE)).float()
+
+
+@cache
+def _found(spread: int) -> npt.NDArray[np.uint8]:
+    """Which code each of `ONE` places belongs to."""
+    return np.repeat(np.arange(2 * LARGEST + 1, dtype=np.uint8), tables()[0][spread])
+
+
+def spreads(codes_nk: Tensor) -> tuple[Tensor, float]:
+    """The cheapest table of each input, uint8 [K], and the bits that all codes then take."""
+    k = codes_nk.shape[1]
+    places = codes_nk.long() + LARGEST + (2 * LARGEST + 1) * torch.arange(k, device=codes_nk.device)
+    seen = torch.bincount(places.flatten(), minlength=k * (2 * LARGEST + 1)).view(k, -1).float()
+    bits, best = (seen @ costs().to(seen.device)).min(1)
+    return best.to(torch.uint8), float(bits.sum(dtype=torch.float64))
+
+
+# --- the coder -------------------------------------------------------------------------------------------------------
+
+
+def lanes(n: int, k: int) -> tuple[int, int]:
+    """How many lanes there are, and the rows of each."""
+    rows = min(n, -(-LANE // k))
+    rows = next((r for r in range(rows, min(n, 2 * rows) + 1) if n % r == 0), rows)
+    return -(-n // rows), rows
+
+
+def overhead(n: int, k: int) -> int:
+    """Bits that lanes take beside what their codes do, at most."""
+    return 40 * lanes(n, k)[0] + 32
+
+
+def _in_lanes(codes_nk: Tensor) -> npt.NDArray[np.int64]:
+    """Codes as tables count them [rows * K, lanes], short lanes filled with the middle one."""
+    n, k = codes_nk.shape
+    count, rows = lanes(n, k)
+    filled = np.full((count * rows, k), LARGEST, np.int64)
+    filled[:n] = codes_nk.cpu().numpy().astype(np.int64) + LARGEST
+    return np.ascontiguousarray(filled.reshape(count, rows * k).T)
+
+
+def encode(codes_nk: Tensor, spread_k: Tensor) -> Tensor:
+    """Codes, int8 [N, K], as 32-bit words [words]: the states of all lanes, then 16-bit words as decoding asks for them."""
+    symbols, spread = _in_lanes(codes_nk), spread_k.cpu().numpy()
+    counts, before = tables()
+    x = np.full(symbols.shape[1], ONE, np.int64)
+    written = []
+    for t in range(len(symbols) - 1, -1, -1):
+        table = spread[t % len(spread)]
+        count, start = counts[table][symbols[t]], before[table][symbols[t]]
+        full = x >= count << 16
+        written.append((x[full] & 0xFFFF).astype(np.uint16))
+        x[full] >>= 16
+        high, low = np.divmod(x, count)
+        x = (high << 16) + low + start
+    states = x.astype(np.uint32).view(np.uint16)
+    stream = np.concatenate([states, *reversed(written)])
+    stream = np.concatenate([stream, np.zeros(len(stream) % 2, np.uint16)])
+    return torch.from_numpy(stream.view(np.int32).copy())
+
+
+def decode(coded: Tensor, spread_k: Tensor, n: int, k: int) -> Tensor:
+    """The codes, int8 [N, K]."""
+    count, rows = lanes(n, k)
+    stream, spread = coded.contiguous().numpy().view(np.uint16).astype(np.int64), spread_k.numpy()
+    counts, before = tables()
+    x, at = stream[: 2 * count].reshape(count, 2) @ np.array([1, ONE]), 2 * count
+    symbols = np.empty((rows * k, count), np.uint8)
+    for t in range(rows * k):
+        table = spread[t % k]
+        place = x & 0xFFFF
+        found = symbols[t] = _found(table)[place]
+        x = counts[table][found] * (x >> 16) + place - before[table][found]
+        empty = np.flatnonzero(x < ONE)
+        if len(empty):
+            x[empty] = (x[empty] << 16) | stream[at : at + len(empty)]
+            at += len(empty)
+    codes = symbols.T.reshape(count * rows, k)[:n].astype(np.int16) - LARGEST
+    return torch.from_numpy(codes.astype(np.int8))

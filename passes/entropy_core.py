@@ -1,0 +1,153 @@
+"""Entropy-coded integers: steps by input, GPTQ's feedback without clipping, and the step at which the codes fill their rate.
+
+With H + λI = Lᵀ D L (see gptq_core.py) the loss of an output is Σ D_i η_i², and rounding input i to multiples of a step a_i
+leaves η_i² = a_i² / 12 whatever the others do. A code costs log2(σ_i / a_i) bits and a constant. So at a given number of bits the
+loss is least where every D_i a_i² is the same (reverse water-filling, as WaterSIC, arXiv 2603.04956, has it): a_i = c / √D_i.
+There is no range to search and no level to run out of. One number is left, c, and bits fall by one a weight with each octave of
+it: a few Newton steps on some of the rows, then on all, find the smallest c under which everything fits. At last each output's
+scale is refitted to its codes in closed form, t = wᵀHq / qᵀHq, which no code notices.
+
+The alternative not taken: to code residuals, or to let a code cost what it costs while it is chosen (rate-distortion
+optimization). Limits: with few tokens D is overfitted, and steps with it; damping (see `gptq_core.damp_for`) is what there is
+against that. Inputs that were never seen get the widest steps.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compress.errors import FormatError
+from compress.formats import entropy
+from compress.formats.entropy import Ecq
+from compress.formats.grid import Grid, round_scale
+from compress.passes import gptq_core as core
+
+SAMPLED = 128  # rows on which the step is looked for
+LOOKS = 4  # times that it is looked for there
+TRIES = 8  # times that all rows are coded until they fit
+ROOM = 0.002  # bits a weight that a step is aimed below the rate
+BLOCK = 32
+
+
+@dataclass(frozen=True)
+class Coded:
+    """Packed tensors, and what each output lost, as `gptq_core.Solved` has it."""
+
+    tensors: dict[str, Tensor]
+    loss_n: Tensor
+    energy_n: Tensor
+    notes: tuple[str, ...] = ()
+
+
+class _Rounds:
+    """What `gptq_core` rounds with: the nearest multiple of the grid's scale, as far as codes go."""
+
+    @staticmethod
+    def nearest(w: Tensor, grid: Grid, out: Tensor | None = None) -> Tensor:
+        return torch.div(w, grid.scale, out=out).round_().clamp_(-entropy.LARGEST, entropy.LARGEST).mul_(grid.scale)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Codes int8 [N, K] on steps of `base`, by the tables `spread_k`, and the bits that they take."""
+
+    codes: Tensor
+    base: float
+    step_k: Tensor
+    spread_k: Tensor
+    bits: float
+
+    @property
+    def a_k(self) -> Tensor:
+        """The steps [K]."""
+        return entropy.stepped(self.base, self.step_k)
+
+
+@torch.no_grad()
+def solve(W_nk: Tensor, f: core.Factor, fmt: Ecq, scale_dtype: torch.dtype) -> Coded:
+    """W [N, K] at the rate of the format, under the Hessian that was factored. FormatError where W is not finite."""
+    fmt.check(tuple(W_nk.shape))
+    if not bool(W_nk.sum(dtype=torch.float32).isfinite()):
+        raise FormatError("the weight holds NaN or infinite numbers; it cannot be quantized")
+    n, k = W_nk.shape
+    scale_n = round_scale(W_nk.square().mean(1).sqrt(), scale_dtype)
+    step_k = relative_steps(f)
+    room = 32 * fmt.words((n, k)) - entropy.overhead(n, k)
+    step = max(1, n // SAMPLED)
+    base, some = first_base(W_nk, scale_n, step_k, room), (W_nk[::step], scale_n[::step])
+    for _ in range(LOOKS):
+        found = rounded(*some, f, step_k, base)
+        base *= 2.0 ** (found.bits / found.codes.numel() - room / (n * k) + ROOM)
+    found, words = fitting(W_nk, scale_n, f, step_k, base, room, fmt.words((n, k)))
+    scale_n = refitted(W_nk, found, scale_n, f)
+    Q_nk = entropy.restored(found.codes, found.a_k, scale_n)
+    return Coded(
+        fmt.pack(words, found.step_k, found.spread_k, found.base, scale_n), core.loss(Q_nk - W_nk, f), core.loss(W_nk, f)
+    )
+
+
+def fitting(
+    W_nk: Tensor, scale_n: Tensor, f: core.Factor, step_k: Tensor, base: float, room: float, words: int
+) -> tuple[Found, Tensor]:
+    """Codes that take nearly `room` bits, and them coded, into `words` words at most. FormatError where no step does that."""
+    best: tuple[Found, Tensor] | None = None
+    for _ in range(TRIES):
+        found = rounded(W_nk, scale_n, f, step_k, base)
+        over = (found.bits - room) / W_nk.numel()
+        if over <= 0 and (best is None or found.base < best[0].base):
+            coded = entropy.encode(found.codes, found.spread_k)
+            if len(coded) <= words:
+                best = found, coded
+            over = max(over, 32 * (len(coded) - words) / W_nk.numel())
+        if best is not None and (over >= -4 * ROOM or over > 0):
+            break
+        base *= 2.0 ** (over + ROOM)
+    if best is None:
+        raise FormatError("no step was found under which the codes of a matrix fit its rate; use a higher rate")
+    return best
+
+
+def relative_steps(f: core.Factor) -> Tensor:
+    """Steps [K] as they are stored, of 1 / √D where the least is 1, in the order of the inputs."""
+    octaves = -0.5 * torch.log2(f.D_k.double())
+    octaves -= octaves.min()
+    stored = (octaves * entropy.STEPS).round().clamp_(0, 255).to(torch.uint8)
+    return torch.empty_like(stored).index_copy_(0, f.order_k, stored)
+
+
+def first_base(W_nk: Tensor, scale_n: Tensor, step_k: Tensor, room: float) -> float:
+    """The step at which normal weights of these sizes would take so many bits: log2(σ √(2πe)) - log2(a) each."""
+    size_k = (W_nk / scale_n.float()[:, None]).square().mean(0).sqrt().clamp(min=1e-12)
+    bits = torch.log2(size_k * math.sqrt(2 * math.pi * math.e)) - step_k.float() / entropy.STEPS
+    return float(2.0 ** (bits.mean() - room / W_nk.numel()))
+
+
+def rounded(W_nk: Tensor, scale_n: Tensor, f: core.Factor, step_k: Tensor, base: float) -> Found:
+    """GPTQ's feedback on steps of some base."""
+    a_k = entropy.stepped(base, step_k)
+    P_kn = W_nk.T.to(f.L_kk.dtype).index_select(0, f.order_k)
+    Q_kn, D_kn, t_n = torch.empty_like(P_kn), torch.zeros_like(P_kn), scale_n.to(P_kn.dtype)
+    if f.lam == 0:  # the identity: nothing makes up for anything
+        Q_kn = _Rounds.nearest(P_kn, Grid(a_k[f.order_k, None] * t_n))
+    else:
+        core.feedback(P_kn.clone(), P_kn, f, _Rounds(), [Grid(t_n * a) for a in a_k[f.order_k].tolist()], Q_kn, D_kn, BLOCK)
+    codes_kn = (Q_kn / a_k[f.order_k, None] / t_n).round_().to(torch.int8)
+    codes = torch.empty_like(codes_kn).index_copy_(0, f.order_k, codes_kn).T.contiguous()
+    spread_k, bits = entropy.spreads(codes)
+    return Found(codes, base, step_k, spread_k, bits)
+
+
+def refitted(W_nk: Tensor, found: Found, scale_n: Tensor, f: core.Factor) -> Tensor:
+    """The scales [N] under which the codes come nearest to W in H + λI."""
+    one = entropy.restored(found.codes, found.a_k, torch.ones_like(scale_n))
+    Q, P = (x.index_select(1, f.order_k).to(f.L_kk.dtype) for x in (one, W_nk))
+    if f.lam == 0:
+        best = (P * Q).sum(1) / Q.square().sum(1)
+    else:
+        HQ = Q @ f.A_kk
+        best = (P * HQ).sum(1) / (Q * HQ).sum(1)
+    return torch.where(best.isfinite() & (best > 0), round_scale(best, scale_n.dtype), scale_n)
