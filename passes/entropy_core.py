@@ -31,6 +31,7 @@ LOOKS = 4  # times that it is looked for there
 TRIES = 8  # times that all rows are coded until they fit
 ROOM = 0.002  # bits a weight that a step is aimed below the rate
 BLOCK = 32
+CODINGS = 4  # times that a matrix is coded or decoded in a run: once each as it is solved, two more as the result is judged
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,8 @@ def solve(W_nk: Tensor, f: core.Factor, fmt: Ecq, scale_dtype: torch.dtype) -> C
         found = rounded(*some, f, step_k, base)
         base *= 2.0 ** (found.bits / found.codes.numel() - room / (n * k) + ROOM)
     found, words = fitting(W_nk, scale_n, f, step_k, base, room, fmt.words((n, k)))
-    scale_n = refitted(W_nk, found, scale_n, f)
-    Q_nk = entropy.restored(found.codes, found.a_k, scale_n)
-    return Coded(
-        fmt.pack(words, found.step_k, found.spread_k, found.base, scale_n), core.loss(Q_nk - W_nk, f), core.loss(W_nk, f)
-    )
+    scale_n, loss_n, energy_n = refitted(W_nk, found, scale_n, f)
+    return Coded(fmt.pack(words, found.step_k, found.spread_k, found.base, scale_n), loss_n, energy_n)
 
 
 def fitting(
@@ -129,25 +127,39 @@ def first_base(W_nk: Tensor, scale_n: Tensor, step_k: Tensor, room: float) -> fl
 def rounded(W_nk: Tensor, scale_n: Tensor, f: core.Factor, step_k: Tensor, base: float) -> Found:
     """GPTQ's feedback on steps of some base."""
     a_k = entropy.stepped(base, step_k)
-    P_kn = W_nk.T.to(f.L_kk.dtype).index_select(0, f.order_k)
-    Q_kn, D_kn, t_n = torch.empty_like(P_kn), torch.zeros_like(P_kn), scale_n.to(P_kn.dtype)
-    if f.lam == 0:  # the identity: nothing makes up for anything
-        Q_kn = _Rounds.nearest(P_kn, Grid(a_k[f.order_k, None] * t_n))
-    else:
-        core.feedback(P_kn.clone(), P_kn, f, _Rounds(), [Grid(t_n * a) for a in a_k[f.order_k].tolist()], Q_kn, D_kn, BLOCK)
-    codes_kn = (Q_kn / a_k[f.order_k, None] / t_n).round_().to(torch.int8)
-    codes = torch.empty_like(codes_kn).index_copy_(0, f.order_k, codes_kn).T.contiguous()
+    parts = zip(*(x.split(rows_of(W_nk)) for x in (W_nk, scale_n)), strict=True)
+    codes = torch.cat([_codes(W, scale, f, a_k) for W, scale in parts])
     spread_k, bits = entropy.spreads(codes)
     return Found(codes, base, step_k, spread_k, bits)
 
 
-def refitted(W_nk: Tensor, found: Found, scale_n: Tensor, f: core.Factor) -> Tensor:
-    """The scales [N] under which the codes come nearest to W in H + λI."""
-    one = entropy.restored(found.codes, found.a_k, torch.ones_like(scale_n))
-    Q, P = (x.index_select(1, f.order_k).to(f.L_kk.dtype) for x in (one, W_nk))
-    if f.lam == 0:
-        best = (P * Q).sum(1) / Q.square().sum(1)
+def rows_of(W_nk: Tensor) -> int:
+    """How many outputs are in hand at once: they are independent."""
+    return max(64, core.CHUNK // W_nk.shape[1])
+
+
+def _codes(W_nk: Tensor, scale_n: Tensor, f: core.Factor, a_k: Tensor) -> Tensor:
+    """Of some outputs, int8 [n, K]."""
+    P_kn, a_k = W_nk.T.to(f.L_kk.dtype).index_select(0, f.order_k), a_k[f.order_k]
+    Q_kn, D_kn, t_n = torch.empty_like(P_kn), torch.zeros_like(P_kn), scale_n.to(P_kn.dtype)
+    if f.lam == 0:  # the identity: nothing makes up for anything
+        Q_kn = _Rounds.nearest(P_kn, Grid(a_k[:, None] * t_n))
     else:
-        HQ = Q @ f.A_kk
+        core.feedback(P_kn.clone(), P_kn, f, _Rounds(), [Grid(t_n * a) for a in a_k.tolist()], Q_kn, D_kn, BLOCK)
+    codes_kn = (Q_kn / a_k[:, None] / t_n).round_().to(torch.int8)
+    return torch.empty_like(codes_kn).index_copy_(0, f.order_k, codes_kn).T
+
+
+def refitted(W_nk: Tensor, found: Found, scale_n: Tensor, f: core.Factor) -> tuple[Tensor, Tensor, Tensor]:
+    """The scales [N] under which the codes come nearest to W in H + λI, and by outputs the loss then, and the energy of W."""
+    scales, losses, energies = list[Tensor](), list[Tensor](), list[Tensor]()
+    step = rows_of(W_nk)
+    for W, codes, scale in zip(W_nk.split(step), found.codes.split(step), scale_n.split(step), strict=True):
+        one = entropy.restored(codes, found.a_k, torch.ones_like(scale))
+        Q, P = (x.index_select(1, f.order_k).to(f.L_kk.dtype) for x in (one, W))
+        HQ = Q if f.lam == 0 else Q @ f.A_kk
         best = (P * HQ).sum(1) / (Q * HQ).sum(1)
-    return torch.where(best.isfinite() & (best > 0), round_scale(best, scale_n.dtype), scale_n)
+        scales.append(torch.where(best.isfinite() & (best > 0), round_scale(best, scale.dtype), scale))
+        losses.append(core.loss(one * scales[-1].float()[:, None] - W, f))
+        energies.append(core.loss(W, f))
+    return torch.cat(scales), torch.cat(losses), torch.cat(energies)

@@ -58,7 +58,7 @@ _DAMPS = (1, 10, 100)  # times `damp`, in turn, while the factorisation fails
 _TILE = 128  # inputs; side of the blocks in which triangular products skip what is zero
 _STRIP = 256  # columns that the factorisation has in hand
 _TOKENS = 2048  # tokens in one product, so that they stay in cache
-_CHUNK = 1 << 22  # weights solved at a time; outputs are independent, so this bounds the memory only
+CHUNK = 1 << 22  # weights solved at a time; outputs are independent, so this bounds the memory only
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,7 +222,7 @@ def retarget(W_nk: Tensor, E_nk: Tensor, f: Factor, strength: float) -> Tensor:
     W corrects the drift of the inputs, exactly as Qronos (arXiv 2505.11695) does, at the price of a second, unquantized
     stream of activations.
     """
-    moved_nk, rows = torch.empty_like(W_nk), max(64, _CHUNK // W_nk.shape[1])
+    moved_nk, rows = torch.empty_like(W_nk), max(64, CHUNK // W_nk.shape[1])
     for i in range(0, len(W_nk), rows):
         at = slice(i, i + rows)
         E_kn = E_nk[at].T.to(f.L_kk.dtype).index_select(0, f.order_k)
@@ -274,7 +274,7 @@ def _chunked(
     fmt.check(tuple(W_nk.shape))
     if not bool(W_nk.sum(dtype=torch.float32).isfinite()):
         raise FormatError("the weight holds NaN or infinite numbers; it cannot be quantized")
-    rows = max(64, _CHUNK // W_nk.shape[1])
+    rows = max(64, CHUNK // W_nk.shape[1])
     grid = clip_core.fit(W_nk, fmt, clip, scale_dtype, f.diag_k, f.L_kk.dtype, rows)
     starts = range(0, len(W_nk), rows)
     parts = [_solve(W_nk[i : i + rows], f, fmt, grid.map(lambda t, i=i: t[i : i + rows]), refine, block) for i in starts]  # type: ignore[misc]

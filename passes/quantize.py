@@ -22,7 +22,7 @@ from pydantic import Field, PlainSerializer, PlainValidator, WithJsonSchema, mod
 from torch import Tensor
 
 from compress.errors import FormatError, RecipeError
-from compress.formats import Ecq, Factored, Format, LowRank, Rotated, base_of, parse
+from compress.formats import Ecq, Factored, Format, LowRank, Rotated, base_of, lanes, numbers_of, parse
 from compress.manager import Context, Cost, Pass
 from compress.model.speed import computing
 from compress.model.work import advancing_bytes, block_bytes, per_token, waiting_bytes
@@ -188,8 +188,15 @@ class Quantize(Pass):
         peaks = [self._block_memory(state, tokens, matrices), *(self._table_memory(state, tokens, s) for s in tables)]
         return self._learning(state, tokens, matrices) + Cost(
             forward, tokens * work.squares + solved.flops + moved + factoring, sum(s.numel for s in sites), max(peaks),
-            numbers=passes * work.numbers + entries, steps=solved.steps,
+            numbers=passes * work.numbers + entries, steps=solved.steps, seconds=self._coding(state, matrices),
         )  # fmt: skip
+
+    def _coding(self, state: State, matrices: Sequence[Site]) -> float:
+        """Seconds of coding what is entropy-coded, and of decoding it where it is read again."""
+        formats = state.plan.formats if state.plan else {}
+        return entropy_core.CODINGS * lanes.seconds(
+            sum(s.numel for s in matrices if isinstance(numbers_of(formats[s.name]), Ecq))
+        )
 
     def _learning(self, state: State, tokens: int, matrices: Sequence[Site]) -> Cost:
         """What comes on top where blocks are learned."""

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -19,7 +20,7 @@ from compress.export.native import reader
 from compress.export.runtime import load
 from compress.export.runtime.linear import PackedLinear
 from compress.export.table import EXPORTERS
-from compress.formats import Ecq, Packed, entropy, parse
+from compress.formats import Ecq, Packed, entropy, lanes, parse
 from compress.passes import entropy_core, gptq_core
 from tests.cooking import bake, recipe
 from tests.support import refusal
@@ -52,6 +53,31 @@ def test_codes_come_back_whatever_the_shape(n: int, k: int, size: float, seed: i
     assert 32 * len(coded) <= bits * (1 + 1e-3) + entropy.overhead(n, k)
     any_table = torch.randint(0, entropy.SPREADS, (k,), generator=g, dtype=torch.uint8)  # a dear one, and right all the same
     assert torch.equal(entropy.decode(entropy.encode(codes, any_table), any_table, n, k), codes)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 30), st.integers(1, 20), st.integers(0, 999))
+def test_both_loops_make_the_same_words(steps: int, count: int, tables: int, seed: int) -> None:
+    """The one that is compiled runs as Python here, and compiled where numba is installed."""
+    g = np.random.default_rng(seed)
+    symbols = g.integers(0, 255, (steps, count)).astype(np.uint8)
+    spread = g.integers(0, entropy.SPREADS, tables).astype(np.uint8)
+    state, words = lanes.encode(symbols, spread, *entropy.tables())
+    for ours in (lanes.encode_one_by_one, lanes.fastest()[0]):
+        again, same = ours(symbols, spread, *entropy.tables())
+        assert np.array_equal(state, again)
+        assert np.array_equal(words, same)
+    for theirs in (lanes.decode, lanes.decode_one_by_one, lanes.fastest()[1]):
+        assert np.array_equal(theirs(state, words, spread, *entropy.tables(), entropy.places(), steps), symbols)
+
+
+def test_words_that_end_too_early_are_told() -> None:
+    codes = torch.randint(-100, 100, (16, 64), dtype=torch.int8)
+    spread, _ = entropy.spreads(codes)
+    coded = entropy.encode(codes, spread)
+    for short in (coded[: len(coded) // 2], coded[:0]):
+        with pytest.raises(FormatError, match="end before all codes were read"):
+            entropy.decode(short, spread, 16, 64)
 
 
 @pytest.mark.parametrize("size", [0.3, 1.0, 4.0])

@@ -16,9 +16,9 @@ The tensors of a weight [N, K]:
 
 So `nbytes` is exact before anything is known of the weights: the solver finds the steps under which the codes fit (a wider step
 of all inputs costs a bit less a weight for each doubling), and a rate may be any number. The coder is rANS (arXiv 1311.2540) in
-lanes: 32-bit states, 16-bit words, one table a column; every lane holds some rows, and all of them go through an input at once,
-so plain vector operations decode some million weights a second. A table is the law of a normal variable that is rounded, at one
-of `SPREADS` widths, eight an octave; which one an input has is chosen by what its codes would cost.
+lanes (lanes.py): 32-bit states, 16-bit words, one table a column; every lane holds some rows, and all of them go through an
+input at once. A table is the law of a normal variable that is rounded, at one of `SPREADS` widths, eight an octave; which one an
+input has is chosen by what its codes would cost.
 """
 
 from __future__ import annotations
@@ -30,22 +30,21 @@ from functools import cache
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from compress.errors import FormatError
+from compress.formats import lanes
 from compress.formats.grid import Listing, Shape, listed_bytes
+from compress.formats.lanes import ONE
 
 LEAST, MOST = 100, 800  # hundredths of a bit
 LARGEST = 127  # codes go from -LARGEST to LARGEST
 STEPS = 16  # steps of an input in an octave
 SPREADS, IN_OCTAVE, NARROWEST = 96, 8, 2.0**-4  # tables; how many to an octave; the first one's standard deviation
-ONE = 1 << 16  # what the counts of a table sum to
+_CHUNK = 1 << 20  # codes counted at a time
 LANE = 4096  # weights that a lane holds, or one row: its state takes 4 bytes
 TABLES = "2b3435557c0fff6a"  # hash of the tables, which every machine must compute alike
-
-Counts = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ def restored(codes_nk: Tensor, step_k: Tensor, scale_n: Tensor, dtype: torch.dty
 
 
 @cache
-def tables() -> tuple[Counts, Counts]:
+def tables() -> tuple[lanes.Ints, lanes.Ints]:
     """Counts [SPREADS, codes] that sum to `ONE`, each at least 1, and what comes before each of them."""
     q = np.arange(2 * LARGEST + 1) - LARGEST
     inside = (np.arange(32) + 0.5) / 32 - 0.5
@@ -163,24 +162,25 @@ def costs() -> Tensor:
 
 
 @cache
-def _found(spread: int) -> npt.NDArray[np.uint8]:
-    """Which code each of `ONE` places belongs to."""
-    return np.repeat(np.arange(2 * LARGEST + 1, dtype=np.uint8), tables()[0][spread])
+def places() -> lanes.Bytes:
+    """Which code each of `ONE` places of a table belongs to [SPREADS, ONE]."""
+    return np.stack([np.repeat(np.arange(2 * LARGEST + 1, dtype=np.uint8), counts) for counts in tables()[0]])
 
 
 def spreads(codes_nk: Tensor) -> tuple[Tensor, float]:
     """The cheapest table of each input, uint8 [K], and the bits that all codes then take."""
-    k = codes_nk.shape[1]
-    places = codes_nk.long() + LARGEST + (2 * LARGEST + 1) * torch.arange(k, device=codes_nk.device)
-    seen = torch.bincount(places.flatten(), minlength=k * (2 * LARGEST + 1)).view(k, -1).float()
-    bits, best = (seen @ costs().to(seen.device)).min(1)
+    k, count = codes_nk.shape[1], 2 * LARGEST + 1
+    first_k, seen = LARGEST + count * torch.arange(k, device=codes_nk.device), torch.zeros(k * count, device=codes_nk.device)
+    for part in codes_nk.split(max(1, _CHUNK // k)):
+        seen += torch.bincount((part.long() + first_k).flatten(), minlength=k * count)
+    bits, best = (seen.view(k, count) @ costs().to(seen.device)).min(1)
     return best.to(torch.uint8), float(bits.sum(dtype=torch.float64))
 
 
 # --- the coder -------------------------------------------------------------------------------------------------------
 
 
-def lanes(n: int, k: int) -> tuple[int, int]:
+def lanes_of(n: int, k: int) -> tuple[int, int]:
     """How many lanes there are, and the rows of each."""
     rows = min(n, -(-LANE // k))
     rows = next((r for r in range(rows, min(n, 2 * rows) + 1) if n % r == 0), rows)
@@ -189,53 +189,35 @@ def lanes(n: int, k: int) -> tuple[int, int]:
 
 def overhead(n: int, k: int) -> int:
     """Bits that lanes take beside what their codes do, at most."""
-    return 40 * lanes(n, k)[0] + 32
+    return 40 * lanes_of(n, k)[0] + 32
 
 
-def _in_lanes(codes_nk: Tensor) -> npt.NDArray[np.int64]:
+def _in_lanes(codes_nk: Tensor) -> lanes.Bytes:
     """Codes as tables count them [rows * K, lanes], short lanes filled with the middle one."""
     n, k = codes_nk.shape
-    count, rows = lanes(n, k)
-    filled = np.full((count * rows, k), LARGEST, np.int64)
-    filled[:n] = codes_nk.cpu().numpy().astype(np.int64) + LARGEST
+    count, rows = lanes_of(n, k)
+    filled = np.full((count * rows, k), LARGEST, np.uint8)
+    filled[:n] = (codes_nk.cpu().numpy().astype(np.int16) + LARGEST).astype(np.uint8)
     return np.ascontiguousarray(filled.reshape(count, rows * k).T)
 
 
 def encode(codes_nk: Tensor, spread_k: Tensor) -> Tensor:
     """Codes, int8 [N, K], as 32-bit words [words]: the states of all lanes, then 16-bit words as decoding asks for them."""
-    symbols, spread = _in_lanes(codes_nk), spread_k.cpu().numpy()
-    counts, before = tables()
-    x = np.full(symbols.shape[1], ONE, np.int64)
-    written = []
-    for t in range(len(symbols) - 1, -1, -1):
-        table = spread[t % len(spread)]
-        count, start = counts[table][symbols[t]], before[table][symbols[t]]
-        full = x >= count << 16
-        written.append((x[full] & 0xFFFF).astype(np.uint16))
-        x[full] >>= 16
-        high, low = np.divmod(x, count)
-        x = (high << 16) + low + start
-    states = x.astype(np.uint32).view(np.uint16)
-    stream = np.concatenate([states, *reversed(written)])
-    stream = np.concatenate([stream, np.zeros(len(stream) % 2, np.uint16)])
+    states, words = lanes.fastest()[0](_in_lanes(codes_nk), spread_k.cpu().numpy(), *tables())
+    stream = np.concatenate([states.astype(np.uint32).view(np.uint16), words, np.zeros(len(words) % 2, np.uint16)])
     return torch.from_numpy(stream.view(np.int32).copy())
 
 
 def decode(coded: Tensor, spread_k: Tensor, n: int, k: int) -> Tensor:
-    """The codes, int8 [N, K]."""
-    count, rows = lanes(n, k)
-    stream, spread = coded.contiguous().numpy().view(np.uint16).astype(np.int64), spread_k.numpy()
-    counts, before = tables()
-    x, at = stream[: 2 * count].reshape(count, 2) @ np.array([1, ONE]), 2 * count
-    symbols = np.empty((rows * k, count), np.uint8)
-    for t in range(rows * k):
-        table = spread[t % k]
-        place = x & 0xFFFF
-        found = symbols[t] = _found(table)[place]
-        x = counts[table][found] * (x >> 16) + place - before[table][found]
-        empty = np.flatnonzero(x < ONE)
-        if len(empty):
-            x[empty] = (x[empty] << 16) | stream[at : at + len(empty)]
-            at += len(empty)
+    """The codes, int8 [N, K]. FormatError where the words are none that `encode` made."""
+    count, rows = lanes_of(n, k)
+    stream = coded.contiguous().numpy()
+    if len(stream) < count:
+        raise FormatError("entropy-coded words end before all codes were read; the file is damaged")
+    states = stream[:count].view(np.uint32).astype(np.int64)
+    try:
+        symbols = lanes.fastest()[1](states, stream[count:].view(np.uint16), spread_k.numpy(), *tables(), places(), rows * k)
+    except (IndexError, ValueError):
+        raise FormatError("entropy-coded words end before all codes were read; the file is damaged") from None
     codes = symbols.T.reshape(count * rows, k)[:n].astype(np.int16) - LARGEST
     return torch.from_numpy(codes.astype(np.int8))
