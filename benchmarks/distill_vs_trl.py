@@ -107,72 +107,85 @@ def measured(python: str, kind: str, job: dict[str, Any]) -> dict[str, float]:
     return found
 
 
+class Side:
+    """The two texts and the source, and a folder to work in."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path):
+        from compress.model.model import open_model
+
+        self.options, self.folder, self.source = options, folder, open_model(str(options.model))
+        self.training = self._windows(options.calibration, options.training)
+        self.judged = self._windows(options.evaluation, options.judged)
+
+    def _windows(self, text: Path, count: int) -> Any:
+        from compress.model.data import Windows, read
+
+        asked = Windows(text=str(text.resolve()), sequences=count, length=self.options.length, bos=self.options.bos)
+        return read(asked, self.options.model, Path(), self.source.state.graph["embed"].shape[0])
+
+    def kl(self, student: Path) -> float:
+        """Of a folder's model on the other text."""
+        from compress.evaluate import compare
+        from compress.model.model import open_model
+
+        kl = compare(self.source.state, open_model(str(student)).state, self.judged)[1].kl
+        assert kl is not None
+        return kl
+
+    def recipe(self, passes: list[dict[str, Any]]) -> Path:
+        import yaml
+        from variants import recipe_of
+
+        content = {**recipe_of(self.options, passes, self.folder), "export": [{"compressed_tensors": {}}]}
+        del content["data"]["evaluation"]
+        path = self.folder / "recipe.yaml"
+        path.write_text(yaml.safe_dump(content), encoding="utf-8")
+        return path
+
+    def ours(self, teacher: str, rate: float) -> tuple[float, dict[str, float]]:
+        tokens = self.options.steps * self.options.batch * self.options.length
+        step = {"distill": {"batch": self.options.batch, "tokens": tokens, "teacher": teacher, "rate": rate}}
+        said = measured(sys.executable, "ours", {"recipe": str(self.recipe([DAMAGE, step]))})
+        return self.kl(self.folder / "run" / "compressed_tensors"), said
+
+    def theirs(self, student: Path, rate: float) -> tuple[float, dict[str, float]]:
+        import torch
+
+        from compress.training.windows import halves
+
+        ids, out = self.folder / "ids.pt", self.folder / f"trl-{rate}"
+        torch.save(self.training.ids[halves(*self.training.ids.shape)[0]], ids)
+        said = measured(self.options.trl_python, "trl", {
+            "ids": str(ids), "student": str(student), "teacher": str(self.options.model.resolve()), "out": str(out),
+            "steps": self.options.steps, "batch": self.options.batch, "rate": rate,
+            "warmup": round(0.05 * self.options.steps), "dtype": str(self.source.state.dtype)[6:],
+        })  # fmt: skip
+        return self.kl(out), said
+
+
 def rows(options: argparse.Namespace) -> list[str]:
     """A Markdown table, a row for each student."""
-    import torch
-    import yaml
     from report import line
-    from variants import recipe_of
 
     import compress
-    from compress.evaluate import compare
-    from compress.model.data import Windows, read
-    from compress.model.model import open_model
-    from compress.training.windows import halves
 
     found = [line(["tool", "rate", "held-out KL", "peak, MiB", "s"]), line(["---"] * 5)]
 
-    def add(tool: str, rate: str, kl: float, said: dict[str, float] | None) -> None:
+    def add(tool: str, rate: str, kl: float, said: dict[str, float] | None = None) -> None:
         cells = [f"{said['peak'] / 2**20:,.0f}", f"{said['seconds']:.0f}"] if said else ["", ""]
         found.append(line([tool, rate, f"{kl:.5f}", *cells]))
         print(found[-1], flush=True)
 
     with tempfile.TemporaryDirectory() as place:
-        folder, source = Path(place), open_model(str(options.model))
-        size = source.state.graph["embed"].shape[0]
-
-        def windows(text: Path, count: int) -> Any:
-            asked = Windows(text=str(text.resolve()), sequences=count, length=options.length, bos=options.bos)
-            return read(asked, options.model, Path(), size)
-
-        training, judged = windows(options.calibration, options.training), windows(options.evaluation, options.judged)
-
-        def kl_of(student: Path) -> float:
-            kl = compare(source.state, open_model(str(student)).state, judged)[1].kl
-            assert kl is not None
-            return kl
-
-        def recipe(passes: list[dict[str, Any]]) -> Path:
-            content = {**recipe_of(options, passes, folder), "export": [{"compressed_tensors": {}}]}
-            del content["data"]["evaluation"]
-            path = folder / "recipe.yaml"
-            path.write_text(yaml.safe_dump(content), encoding="utf-8")
-            return path
-
-        compress.run_recipe(recipe([DAMAGE]))
-        student = folder / "student"
-        (folder / "run" / "compressed_tensors").rename(student)
-        add("pruned", "", kl_of(student), None)
-        learning = halves(*training.ids.shape)[0]
-        torch.save(training.ids[learning], folder / "ids.pt")
-        asked = {"batch": options.batch, "tokens": options.steps * options.batch * options.length}
+        side = Side(options, Path(place))
+        compress.run_recipe(side.recipe([DAMAGE]))
+        student = Path(place) / "student"
+        (Path(place) / "run" / "compressed_tensors").rename(student)
+        add("pruned", "", side.kl(student))
         for teacher, rate in [*(("cached", rate) for rate in options.rates), ("live", options.rates[0])]:
-            job = {"recipe": str(recipe([DAMAGE, {"distill": {**asked, "teacher": teacher, "rate": rate}}]))}
-            said = measured(sys.executable, "ours", job)
-            add(
-                f"compress, teacher: {teacher}",
-                f"{rate:g}",
-                kl_of(folder / "run" / "compressed_tensors"),
-                said,
-            )
+            add(f"compress, teacher: {teacher}", f"{rate:g}", *side.ours(teacher, rate))
         for rate in options.trl_rates:
-            out = folder / f"trl-{rate}"
-            said = measured(options.trl_python, "trl", {
-                "ids": str(folder / "ids.pt"), "student": str(student), "teacher": str(options.model.resolve()), "out": str(out),
-                "steps": options.steps, "batch": options.batch, "rate": rate, "warmup": round(0.05 * options.steps),
-                "dtype": str(source.state.dtype)[6:],
-            })  # fmt: skip
-            add("TRL GKDTrainer", f"{rate:g}", kl_of(out), said)
+            add("TRL GKDTrainer", f"{rate:g}", *side.theirs(student, rate))
     return found
 
 

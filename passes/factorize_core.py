@@ -138,6 +138,8 @@ def hull(points: Sequence[Point]) -> list[int]:
     for i, point in enumerate(points):
         if found and point[1] >= points[found[-1]][1]:
             continue
+        if found and point[0] == points[found[-1]][0]:  # as many weights, and better
+            found.pop()
         while len(found) > 1 and _slope(points, found[-1], i) < (1 + ALIKE) * _slope(points, found[-2], found[-1]):
             found.pop()
         found.append(i)

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -152,6 +152,7 @@ def curves(draw: st.DrawFn) -> Curves:
 
 
 @settings(deadline=None, max_examples=200)
+@example([[(1, 1.0), (2, 0.0), (2, 0.0)], [(1, 1.5), (2, 0.5), (2, 0.0)]], 0.25)  # the matrix as it is has as many weights
 @given(curves(), st.floats(0, 1))
 def test_no_ranks_of_as_many_weights_lose_less(given_curves: Curves, share: float) -> None:
     """Against all choices that there are, at every number of weights that the steps in their order come to."""
