@@ -111,7 +111,7 @@ def test_passes_that_need_dense_weights_stand_in_front(after: dict[str, Any]) ->
     (["allocate: {formats: ['int4:g32'], budget: 9 bits}", "factorize: {}", "quantize: {}"], "an earlier step plans formats of"),
     (["factorize: {rank: 16}", "quantize: {format: 'int4:g32'}"], "second factor's inputs are the rank, and int4:g32: g"),
     (["factorize: {rank: 16}", "quantize: {format: 'int8:channel', pins: {'*.q': 'int4:g16+r4'}}"], "a low-rank correction"),
-    (["factorize: {rank: 16}", "quantize: {format: 'int8:channel', pins: {'*.q': 'lr8'}}"], "a format with a grid and without a rank, such as int4:g64, not lr8"),
+    (["factorize: {rank: 16}", "quantize: {format: 'int8:channel', pins: {'*.q': 'lr8'}}"], "such as int4:g64, not lr8"),
     (["quantize: {format: 'lr16'}"], "cannot become lr16 here: factors are made by 'factorize'"),
     (["allocate: {formats: ['int4:g32', 'lr8'], budget: '9 bits'}", "quantize: {}"], "lr8 is made by 'factorize'"),
     (["allocate: {formats: ['int4:g32'], budget: 9 bits, pins: {'*.o': 'lr8'}}", "quantize: {}"], "are made by 'factorize'"),
