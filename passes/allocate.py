@@ -42,6 +42,7 @@ from compress.passes.lqlora import LqLora
 from compress.passes.plan_file import given_plan
 from compress.passes.prune import Prune
 from compress.passes.quantize import Quantize
+from compress.passes.rates import ends
 from compress.passes.structure import EVERY, Counts, Damages, made_of, some
 from compress.passes.trials import Chain, Damage, Solved, split
 from compress.state import Aspect, Fact, State
@@ -161,7 +162,7 @@ class Allocate(Options):
         too, all Hessians, one more for each matrix, and every format solved for some outputs; a quantization for every trial."""
         if self.plan is not None:
             return Cost()
-        sites, n = state.graph.linear, len(self.formats)
+        sites, n = state.graph.linear, len(ends(self.formats))
         once, again = Quantize(drift=0.0).cost(state, tokens), Quantize().cost(state, tokens)
         sides = {fmt.block for fmt in self.formats if isinstance(fmt, Rotated)}
         whole = max(self.ranks) > 0 or bool(sides)

@@ -18,6 +18,7 @@ from compress.passes.choices import Bounds
 from compress.passes.latency import LATENCY, LatencyTable, read_table
 from compress.passes.plan_file import read_plan
 from compress.passes.quantize import FormatText
+from compress.passes.rates import expanded
 from compress.passes.structure import Structure
 
 
@@ -66,7 +67,9 @@ class Options(Pass, ABC):
     @field_validator("formats", mode="before")
     @classmethod
     def _paper(cls, formats: Any) -> Any:
-        return tuple(paper_grid()) if formats == "lq-lora" else formats
+        if formats == "lq-lora":
+            return tuple(paper_grid())
+        return tuple(expanded(formats)) if isinstance(formats, list | tuple) else formats
 
     @field_validator("formats")
     @classmethod

@@ -74,18 +74,40 @@ def solve(W_nk: Tensor, f: core.Factor, fmt: Ecq, scale_dtype: torch.dtype) -> C
     fmt.check(tuple(W_nk.shape))
     if not bool(W_nk.sum(dtype=torch.float32).isfinite()):
         raise FormatError("the weight holds NaN or infinite numbers; it cannot be quantized")
-    n, k = W_nk.shape
-    scale_n = round_scale(W_nk.square().mean(1).sqrt(), scale_dtype)
-    step_k = relative_steps(f)
-    room = 32 * fmt.words((n, k)) - entropy.overhead(n, k)
-    step = max(1, n // SAMPLED)
-    base, some = first_base(W_nk, scale_n, step_k, room), (W_nk[::step], scale_n[::step])
-    for _ in range(LOOKS):
-        found = rounded(*some, f, step_k, base)
-        base *= 2.0 ** (found.bits / found.codes.numel() - room / (n * k) + ROOM)
-    found, words = fitting(W_nk, scale_n, f, step_k, base, room, fmt.words((n, k)))
+    scale_n, step_k, room = sizes(W_nk, scale_dtype), relative_steps(f), room_for(fmt, tuple(W_nk.shape))
+    base = looked_for(W_nk, scale_n, f, step_k, room / W_nk.numel())
+    found, words = fitting(W_nk, scale_n, f, step_k, base, room, fmt.words(tuple(W_nk.shape)))
     scale_n, loss_n, energy_n = refitted(W_nk, found, scale_n, f)
     return Coded(fmt.pack(words, found.step_k, found.spread_k, found.base, scale_n), loss_n, energy_n)
+
+
+@torch.no_grad()
+def tried(W_nk: Tensor, f: core.Factor, fmt: Ecq, whole: tuple[int, int]) -> Tensor:
+    """What would come of some rows of a matrix of shape `whole`, fp32, nothing coded."""
+    scale_n, step_k = sizes(W_nk, torch.float32), relative_steps(f)
+    bits = room_for(fmt, whole) / (whole[0] * whole[1])
+    found = rounded(W_nk, scale_n, f, step_k, looked_for(W_nk, scale_n, f, step_k, bits))
+    return entropy.restored(found.codes, found.a_k, refitted(W_nk, found, scale_n, f)[0])
+
+
+def sizes(W_nk: Tensor, scale_dtype: torch.dtype) -> Tensor:
+    """The scale of each output [N]: its root mean square."""
+    return round_scale(W_nk.square().mean(1).sqrt(), scale_dtype)
+
+
+def room_for(fmt: Ecq, shape: tuple[int, ...]) -> float:
+    """Bits that the codes of a matrix may take."""
+    return 32 * fmt.words(shape) - entropy.overhead(*shape)
+
+
+def looked_for(W_nk: Tensor, scale_n: Tensor, f: core.Factor, step_k: Tensor, bits: float) -> float:
+    """The base of the steps at which a code takes so many bits, by some of the rows."""
+    step = max(1, len(W_nk) // SAMPLED)
+    base, some = first_base(W_nk, scale_n, step_k, bits), (W_nk[::step], scale_n[::step])
+    for _ in range(LOOKS):
+        found = rounded(*some, f, step_k, base)
+        base *= 2.0 ** (found.bits / found.codes.numel() - bits + ROOM)
+    return base
 
 
 def fitting(
@@ -117,11 +139,11 @@ def relative_steps(f: core.Factor) -> Tensor:
     return torch.empty_like(stored).index_copy_(0, f.order_k, stored)
 
 
-def first_base(W_nk: Tensor, scale_n: Tensor, step_k: Tensor, room: float) -> float:
+def first_base(W_nk: Tensor, scale_n: Tensor, step_k: Tensor, wanted: float) -> float:
     """The step at which normal weights of these sizes would take so many bits: log2(σ √(2πe)) - log2(a) each."""
     size_k = (W_nk / scale_n.float()[:, None]).square().mean(0).sqrt().clamp(min=1e-12)
     bits = torch.log2(size_k * math.sqrt(2 * math.pi * math.e)) - step_k.float() / entropy.STEPS
-    return float(2.0 ** (bits.mean() - room / W_nk.numel()))
+    return float(2.0 ** (bits.mean() - wanted))
 
 
 def rounded(W_nk: Tensor, scale_n: Tensor, f: core.Factor, step_k: Tensor, base: float) -> Found:

@@ -18,8 +18,9 @@ a matrix with many outputs some are drawn (`DRAWN`), the same for all formats, a
 low rank, which are fitted to all outputs at once, and for rotations, which mix them. A matrix outside the blocks has a row for
 every token, and few of them weigh: those with the largest gradients and those that are looked up are all taken, and some of the
 rest; where a format rotates, these are mixed with each other. An embedding's `kl` is that of its rows looked up, a shared one's
-that plus the head's. The table is kept part by part, a block and a family of formats in each,
-so a killed measurement goes on where it was, another budget measures nothing, and one more format measures only itself.
+that plus the head's. Of entropy-coded formats two rates are solved, and what lies between them is on a line (rates.py). The table
+is kept part by part, a block and a family of formats in each, so a killed measurement goes on where it was, another budget
+measures nothing, and one more format measures only itself.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from compress.model.data import Tokens
 from compress.model.lockstep import Inputs
 from compress.model.speed import precision
 from compress.passes import gptq_core as core
+from compress.passes import rates
 from compress.passes.gradients import Response, TableSquares
 from compress.passes.solver import LOOKED_UP, Case, Shared, Solver, Solves, is_table
 from compress.state import State
@@ -154,7 +156,8 @@ class Meter(Solver):
         if is_table(site):
             self._measure_table(site, shared)
             return
-        formats, rows = self.wanted[site.name], torch.arange(site.shape[0])
+        asked, rows = self.wanted[site.name], torch.arange(site.shape[0])
+        formats, first = rates.ends(asked), len(self.records)
         if len(rows) > DRAWN and not any(isinstance(f, LowRank | Rotated) for f in formats):
             rows = torch.randperm(len(rows), generator=self.ctx.generator(site))[:DRAWN].sort().values
         W_nk = self.state.reference(site)[rows].to(self.ctx.device, torch.float32)
@@ -169,6 +172,7 @@ class Meter(Solver):
                 "weight": share * float(D_nk.square().sum()),
                 "kl": None if response is None else share * self._kl(response, rows, H_kk, D_nk, loss_n),
             })  # fmt: skip
+        self.records += rates.between(asked, self.records[first:])
 
     def _kl(self, response: Response, rows: Tensor, H_kk: Tensor | None, D_nk: Tensor, loss_n: Tensor) -> float:
         """Half the Fisher information of a change of some rows: `H_kk` is of tokens that were weighed, if any came; `loss_n` is
@@ -278,7 +282,7 @@ def absent(state: State, names: Sequence[str], wanted: Wanted, store: Store) -> 
     families: dict[str, dict[str, list[Format]]] = {}
     for name in names:
         for fmt in wanted.get(name, ()):
-            families.setdefault(str(base_of(fmt)), {}).setdefault(name, []).append(fmt)
+            families.setdefault(rates.line_of(fmt) or str(base_of(fmt)), {}).setdefault(name, []).append(fmt)
     for family, members in families.items():
         content = json.dumps({name: list(map(str, formats)) for name, formats in members.items()}).encode()
         block = state.graph[names[0]].block

@@ -165,8 +165,12 @@ class Quantize(Pass):
     def tries(
         self, W_nk: Tensor, factor: core.Factor | None, formats: Sequence[Format], case: Case
     ) -> Iterator[tuple[Format, Tensor]]:
-        """What each format would make of W [N, K], fp32, exactly as it would be deployed."""
+        """What each format would make of W [N, K], fp32, exactly as it would be deployed; what is entropy-coded at the rate that
+        the codes of the whole matrix have, of which these may be some rows."""
         for fmt in formats:
+            if isinstance(numbers_of(fmt), Ecq):
+                yield fmt, tried(self, W_nk, factor, fmt, case)
+                continue
             answer = self.solve(W_nk, factor, fmt, case)
             yield fmt, fmt.dequantize(answer.pack(slice(0, len(W_nk))), torch.float32).to(W_nk.device)
 
@@ -277,6 +281,15 @@ def coded(options: Quantize, W_nk: Tensor, factor: core.Factor | None, fmt: Any,
     known = factor if options.by_inputs else None
     found = entropy_core.solve(W_nk, known or core.nothing_seen(W_nk), fmt, case.scale_dtype)
     return Answer(lambda _: found.tensors, found.loss_n, None, found.energy_n, found.notes)
+
+
+def tried(options: Quantize, W_nk: Tensor, factor: core.Factor | None, fmt: Any, case: Case) -> Tensor:
+    """What would come of W, without coding it."""
+    if isinstance(fmt, Rotated):
+        turned = factor and rotated.turned_factor(factor, fmt, options.order)
+        return fmt.turn_back(tried(options, rotated.turned_rows(W_nk, fmt, case.outputs), turned, fmt.base, case))
+    known = factor if options.by_inputs else None
+    return entropy_core.tried(W_nk, known or core.nothing_seen(W_nk), fmt, case.site.shape)
 
 
 Encoder = Callable[[Any, Tensor, core.Factor | None, Any, Case], Answer]

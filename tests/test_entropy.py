@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ from compress.export.runtime import load
 from compress.export.runtime.linear import PackedLinear
 from compress.export.table import EXPORTERS
 from compress.formats import Ecq, Packed, entropy, lanes, parse
-from compress.passes import entropy_core, gptq_core
+from compress.model.model import open_model
+from compress.passes import entropy_core, gptq_core, rates
+from compress.passes.quantize import Quantize
+from compress.passes.solver import Case
 from tests.cooking import bake, recipe
 from tests.support import refusal
 
@@ -257,13 +261,47 @@ def test_other_exporters_name_native(family: Any, exporter: str, form: str) -> N
     assert refusal("native", family("llama"), form) is None
 
 
-def test_an_allocation_chooses_among_rates(family: Any, text: Path, tmp_path: Path) -> None:
-    formats = ["ecq2.5", "ecq3", "ecq3.5", "ecq3:r64", "int4:g32"]
+# --- allocation -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("formats", [["ecq2.5", "ecq3", "ecq3.5", "ecq3:r64", "int4:g32"], ["ecq", "ecq:r64"]])
+def test_an_allocation_chooses_among_rates(family: Any, text: Path, tmp_path: Path, formats: list[str]) -> None:
     path = recipe(tmp_path, family("llama"), text, exports=False)
     passes = [{"allocate": {"budget": "3.25 bits", "formats": formats, "trials": 1}}, {"quantize": {}}]
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"passes": passes}))
     done = pipeline.run(path)
-    assert len({str(f) for f in done.state.formats.values()} & set(formats)) > 1
+    chosen = {str(f) for f in done.state.formats.values()}
+    assert len(chosen) > 1
+    assert chosen <= set(rates.expanded(formats))
+    sites = done.state.graph.linear
+    assert sum(done.state.formats[s.name].nbytes(s.shape) for s in sites) * 8 <= 3.25 * sum(s.numel for s in sites)
+
+
+def test_rates_between_two_are_on_their_line(family: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a tenth of what is measured, at the rates that are."""
+    formats = [parse(f"ecq{r:g}{t}") for t in ("", ":r64") for r in (2.5, 2.9, 3.4, 4)]
+    assert [str(f) for f in rates.ends(formats)] == ["ecq2.5", "ecq4", "ecq2.5:r64", "ecq4:r64"]
+    assert rates.ends([parse("ecq3"), parse("int4:g32")]) == [parse("ecq3"), parse("int4:g32")]
+    W, f = problem(256, 256, 8192)
+    site = replace(open_model(str(family("llama"))).state.graph["layers.0.attn.q"], shape=(256, 256))
+    case = Case(site, None, None, ())  # type: ignore[arg-type]
+    made = {str(fmt): float(gptq_core.loss(Q - W, f).sum()) for fmt, Q in Quantize().tries(W, f, formats, case)}
+    records = [
+        {"site": "s", "format": str(fmt), "output": made[str(fmt)], "weight": 0.0, "kl": None} for fmt in rates.ends(formats)
+    ]
+    for record in rates.between(formats, records):
+        assert record["output"] == pytest.approx(made[record["format"]], rel=0.1)
+        assert (record["weight"], record["kl"]) == (0.0, None)
+
+
+def test_some_rows_are_tried_at_the_rate_of_the_whole() -> None:
+    """Their own scales and steps would take a share of it that those of the whole matrix do not."""
+    W, f = problem(512, 192)
+    fmt = fmt_of("ecq2.5")
+    whole = fmt.dequantize(entropy_core.solve(W, f, fmt, torch.float32).tensors, torch.float32) - W
+    some = entropy_core.tried(W[:64], f, fmt, (512, 192)) - W[:64]
+    wanted = float(gptq_core.loss(whole, f)[:64].sum())
+    assert float(gptq_core.loss(some, f).sum()) == pytest.approx(wanted, rel=0.08)
 
 
 FIRST = {"quantize": {"format": "ecq3"}}
