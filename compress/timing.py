@@ -34,7 +34,7 @@ from compress import manager
 from compress.errors import CompressError, ModelError, RecipeError
 from compress.export.runtime.linear import PackedLinear
 from compress.export.table import EXPORTERS
-from compress.formats import Dense, Format
+from compress.formats import Dense, Ecq, Format, numbers_of
 from compress.model.model import Model, open_model
 from compress.nodes import load_yaml
 from compress.passes import PASSES
@@ -100,11 +100,16 @@ class Timer:
             if isinstance(self.format, Dense)
             else PackedLinear(str(self.format), self.shape, self.dtype, scale_dtype=self.scale_dtype)
         )
+        if isinstance(self.module, PackedLinear) and isinstance(numbers := numbers_of(self.format), Ecq):
+            self.module.decode(numbers)  # as it is once it is loaded
 
     def fill(self) -> None:
         """Give the module its next weights."""
-        held = {name: self.store.take(t.dtype, t.shape) for name, t in self.module.state_dict().items()}
-        self.module.load_state_dict(held, assign=True)
+        for module in self.module.modules():
+            for name, t in module.named_buffers(recurse=False):
+                module._buffers[name] = self.store.take(t.dtype, t.shape)
+            for name, p in module.named_parameters(recurse=False):
+                module._parameters[name] = nn.Parameter(self.store.take(p.dtype, p.shape), requires_grad=False)
 
     def call(self) -> float:
         """Seconds of one call, on weights that it has not seen of late."""

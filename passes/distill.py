@@ -146,9 +146,9 @@ class Distill(Pass):
     def choice(self, state: State) -> Choice:
         if not state.graph.causal or not any(site.role == "head" for site in state.graph):
             raise ModelError(f"'{state.graph.family}' predicts no next token, which is what a student learns")
+        found = choose(state, self.words, self.rank)
         if self.scope == "block":
             blockwise.check(state)
-        found = choose(state, self.words, self.rank)
         small = next((state.graph[n] for n in found.sites if (self.rank or 0) > min(state.graph[n].shape)), None)
         if small is not None:
             (n, k), most = small.shape, min(small.shape)

@@ -31,6 +31,7 @@ LOOKS = 4  # times that it is looked for there
 TRIES = 8  # times that all rows are coded until they fit
 ROOM = 0.002  # bits a weight that a step is aimed below the rate
 BLOCK = 32
+FULL = "codes of a byte cannot use the whole rate; a lower one, or int8, is as good"
 CODINGS = 4  # times that a matrix is coded or decoded in a run: once each as it is solved, two more as the result is judged
 
 
@@ -68,6 +69,15 @@ class Found:
         return entropy.stepped(self.base, self.step_k)
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """Scales [N], and by outputs the loss then, and the energy of W."""
+
+    scale_n: Tensor
+    loss_n: Tensor
+    energy_n: Tensor
+
+
 @torch.no_grad()
 def solve(W_nk: Tensor, f: core.Factor, fmt: Ecq, scale_dtype: torch.dtype) -> Coded:
     """W [N, K] at the rate of the format, under the Hessian that was factored. FormatError where W is not finite."""
@@ -77,8 +87,25 @@ def solve(W_nk: Tensor, f: core.Factor, fmt: Ecq, scale_dtype: torch.dtype) -> C
     scale_n, step_k, room = sizes(W_nk, scale_dtype), relative_steps(f), room_for(fmt, tuple(W_nk.shape))
     base = looked_for(W_nk, scale_n, f, step_k, room / W_nk.numel())
     found, words = fitting(W_nk, scale_n, f, step_k, base, room, fmt.words(tuple(W_nk.shape)))
-    scale_n, loss_n, energy_n = refitted(W_nk, found, scale_n, f)
-    return Coded(fmt.pack(words, found.step_k, found.spread_k, found.base, scale_n), loss_n, energy_n)
+    fitted, notes = refitted(W_nk, found, scale_n, f), tuple[str, ...]()
+    if wider := widened(W_nk, found, fitted, scale_n, f):
+        found, fitted = wider
+        words, notes = entropy.encode(found.codes, found.spread_k), (FULL,)
+    return Coded(fmt.pack(words, found.step_k, found.spread_k, found.base, fitted.scale_n), fitted.loss_n, fitted.energy_n, notes)
+
+
+def widened(W_nk: Tensor, found: Found, fitted: Fitted, scale_n: Tensor, f: core.Factor) -> tuple[Found, Fitted] | None:
+    """Wider steps that lose less, for codes of which some would have had to be larger than a byte has room for; None where there
+    are none."""
+    best = None
+    while bool((found.codes.abs() == entropy.LARGEST).any()):
+        found = rounded(W_nk, scale_n, f, found.step_k, found.base * math.sqrt(2))
+        wider = refitted(W_nk, found, scale_n, f)
+        if not float(wider.loss_n.sum()) < float(fitted.loss_n.sum()):
+            break
+        best = found, wider
+        fitted = wider
+    return best
 
 
 @torch.no_grad()
@@ -87,7 +114,10 @@ def tried(W_nk: Tensor, f: core.Factor, fmt: Ecq, whole: tuple[int, int]) -> Ten
     scale_n, step_k = sizes(W_nk, torch.float32), relative_steps(f)
     bits = room_for(fmt, whole) / (whole[0] * whole[1])
     found = rounded(W_nk, scale_n, f, step_k, looked_for(W_nk, scale_n, f, step_k, bits))
-    return entropy.restored(found.codes, found.a_k, refitted(W_nk, found, scale_n, f)[0])
+    fitted = refitted(W_nk, found, scale_n, f)
+    if wider := widened(W_nk, found, fitted, scale_n, f):
+        found, fitted = wider
+    return entropy.restored(found.codes, found.a_k, fitted.scale_n)
 
 
 def sizes(W_nk: Tensor, scale_dtype: torch.dtype) -> Tensor:
@@ -172,8 +202,8 @@ def _codes(W_nk: Tensor, scale_n: Tensor, f: core.Factor, a_k: Tensor) -> Tensor
     return torch.empty_like(codes_kn).index_copy_(0, f.order_k, codes_kn).T
 
 
-def refitted(W_nk: Tensor, found: Found, scale_n: Tensor, f: core.Factor) -> tuple[Tensor, Tensor, Tensor]:
-    """The scales [N] under which the codes come nearest to W in H + λI, and by outputs the loss then, and the energy of W."""
+def refitted(W_nk: Tensor, found: Found, scale_n: Tensor, f: core.Factor) -> Fitted:
+    """The scales [N] under which the codes come nearest to W in H + λI."""
     scales, losses, energies = list[Tensor](), list[Tensor](), list[Tensor]()
     step = rows_of(W_nk)
     for W, codes, scale in zip(W_nk.split(step), found.codes.split(step), scale_n.split(step), strict=True):
@@ -184,4 +214,4 @@ def refitted(W_nk: Tensor, found: Found, scale_n: Tensor, f: core.Factor) -> tup
         scales.append(torch.where(best.isfinite() & (best > 0), round_scale(best, scale.dtype), scale))
         losses.append(core.loss(one * scales[-1].float()[:, None] - W, f))
         energies.append(core.loss(W, f))
-    return torch.cat(scales), torch.cat(losses), torch.cat(energies)
+    return Fitted(torch.cat(scales), torch.cat(losses), torch.cat(energies))

@@ -110,7 +110,7 @@ def test_layers_that_are_gone_have_none_to_learn_from(family: Any) -> None:
     ({"train": "all", "scope": "block"}, "block by block scales learn; use train: scales"),
     ({"train": "scales", "scope": "block", "loss": {"js": 1.0}}, "'loss' is about the whole model"),
     ({"train": "scales", "scope": "block", "memory": {"limit": "1 GiB"}}, "'memory' is about the whole model"),
-    ({"train": "scales", "scope": "block"}, "no matrix of a block has scales that could learn"),
+    ({"train": "scales", "scope": "block"}, "no matrix has scales that could learn"),
     ({"train": "scales", "scope": "layer"}, "'scope'"),
 ])  # fmt: skip
 def test_what_makes_no_sense_is_refused(project: Project, step: dict[str, Any], says: str) -> None:

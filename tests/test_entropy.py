@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -72,7 +73,10 @@ def test_both_loops_make_the_same_words(steps: int, count: int, tables: int, see
         assert np.array_equal(state, again)
         assert np.array_equal(words, same)
     for theirs in (lanes.decode, lanes.decode_one_by_one, lanes.fastest()[1]):
-        assert np.array_equal(theirs(state, words, spread, *entropy.tables(), entropy.places(), steps), symbols)
+        found, ended, read = theirs(state, words, spread, *entropy.tables(), entropy.places(), steps)
+        assert np.array_equal(found, symbols)
+        assert (ended == entropy.ONE).all()
+        assert read == len(words)
 
 
 def test_words_that_end_too_early_are_told() -> None:
@@ -80,7 +84,7 @@ def test_words_that_end_too_early_are_told() -> None:
     spread, _ = entropy.spreads(codes)
     coded = entropy.encode(codes, spread)
     for short in (coded[: len(coded) // 2], coded[:0]):
-        with pytest.raises(FormatError, match="end before all codes were read"):
+        with pytest.raises(FormatError, match="do not end as they should"):
             entropy.decode(short, spread, 16, 64)
 
 
@@ -129,8 +133,8 @@ def test_bytes_are_exactly_the_rate_and_weights_those_of_the_formula(text: str, 
 
 
 @pytest.mark.parametrize(("text", "shape", "says"), [
-    ("ecq0.5", None, "ecq has 1 to 8 bits a weight, not 0.5"),
-    ("ecq9", None, "ecq has 1 to 8 bits a weight, not 9"),
+    ("ecq0.5", None, "ecq has 1 to 6 bits a weight, not 0.5"),
+    ("ecq9", None, "ecq has 1 to 6 bits a weight, not 9"),
     ("ecq", None, "unknown format 'ecq'; did you mean 'ecq4'"),
     ("ecq3:g64", None, "unknown format"),
     ("ecq3+r16", None, "low-rank factors go with a quantized matrix"),
@@ -324,3 +328,28 @@ def test_what_does_not_go_with_it_is_said_in_a_line(
     with pytest.raises(CompressError, match=says) as caught:
         pipeline.plan(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("order", ["as it is", "an outlier"])
+def test_a_higher_rate_is_never_worse(order: str) -> None:
+    """Also where the steps that would fill it are so fine that a byte has no room for the codes."""
+    W, f = problem(128, 128)
+    if order == "an outlier":
+        W[3, 5] = 40 * W.std()
+    losses = []
+    for rate in (250, 300, 400, 500, 600):
+        found = entropy_core.solve(W, f, Ecq(rate), torch.bfloat16)
+        losses.append(float(found.loss_n.sum()))
+    assert all(late <= early * 1.05 for early, late in itertools.pairwise(losses)), losses
+
+
+def test_a_flipped_bit_is_told_wherever_it_is() -> None:
+    codes = (torch.randn(64, 96, generator=torch.Generator().manual_seed(5)) * 2).round().to(torch.int8)
+    spread, _ = entropy.spreads(codes)
+    coded = torch.cat([entropy.encode(codes, spread), torch.zeros(4, dtype=torch.int32)])
+    for word in (0, 1, len(coded) // 2, len(coded) - 5, len(coded) - 1):
+        for bit in (0, 13, 30):
+            damaged = coded.clone()
+            damaged[word] ^= 1 << bit
+            with pytest.raises(FormatError, match="do not end as they should"):
+                entropy.decode(damaged, spread, 64, 96)

@@ -23,7 +23,7 @@ from tests.conftest import RECIPE, ROOT, Project
 LAYERS = 2  # of a project
 
 FORMATS = ("int<2..8>:g<16..256>[:asym], int<2..8>:channel[:asym], nf<2,3,4,8>:g<16..256>[:dq<2,3,4,8>x<16..4096>[:fp16|:fp32]], "
-           "lut<2..4>:g<16..256>[:shared], ecq<1..8>, <any of these five>:r<16,32,64,128,256>, "
+           "lut<2..4>:g<16..256>[:shared], ecq<1.00..6.00>, <any of these five>:r<16,32,64,128,256>, "
            "<int, nf or lut>+r<rank>[:<format of factors>], lr<rank>[:<format of factors>], bf16, fp16, fp32")  # fmt: skip
 TOP = "model, out, seed, leave, data, passes, export"
 WINDOWS = "text, jsonl, dataset, field, split, weight, sequences, length, bos, sources, select, pool, generate"

@@ -38,7 +38,8 @@ from compress.formats import lanes
 from compress.formats.grid import Listing, Shape, listed_bytes
 from compress.formats.lanes import ONE
 
-LEAST, MOST = 100, 800  # hundredths of a bit
+LEAST, MOST = 100, 600  # hundredths of a bit; above, codes of a byte are the limit, and int8 is as good
+DAMAGED = "entropy-coded words do not end as they should; the file is damaged"
 LARGEST = 127  # codes go from -LARGEST to LARGEST
 STEPS = 16  # steps of an input in an octave
 SPREADS, IN_OCTAVE, NARROWEST = 96, 8, 2.0**-4  # tables; how many to an octave; the first one's standard deviation
@@ -212,12 +213,14 @@ def decode(coded: Tensor, spread_k: Tensor, n: int, k: int) -> Tensor:
     """The codes, int8 [N, K]. FormatError where the words are none that `encode` made."""
     count, rows = lanes_of(n, k)
     stream = coded.contiguous().numpy()
-    if len(stream) < count:
-        raise FormatError("entropy-coded words end before all codes were read; the file is damaged")
-    states = stream[:count].view(np.uint32).astype(np.int64)
+    states, words = stream[:count].view(np.uint32).astype(np.int64), stream[count:].view(np.uint16)
+    if len(states) < count or bool((spread_k >= SPREADS).any()):
+        raise FormatError(DAMAGED)
     try:
-        symbols = lanes.fastest()[1](states, stream[count:].view(np.uint16), spread_k.numpy(), *tables(), places(), rows * k)
+        symbols, ended, read = lanes.fastest()[1](states, words, spread_k.numpy(), *tables(), places(), rows * k)
     except (IndexError, ValueError):
-        raise FormatError("entropy-coded words end before all codes were read; the file is damaged") from None
+        raise FormatError(DAMAGED) from None
+    if (ended != ONE).any() or words[read:].any():
+        raise FormatError(DAMAGED)
     codes = symbols.T.reshape(count * rows, k)[:n].astype(np.int16) - LARGEST
     return torch.from_numpy(codes.astype(np.int8))

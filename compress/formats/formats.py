@@ -82,13 +82,13 @@ class Packed:
         return restore(codes, Grid(self.tensors["weight_scale"][rows], zero), fmt, dtype)
 
 
-_INT = re.compile(r"int(\d+):(?:g(\d+)|channel)(:asym)?")
-_NF = re.compile(r"nf(\d+):g(\d+)(?::dq(\d+)x(\d+)(?::(bf16|fp16|fp32))?)?")
-_LUT = re.compile(r"lut(\d+):g(\d+)(:shared)?")
-_ROTATED = re.compile(r"([^+]+):r(\d+)")
-_ECQ = re.compile(r"ecq(\d(?:\.\d{1,2})?)")
-_LOW_RANK = re.compile(r"([^+]+)\+r(\d+)(?::([^+]+))?")
-_FACTORED = re.compile(r"lr(\d+)(?::((?!lr\d)[^+]+))?")
+_INT = re.compile(r"int(\d+):(?:g(\d+)|channel)(:asym)?", re.ASCII)
+_NF = re.compile(r"nf(\d+):g(\d+)(?::dq(\d+)x(\d+)(?::(bf16|fp16|fp32))?)?", re.ASCII)
+_LUT = re.compile(r"lut(\d+):g(\d+)(:shared)?", re.ASCII)
+_ROTATED = re.compile(r"([^+]+):r(\d+)", re.ASCII)
+_ECQ = re.compile(r"ecq(\d(?:\.\d{1,2})?)", re.ASCII)
+_LOW_RANK = re.compile(r"([^+]+)\+r(\d+)(?::([^+]+))?", re.ASCII)
+_FACTORED = re.compile(r"lr(\d+)(?::((?!lr\d)[^+]+))?", re.ASCII)
 _USUAL = [
     *(f"int{b}:{g}{a}" for b in BITS for g in ("g32", "g64", "g128", "g256", "channel") for a in ("", ":asym")),
     *(f"nf{b}:g64{d}" for b in NF.WIDTHS for d in ("", ":dq8x256", ":dq8x256:fp32")),
@@ -101,7 +101,7 @@ _USUAL = [
 ]
 _ALLOWED = (
     "int<2..8>:g<16..256>[:asym], int<2..8>:channel[:asym], nf<2,3,4,8>:g<16..256>[:dq<2,3,4,8>x<16..4096>[:fp16|:fp32]], "
-    "lut<2..4>:g<16..256>[:shared], ecq<1..8>, <any of these five>:r<16,32,64,128,256>, "
+    "lut<2..4>:g<16..256>[:shared], ecq<1.00..6.00>, <any of these five>:r<16,32,64,128,256>, "
     "<int, nf or lut>+r<rank>[:<format of factors>], lr<rank>[:<format of factors>], " + ", ".join(DENSE)
 )
 

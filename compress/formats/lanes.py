@@ -41,8 +41,11 @@ def encode(symbols: Bytes, tables: Bytes, counts: Ints, before: Ints) -> tuple[I
     return x, np.concatenate(written[::-1])
 
 
-def decode(x: Ints, words: Words, tables: Bytes, counts: Ints, before: Ints, places: Bytes, steps: int) -> Bytes:
-    """The symbols [T, L]; places [tables, ONE]: which symbol each place belongs to."""
+def decode(
+    x: Ints, words: Words, tables: Bytes, counts: Ints, before: Ints, places: Bytes, steps: int
+) -> tuple[Bytes, Ints, int]:
+    """The symbols [T, L], the states behind them, which are those that encoding began with, and how many words were read; places
+    [tables, ONE]: which symbol each place belongs to."""
     symbols, at, x = np.empty((steps, len(x)), np.uint8), 0, x.copy()
     for t in range(steps):
         table = tables[t % len(tables)]
@@ -53,7 +56,7 @@ def decode(x: Ints, words: Words, tables: Bytes, counts: Ints, before: Ints, pla
         if len(empty):
             x[empty] = (x[empty] << 16) | words[at : at + len(empty)]
             at += len(empty)
-    return symbols
+    return symbols, x, at
 
 
 def encode_one_by_one(symbols: Any, tables: Any, counts: Any, before: Any) -> Any:
@@ -89,7 +92,7 @@ def decode_one_by_one(x: Any, words: Any, tables: Any, counts: Any, before: Any,
                 state = (state << 16) | words[at]
                 at += 1
             states[lane] = state
-    return symbols
+    return symbols, states, at
 
 
 LOOPS = encode_one_by_one, decode_one_by_one

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.errors import ModelError
+from compress.errors import FormatError, ModelError
 from compress.export.runtime import ops
-from compress.export.runtime.decode import Shape, decoded, format_of, named, part_names, with_shapes
+from compress.export.runtime.decode import DECODED, Shape, decoded, format_of, named, part_names, with_shapes
 from compress.formats import Dense, Ecq, numbers_of
 
 assert ops.LAYOUTS  # the operators are registered
@@ -92,8 +92,13 @@ class Packed(nn.Module):
             self.repack()
 
     def decode(self, numbers: Ecq) -> None:
-        """Hold codes, a byte each, in place of the words that they were coded into."""
-        found = decoded(numbers, self.shape, named(self.format, self.shape, self.parts))
+        """Hold codes, a byte each, in place of the words that they were coded into; of a module without content, their places."""
+        held = named(self.format, self.shape, self.parts)
+        if self.parts[0].device.type == "meta":
+            held["weight_codes"] = torch.empty(self.shape, dtype=torch.int8, device="meta")
+            found = {name: held[name] for name in DECODED}
+        else:
+            found = decoded(numbers, self.shape, held)
         self._drop()
         for name, tensor in found.items():
             self.register_buffer(name, tensor, persistent=False)
@@ -146,16 +151,20 @@ class Packed(nn.Module):
 
 def prepare(model: nn.Module) -> None:
     """Compile what the packed modules on CUDA need, all at once, and repack them; before a graph is captured, for one."""
-    packed = [m for m in model.modules() if isinstance(m, Packed)]
-    held = [m for m in packed if m.parts[0].device.type == "cuda" and not isinstance(numbers_of(format_of(m.format)), Ecq)]
+    held = [m for m in model.modules() if isinstance(m, Packed) and m.parts[0].device.type == "cuda"
+            and not isinstance(numbers_of(format_of(m.format)), Ecq)]  # fmt: skip
     if held:
         from compress.export.runtime.cuda import launch as cuda
 
         for device in {m.parts[0].device for m in held}:
             needs = {(format_of(m.format), m.shape, m.dtype) for m in held if m.parts[0].device == device}
             cuda.prepare([need for need in needs if not cuda.obstacle(*need)], device)
-    for module in packed:
-        module.prepare()
+    for name, module in model.named_modules():
+        if isinstance(module, Packed):
+            try:
+                module.prepare()
+            except FormatError as e:
+                raise ModelError(f"'{name}': {e}") from None
 
 
 class PackedLinear(Packed, nn.Linear):  # type: ignore[override]
