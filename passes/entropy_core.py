@@ -153,7 +153,7 @@ def fitting(
             if len(coded) <= words:
                 best = found, coded
             over = max(over, 32 * (len(coded) - words) / W_nk.numel())
-        if best is not None and (over >= -4 * ROOM or over > 0):
+        if best is not None and over >= -4 * ROOM:
             break
         base *= 2.0 ** (over + ROOM)
     if best is None:
