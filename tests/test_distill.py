@@ -24,6 +24,7 @@ from compress.manager import Context
 from compress.model.data import Tokens
 from compress.model.model import open_model
 from compress.model.stream import Stream
+from compress.passes.depth import Depth
 from compress.passes.distill import Distill
 from compress.passes.lqlora import LqLora
 from compress.passes.prune import Prune
@@ -496,6 +497,16 @@ def test_a_limit_is_kept_to_or_refused(project: Project) -> None:
     assert "no other setting would" in line
     project.edit("1 MiB", "1 GiB")
     assert "distill: 1 steps of 8 windows; training takes" in project.plan().out
+
+
+def test_a_teacher_is_as_large_as_the_source(family: Any) -> None:
+    """Not as its student, who may have lost most of it."""
+    state = open_model(str(family("llama", blocks=4))).state
+    whole = sum(spec.nbytes for spec in state.specs)
+    small = Prune(mlp=0.5, method="magnitude", compensate=False).foresee(Depth(drop=2).foresee(state))
+    setting = Distill(teacher="live").setting(32)
+    assert sum(spec.nbytes for spec in small.specs) < 0.8 * whole
+    assert memory.teacher(small, setting) == memory.teacher(state, setting) == whole
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))

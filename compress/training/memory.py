@@ -127,10 +127,13 @@ def held(state: State, choice: Choice, width: int = FP32) -> int:
 
 
 def teacher(state: State, setting: Setting) -> int:
-    """Bytes of the weights of a teacher, taken to be as large as its student."""
+    """Bytes of the weights of a teacher: of the source's, whatever has become of its student; streamed, of one block of as many
+    as the student has layers."""
+    whole = sum(spec.nbytes for spec in state.dense.base.specs.values())
     if setting.teacher == "live":
-        return sum(math.prod(s.shape) * s.dtype.itemsize for s in state.specs)
-    return block_bytes(state) if setting.teacher == "streamed" else 0
+        return whole
+    now = sum(spec.nbytes for spec in state.specs)
+    return round(block_bytes(state) * max(1.0, whole / now)) if setting.teacher == "streamed" else 0
 
 
 # --- what is kept -----------------------------------------------------------------------------------------------------
