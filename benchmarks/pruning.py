@@ -98,7 +98,7 @@ def removed(model: Any, ids: torch.Tensor, share: float, criterion: str) -> None
         choose,
         pruning_ratio=0.0,
         pruning_ratio_dict=dict.fromkeys(roots, 1 - share),
-        ignored_layers=others,  # or it looks at every group of the model, which takes it hours
+        ignored_layers=others,  # or it looks at every group of the model, which took it more than a quarter of an hour
         forward_fn=lambda m, x: m(x, use_cache=False).logits,
     )
     if criterion == "taylor":
