@@ -9,22 +9,21 @@ among it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Protocol
 
 from compress.errors import RecipeError
-from compress.formats import LowRank, Packed
-from compress.formats.grid import Quantized
+from compress.formats import Packed
 from compress.manager import Context, Cost, Record
 from compress.model.data import Tokens
-from compress.model.layers import stack_of
+from compress.model.layers import in_layer, stack_of
 from compress.model.lockstep import Batch
 from compress.model.speed import precision
 from compress.model.stream import Stream, Twin
 from compress.passes import learned
 from compress.state import State
-from compress.state.graph import Site
+from compress.state.graph import Block, Site
+from compress.training.choice import Choice, Kind
 from compress.training.loop import Schedule
 from compress.training.windows import halves
 
@@ -37,13 +36,12 @@ class Asks(Protocol):
     def schedule(self, windows: int, length: int) -> Schedule: ...
 
 
-def scaled(state: State, index: int) -> list[Site]:
-    """The matrices of a block that have scales to learn."""
-    found = [site for site in state.graph.of_block(index) if not site.tied]
-    return [site for site in found if isinstance(state.format(site), Quantized | LowRank)]
+def scaled(state: State, choice: Choice, index: int) -> list[Site]:
+    """The matrices of a block whose scales learn."""
+    return [site for site in state.graph.of_block(index) if not site.tied and Kind.SCALES in choice.kind(site)]
 
 
-def run(options: Asks, state: State, ctx: Context) -> State:
+def run(options: Asks, state: State, choice: Choice, ctx: Context) -> State:
     """The state with scales that have learned, each block committed."""
     tokens, source = ctx.training, ctx.source
     assert tokens is not None, "`check` asks for it"
@@ -59,7 +57,7 @@ def run(options: Asks, state: State, ctx: Context) -> State:
             done = ctx.store.committed(part)
             theirs.advance(source, block.index, twin.batches)
             if done is None:
-                codes, record = learn(course, state, block.index, batches, twin)
+                codes, record = learn(course, state, scaled(state, choice, block.index), block, batches, twin)
                 ctx.say(record)
                 done = ctx.store.commit(part, codes, records=[record])
             state = state.with_part(done)
@@ -79,35 +77,33 @@ def course_of(options: Asks, state: State, stream: Stream, tokens: Tokens, seed:
 
 
 def learn(
-    course: learned.Course, state: State, index: int, batches: Sequence[Batch], twin: Twin
+    course: learned.Course, state: State, sites: Sequence[Site], block: Block, batches: Sequence[Batch], twin: Twin
 ) -> tuple[dict[str, Packed], Record]:
-    """The matrices of a block with the scales that are best for what it puts out, and what is told of it."""
-    block = state.graph.blocks[index]
+    """Matrices of a block with the scales that are best for what it puts out, and what is told of it."""
     given, wanted = [batch.hidden for batch in batches], [batch.hidden for batch in twin.batches]
-    with course.stream.block(state, index) as module:
-        matrices = [learned.Matrix(site, state.codes[site.name].load(), None, course.stream.device)
-                    for site in scaled(state, index)]  # fmt: skip
+    with course.stream.block(state, block.index) as module:
+        matrices = [learned.Matrix(site, state.codes[site.name].load(), None, course.stream.device) for site in sites]
         note = "nothing has scales here"
         if matrices:
-            note = learned.Descent(course, module, index, matrices, given, wanted, state.dtype).run(lambda _: None)
+            note = learned.Descent(course, module, block.index, matrices, given, wanted, state.dtype).run(lambda _: None)
     return {m.site.name: m.packed for m in matrices}, {"site": block.module, "notes": [note]}
 
 
-def check(state: State) -> None:
+def check(state: State, choice: Choice) -> None:
     """RecipeError where blocks have nothing to learn, or are not those of the source."""
-    if not any(scaled(state, block.index) for block in state.graph.blocks):
+    if not any(scaled(state, choice, block.index) for block in state.graph.blocks):
         raise RecipeError("no matrix of a block has scales that could learn; put 'quantize' before it", ("scope",))
-    layer = re.compile(rf"{re.escape(stack_of(state))}\.(\d+)\.")
-    held = [{m[1] for name in c.specs if (m := layer.match(name))} for c in (state.dense, state.dense.base)]
+    stack = stack_of(state)
+    held = [{m[1] for name in c.specs if (m := in_layer(name, stack))} for c in (state.dense, state.dense.base)]
     if held[0] != held[1]:
         raise RecipeError(f"layers have gone since the source's {len(held[1])}, and a block learns from the source's same one; "
                           "use scope: model", ("scope",))  # fmt: skip
 
 
-def cost(options: Asks, state: State, windows: int, length: int) -> tuple[Cost, str]:
+def cost(options: Asks, state: State, choice: Choice, windows: int, length: int) -> tuple[Cost, str]:
     """Every token once through each of the two models, and what the steps take in one block after the other."""
     schedule, tokens = options.schedule(windows, length), windows * length
-    sites = [site for block in state.graph.blocks for site in scaled(state, block.index)]
+    sites = [site for block in state.graph.blocks for site in scaled(state, choice, block.index)]
     judged = (schedule.checks + 1) * len(halves(windows, length)[1]) * length
     found = learned.descent_cost(state, tokens, 2.0 * tokens + judged, schedule.steps, schedule.batch * length, sites)
     return found, f"distill: {schedule.steps:,} steps of {schedule.batch} windows in each block"

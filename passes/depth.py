@@ -26,7 +26,7 @@ from torch import Tensor
 
 from compress.errors import ModelError, RecipeError
 from compress.manager import Context, Cost, Pass, Record
-from compress.model.absent import lacking
+from compress.model.absent import PARTS, lacking
 from compress.model.couplings import KV_GROUPS, MLP, couplings
 from compress.model.layers import Kinds, Unit, fewer, sublayers
 from compress.passes.perturbed import Change, Perturbed, silent, spread, walking
@@ -264,7 +264,7 @@ class Zeros(Choice):
 
 def kind_of(unit: Unit) -> str:
     """The kind of coupling that a sublayer is."""
-    return KV_GROUPS if unit.name.endswith(".attn") else MLP
+    return next(kind for kind, (part, _) in PARTS.items() if unit.name.endswith(f".{part}"))
 
 
 def separable(state: State, units: Sequence[Unit]) -> list[Unit]:

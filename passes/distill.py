@@ -148,7 +148,7 @@ class Distill(Pass):
             raise ModelError(f"'{state.graph.family}' predicts no next token, which is what a student learns")
         found = choose(state, self.words, self.rank)
         if self.scope == "block":
-            blockwise.check(state)
+            blockwise.check(state, found)
         small = next((state.graph[n] for n in found.sites if (self.rank or 0) > min(state.graph[n].shape)), None)
         if small is not None:
             (n, k), most = small.shape, min(small.shape)
@@ -182,7 +182,7 @@ class Distill(Pass):
         assert ctx.source is not None, "a run begins with a model"
         choice, tokens = self.choice(state), ctx.training
         if self.scope == "block":
-            return blockwise.run(self, state, ctx)
+            return blockwise.run(self, state, choice, ctx)
         kept = Checkpoints(ctx.store.analysis("training", self.text()))
         written = self._committed(state, choice, ctx)
         if written is None:
@@ -281,7 +281,7 @@ class Distill(Pass):
         The teacher is asked about every window, or for every step."""
         choice, setting = self.choice(state), self.setting(length)
         if self.scope == "block":
-            return blockwise.cost(self, state, windows, length)
+            return blockwise.cost(self, state, choice, windows, length)
         found = needs.within(state, choice, setting, self.memory.limit)
         schedule = self.schedule(windows, length)
         learnt = schedule.steps * schedule.batch * length

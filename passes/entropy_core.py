@@ -23,7 +23,7 @@ from torch import Tensor
 from compress.errors import FormatError
 from compress.formats import entropy
 from compress.formats.entropy import Ecq
-from compress.formats.grid import Grid, round_scale
+from compress.formats.grid import Grid, refuse_nan, round_scale
 from compress.passes import gptq_core as core
 
 SAMPLED = 128  # rows on which the step is looked for
@@ -82,30 +82,15 @@ class Fitted:
 def solve(W_nk: Tensor, f: core.Factor, fmt: Ecq, scale_dtype: torch.dtype) -> Coded:
     """W [N, K] at the rate of the format, under the Hessian that was factored. FormatError where W is not finite."""
     fmt.check(tuple(W_nk.shape))
-    if not bool(W_nk.sum(dtype=torch.float32).isfinite()):
-        raise FormatError("the weight holds NaN or infinite numbers; it cannot be quantized")
+    refuse_nan(W_nk)
     scale_n, step_k, room = sizes(W_nk, scale_dtype), relative_steps(f), room_for(fmt, tuple(W_nk.shape))
     base = looked_for(W_nk, scale_n, f, step_k, room / W_nk.numel())
     found, words = fitting(W_nk, scale_n, f, step_k, base, room, fmt.words(tuple(W_nk.shape)))
-    fitted, notes = refitted(W_nk, found, scale_n, f), tuple[str, ...]()
-    if wider := widened(W_nk, found, fitted, scale_n, f):
-        found, fitted = wider
-        words, notes = entropy.encode(found.codes, found.spread_k), (FULL,)
-    return Coded(fmt.pack(words, found.step_k, found.spread_k, found.base, fitted.scale_n), fitted.loss_n, fitted.energy_n, notes)
-
-
-def widened(W_nk: Tensor, found: Found, fitted: Fitted, scale_n: Tensor, f: core.Factor) -> tuple[Found, Fitted] | None:
-    """Wider steps that lose less, for codes of which some would have had to be larger than a byte has room for; None where there
-    are none."""
-    best = None
-    while bool((found.codes.abs() == entropy.LARGEST).any()):
-        found = rounded(W_nk, scale_n, f, found.step_k, found.base * math.sqrt(2))
-        wider = refitted(W_nk, found, scale_n, f)
-        if not float(wider.loss_n.sum()) < float(fitted.loss_n.sum()):
-            break
-        best = found, wider
-        fitted = wider
-    return best
+    kept, fitted = best_fit(W_nk, found, scale_n, f)
+    if full := kept is not found:
+        words = entropy.encode(kept.codes, kept.spread_k)
+    tensors = fmt.pack(words, kept.step_k, kept.spread_k, kept.base, fitted.scale_n)
+    return Coded(tensors, fitted.loss_n, fitted.energy_n, (FULL,) if full else ())
 
 
 @torch.no_grad()
@@ -114,10 +99,21 @@ def tried(W_nk: Tensor, f: core.Factor, fmt: Ecq, whole: tuple[int, int]) -> Ten
     scale_n, step_k = sizes(W_nk, torch.float32), relative_steps(f)
     bits = room_for(fmt, whole) / (whole[0] * whole[1])
     found = rounded(W_nk, scale_n, f, step_k, looked_for(W_nk, scale_n, f, step_k, bits))
-    fitted = refitted(W_nk, found, scale_n, f)
-    if wider := widened(W_nk, found, fitted, scale_n, f):
-        found, fitted = wider
-    return entropy.restored(found.codes, found.a_k, fitted.scale_n)
+    kept, fitted = best_fit(W_nk, found, scale_n, f)
+    return entropy.restored(kept.codes, kept.a_k, fitted.scale_n)
+
+
+def best_fit(W_nk: Tensor, found: Found, scale_n: Tensor, f: core.Factor) -> tuple[Found, Fitted]:
+    """The codes with refitted scales; where some would have had to be larger than a byte has room for, those on wider steps, as
+    long as these lose less."""
+    best = found, refitted(W_nk, found, scale_n, f)
+    while bool((found.codes.abs() == entropy.LARGEST).any()):
+        found = rounded(W_nk, scale_n, f, found.step_k, found.base * math.sqrt(2))
+        wider = refitted(W_nk, found, scale_n, f)
+        if not float(wider.loss_n.sum()) < float(best[1].loss_n.sum()):
+            break
+        best = found, wider
+    return best
 
 
 def sizes(W_nk: Tensor, scale_dtype: torch.dtype) -> Tensor:

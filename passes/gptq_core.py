@@ -46,8 +46,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from compress.errors import FormatError
-from compress.formats.grid import Grid, Quantized, Rounds, in_groups, join
+from compress.formats.grid import Grid, Quantized, Rounds, in_groups, join, refuse_nan
 from compress.passes import clip_core
 
 ORDERS = ("activation", "natural")
@@ -272,8 +271,7 @@ def _chunked(
 ) -> Solved:
     """The grid of the whole matrix first, since some formats share parameters over it; then some outputs at a time."""
     fmt.check(tuple(W_nk.shape))
-    if not bool(W_nk.sum(dtype=torch.float32).isfinite()):
-        raise FormatError("the weight holds NaN or infinite numbers; it cannot be quantized")
+    refuse_nan(W_nk)
     rows = max(64, CHUNK // W_nk.shape[1])
     grid = clip_core.fit(W_nk, fmt, clip, scale_dtype, f.diag_k, f.L_kk.dtype, rows)
     starts = range(0, len(W_nk), rows)

@@ -195,6 +195,12 @@ def round_scale(s: Tensor, dtype: torch.dtype) -> Tensor:
     return s.to(dtype)
 
 
+def refuse_nan(W_nk: Tensor) -> None:
+    """FormatError where a weight that is to be encoded holds what is no number."""
+    if not bool(W_nk.sum(dtype=torch.float32).isfinite()):
+        raise FormatError("the weight holds NaN or infinite numbers; it cannot be quantized")
+
+
 def listed_bytes(listing: Listing) -> int:
     """Bytes of all tensors of a listing."""
     return sum(dtype.itemsize * prod(shape) for dtype, shape in listing.values())

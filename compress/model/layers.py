@@ -75,11 +75,16 @@ def stack_of(state: State) -> str:
     return site.weight.partition(".0.")[0]
 
 
+def in_layer(name: str, stack: str) -> re.Match[str] | None:
+    """Whether a tensor lies in a layer of a stack; the first group is the layer's number."""
+    return re.match(rf"{re.escape(stack)}\.(\d+)\.", name)
+
+
 def renumbered(names: Sequence[str], stack: str, kept: Sequence[int]) -> dict[str, str]:
     """Name of a tensor -> its name once only the `kept` layers of a stack are there; those of its other layers are left out."""
     found = {}
     for name in names:
-        match = re.match(rf"{re.escape(stack)}\.(\d+)\.", name)
+        match = in_layer(name, stack)
         if match is None:
             found[name] = name
         elif int(match[1]) in kept:
