@@ -18,36 +18,13 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
+from meter import Meter
+
 HERE = Path(__file__).resolve().parent
 DAMAGE = {"prune": {"mlp": 0.5, "method": "magnitude", "compensate": False}}
-
-
-class Meter(threading.Thread):
-    """The peak of anonymous memory, and the seconds, from here on."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.first = self.peak = self.anonymous()
-        self.start_time = time.perf_counter()
-        self.start()
-
-    @staticmethod
-    def anonymous() -> int:
-        rows = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        return int(next(row for row in rows if row.startswith("RssAnon")).split()[1]) * 1024
-
-    def run(self) -> None:
-        while True:
-            self.peak = max(self.peak, self.anonymous())
-            time.sleep(0.01)
-
-    def said(self) -> dict[str, float]:
-        return {"peak": self.peak - self.first, "seconds": time.perf_counter() - self.start_time}
 
 
 # --- the processes that are measured ---------------------------------------------------------------------------------
@@ -111,17 +88,13 @@ class Side:
     """The two texts and the source, and a folder to work in."""
 
     def __init__(self, options: argparse.Namespace, folder: Path):
+        from variants import texts
+
         from compress.model.model import open_model
 
         self.options, self.folder, self.source = options, folder, open_model(str(options.model))
-        self.training = self._windows(options.calibration, options.training)
-        self.judged = self._windows(options.evaluation, options.judged)
-
-    def _windows(self, text: Path, count: int) -> Any:
-        from compress.model.data import Windows, read
-
-        asked = Windows(text=str(text.resolve()), sequences=count, length=self.options.length, bos=self.options.bos)
-        return read(asked, self.options.model, Path(), self.source.state.graph["embed"].shape[0])
+        self.training = texts(options, self.source, options.calibration, options.training)
+        self.judged = texts(options, self.source, options.evaluation, options.judged)
 
     def kl(self, student: Path) -> float:
         """Of a folder's model on the other text."""

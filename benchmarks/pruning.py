@@ -19,11 +19,10 @@ from typing import Any
 import torch
 from report import line
 from transformers import AutoModelForCausalLM
-from variants import outcome, parser, publish
+from variants import outcome, parser, publish, texts
 
 from compress.evaluate import compare
-from compress.model.data import Tokens, Windows, read
-from compress.model.model import Model, open_model
+from compress.model.model import open_model
 
 CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("obs", {}),
@@ -107,12 +106,6 @@ def removed(model: Any, ids: torch.Tensor, share: float, criterion: str) -> None
     pruner.step()
     model.zero_grad()
     model.config.get_text_config().intermediate_size = roots[0].out_features
-
-
-def texts(options: argparse.Namespace, source: Model, text: Path, count: int) -> Tokens:
-    """The windows that a run reads from a text."""
-    windows = Windows(text=str(text.resolve()), sequences=count, length=options.length, bos=options.bos)
-    return read(windows, options.model, Path(), source.state.graph["embed"].shape[0])
 
 
 def main() -> None:

@@ -71,6 +71,9 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
         if bits == max(args.bits):
             packed = {"format": text, "pins": {"embed": text}}
             yield Case(f"{text}, embedding too", [{"quantize": packed}], ("native", "onnx"), bits)
+        coded = f"ecq{bits}.25:r128" if bits < 6 else None  # as many bytes as integers of so many bits with a scale for 64
+        if coded and args.group == 64:
+            yield Case(coded, [{"quantize": {"format": coded}}])
     for budget in args.budgets:
         options = {"budget": budget, "formats": list(ALLOCATED), "also": ["embed"]}
         yield Case(f"allocate, {budget}", [{"allocate": options}, {"quantize": {}}], folder="allocate")

@@ -8,15 +8,13 @@ The teacher is none but numbers, so that only the student is measured. Linux.
 from __future__ import annotations
 
 import argparse
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
+from meter import Meter, anonymous
 from report import machine
 
 from compress.model.data import Tokens
@@ -44,31 +42,6 @@ class Numbers:
         yield Look(known)
 
 
-def anonymous() -> int:
-    """Bytes of memory that is no file's."""
-    line = next(row for row in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if row.startswith("RssAnon"))
-    return int(line.split()[1]) * 1024
-
-
-@contextmanager
-def watched() -> Iterator[SimpleNamespace]:
-    """Inside, the peak is looked for."""
-    found, ended = SimpleNamespace(peak=0), threading.Event()
-
-    def watch() -> None:
-        while not ended.is_set():
-            found.peak = max(found.peak, anonymous())
-            time.sleep(0.01)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield found
-    finally:
-        ended.set()
-        thread.join()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
@@ -89,10 +62,11 @@ def main() -> None:
     training = Training(student, Numbers(), Tokens(ids, "numbers"), list(range(options.windows)), [0], {"kl": 1.0}, schedule,
                         rates, 0, lambda *_: None)  # fmt: skip
     optimizer = training.optimizer(list(student.learns.values()))
-    with watched() as found, precision("bf16" if state.dtype == torch.bfloat16 else "ieee"):
+    meter = Meter()
+    with precision("bf16" if state.dtype == torch.bfloat16 else "ieee"):
         for step in range(2):
             training.step(step, optimizer)
-    taken = found.peak - before
+    taken = meter.said()["peak"] + meter.first - before
     print(f"measured {taken / 2**20:,.0f} MiB, {taken / expected.total:.3f} of what was expected")
 
 

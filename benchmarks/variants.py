@@ -15,6 +15,8 @@ import yaml
 from report import machine
 
 import compress
+from compress.model.data import Tokens, Windows, read
+from compress.model.model import Model
 
 
 def measured(options: argparse.Namespace, passes: list[dict[str, Any]]) -> float:
@@ -39,6 +41,12 @@ def recipe_of(options: argparse.Namespace, passes: list[dict[str, Any]], folder:
     if any("distill" in step for step in passes):
         data["training"] = {"text": str(options.calibration.resolve()), "sequences": options.training, **windows}
     return {"model": str(options.model.resolve()), "out": f"{folder}/run", "data": data, "passes": passes, "export": []}
+
+
+def texts(options: argparse.Namespace, source: Model, text: Path, count: int) -> Tokens:
+    """The windows that a run reads from a text."""
+    windows = Windows(text=str(text.resolve()), sequences=count, length=options.length, bos=options.bos)
+    return read(windows, options.model, Path(), source.state.graph["embed"].shape[0])
 
 
 def parser(doc: str | None, judged: int = 32) -> argparse.ArgumentParser:
