@@ -5,9 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 import yaml
 
 from compress import pipeline
+from compress.errors import CompressError
+from compress.export.native import reader
+from compress.export.runtime import load
 from compress.formats import LowRank, parse
 from compress.model.model import open_model
 
@@ -45,6 +50,28 @@ def bake(
     content = yaml.safe_load(path.read_text()) | {"passes": list(passes), "export": [{e: options} for e in exporters.split()]}
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return pipeline.run(path)
+
+
+def refused(folder: Path, model: Path, text: Path, passes: list[dict[str, Any]], says: str) -> None:
+    """Such passes are refused by `plan`, in one line that says so."""
+    path = recipe(folder, model, text, exports=False)
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"passes": passes}))
+    with pytest.raises(CompressError, match=says) as caught:
+        pipeline.plan(path)
+    assert "\n" not in str(caught.value)
+    assert not isinstance(caught.value, AssertionError)
+
+
+def multiplies_as_its_matrices_do(folder: Path, tolerance: float) -> None:
+    """Every packed module of a native artifact gives the product with the matrix that its tensors stand for, of its largest."""
+    state, model = reader.read(folder), load(folder, dtype=torch.float32)
+    for site in state.graph.linear:
+        module = model.get_submodule(site.module)
+        W = state.codes[site.name].load().dequantize(torch.float32)
+        assert torch.equal(module.weight, W)
+        x = torch.randn(3, W.shape[1])
+        y = torch.nn.functional.linear(x.double(), W.double())
+        assert float((module(x) - y).abs().max()) <= tolerance * float(y.abs().max())
 
 
 def steps(text: str, **options: Any) -> dict[str, Any]:

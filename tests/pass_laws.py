@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,12 +109,10 @@ class KilledError(Exception):
     """Stands for a kill, in this process."""
 
 
-def resumed(p: Pass, model: Model, folder: Path, commits: int, following: tuple[Pass, ...] = ()) -> State:
-    """The state of a pass that was stopped at its next commit, of blocks or of parts of an analysis, after `commits` of them, and
-    started again."""
-    step = step_of(p, model, folder, following)
-    left = iter(range(commits))
-    commit: Callable[..., Any] = Parts.commit
+@contextmanager
+def killed_after(commits: int) -> Iterator[None]:
+    """Inside, whoever commits once more after so many times is killed."""
+    left, commit = iter(range(commits)), Parts.commit
 
     def killing(*args: Any, **options: Any) -> Any:
         if next(left, None) is None:
@@ -122,8 +121,27 @@ def resumed(p: Pass, model: Model, folder: Path, commits: int, following: tuple[
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Parts, "commit", killing)
-        with pytest.raises(KilledError):
-            p.run(model.state, step.context())
+        yield
+
+
+def killed_often(run: Callable[[], Any], times: int, seed: int) -> int:
+    """Run something again and again, to be killed after some commits; how often it was."""
+    generator, killed = random.Random(seed), 0
+    for _ in range(times):
+        try:
+            with killed_after(generator.randrange(1, 6)):
+                run()
+        except KilledError:
+            killed += 1
+    return killed
+
+
+def resumed(p: Pass, model: Model, folder: Path, commits: int, following: tuple[Pass, ...] = ()) -> State:
+    """The state of a pass that was stopped at its next commit, of blocks or of parts of an analysis, after `commits` of them, and
+    started again."""
+    step = step_of(p, model, folder, following)
+    with killed_after(commits), pytest.raises(KilledError):
+        p.run(model.state, step.context())
     assert len(list(folder.parent.rglob("*.safetensors"))) == commits
     return attempt(p, model, folder, following)
 

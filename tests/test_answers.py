@@ -6,7 +6,6 @@ import json
 import random
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +22,6 @@ from compress.model.model import open_model
 from compress.model.tokenizer import open_tokenizer
 from compress.passes.distill import Distill
 from compress.passes.prune import Prune
-from compress.run import Parts
 from compress.training import loop
 from compress.training.choice import choose
 from compress.training.loop import Schedule, Training
@@ -31,7 +29,7 @@ from compress.training.loss import DIVERGENCES
 from compress.training.student import Student
 from compress.training.teacher import Live
 from tests.conftest import Project
-from tests.pass_laws import TEXT, KilledError, attempt
+from tests.pass_laws import TEXT, attempt, killed_often
 from tests.test_distill import pruned, trained
 
 END = 257
@@ -460,24 +458,7 @@ def test_killed_and_resumed_to_the_same_bytes(family: Any, tmp_path: Path) -> No
     source, state = pruned(family, tmp_path / "p")
     p, text = Distill(train=("layers.*.down", "norms"), batch=2, checks=6), sparse()
     whole = trained(p, source, state, tmp_path / "whole", text=text)
-    commit: Any = Parts.commit
-    killed, generator = 0, random.Random(2)
-    for _ in range(8):
-        left = generator.randrange(1, 6)
-
-        def killing(*args: Any, **options: Any) -> Any:
-            nonlocal left
-            left -= 1
-            if left < 0:
-                raise KilledError
-            return commit(*args, **options)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Parts, "commit", killing)
-            with suppress(KilledError):
-                trained(p, source, state, tmp_path / "cut", text=text)
-            killed += left < 0
-    assert killed
+    assert killed_often(lambda: trained(p, source, state, tmp_path / "cut", text=text), 8, 2)
     again = trained(p, source, state, tmp_path / "cut", text=text)
     for spec in whole.specs:
         assert torch.equal(whole.dense.read(spec.name), again.dense.read(spec.name)), spec.name

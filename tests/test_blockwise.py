@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,9 @@ from compress.passes.edit import Edit
 from compress.passes.lqlora import LqLora
 from compress.passes.prune import Prune
 from compress.passes.quantize import Quantize
-from compress.run import Parts
 from compress.state import State
 from tests.conftest import Project, covered
-from tests.pass_laws import TEXT, KilledError, attempt, step_of
+from tests.pass_laws import TEXT, KilledError, attempt, killed_after, step_of
 from tests.test_distill import trained
 
 BLOCKS = Distill(train="scales", scope="block", batch=4, rate=3e-3, tokens=32 * 4 * 12)
@@ -70,15 +68,7 @@ def test_blocks_put_out_what_the_sources_do(family: Any, tmp_path: Path, name: s
 def test_a_run_that_was_killed_comes_to_the_same_bytes(family: Any, tmp_path: Path, name: str) -> None:
     source, state = quantized(family, name, "int2:g32", tmp_path / "q")
     whole = trained(BLOCKS, source, state, tmp_path / "whole")
-    commit: Any = Parts.commit
-
-    def second(*args: Any, **options: Any) -> Any:
-        if args[1] == "block-0001":
-            raise KilledError
-        return commit(*args, **options)
-
-    with pytest.MonkeyPatch.context() as patch, suppress(KilledError):
-        patch.setattr(Parts, "commit", second)
+    with killed_after(1), pytest.raises(KilledError):
         trained(BLOCKS, source, state, tmp_path / "cut")
     again = trained(BLOCKS, source, state, tmp_path / "cut")
     for site in whole.formats:

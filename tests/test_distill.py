@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -29,7 +28,7 @@ from compress.passes.distill import Distill
 from compress.passes.lqlora import LqLora
 from compress.passes.prune import Prune
 from compress.passes.quantize import Quantize
-from compress.run import Parts, Step, step_inputs
+from compress.run import Step, step_inputs
 from compress.state import State
 from compress.training import loss, matrices, memory
 from compress.training.choice import choose
@@ -37,7 +36,7 @@ from compress.training.loop import Training
 from compress.training.student import Student
 from compress.training.windows import halves
 from tests.conftest import FAMILIES, Project
-from tests.pass_laws import TEXT, TOKENS, KilledError, attempt
+from tests.pass_laws import TEXT, TOKENS, attempt, killed_often
 from tests.test_kinds_of_models import NAMED, WRAPPERS, made
 
 V, D, N = 50, 8, 13
@@ -268,25 +267,7 @@ def test_a_training_that_was_killed_comes_to_the_same_bytes(family: Any, tmp_pat
     source, state = pruned(family, tmp_path / "p")
     p = Distill(train=("layers.*.down", "norms"), rate=1e-3, batch=4, checks=5)
     whole = trained(p, source, state, tmp_path / "whole")
-    commit: Any = Parts.commit
-    killed = 0
-    generator = random.Random(4)
-    for _ in range(10):
-        left = generator.randrange(1, 6)
-
-        def killing(*args: Any, **options: Any) -> Any:
-            nonlocal left
-            left -= 1
-            if left < 0:
-                raise KilledError
-            return commit(*args, **options)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Parts, "commit", killing)
-            with suppress(KilledError):
-                trained(p, source, state, tmp_path / "cut")
-            killed += left < 0
-    assert killed
+    assert killed_often(lambda: trained(p, source, state, tmp_path / "cut"), 10, 4)
     again = trained(p, source, state, tmp_path / "cut")
     for spec in whole.specs:
         assert torch.equal(whole.dense.read(spec.name), again.dense.read(spec.name)), spec.name

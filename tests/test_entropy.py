@@ -17,9 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compress import pipeline
-from compress.errors import CompressError, FormatError
-from compress.export.native import reader
-from compress.export.runtime import load
+from compress.errors import FormatError
 from compress.export.runtime.linear import PackedLinear
 from compress.export.table import EXPORTERS
 from compress.formats import Ecq, Packed, entropy, lanes, parse
@@ -27,7 +25,7 @@ from compress.model.model import open_model
 from compress.passes import entropy_core, gptq_core, rates
 from compress.passes.quantize import Quantize
 from compress.passes.solver import Case
-from tests.cooking import bake, recipe
+from tests.cooking import bake, multiplies_as_its_matrices_do, recipe, refused
 from tests.support import refusal
 
 
@@ -239,14 +237,7 @@ def made(family: Any, text: Path, tmp_path_factory: pytest.TempPathFactory) -> p
 
 def test_an_artifact_proves_itself_and_multiplies_as_its_matrices_do(made: pipeline.Outcome) -> None:
     folder, _ = made.artifacts["native"]
-    state, model = reader.read(folder), load(folder, dtype=torch.float32)
-    for site in state.graph.linear:
-        module = model.get_submodule(site.module)
-        W = state.codes[site.name].load().dequantize(torch.float32)
-        assert torch.equal(module.weight, W)
-        x = torch.randn(3, W.shape[1])
-        y = torch.nn.functional.linear(x.double(), W.double())
-        assert float((module(x) - y).abs().max()) <= 2e-6 * float(y.abs().max())
+    multiplies_as_its_matrices_do(folder, 2e-6)
     assert "ecq3.5:r64" in (made.out / "report.md").read_text()
 
 
@@ -323,11 +314,7 @@ FIRST = {"quantize": {"format": "ecq3"}}
 def test_what_does_not_go_with_it_is_said_in_a_line(
     family: Any, text: Path, tmp_path: Path, passes: list[dict[str, Any]], says: str
 ) -> None:
-    path = recipe(tmp_path, family("llama"), text, exports=False)
-    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"passes": passes}))
-    with pytest.raises(CompressError, match=says) as caught:
-        pipeline.plan(path)
-    assert "\n" not in str(caught.value)
+    refused(tmp_path, family("llama"), text, passes, says)
 
 
 @pytest.mark.parametrize("order", ["as it is", "an outlier"])
