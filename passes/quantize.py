@@ -190,17 +190,17 @@ class Quantize(Pass):
         factoring = sum(costs.FACTORING * k**3 for k in hessians)
         entries = self._loads(state, tokens) * total(state.graph.linear) + costs.ORDERING * sum(k * k for k in hessians)
         peaks = [self._block_memory(state, tokens, matrices), *(self._table_memory(state, tokens, s) for s in tables)]
+        seconds, held = self._coding(state, matrices)
         return self._learning(state, tokens, matrices) + Cost(
-            forward, tokens * work.squares + solved.flops + moved + factoring, sum(s.numel for s in sites), max(peaks),
-            numbers=passes * work.numbers + entries, steps=solved.steps, seconds=self._coding(state, matrices),
+            forward, tokens * work.squares + solved.flops + moved + factoring, sum(s.numel for s in sites), max(peaks) + held,
+            numbers=passes * work.numbers + entries, steps=solved.steps, seconds=seconds,
         )  # fmt: skip
 
-    def _coding(self, state: State, matrices: Sequence[Site]) -> float:
-        """Seconds of coding what is entropy-coded, and of decoding it where it is read again."""
+    def _coding(self, state: State, matrices: Sequence[Site]) -> tuple[float, int]:
+        """Seconds of coding what is entropy-coded, and of decoding it where it is read again; and the memory that it holds."""
         formats = state.plan.formats if state.plan else {}
-        return entropy_core.CODINGS * lanes.seconds(
-            sum(s.numel for s in matrices if isinstance(numbers_of(formats[s.name]), Ecq))
-        )
+        coded = sum(s.numel for s in matrices if isinstance(numbers_of(formats[s.name]), Ecq))
+        return lanes.takes(entropy_core.CODINGS * coded)
 
     def _learning(self, state: State, tokens: int, matrices: Sequence[Site]) -> Cost:
         """What comes on top where blocks are learned."""

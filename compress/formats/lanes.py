@@ -97,6 +97,7 @@ def decode_one_by_one(x: Any, words: Any, tables: Any, counts: Any, before: Any,
 
 LOOPS = encode_one_by_one, decode_one_by_one
 SECONDS = {True: 1e-8, False: 6e-8}  # of a symbol: compiled, and in numpy
+BYTES = {True: 140 << 20, False: 20 << 20}  # of tables, and of a compiler that stays in the process
 
 
 @cache
@@ -113,6 +114,7 @@ def fastest() -> tuple[Callable[..., Any], Callable[..., Any]]:
         return tuple(compiler(nogil=True, boundscheck=True)(f) for f in LOOPS)
 
 
-def seconds(symbols: float) -> float:
-    """What coding so many symbols takes on this machine, for estimates."""
-    return SECONDS[find_spec("numba") is not None] * symbols
+def takes(symbols: float) -> tuple[float, int]:
+    """Seconds of coding so many symbols on this machine, and bytes that are held from then on, for estimates."""
+    compiled = find_spec("numba") is not None
+    return SECONDS[compiled] * symbols, BYTES[compiled] * (symbols > 0)
