@@ -118,19 +118,40 @@ def refit(A_kk: Tensor, group_k: Tensor, fmt: Quantized, grid: Grid, Q_kn: Tenso
     1 - Q_gᵀ(AΔ)_g / Q_gᵀ A_gg Q_g. Each group sees the rounded scales of those before it. Rows may come in any order; `group_k`
     names the group of each. The levels `Q_kn` and the changes `D_kn` follow in place.
     """
-    scale_Gn, dtype = grid.scale.clone(), Q_kn.dtype
-    for g in range(len(scale_Gn)):
-        at = (group_k == g).nonzero()[:, 0]
+    parts = []
+    for g in range(len(grid.scale)):
+        at, part = (group_k == g).nonzero()[:, 0], grid.map(lambda t, g=g: t[g])  # type: ignore[misc]
         A_gk, Q_gn = A_kk.index_select(0, at), Q_kn.index_select(0, at)
-        slope_n = (A_gk @ D_kn).mul_(Q_gn).sum(0)
-        bend_n = (A_gk.index_select(1, at) @ Q_gn).mul_(Q_gn).sum(0)
-        by_n = torch.where(bend_n > 0, 1 - slope_n / bend_n, 1.0).clamp_(0.5, 2)
-        scale_Gn[g] = fmt.rescale(Grid(scale_Gn[g]), by_n).scale
-        ratio_n = (scale_Gn[g].to(dtype) / grid.scale[g].to(dtype)).nan_to_num_(1.0)  # 0/0: a group of zeros
-        step_gn = Q_gn * (ratio_n - 1)
-        Q_kn.index_add_(0, at, step_gn)
-        D_kn.index_add_(0, at, step_gn)
-    return Grid(scale_Gn, grid.zero, grid.table)
+        if part.low is not None:
+            Q_gn -= part.low.to(Q_gn.dtype)
+        found = fmt.rescale(part, _factor(A_gk, at, Q_gn, D_kn))
+        ratio_n = (found.scale.to(Q_gn.dtype) / part.scale.to(Q_gn.dtype)).nan_to_num_(1.0)  # 0/0: a group of zeros
+        _move(Q_gn * (ratio_n - 1), at, Q_kn, D_kn)
+        if part.low is not None:
+            found = _lowered(A_gk, at, fmt, found, Q_kn, D_kn)
+        parts.append(found.map(lambda t: t[None]))
+    return join(parts, grid)
+
+
+def _factor(A_gk: Tensor, at: Tensor, Q_gn: Tensor, D_kn: Tensor) -> Tensor:
+    """The factor on the levels Q of some inputs at which the loss is least, by outputs."""
+    slope_n = (A_gk @ D_kn).mul_(Q_gn).sum(0)
+    bend_n = (A_gk.index_select(1, at) @ Q_gn).mul_(Q_gn).sum(0)
+    return torch.where(bend_n > 0, 1 - slope_n / bend_n, 1.0).clamp_(0.5, 2)
+
+
+def _lowered(A_gk: Tensor, at: Tensor, fmt: Quantized, part: Grid, Q_kn: Tensor, D_kn: Tensor) -> Grid:
+    """The grid of a group whose least level is the best that can be stored: it moves all weights of the group alike."""
+    assert part.low is not None
+    low_n = part.low - (A_gk @ D_kn).sum(0) / A_gk.index_select(1, at).sum()
+    found = fmt.relow(part, low_n)
+    _move((found.low - part.low).to(Q_kn.dtype).expand(len(at), -1), at, Q_kn, D_kn)
+    return found
+
+
+def _move(step_gn: Tensor, at: Tensor, Q_kn: Tensor, D_kn: Tensor) -> None:
+    Q_kn.index_add_(0, at, step_gn)
+    D_kn.index_add_(0, at, step_gn)
 
 
 def _fit_table(W: Tensor, grid: Grid, fmt: Quantized, weight_Gg: Tensor | None) -> Tensor:
@@ -180,7 +201,22 @@ def _search(W: Tensor, fmt: Quantized, scale_dtype: torch.dtype, weight: Tensor 
         error = _error(W, fmt, trial, weight, buf)
         better = error < best
         grid, best = trial.where(better, grid), torch.minimum(error, best)
-    return grid
+    if grid.low is None:
+        return grid
+    trial = _regressed(W, fmt, grid, weight)
+    return trial.where(_error(W, fmt, trial, weight, buf) < best, grid)
+
+
+def _regressed(W: Tensor, fmt: Quantized, grid: Grid, weight: Tensor | None) -> Grid:
+    """The scales and least levels that are nearest to W, by least squares, for the codes that it has on a grid with both."""
+    code = fmt.encode(W, grid.map(lambda t: t[:, None])).to(W.dtype)
+    w = torch.ones_like(W) if weight is None else weight.expand_as(W)
+    total = w.sum(1)
+    mean_c, mean_w = (w * code).sum(1) / total, (w * W).sum(1) / total
+    off = code - mean_c[:, None]
+    spread = (w * off.square()).sum(1)
+    scale = torch.where(spread > 0, (w * off * W).sum(1) / spread, grid.scale)  # codes rise with W, so it is positive
+    return fmt.relow(Grid(scale), mean_w - scale * mean_c)
 
 
 def _error(W: Tensor, fmt: Quantized, grid: Grid, weight: Tensor | None, buf: Tensor | None = None) -> Tensor:

@@ -22,7 +22,7 @@ from pydantic import Field, PlainSerializer, PlainValidator, WithJsonSchema, mod
 from torch import Tensor
 
 from compress.errors import FormatError, RecipeError
-from compress.formats import Ecq, Factored, Format, LowRank, Rotated, base_of, lanes, numbers_of, parse
+from compress.formats import Blocks, Ecq, Factored, Format, LowRank, Rotated, base_of, lanes, numbers_of, parse
 from compress.manager import Context, Cost, Pass
 from compress.model.speed import computing
 from compress.model.work import advancing_bytes, block_bytes, per_token, waiting_bytes
@@ -122,11 +122,11 @@ class Quantize(Pass):
             if isinstance(held, Factored) and self.method == "learned":
                 raise RecipeError(f"'{name}' is {held} by an earlier step, and of factors nothing is learned; use method: gptq",
                                   ("method",))  # fmt: skip
-            if isinstance(fmt, Rotated | Ecq) and self.method == "learned":
+            if isinstance(fmt, Rotated | Ecq | Blocks) and self.method == "learned":
                 raise RecipeError(
                     f"'{name}' is to be {fmt}, which is not learned; use method: gptq, or a format such as int3:g64", at
                 )
-            if isinstance(fmt, LowRank | Factored | Rotated | Ecq) and isinstance(held, Factored):
+            if isinstance(fmt, LowRank | Factored | Rotated | Ecq | Blocks) and isinstance(held, Factored):
                 raise FormatError(f"'{name}' is {held} by an earlier step: give its factors a format with a grid and without a "
                                   f"rank, such as int4:g64, not {fmt}", at)  # fmt: skip
             if isinstance(fmt, Factored):

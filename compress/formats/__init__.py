@@ -7,8 +7,10 @@ from compress.formats.factors import Factored, LowRank
 from compress.formats.formats import Format, Packed, base_of, integers, numbers_of, parse
 from compress.formats.ints import Dense, Int
 from compress.formats.rotated import Rotated
+from compress.formats.superblocks import Blocks
 
 __all__ = [
+    "Blocks",
     "Dense",
     "Ecq",
     "Factored",

@@ -7,7 +7,7 @@ a code means on a grid, only the format knows. Names of dimensions: N outputs, K
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Protocol, runtime_checkable
@@ -40,34 +40,43 @@ class Grid:
 
     For codebooks also `table`, fp32 [levels], ascending, which all groups of the matrix share; and for scales that are
     themselves quantized `double`, their stored form, which belongs to a whole matrix: a part of a grid has none.
+
+    In super-blocks (superblocks.py) levels begin at `low` [...], and scale and low are multiples of `unit` and `low_unit` [...].
     """
 
     scale: Tensor
     zero: Tensor | None = None
     table: Tensor | None = None
     double: Double | None = None
+    low: Tensor | None = None
+    unit: Tensor | None = None
+    low_unit: Tensor | None = None
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Grid:
-        """The grid with `f` applied to scale and zero: to slice, transpose, reshape or convert them. Without `double`."""
-        return Grid(f(self.scale), None if self.zero is None else f(self.zero), self.table)
+        """The grid with `f` applied to what each group has: to slice, transpose, reshape or convert it. Without `double`."""
+        zero, low, unit, low_unit = (x if x is None else f(x) for x in (self.zero, self.low, self.unit, self.low_unit))
+        return Grid(f(self.scale), zero, self.table, None, low, unit, low_unit)
 
     def where(self, keep: Tensor, other: Grid) -> Grid:
         """This grid where `keep` [...] is true, `other` elsewhere; both have the same table. Without `double`."""
-        zero = None
-        if self.zero is not None and other.zero is not None:
-            zero = torch.where(keep, self.zero, other.zero)
-        return Grid(torch.where(keep, self.scale, other.scale), zero, self.table)
+
+        def chosen(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
+            return None if mine is None or theirs is None else torch.where(keep, mine, theirs)
+
+        pairs = ((self.zero, other.zero), (self.low, other.low), (self.unit, other.unit), (self.low_unit, other.low_unit))
+        zero, low, unit, low_unit = (chosen(*pair) for pair in pairs)
+        return Grid(torch.where(keep, self.scale, other.scale), zero, self.table, None, low, unit, low_unit)
 
     def on(self, table: Tensor) -> Grid:
         """The grid with the same scales on another table. Without `double`."""
-        return Grid(self.scale, self.zero, table)
+        return replace(self, table=table, double=None)
 
     def to(self, device: torch.device | str) -> Grid:
         """The grid with all its tensors on `device`."""
         part = self.map(lambda t: t.to(device))
         table = None if self.table is None else self.table.to(device)
         double = self.double and Double(*(t.to(device) for t in (self.double.codes, self.double.top, self.double.offset)))
-        return Grid(part.scale, part.zero, table, double)
+        return replace(part, table=table, double=double)
 
     @cached_property
     def middles(self) -> Tensor:
@@ -78,8 +87,13 @@ class Grid:
 
 def join(parts: list[Grid], whole: Grid) -> Grid:
     """Grids [n, G] of consecutive outputs of `whole` [N, G] as one, with its table and its `double`."""
-    zeros = [p.zero for p in parts if p.zero is not None]
-    return Grid(torch.cat([p.scale for p in parts]), torch.cat(zeros) if zeros else None, whole.table, whole.double)
+
+    def all_of(name: str) -> Tensor | None:
+        found = [x for p in parts if (x := getattr(p, name)) is not None]
+        return torch.cat(found) if found else None
+
+    low, unit, low_unit = all_of("low"), all_of("unit"), all_of("low_unit")
+    return Grid(torch.cat([p.scale for p in parts]), all_of("zero"), whole.table, whole.double, low, unit, low_unit)
 
 
 @runtime_checkable

@@ -18,7 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from compress.errors import ExportError
-from compress.formats import Dense, Ecq, Factored, Format, Rotated, numbers_of
+from compress.formats import Blocks, Dense, Ecq, Factored, Format, Rotated, numbers_of
 from compress.model.model import Model
 from compress.model.skeleton import free
 from compress.state import State
@@ -69,6 +69,9 @@ def refuse_ours(exporter: str, site: str, fmt: Format) -> None:
     if isinstance(numbers_of(fmt), Ecq):
         raise ExportError(f"{exporter}: '{site}' has {fmt}, which is entropy-coded, and no engine of this layout reads that; "
                           "export native instead, or use int or lut formats")  # fmt: skip
+    if isinstance(fmt, Blocks):
+        raise ExportError(f"{exporter}: '{site}' has {fmt}, blocks of llama.cpp's, and no engine of this layout reads those; export "
+                          "gguf or native instead, or use int formats")  # fmt: skip
     if isinstance(fmt, Rotated):
         raise ExportError(f"{exporter}: '{site}' has {fmt}, whose inputs and outputs are rotated, which no engine of this layout "
                           f"does; export native instead, or use {fmt.base}")  # fmt: skip

@@ -9,13 +9,14 @@ is fast because the levels of a chunk are moved as one wide number.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from compress.errors import FormatError
-from compress.formats import Ecq, Factored, Format, Int, LowRank, base_of, bitpack, entropy, parse
+from compress.formats import Blocks, Ecq, Factored, Format, Int, LowRank, base_of, bitpack, entropy, parse
 from compress.formats.codebooks import NF, Lut, lut_table, nf_table
 
 Shape = tuple[int, int]
@@ -73,9 +74,24 @@ def decoded(fmt: Ecq, shape: Shape, tensors: Mapping[str, Tensor]) -> dict[str, 
     return {"weight_codes": fmt.codes(with_shapes(fmt, shape, tensors)), **{name: tensors[name] for name in DECODED[1:]}}
 
 
-def rows_of(fmt: Format, shape: Shape, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Rows | CodedRows:
+def rows_of(fmt: Format, shape: Shape, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Rows | CodedRows | BlockRows:
     """The weights of any rows of a matrix."""
+    if isinstance(fmt, Blocks):
+        return BlockRows(fmt, tensors["weight_blocks"], dtype)
     return CodedRows(fmt, shape, tensors, dtype) if isinstance(fmt, Ecq) else Rows(fmt, shape, tensors, dtype)
+
+
+@dataclass(frozen=True)
+class BlockRows:
+    """Of a matrix in blocks of llama.cpp's, which lie in rows."""
+
+    fmt: Blocks
+    blocks: Tensor
+    dtype: torch.dtype
+
+    def at(self, rows: slice | Tensor) -> Tensor:
+        """The weights [rows, K] in the dtype."""
+        return self.fmt.dequantize({"weight_blocks": self.blocks[rows]}, self.dtype)
 
 
 class CodedRows:
