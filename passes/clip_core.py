@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from compress.formats.grid import Grid, Quantized, in_groups, join
+from compress.formats.grid import Grid, Lowered, Quantized, in_groups, join
 
 CLIPS = ("minmax", "mse", "hessian")
 _TRIALS = 6  # shrunken ranges tried
@@ -142,9 +142,11 @@ def _factor(A_gk: Tensor, at: Tensor, Q_gn: Tensor, D_kn: Tensor) -> Tensor:
 
 def _lowered(A_gk: Tensor, at: Tensor, fmt: Quantized, part: Grid, Q_kn: Tensor, D_kn: Tensor) -> Grid:
     """The grid of a group whose least level is the best that can be stored: it moves all weights of the group alike."""
+    assert isinstance(fmt, Lowered)
     assert part.low is not None
     low_n = part.low - (A_gk @ D_kn).sum(0) / A_gk.index_select(1, at).sum()
     found = fmt.relow(part, low_n)
+    assert found.low is not None
     _move((found.low - part.low).to(Q_kn.dtype).expand(len(at), -1), at, Q_kn, D_kn)
     return found
 
@@ -209,6 +211,7 @@ def _search(W: Tensor, fmt: Quantized, scale_dtype: torch.dtype, weight: Tensor 
 
 def _regressed(W: Tensor, fmt: Quantized, grid: Grid, weight: Tensor | None) -> Grid:
     """The scales and least levels that are nearest to W, by least squares, for the codes that it has on a grid with both."""
+    assert isinstance(fmt, Lowered)
     code = fmt.encode(W, grid.map(lambda t: t[:, None])).to(W.dtype)
     w = torch.ones_like(W) if weight is None else weight.expand_as(W)
     total = w.sum(1)

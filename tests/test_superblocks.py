@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from compress.errors import FormatError
 from compress.formats import Packed, parse
+from compress.formats.ggml import KINDS
 from compress.formats.grid import encoded, plain, restore
-from compress.formats.superblocks import KINDS, Blocks
+from compress.formats.superblocks import Blocks
 from compress.passes import gptq_core as core
 
 gguf = pytest.importorskip("gguf", reason="the package gguf, which decodes blocks, is not installed")
@@ -21,7 +22,11 @@ EVERY = [*KINDS]
 def drawn(n: int, k: int, seed: int = 0) -> torch.Tensor:
     """Weights of rows and groups of very different size, some of them zero."""
     g = torch.Generator().manual_seed(seed)
-    W = torch.randn(n, k, generator=g) * torch.rand(n, 1, generator=g) * torch.rand(1, k // 16, generator=g).repeat_interleave(16, 1)
+    W = (
+        torch.randn(n, k, generator=g)
+        * torch.rand(n, 1, generator=g)
+        * torch.rand(1, k // 16, generator=g).repeat_interleave(16, 1)
+    )
     W[0], W[1, :64] = 0, 0
     return W
 

@@ -32,10 +32,11 @@ from compress.formats import bitpack
 from compress.formats.codebooks import NF, DoubleQuant, Lut
 from compress.formats.entropy import Ecq
 from compress.formats.factors import Factored, LowRank
+from compress.formats.ggml import KINDS
 from compress.formats.grid import Grid, Shape, Storage, restore
 from compress.formats.ints import BITS, DENSE, Dense, Int
 from compress.formats.rotated import BLOCKS, Rotated
-from compress.formats.superblocks import KINDS, Blocks
+from compress.formats.superblocks import Blocks
 
 Format = Int | NF | Lut | Ecq | Blocks | Dense | LowRank | Factored | Rotated
 

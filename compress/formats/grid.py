@@ -143,6 +143,13 @@ class Quantized(Storage, Protocol):
     def unpack(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Grid]: ...
 
 
+@runtime_checkable
+class Lowered(Quantized, Protocol):
+    """One whose levels begin at a number of each group's own, which `relow` moves to the nearest that can be stored."""
+
+    def relow(self, grid: Grid, low: Tensor) -> Grid: ...
+
+
 class Grouped:
     """What all formats share whose inputs come in groups of `group`; None is one group for all inputs of an output."""
 

@@ -12,14 +12,12 @@
     q5_1     6               32, one group          d q - m            q 0..31
 
 d and m are fp16 numbers of the block, its **units**; sc and mn are integers of the group. `weight_blocks`, uint8 [N, bytes of a
-row], is what lies in a GGUF file, byte for byte, so an export to one is a copy; beside it lies `weight_shape`, int64 [2], alone. The types are those
-of ggml (github.com/ggml-org/llama.cpp, ggml-common.h), whose order of bytes is in `KINDS`: a `Plane` has the bits from `shift`
-on of each code; those of codes that are `width` apart share a byte, the first lowest.
+row], is what lies in a GGUF file, byte for byte (ggml.py), so an export to one is a copy; beside it lies `weight_shape` alone.
 
-How they fit the protocol of grids: `fit` gives each group the scale and the least level it wants, in fp32; `settle` finds a block's
-units and rounds what the groups want to multiples of them; `rescale` and `relow` move one group's number along these, so a
-solver refits scales to codes as it does elsewhere, and never leaves what can be stored.
-A scale of 0 is never stored: 1 serves a group of zeros as well, and levels can then be divided by.
+How they fit the protocol of grids: `fit` gives each group the scale and the least level it wants, in fp32; `settle` finds a
+block's units and rounds what the groups want to multiples of them; `rescale` and `relow` move one group's number along these, so
+a solver refits scales to codes as it does elsewhere, and never leaves what can be stored. A scale of 0 is never stored: 1 serves
+a group of zeros as well, and levels can then be divided by.
 
 Every product is exact in fp32 (11 bits of d, up to 8 of sc, up to 8 of a level: 24 at most, for each kind), and the sum with the
 least level is rounded once: llama.cpp computes the same number, whether it fuses the two or not.
@@ -27,7 +25,7 @@ least level is rounded once: llama.cpp computes the same number, whether it fuse
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
@@ -36,146 +34,11 @@ import torch
 from torch import Tensor
 
 from compress.errors import FormatError
+from compress.formats.ggml import KINDS, SCALES, Kind, Plane
 from compress.formats.grid import Grid, Grouped, Listing, Shape, round_scale
 
-SUPER = 256
 _TRIES = 18  # units tried for a block: where its extreme lands at the end of the integers, and on fewer of them
 _LEAST = 2.0**-24
-_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # ggml's table of iq4
-
-
-@dataclass(frozen=True)
-class Plane:
-    """Some bits of all codes of a block: `bits` of each from `shift` on; codes `width` apart share a byte."""
-
-    shift: int
-    bits: int
-    width: int
-
-    def write(self, codes: Tensor) -> Tensor:
-        """uint8 [..., weights of a block * bits / 8] of codes [..., weights of a block]."""
-        parts = (codes >> self.shift & (1 << self.bits) - 1).unflatten(-1, (-1, 8 // self.bits, self.width))
-        shifts = torch.arange(0, 8, self.bits, device=codes.device, dtype=torch.uint8)[:, None]
-        return (parts << shifts).sum(-2, dtype=torch.uint8).flatten(-2)
-
-    def read(self, data: Tensor) -> Tensor:
-        """The inverse, with all other bits of the codes zero."""
-        shifts = torch.arange(0, 8, self.bits, device=data.device, dtype=torch.uint8)[:, None]
-        parts = data.unflatten(-1, (-1, 1, self.width)) >> shifts & (1 << self.bits) - 1
-        return parts.flatten(-3) << self.shift
-
-    def nbytes(self, block: int) -> int:
-        return block * self.bits // 8
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What a type of blocks is made of, its fields in the order of bytes; see the table above.
-
-    least, most: of the groups' integers; None where a group is a block. low: whether levels begin at a number of their own.
-    zero: the code that stands for 0 without one. table: the levels, where they are no integers in a row.
-    """
-
-    bits: int
-    block: int
-    group: int
-    fields: tuple[str | Plane, ...]
-    least: int | None = None
-    most: int | None = None
-    low: bool = False
-    table: tuple[int, ...] | None = None
-
-    @property
-    def zero(self) -> int:
-        return 0 if self.low or self.table else 1 << (self.bits - 1)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of a block."""
-        return sum(f.nbytes(self.block) if isinstance(f, Plane) else self.width(f) for f in self.fields)
-
-    def width(self, field: str) -> int:
-        return SCALES[field].nbytes if field in SCALES else 2
-
-
-# --- how the integers of groups lie in bytes ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Scales:
-    """Bytes [..., nbytes] of the integers sc and, or zeros, mn [..., groups], and back; both as unsigned numbers, int16."""
-
-    nbytes: int
-    write: Callable[[Tensor, Tensor], Tensor]
-    read: Callable[[Tensor], tuple[Tensor, Tensor]]
-
-
-def _halves(sc: Tensor, mn: Tensor) -> Tensor:
-    return sc | mn << 4
-
-
-def _halves_back(b: Tensor) -> tuple[Tensor, Tensor]:
-    return b & 15, b >> 4
-
-
-def _sixes(sc: Tensor, mn: Tensor) -> Tensor:
-    """8 scales and 8 minima of 6 bits in 12 bytes: the first four of each whole, the upper bits of the last four above them."""
-    first, last = slice(0, 4), slice(4, 8)
-    return torch.cat([sc[..., first] | sc[..., last] >> 4 << 6, mn[..., first] | mn[..., last] >> 4 << 6,
-                      sc[..., last] & 15 | (mn[..., last] & 15) << 4], -1)  # fmt: skip
-
-
-def _sixes_back(b: Tensor) -> tuple[Tensor, Tensor]:
-    top, low, both = b[..., 0:4], b[..., 4:8], b[..., 8:12]
-    sc = torch.cat([top & 63, both & 15 | top >> 6 << 4], -1)
-    return sc, torch.cat([low & 63, both >> 4 | low >> 6 << 4], -1)
-
-
-def _signed_sixes(sc: Tensor, _: Tensor) -> Tensor:
-    """16 scales of 6 bits in 12 bytes: lower halves of the first and last eight, then the upper bits, four to a byte."""
-    upper = (sc >> 4).unflatten(-1, (4, 4)) << torch.arange(0, 8, 2, device=sc.device, dtype=sc.dtype)[:, None]
-    return torch.cat([sc[..., :8] & 15 | (sc[..., 8:] & 15) << 4, upper.sum(-2, dtype=sc.dtype)], -1)
-
-
-def _signed_sixes_back(b: Tensor) -> tuple[Tensor, Tensor]:
-    lower = torch.cat([b[..., :8] & 15, b[..., :8] >> 4], -1)
-    shifts = torch.arange(0, 8, 2, device=b.device, dtype=b.dtype)[:, None]
-    upper = (b[..., None, 8:] >> shifts & 3).flatten(-2)
-    return lower | upper << 4, torch.zeros_like(lower)
-
-
-def _split_sixes(sc: Tensor, _: Tensor) -> Tensor:
-    """8 scales of 6 bits: the upper two of each in 16 bits, then the lower four of two in a byte."""
-    upper = ((sc >> 4).unflatten(-1, (2, 4)) << torch.arange(0, 8, 2, device=sc.device, dtype=sc.dtype)).sum(-1, dtype=sc.dtype)
-    pairs = sc.unflatten(-1, (4, 2)) & 15
-    return torch.cat([upper, pairs[..., 0] | pairs[..., 1] << 4], -1)
-
-
-def _split_sixes_back(b: Tensor) -> tuple[Tensor, Tensor]:
-    upper = (b[..., :2, None] >> torch.arange(0, 8, 2, device=b.device, dtype=b.dtype) & 3).flatten(-2)
-    lower = torch.stack([b[..., 2:] & 15, b[..., 2:] >> 4], -1).flatten(-2)
-    return lower | upper << 4, torch.zeros_like(lower)
-
-
-SCALES: Mapping[str, Scales] = {
-    "halves": Scales(16, _halves, _halves_back),
-    "sixes": Scales(12, _sixes, _sixes_back),
-    "signed sixes": Scales(12, _signed_sixes, _signed_sixes_back),
-    "split sixes": Scales(6, _split_sixes, _split_sixes_back),
-    "bytes": Scales(16, lambda sc, _: sc, lambda b: (b, torch.zeros_like(b))),
-}
-
-KINDS: Mapping[str, Kind] = {
-    "q2_k": Kind(2, SUPER, 16, ("halves", Plane(0, 2, 32), "d", "m"), 0, 15, low=True),
-    "q3_k": Kind(3, SUPER, 16, (Plane(2, 1, 32), Plane(0, 2, 32), "signed sixes", "d"), -32, 31),
-    "q4_k": Kind(4, SUPER, 32, ("d", "m", "sixes", Plane(0, 4, 32)), 0, 63, low=True),
-    "q5_k": Kind(5, SUPER, 32, ("d", "m", "sixes", Plane(4, 1, 32), Plane(0, 4, 32)), 0, 63, low=True),
-    "q6_k": Kind(6, SUPER, 16, (Plane(0, 4, 64), Plane(4, 2, 32), "bytes", "d"), -128, 127),
-    "iq4_xs": Kind(4, SUPER, 32, ("d", "split sixes", Plane(0, 4, 16)), -32, 31, table=_NL),
-    "iq4_nl": Kind(4, 32, 32, ("d", Plane(0, 4, 16)), table=_NL),
-    "q4_1": Kind(4, 32, 32, ("d", "m", Plane(0, 4, 16)), low=True),
-    "q5_1": Kind(5, 32, 32, ("d", "m", Plane(4, 1, 1), Plane(0, 4, 16)), low=True),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -389,20 +252,16 @@ def _spread(unit: Tensor, per: int) -> Tensor:
 
 
 def _units(wanted: Tensor, least: int, most: int) -> tuple[Tensor, Tensor]:
-    """For blocks of numbers [N, blocks, groups]: the unit [N, blocks, 1], an fp16 number as fp32, and integers least ... most whose
-    products with it are nearest to them, by the sum of squares. The extreme of a block lands on the far end or near it."""
+    """For blocks of numbers [N, blocks, groups]: the unit [N, blocks, 1], an fp16 number as fp32, and integers least ... most
+    whose products with it are nearest to them, by the sum of squares. The extreme of a block lands on the far end or near it."""
     far = most if -least < most else least
     extreme = wanted.gather(-1, wanted.abs().argmax(-1, keepdim=True)).float()
-    best = best_error = best_whole = None
+    found = []
     for i in range(_TRIES):
-        share = far * (1 + (1 - i) * 0.03)  # from a little over the end, where the others are finer, to half of it
-        unit = round_scale(extreme / share, torch.float16).float()
-        whole = (wanted / unit).round_().clamp_(least, most)
-        error = (unit * whole - wanted).square_().sum(-1, keepdim=True)
-        if best is None or best_error is None or best_whole is None:
-            best, best_error, best_whole = unit, error, whole
-        better = error < best_error
-        best, best_error = torch.where(better, unit, best), torch.minimum(error, best_error)
-        best_whole = torch.where(better, whole, best_whole)
-    assert best is not None and best_whole is not None
-    return best, best_whole
+        # from a little over the end, where the others are finer, to half of it
+        unit = round_scale(extreme / (far * (1 + (1 - i) * 0.03)), torch.float16).float()
+        found.append((unit, (wanted / unit).round_().clamp_(least, most)))
+    errors = torch.stack([(unit * whole - wanted).square_().sum(-1) for unit, whole in found])
+    best = errors.argmin(0)[None, ..., None]
+    units, wholes = (torch.stack(parts) for parts in zip(*found, strict=True))
+    return units.gather(0, best)[0], wholes.gather(0, best.expand_as(wholes[:1]))[0]

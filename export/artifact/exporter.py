@@ -60,6 +60,7 @@ def way_for(ways: Mapping[type, Way], exporter: str, site: str, fmt: Format) -> 
                           "such layer; export native or onnx instead, or leave 'factorize' out")  # fmt: skip
     refuse_ours(exporter, site, fmt)
     if type(fmt) not in ways:
+        refuse_blocks(exporter, site, fmt)
         raise ExportError(f"{exporter} holds integers; '{site}' has {fmt}: export native instead, or use int formats only")
     return ways[type(fmt)]
 
@@ -69,12 +70,16 @@ def refuse_ours(exporter: str, site: str, fmt: Format) -> None:
     if isinstance(numbers_of(fmt), Ecq):
         raise ExportError(f"{exporter}: '{site}' has {fmt}, which is entropy-coded, and no engine of this layout reads that; "
                           "export native instead, or use int or lut formats")  # fmt: skip
-    if isinstance(fmt, Blocks):
-        raise ExportError(f"{exporter}: '{site}' has {fmt}, blocks of llama.cpp's, and no engine of this layout reads those; export "
-                          "gguf or native instead, or use int formats")  # fmt: skip
     if isinstance(fmt, Rotated):
         raise ExportError(f"{exporter}: '{site}' has {fmt}, whose inputs and outputs are rotated, which no engine of this layout "
                           f"does; export native instead, or use {fmt.base}")  # fmt: skip
+
+
+def refuse_blocks(exporter: str, site: str, fmt: Format) -> None:
+    """ExportError for a site in blocks of llama.cpp's."""
+    if isinstance(fmt, Blocks):
+        raise ExportError(f"{exporter}: '{site}' has {fmt}, blocks of llama.cpp's, and no engine of this layout reads those; "
+                          "export gguf or native instead, or use int formats")  # fmt: skip
 
 
 def refuse_packed_table(exporter: str, state: State, name: str, fmt: Format) -> None:

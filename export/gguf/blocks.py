@@ -23,7 +23,7 @@ from torch import Tensor
 
 from compress.errors import ExportError, ModelError
 from compress.export.gguf.file import BLOCK, KINDS, Kind
-from compress.formats import Int, Packed, bitpack
+from compress.formats import Blocks, Int, Packed, bitpack
 from compress.formats.grid import Grid
 
 ROOM = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 128}  # a kind of blocks holds -room ... room - 1
@@ -33,6 +33,11 @@ def container(fmt: Int) -> Kind | None:
     """The smallest kind of blocks that holds a format; None where none does."""
     reach = fmt.levels - 1 if not fmt.symmetric else fmt.levels // 2 - 1
     return next((KINDS[name] for name, room in ROOM.items() if reach < room), None)
+
+
+def own(fmt: Blocks) -> Kind:
+    """The kind of blocks that a format is."""
+    return KINDS[fmt.kind.upper()]
 
 
 def bits(kind: Kind) -> float:

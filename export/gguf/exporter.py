@@ -1,4 +1,5 @@
-"""Export to a GGUF file for llama.cpp: integer formats in its plain blocks, without loss, and all that it asks to know.
+"""Export to a GGUF file for llama.cpp: integers in its plain blocks, without loss, its own kinds of blocks as they are, and all
+that it asks to know.
 
 file.py has the container, blocks.py the blocks, metadata.py and tokenizer.py the keys. Beside the file lie
 the source's config.json and tokenizer, for our reader and for transformers. The key ``compress.formats`` notes what a reader
@@ -46,7 +47,7 @@ from compress.export.gguf.metadata import (
 )
 from compress.export.gguf.reader import read
 from compress.export.gguf.tokenizer import vocabulary
-from compress.formats import Dense, Int, Packed, integers
+from compress.formats import Blocks, Dense, Int, Packed, integers
 from compress.model.model import Model, open_model
 from compress.state import State
 from compress.state.checkpoint import Spec
@@ -167,6 +168,7 @@ HELD: Mapping[type, Held] = {
         lambda site, fmt: None, lambda fmt: KINDS[DTYPES[fmt.dtype]], lambda packed, kind, name: packed.tensors["weight"]
     ),
     Int: Held(check_integers, blocks.container, blocks.pack),
+    Blocks: Held(lambda site, fmt: None, blocks.own, lambda packed, kind, name: packed.tensors["weight_blocks"]),
 }
 
 
@@ -221,7 +223,7 @@ def file_of(model: Model, state: State) -> File:
 
 def noted(state: State, found: list[Entry]) -> dict[str, Any]:
     """What `compress.formats` says."""
-    formats = {name: str(fmt) for name, fmt in integers(state.formats).items()}
+    formats = {name: str(fmt) for name, fmt in state.formats.items() if isinstance(fmt, Int | Blocks)}
     others = {e.tensor.name: str(e.spec.dtype)[6:] for e in found if e.spec and e.spec.dtype != state.dtype}
     return {"version": VERSION, "dtype": str(state.dtype)[6:], "formats": formats, "dtypes": others}
 

@@ -5,7 +5,8 @@
     each tensor    string name, u32 number of dimensions, u64 dimensions (innermost first), u32 type, u64 offset
     zeros up to a multiple of 32; then each tensor at its offset from here, and zeros up to a multiple of 32
 
-A string is u64 bytes and UTF-8. All numbers are little-endian. Quantized tensors are blocks of 32 weights along a row:
+A string is u64 bytes and UTF-8. All numbers are little-endian. Quantized tensors are blocks of weights along a row: those of
+formats/superblocks.py, and blocks of 32 for plain integers:
 
     Q4_0   18 bytes   fp16 d, 16 bytes of codes: w = (code - 8) * d
     Q5_0   22 bytes   fp16 d, 4 bytes of fifth bits, 16 bytes of codes: w = (code - 16) * d
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 
 from compress.errors import ModelError
+from compress.formats import ggml
 from compress.model.gguf_header import ARRAY, SCALARS, STRING, Cursor
 from compress.state.checkpoint import tensor_bytes, write_all
 
@@ -48,10 +50,12 @@ class Kind:
     nbytes: int
 
 
+NUMBERS = {"q4_1": 3, "q5_1": 7, "q2_k": 10, "q3_k": 11, "q4_k": 12, "q5_k": 13, "q6_k": 14, "iq4_nl": 20, "iq4_xs": 23}
 KINDS = {
     kind.name: kind
     for kind in (Kind("F32", 0, 1, 4), Kind("F16", 1, 1, 2), Kind("BF16", 30, 1, 2),
-                 Kind("Q4_0", 2, BLOCK, 18), Kind("Q5_0", 6, BLOCK, 22), Kind("Q8_0", 8, BLOCK, 34))
+                 Kind("Q4_0", 2, BLOCK, 18), Kind("Q5_0", 6, BLOCK, 22), Kind("Q8_0", 8, BLOCK, 34),
+                 *(Kind(name.upper(), NUMBERS[name], kind.block, kind.nbytes) for name, kind in ggml.KINDS.items()))
 }  # fmt: skip
 _BY_NUMBER = {kind.number: kind for kind in KINDS.values()}
 

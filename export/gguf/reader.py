@@ -28,7 +28,7 @@ from compress.export.gguf.metadata import (
     vector,
     vector_back,
 )
-from compress.formats import Int, integers, parse
+from compress.formats import Blocks, Int, parse
 from compress.model.model import Model, open_model
 from compress.state import State
 from compress.state.checkpoint import Spec
@@ -44,7 +44,7 @@ class Note:
     """What `compress.formats` says; see gguf.py. dtypes: by names in the file."""
 
     dtype: torch.dtype
-    formats: Mapping[str, Int]
+    formats: Mapping[str, Int | Blocks]
     dtypes: Mapping[str, torch.dtype]
 
 
@@ -60,13 +60,14 @@ def note_of(found: Found) -> Note:
                              "upgrade compress-pipeline")  # fmt: skip
         formats = {name: parse(text) for name, text in said["formats"].items()}
         dtypes = {name: FLOATS[dtype] for name, dtype in said["dtypes"].items()}
-        note = Note(FLOATS[said["dtype"]], integers(formats), dtypes)
+        held = {name: fmt for name, fmt in formats.items() if isinstance(fmt, Int | Blocks)}
+        note = Note(FLOATS[said["dtype"]], held, dtypes)
     except ModelError:
         raise
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
         raise ModelError(f"{found.path}: {NOTE} is broken ({type(e).__name__})") from None
     if len(note.formats) < len(formats):
-        raise ModelError(f"{found.path}: {NOTE} names formats that are not integers")
+        raise ModelError(f"{found.path}: {NOTE} names formats that no blocks hold")
     return note
 
 
@@ -129,19 +130,24 @@ def dense(model: Model, found: Found, tensor: Tensor, name: str, note: Note) -> 
     return Seen(Spec(name, dtype, tensor.shape), found.path, make)
 
 
-def sites(model: Model, found: Found, tensor: Tensor, site: Site, fmt: Int, note: Note) -> Iterator[Seen]:
+def sites(model: Model, found: Found, tensor: Tensor, site: Site, fmt: Int | Blocks, note: Note) -> Iterator[Seen]:
     """Our tensors of a quantized matrix."""
     scale = torch.float16 if note.dtype == torch.float16 else torch.bfloat16
     try:
         specs = fmt.tensors(site.shape, scale)
     except FormatError as e:
         raise ModelError(f"{found.path}: '{site.name}': {e}") from None
-    if tensor.kind != blocks.container(fmt) or fmt.width(site.shape[1]) % BLOCK:
+    held = (
+        blocks.own(fmt) if isinstance(fmt, Blocks) else blocks.container(fmt) if fmt.width(site.shape[1]) % BLOCK == 0 else None
+    )
+    if tensor.kind != held:
         raise ModelError(f"{found.path}: '{tensor.name}' is {tensor.kind.name}, and {NOTE} says {fmt}; the file is damaged")
 
     def make(suffix: str) -> torch.Tensor:
         if suffix == "weight_shape":
             return torch.tensor(site.shape)
+        if isinstance(fmt, Blocks):
+            return rows_of(model, found, tensor).contiguous()
         try:
             q, scales = blocks.unpack(rows_of(model, found, tensor), tensor.kind, site.shape)
             return blocks.restore(fmt, q, scales, scale)[suffix]

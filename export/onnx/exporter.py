@@ -13,7 +13,7 @@ from pydantic import Field
 from compress.errors import ExportError, FormatError
 from compress.export.artifact import proof
 from compress.export.artifact.engines import EngineError
-from compress.export.artifact.exporter import Exporter, Files, Job, Proof, headless, refuse_ours, state_bytes
+from compress.export.artifact.exporter import Exporter, Files, Job, Proof, headless, refuse_blocks, refuse_ours, state_bytes
 from compress.export.artifact.place import carry_over
 from compress.export.artifact.tensors import same_site, write_config
 from compress.export.onnx import datafile
@@ -46,6 +46,7 @@ class Onnx(Exporter):
         refuse(state)
         for name, fmt in state.formats.items():
             refuse_ours("onnx", name, fmt)
+            refuse_blocks("onnx", name, fmt)
             base, shape = numbers_of(fmt), state.graph[name].shape
             try:
                 for _, inputs in fmt.factor_shapes(shape).values() if isinstance(fmt, Factored) else (shape,):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import FormatError
-from compress.export.runtime.decode import Rows, Shape, blocks, format_of, named, rows_of, with_shapes
+from compress.export.runtime.decode import Shape, blocks, format_of, named, rows_of, with_shapes
 from compress.formats import Dense, Factored, Format, LowRank, Rotated, base_of
 
 LAYOUTS = ("canonical", "codes", "tiles")
@@ -83,11 +83,11 @@ def embedding(ids: Tensor, parts: list[Tensor], format: str, n: int, k: int, dty
         raise FormatError(f"rows of a matrix in {fmt} are not looked up: a rotation mixes them")
     factors = factors_of(fmt, (n, k), tensors)
     if factors is None:
-        return Rows(fmt, (n, k), tensors, dtype).at(flat).view(*ids.shape, k)
+        return rows_of(fmt, (n, k), tensors, dtype).at(flat).view(*ids.shape, k)
     A_rk, B_nr = factors
     if isinstance(fmt, Factored):
         return (B_nr[flat] @ A_rk).to(dtype).view(*ids.shape, k)
-    W_mk = Rows(base_of(fmt), (n, k), tensors, torch.float32).at(flat) + B_nr[flat] @ A_rk
+    W_mk = rows_of(base_of(fmt), (n, k), tensors, torch.float32).at(flat) + B_nr[flat] @ A_rk
     return W_mk.to(dtype).view(*ids.shape, k)
 
 
