@@ -35,9 +35,9 @@ def container(fmt: Int) -> Kind | None:
     return next((KINDS[name] for name, room in ROOM.items() if reach < room), None)
 
 
-def own(fmt: Blocks) -> Kind:
-    """The kind of blocks that a format is."""
-    return KINDS[fmt.kind.upper()]
+def kind_of(fmt: Int | Blocks) -> Kind | None:
+    """The kind of blocks that a format is, or that holds it."""
+    return KINDS[fmt.kind.upper()] if isinstance(fmt, Blocks) else container(fmt)
 
 
 def bits(kind: Kind) -> float:

@@ -168,7 +168,7 @@ HELD: Mapping[type, Held] = {
         lambda site, fmt: None, lambda fmt: KINDS[DTYPES[fmt.dtype]], lambda packed, kind, name: packed.tensors["weight"]
     ),
     Int: Held(check_integers, blocks.container, blocks.pack),
-    Blocks: Held(lambda site, fmt: None, blocks.own, lambda packed, kind, name: packed.tensors["weight_blocks"]),
+    Blocks: Held(lambda site, fmt: None, blocks.kind_of, lambda packed, kind, name: packed.tensors["weight_blocks"]),
 }
 
 

@@ -137,10 +137,8 @@ def sites(model: Model, found: Found, tensor: Tensor, site: Site, fmt: Int | Blo
         specs = fmt.tensors(site.shape, scale)
     except FormatError as e:
         raise ModelError(f"{found.path}: '{site.name}': {e}") from None
-    held = (
-        blocks.own(fmt) if isinstance(fmt, Blocks) else blocks.container(fmt) if fmt.width(site.shape[1]) % BLOCK == 0 else None
-    )
-    if tensor.kind != held:
+    whole = isinstance(fmt, Blocks) or fmt.width(site.shape[1]) % BLOCK == 0
+    if tensor.kind != blocks.kind_of(fmt) or not whole:
         raise ModelError(f"{found.path}: '{tensor.name}' is {tensor.kind.name}, and {NOTE} says {fmt}; the file is damaged")
 
     def make(suffix: str) -> torch.Tensor:
