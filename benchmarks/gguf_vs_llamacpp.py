@@ -1,11 +1,12 @@
-"""GGUF files of ours beside files of the same size that llama.cpp quantizes, all judged by llama.cpp.
+"""GGUF files of ours beside those of llama.cpp's presets, at their exact size, all judged by llama.cpp.
 
     python benchmarks/gguf_vs_llamacpp.py --calibration TEXT --evaluation TEXT --llamacpp-python VENV/bin/python [--model DIR] \\
         [--work DIR] [--save DIR]
 
 The model is Gemma 3 270M where `--model` names no other (see real_models.py). It is written densely first; llama.cpp makes its
-files of that one, without an importance matrix, the token table in a type of its own. KL is that to the dense file, on the same
-windows, one token at a time, in nats a token.
+files of that one, by an importance matrix: the mean square of every input on the calibration windows, which are those that ours is
+solved on. Ours is allocated within the bytes of each of its files, table and head included, over all types that ours has; and by
+`--types`, some. KL is that to the dense file, on the same windows, one token at a time, in nats a token.
 """
 
 from __future__ import annotations
@@ -22,20 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import memory
+import numpy as np
+import torch
 from quantize_vs_peers import environment
 from real_models import gemma, known_grid, tell
 from report import figure, head, line, machine
 
 CHILD = Path(__file__).resolve().parent / "llamacpp_child.py"
-FORM, LENGTH = "int4:g32", 256
-OURS: dict[str, list[dict[str, Any]]] = {
-    "GPTQ, int4:g32 with the table": [{"quantize": {"format": FORM, "pins": {"embed": FORM}}}],
-    "allocated, int4, int5, int8, with the table": [
-        {"allocate": {"budget": "152 MiB", "also": ["embed"], "formats": [FORM, "int5:g32", "int8:g32"]}},
-        {"quantize": {}},
-    ],
-}
-THEIRS = (("Q4_0", "Q4_0"), ("IQ4_NL", "IQ4_NL"), ("Q3_K_S", "IQ4_NL"), ("Q4_K_S", "IQ4_NL"))  # of matrices, of the table
+LENGTH = 256
+TYPES = ("q2_k", "q3_k", "iq4_xs", "iq4_nl", "q4_k", "q4_1", "q5_k", "int5:g32", "q6_k", "int8:g32")
+THEIRS = ("Q2_K", "Q3_K_M", "Q4_K_M")
 
 
 def main() -> None:
@@ -47,12 +44,12 @@ def main() -> None:
         model, grid, windows = opened(args)
         (work / "windows.json").write_text(json.dumps(windows), "utf-8")
         dense = written("dense", [], model, args, work)
-        files = {
-            f"ours, {name}": written(f"ours-{i}", passes, model, args, work) for i, (name, passes) in enumerate(OURS.items())
-        }
-        for kind, table in THEIRS:
-            files[f"llama.cpp, {kind}, table {table}"] = path = work / f"{kind}.gguf"
-            child(args, work, "quantize", dense, path, kind, table)
+        seen(model, args, work / "imatrix.npz")
+        files = {}
+        for kind in args.theirs:
+            files[f"llama.cpp, {kind}, with imatrix"] = path = work / f"{kind}.gguf"
+            child(args, work, "quantize", dense, path, kind, work / "imatrix.npz")
+            files[f"ours, within {kind}"] = written(f"ours-{kind}", within(path, model, args), model, args, work)
         figures = judged(args, work, dense, [dense, *files.values()])
     finally:
         if not args.work:
@@ -61,7 +58,7 @@ def main() -> None:
     print(page)
     if args.save:
         args.save.mkdir(parents=True, exist_ok=True)
-        (args.save / f"{date.today()}-gguf-vs-llamacpp.md").write_text(page + "\n", "utf-8")
+        (args.save / f"{date.today()}-gguf-vs-llamacpp-{model.name}.md").write_text(page + "\n", "utf-8")
 
 
 def arguments() -> argparse.Namespace:
@@ -73,9 +70,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--llamacpp-python", required=True, help="the python of an environment with llama-cpp-python")
     parser.add_argument("--sequences", type=int, default=16, help="windows to calibrate on")
     parser.add_argument("--judged", type=int, default=8, help="windows to judge on")
+    parser.add_argument("--theirs", nargs="+", default=THEIRS, help="presets of llama.cpp")
+    parser.add_argument("--types", nargs="+", default=TYPES, help="formats that ours chooses from")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", help="keep files and logs here (default: a temporary folder)")
-    parser.add_argument("--save", type=Path, metavar="DIR", help="also write DIR/DATE-gguf-vs-llamacpp.md")
+    parser.add_argument("--save", type=Path, metavar="DIR", help="also write DIR/DATE-gguf-vs-llamacpp-MODEL.md")
     args = parser.parse_args()
     args.calibration, args.evaluation = args.calibration.resolve(), args.evaluation.resolve()
     return args
@@ -90,6 +89,41 @@ def opened(args: argparse.Namespace) -> tuple[Path, str, list[list[int]]]:
     asked = Windows(text=str(args.evaluation), sequences=args.judged, length=LENGTH, bos=True)
     ids = read(asked, model.folder, Path(), model.state.graph["embed"].shape[0]).ids
     return model.folder, known_grid(model), ids.tolist()
+
+
+def within(path: Path, model: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The passes that make a file no larger than that of a path."""
+    tied = json.loads((model / "config.json").read_text("utf-8")).get("tie_word_embeddings", True)
+    allocate = {"budget": f"{path.stat().st_size / 2**20:.6f} MiB", "also": ["embed"] if tied else ["embed", "lm_head"],
+                "formats": list(args.types)}  # fmt: skip
+    return [{"allocate": allocate}, {"quantize": {}}]
+
+
+@torch.no_grad()
+def seen(model: Path, args: argparse.Namespace, out: Path) -> None:
+    """The mean square of what every matrix in the blocks is given on the calibration windows, under llama.cpp's names."""
+    import transformers
+
+    from compress.export.gguf.metadata import family_of, tensor_name
+    from compress.model.data import Windows, read
+
+    dense = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    family, sums, count = family_of(dense.config.model_type), {}, 0
+
+    def watch(name: str) -> Any:
+        def add(_: Any, given: tuple[torch.Tensor, ...]) -> None:
+            sums[name] = sums.get(name, 0) + given[0].double().square().flatten(0, -2).sum(0)
+
+        return add
+
+    for name, module in dense.named_modules():
+        if isinstance(module, torch.nn.Linear) and (theirs := tensor_name(f"{name}.weight", family)):
+            module.register_forward_pre_hook(watch(theirs))
+    asked = Windows(text=str(args.calibration), sequences=args.sequences, length=LENGTH, bos=True)
+    for window in read(asked, model, Path(), dense.config.vocab_size).ids:
+        dense(window[None])
+        count += len(window)
+    np.savez(out, **{name: (total / count).float().numpy() for name, total in sums.items()})
 
 
 def written(name: str, passes: list[dict[str, Any]], model: Path, args: argparse.Namespace, work: Path) -> Path:

@@ -1,6 +1,6 @@
 """What llama.cpp does of gguf_vs_llamacpp.py, in an environment with llama-cpp-python and numpy.
 
-    python llamacpp_child.py quantize IN.gguf OUT.gguf KIND TABLE
+    python llamacpp_child.py quantize IN.gguf OUT.gguf KIND IMATRIX.npz
     python llamacpp_child.py logits FILE.gguf WINDOWS.json OUT.npy
     python llamacpp_child.py judge FILE.gguf WINDOWS.json REFERENCE.npy OUT.json
 
@@ -23,14 +23,16 @@ import llama_cpp
 import numpy as np
 
 ROWS = 32  # of logits compared at a time
-TYPES = {"Q4_0": 2, "Q5_0": 6, "Q8_0": 8, "Q3_K": 11, "Q4_K": 12, "IQ4_NL": 20}  # numbers of ggml's types
 
 
-def quantize(source: str, out: str, kind: str, table: str) -> None:
-    """llama.cpp's own file of a dense one; its table, and a head, in a type of their own."""
+def quantize(source: str, out: str, kind: str, importance: str) -> None:
+    """llama.cpp's own file of a dense one, by the mean square of its matrices' inputs."""
     wanted = llama_cpp.llama_model_quantize_default_params()
     wanted.ftype, wanted.nthread = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}"), threads()
-    wanted.token_embedding_type = wanted.output_tensor_type = TYPES[table]
+    held = {name: np.ascontiguousarray(values, np.float32) for name, values in np.load(importance).items()}
+    Entry, floats = llama_cpp.llama_model_imatrix_data, ctypes.POINTER(ctypes.c_float)
+    entries = [Entry(name.encode(), values.ctypes.data_as(floats), values.size) for name, values in held.items()]
+    wanted.imatrix = (Entry * (len(entries) + 1))(*entries)  # closed by an empty one
     if llama_cpp.llama_model_quantize(source.encode(), out.encode(), ctypes.byref(wanted)):
         sys.exit(f"llama.cpp cannot quantize {source}")
 

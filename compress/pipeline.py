@@ -111,12 +111,12 @@ def told_by_passes(ready: Prepared) -> list[str]:
 
 
 def over_budget(state: State, layouts: Mapping[str, Files]) -> list[str]:
-    """What to know where a budget of bytes, which counts safetensors, is passed by another exporter's containers."""
+    """What to know where a budget of bytes is passed by an exporter whose containers are larger than the formats in them."""
     forecast = state.plan.forecast if state.plan else None
     found = []
     for limit in forecast.spent if forecast else ():
         whole = not limit.name.endswith("bits") and ":" not in limit.name  # of the file, not of some matrices or an average
-        found += [f"{name} takes {size(files.nbytes)}, above the budget of {limit.name}, which counts safetensors of our formats"
+        found += [f"{name} takes {size(files.nbytes)}, above the budget of {limit.name}: its containers are larger than the formats"
                   for name, files in layouts.items() if whole and files.nbytes > limit.allowed]  # fmt: skip
     return found
 

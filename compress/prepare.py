@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from compress.recipe import Recipe, load
 from compress.run import digest
 from compress.sampling import check
 from compress.state import State
+from compress.state.checkpoint import Layout
 
 PROOF_TOKENS = (2, 64)  # windows and tokens on which an artifact's logits are compared
 PROOF_LOGITS = 1 << 24  # numbers that these may be
@@ -133,6 +134,12 @@ def prepare(path: Path, overrides: Sequence[str] = (), say: Say = silent) -> Pre
             p.check(
                 bool(recipe.document.data.calibration or (p.trains and recipe.document.data.training)), recipe.passes[i + 1 :]
             )
+        except CompressError as e:
+            raise recipe.located(e, "passes", i) from None
+        if p.decides and recipe.exports:
+            p = p.beside_files(beyond(recipe, model, followed(recipe, i, foreseen)))
+            recipe = replace(recipe, passes=(*recipe.passes[:i], p, *recipe.passes[i + 1 :]))
+        try:
             outcomes = [manager.settle(p, foreseen, o) for o in p.outcomes(foreseen)] if p.decides else []
             before, foreseen = foreseen, manager.foresee([p], foreseen)
             if p.trains and text:
@@ -153,6 +160,18 @@ def followed(recipe: Recipe, first: int, state: State) -> State:
         except CompressError as e:
             raise recipe.located(e, "passes", i) from None
     return state
+
+
+def beyond(recipe: Recipe, model: Model, state: State) -> int:
+    """Bytes that the largest artifact asked for takes beyond a checkpoint in our own form, of a state at the end of the recipe;
+    none where one of the exporters cannot hold it, which is told elsewhere."""
+    own = Layout.of([spec for spec, _, _ in state.entries()]).nbytes
+    try:
+        for exporter in recipe.exports:
+            exporter.check(state)
+        return max(0, *(int(e.layout(model, state).nbytes) - own for e in recipe.exports))
+    except CompressError:
+        return 0
 
 
 def proof_tokens(vocabulary: int) -> tuple[int, int]:

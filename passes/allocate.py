@@ -46,7 +46,7 @@ from compress.passes.rates import ends
 from compress.passes.structure import EVERY, Counts, Damages, made_of, some
 from compress.passes.trials import Chain, Damage, Solved, split
 from compress.state import Aspect, Fact, State
-from compress.state.plan import BitPlan
+from compress.state.plan import BitPlan, Budget
 
 BACKWARD = 6  # passes forward that one forward and back is like, in all that is not a product: gradients, and their squares
 DRAWING = 8  # times that a logit is read or written, for probabilities, their sums, a draw, and the gradient
@@ -79,6 +79,12 @@ class Allocate(Options):
         if not calibrated and self.plan is None and (self.metric != "weight" or self.trials):
             todo = "add it, or use metric: weight and trials: 0"
             raise RecipeError(f"to measure damage, 'allocate' needs data.calibration; {todo}", ("metric",))
+
+    def beside_files(self, nbytes: int) -> Allocate:
+        """Every artifact asked for is to keep a budget of the file."""
+        budgets = (self.budget,) if isinstance(self.budget, str) else self.budget
+        counts = self.plan is None and not all(Budget.parse(text).average for text in budgets)
+        return self.model_copy(update={"beside": nbytes}) if counts and not self.beside else self
 
     def chain(self, following: Sequence[Pass]) -> Chain:
         """The later passes that quantize. RecipeError where there is none, or none that can use a rank."""
@@ -205,7 +211,7 @@ class Allocate(Options):
         sp = choices.space(state, self.formats, self.ranks, self.factors, self.pins, self.together, self.also)
         sp = sp if state is whole else sp.measured(whole.graph)
         budgets = (self.budget,) if isinstance(self.budget, str) else self.budget
-        limits, text = choices.resources(state, sp, budgets, self.limits, whole), self.constraints.get(LATENCY)
+        limits, text = choices.resources(state, sp, budgets, self.limits, whole, self.beside), self.constraints.get(LATENCY)
         if self.latency is None and text is not None:
             raise RecipeError("times are looked up in a table, and 'latency' names none; make one by 'compress bench RECIPE "
                               "--table FILE', and add latency: FILE", ("constraints", LATENCY))  # fmt: skip

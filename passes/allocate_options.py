@@ -34,6 +34,9 @@ class Options(Pass, ABC):
     factors: FormatText = Field("bf16", description="format of the correction's factors")  # type: ignore[assignment]
     pins: dict[str, str | Bounds] = Field({}, description="pattern -> a format, or {min: FORMAT, max: FORMAT}; later ones win")
     also: tuple[str, ...] = Field((), description="patterns of matrices outside the blocks to choose formats for: embed, lm_head")
+    beside: int = Field(
+        0, ge=0, description="bytes that artifacts take beyond a checkpoint of ours, for a budget of the file; found by itself"
+    )
     limits: dict[str, str] = Field({}, description="pattern -> a budget of its own for these matrices")
     structure: Structure | None = Field(None, description="what may become smaller, {mlp: [shares], kv_groups: [shares] or all}")
     shapes: Literal["uniform", "free"] = Field(

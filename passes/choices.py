@@ -289,14 +289,18 @@ class Resource:
         return f"{8 * total / self.numel:.4g} bits" if self.numel else f"{total:,} bytes ({size(total)})"
 
 
-def resources(state: State, sp: Space, budgets: Sequence[str], limits: Mapping[str, str], whole: State) -> list[Resource]:
+def resources(
+    state: State, sp: Space, budgets: Sequence[str], limits: Mapping[str, str], whole: State, beside: int = 0
+) -> list[Resource]:
     """The limits of a recipe, the main budget first; bits and shares are of the `whole` model, of which `state` may be a smaller
-    one. FormatError and MatchError with the place in the options."""
-    found = [resource(state, sp, text, None, ("budget",), whole) for text in budgets]
+    one. beside: what a file holds beyond what is counted. FormatError and MatchError with the place in the options."""
+    found = [resource(state, sp, text, None, ("budget",), whole, beside) for text in budgets]
     return found + [resource(state, sp, text, pattern, ("limits", pattern), whole) for pattern, text in limits.items()]
 
 
-def resource(state: State, sp: Space, text: str, pattern: str | None, at: tuple[str, ...], whole: State) -> Resource:
+def resource(
+    state: State, sp: Space, text: str, pattern: str | None, at: tuple[str, ...], whole: State, beside: int = 0
+) -> Resource:
     try:
         budget = Budget.parse(text)
         sites = sp.sites if pattern is None else owners(state.graph, state.graph.match(pattern))
@@ -315,7 +319,7 @@ def resource(state: State, sp: Space, text: str, pattern: str | None, at: tuple[
         return Resource(name, at, budget.bytes(numel, numel * own) - loose, plain, loose, numel if budget.average else 0)
     before = Layout.of(whole.specs).nbytes
     digits = len(str(before))
-    fixed = aside(state, sp, digits)
+    fixed = aside(state, sp, digits) + beside
 
     def written(site: Site, fmt: Format) -> int:
         return sum(s.nbytes + header_bytes(s, digits) for s, _, _ in site_entries(site, fmt, state.dtype, state.scale_dtype))
