@@ -4,9 +4,8 @@
         [--work DIR] [--save DIR]
 
 The model is Gemma 3 270M where `--model` names no other (see real_models.py). It is written densely first; llama.cpp makes its
-files of that one, by an importance matrix: the mean square of every input on the calibration windows, which are those that ours is
-solved on. Ours is allocated within the bytes of each of its files, table and head included, over all types that ours has; and by
-`--types`, some. KL is that to the dense file, on the same windows, one token at a time, in nats a token.
+files of that one, by an importance matrix: the mean square of every input on the calibration windows, which are those that ours
+is solved on. Ours is allocated within the bytes of each of its files, table and head included, over `--types`. KL is that to the dense file, on the same windows, one token at a time, in nats a token.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ def over_budget(state: State, layouts: Mapping[str, Files]) -> list[str]:
     found = []
     for limit in forecast.spent if forecast else ():
         whole = not limit.name.endswith("bits") and ":" not in limit.name  # of the file, not of some matrices or an average
-        found += [f"{name} takes {size(files.nbytes)}, above the budget of {limit.name}: its containers are larger than the formats"
+        found += [f"{name} takes {size(files.nbytes)}, above the budget of {limit.name}: its blocks are larger than the formats"
                   for name, files in layouts.items() if whole and files.nbytes > limit.allowed]  # fmt: skip
     return found
 
