@@ -5,7 +5,8 @@
 
 The model is Gemma 3 270M where `--model` names no other (see real_models.py). It is written densely first; llama.cpp makes its
 files of that one, by an importance matrix: the mean square of every input on the calibration windows, which are those that ours
-is solved on. Ours is allocated within the bytes of each of its files, table and head included, over `--types`. KL is that to the dense file, on the same windows, one token at a time, in nats a token.
+is solved on. Ours is allocated within the bytes of each of its files, table and head included, over `--types`. KL is that to the
+dense file, on the same windows, one token at a time, in nats a token.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from report import figure, head, line, machine
 
 CHILD = Path(__file__).resolve().parent / "llamacpp_child.py"
 LENGTH = 256
-TYPES = ("q2_k", "q3_k", "iq4_xs", "iq4_nl", "q4_k", "q4_1", "q5_k", "int5:g32", "q6_k", "int8:g32")
+TYPES = ("iq2_xxs", "iq2_xs", "iq2_s", "q2_k", "iq3_xxs", "iq3_s", "q3_k", "iq4_xs", "iq4_nl", "q4_k", "q4_1", "q5_k", "int5:g32",
+         "q6_k", "int8:g32")  # fmt: skip
 THEIRS = ("Q2_K", "Q3_K_M", "Q4_K_M")
 
 

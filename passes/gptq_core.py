@@ -142,7 +142,7 @@ def factor(H_kk: Tensor, *, damp: float = 0.01, order: str = "activation", overw
     A_kk = _ordered(H_kk, order_k, overwrite)
     for times in _DAMPS:
         lam = damp * times * mean
-        found = _ldl(A_kk, lam)
+        found = ldl(A_kk, lam)
         if found is not None:
             A_kk.diagonal().add_(lam)
             notes = () if times == 1 else (f"H is not positive definite; damping raised to {damp * times:g}",)
@@ -165,7 +165,7 @@ def _strips(K: int) -> list[tuple[int, int]]:
     return [(i, min(i + _STRIP, K)) for i in range(0, K, _STRIP)]
 
 
-def _ldl(A_kk: Tensor, lam: float) -> tuple[Tensor, Tensor] | None:
+def ldl(A_kk: Tensor, lam: float = 0.0) -> tuple[Tensor, Tensor] | None:
     """L and D of A + lam I = Lᵀ D L in the dtype of A, or None; by Cholesky in fp64 of A in reversed order.
 
     With A in reversed order C Cᵀ, row i of L is column i from the end of C over its diagonal, read backwards. Of C only the lower

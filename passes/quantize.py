@@ -22,11 +22,12 @@ from pydantic import Field, PlainSerializer, PlainValidator, WithJsonSchema, mod
 from torch import Tensor
 
 from compress.errors import FormatError, RecipeError
-from compress.formats import Blocks, Ecq, Factored, Format, LowRank, Rotated, base_of, lanes, numbers_of, parse
+from compress.formats import Blocks, Ecq, Factored, Format, Lattice, LowRank, Rotated, base_of, lanes, numbers_of, parse
+from compress.formats.lattice import Chosen
 from compress.manager import Context, Cost, Pass
 from compress.model.speed import computing
 from compress.model.work import advancing_bytes, block_bytes, per_token, waiting_bytes
-from compress.passes import costs, entropy_core, factored, learned, rotated
+from compress.passes import costs, entropy_core, factored, lattice_core, learned, rotated
 from compress.passes import gptq_core as core
 from compress.passes.solver import TABLE, Answer, Case
 from compress.passes.walk import Walk
@@ -122,11 +123,11 @@ class Quantize(Pass):
             if isinstance(held, Factored) and self.method == "learned":
                 raise RecipeError(f"'{name}' is {held} by an earlier step, and of factors nothing is learned; use method: gptq",
                                   ("method",))  # fmt: skip
-            if isinstance(fmt, Rotated | Ecq | Blocks) and self.method == "learned":
+            if isinstance(fmt, Rotated | Ecq | Blocks | Lattice) and self.method == "learned":
                 raise RecipeError(
                     f"'{name}' is to be {fmt}, which is not learned; use method: gptq, or a format such as int3:g64", at
                 )
-            if isinstance(fmt, LowRank | Factored | Rotated | Ecq | Blocks) and isinstance(held, Factored):
+            if isinstance(fmt, LowRank | Factored | Rotated | Ecq | Blocks | Lattice) and isinstance(held, Factored):
                 raise FormatError(f"'{name}' is {held} by an earlier step: give its factors a format with a grid and without a "
                                   f"rank, such as int4:g64, not {fmt}", at)  # fmt: skip
             if isinstance(fmt, Factored):
@@ -283,6 +284,17 @@ def coded(options: Quantize, W_nk: Tensor, factor: core.Factor | None, fmt: Any,
     return Answer(lambda _: found.tensors, found.loss_n, None, found.energy_n, found.notes)
 
 
+def in_words(options: Quantize, W_nk: Tensor, factor: core.Factor | None, fmt: Any, case: Case) -> Answer:
+    """In a vector code, by GPTQ on eight inputs at a time, or to the nearest words."""
+    found = lattice_core.solve(W_nk, factor or core.nothing_seen(W_nk), fmt, options.by_inputs and factor is not None)
+
+    def pack(rows: slice) -> dict[str, Tensor]:
+        one = found.chosen
+        return fmt.pack(Chosen(*(x[rows].cpu() for x in (one.points, one.negative, one.odd, one.d))))  # type: ignore[no-any-return]
+
+    return Answer(pack, found.loss_n, found.rounding_loss_n, found.energy_n, found.notes)
+
+
 def tried(options: Quantize, W_nk: Tensor, factor: core.Factor | None, fmt: Any, case: Case) -> Tensor:
     """What would come of W, without coding it."""
     if isinstance(fmt, Rotated):
@@ -297,4 +309,5 @@ ENCODERS: Mapping[type, Encoder] = {
     Factored: factored.solve,
     Rotated: rotated.solve,
     Ecq: coded,
+    Lattice: in_words,
 }  # by the kind of the format; all others have a grid

@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from compress.formats import Blocks, Dense, Format, Int, Packed, Rotated
+from compress.formats import Blocks, Dense, Format, Int, Lattice, Packed, Rotated
 from compress.formats.codebooks import NF, Lut
 from compress.formats.grid import Quantized, Storage
 from compress.manager import Context, Record
@@ -36,6 +36,8 @@ from compress.state.graph import Site
 LOOKED_UP = 1.0
 TABLE = 1 << 24  # weights of a table that are solved at a time
 ROWS = 256  # of a table in hand, a multiple: codes of zero points fill words, and outputs are turned in blocks
+ByRows = Int | NF | Lut | Blocks | Lattice | Rotated  # formats that some rows of a matrix can be solved in
+BY_ROWS = (Int, NF, Lut, Blocks, Lattice, Rotated)
 TOKENS_PER_INPUT = 2  # below this, an expert's own Hessian is too poor to stand alone
 
 
@@ -272,7 +274,12 @@ class Solver:
         """Solve sites of one Hessian and one format as one matrix, and keep the parts."""
         start, factor = time.perf_counter(), shared.factor
         fmt = self.formats[sites[0].name]
-        if len(sites) == 1 and is_table(sites[0]) and isinstance(fmt, Int | NF | Lut | Blocks | Rotated) and not fmt.joint:
+        if (
+            len(sites) == 1
+            and is_table(sites[0])
+            and isinstance(fmt, Int | NF | Lut | Blocks | Lattice | Rotated)
+            and not fmt.joint
+        ):
             self._solve_table(sites[0], fmt, shared)
             return
         weights = [self.state.reference(s) for s in sites]
@@ -300,7 +307,7 @@ class Solver:
             if self.aims is not None:
                 self.aims[site.name] = Aim(W_nk[rows], factor, self.records[-1])
 
-    def _solve_table(self, site: Site, fmt: Int | NF | Lut | Blocks | Rotated, shared: Shared) -> None:
+    def _solve_table(self, site: Site, fmt: ByRows, shared: Shared) -> None:
         """A matrix with a row for every token, some rows at a time: they are independent, and all of them at once would be the
         largest thing in the run."""
         start, case, parts = time.perf_counter(), Case(site, self.state, self.ctx, (site.shape[0],)), []

@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 
 from compress.errors import FormatError
 from compress.formats import Packed, parse
-from compress.formats.ggml import KINDS
+from compress.formats.ggml import KINDS, LATTICES
 from compress.formats.grid import encoded, plain, restore
+from compress.formats.lattice import Lattice
 from compress.formats.superblocks import Blocks
 from compress.passes import gptq_core as core
+from compress.passes import lattice_core
 
 gguf = pytest.importorskip("gguf", reason="the package gguf, which decodes blocks, is not installed")
 EVERY = [*KINDS]
@@ -113,3 +115,41 @@ def test_text_is_the_name(text: str) -> None:
 def test_what_blocks_do_not_divide_is_refused_by_name() -> None:
     with pytest.raises(FormatError, match="blocks of 256 do not divide 640 inputs; those of 32 do: iq4_nl, q4_1, q5_1"):
         Blocks("q4_k").check((8, 640))
+
+
+# --- vector codes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", LATTICES)
+def test_any_vector_codes_are_read_as_gguf_reads_them(kind: str) -> None:
+    fmt, g = Lattice(kind), torch.Generator().manual_seed(2)
+    raw = torch.randint(0, 256, (5, 2, fmt.of.nbytes), generator=g, dtype=torch.uint8)
+    raw[..., :2] = torch.randn(5, 2, 1, generator=g).to(torch.float16).view(torch.uint8)
+    blocks = raw.flatten(1)
+    ours = fmt.dequantize({"weight_blocks": blocks}, torch.float32)
+    assert np.array_equal(ours.numpy(), theirs(kind, blocks))
+    assert torch.equal(fmt.pack(fmt.unpack(blocks))["weight_blocks"], blocks)
+
+
+@pytest.mark.parametrize("kind", LATTICES)
+def test_gptq_solves_into_vector_codes(kind: str) -> None:
+    g = torch.Generator().manual_seed(5)
+    X = torch.randn(1024, 512, generator=g) @ torch.randn(512, 512, generator=g) / 22
+    W, fmt = torch.randn(24, 512, generator=g), Lattice(kind)
+    W[0] = 0
+    H = X.T @ X / 1024
+    found = lattice_core.solve(W, core.factor(H.clone()), fmt)
+    off = fmt.dequantize(fmt.pack(found.chosen), torch.float32) - W
+    torch.testing.assert_close(torch.einsum("nk,kl,nl->n", off, H, off), found.loss_n, rtol=2e-3, atol=1e-4)
+    assert (found.loss_n <= found.rounding_loss_n).all()
+    assert found.loss_n.sum() < 0.7 * found.rounding_loss_n.sum()
+
+
+@pytest.mark.parametrize(
+    ("kind", "most"), [("iq2_xxs", 0.14), ("iq2_xs", 0.11), ("iq2_s", 0.09), ("iq3_xxs", 0.04), ("iq3_s", 0.03)]
+)
+def test_words_are_as_near_as_the_bits_promise(kind: str, most: float) -> None:
+    W, fmt = torch.randn(32, 512, generator=torch.Generator().manual_seed(3)), Lattice(kind)
+    found = lattice_core.solve(W, core.nothing_seen(W), fmt, feedback=False)
+    off = fmt.dequantize(fmt.pack(found.chosen), torch.float32) - W
+    assert off.square().mean() < most

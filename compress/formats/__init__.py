@@ -6,6 +6,7 @@ from compress.formats.entropy import Ecq
 from compress.formats.factors import Factored, LowRank
 from compress.formats.formats import Format, Packed, base_of, integers, numbers_of, parse
 from compress.formats.ints import Dense, Int
+from compress.formats.lattice import Lattice
 from compress.formats.rotated import Rotated
 from compress.formats.superblocks import Blocks
 
@@ -16,6 +17,7 @@ __all__ = [
     "Factored",
     "Format",
     "Int",
+    "Lattice",
     "LowRank",
     "Packed",
     "Rotated",

@@ -7,7 +7,7 @@ A format has a text form that round-trips, `parse(str(f)) == f`:
     int8:channel       8-bit integers, one scale for each output
     nf3:g64:dq8x256    a table of levels, see codebooks.py; so do lut3:g64 and lut3:g64:shared
     ecq2.5             entropy-coded integers, 2.5 bits a weight with all that goes with them, see entropy.py
-    q4_k iq4_xs        the types of llama.cpp's blocks, see superblocks.py
+    q4_k iq4_xs        the types of llama.cpp's blocks, see superblocks.py; iq2_xs and its kin in lattice.py
     int2:g64:r128      any of int, nf, lut and ecq in rotated coordinates, inputs in blocks of 128, see rotated.py
     int3:g64+r16       int, nf or lut, not rotated, plus a product of two factors of rank 16
     lr64 lr64:int4:g32 a product of two factors of rank 64 in place of the matrix, in bf16 or in int, nf or lut; see factors.py
@@ -32,21 +32,22 @@ from compress.formats import bitpack
 from compress.formats.codebooks import NF, DoubleQuant, Lut
 from compress.formats.entropy import Ecq
 from compress.formats.factors import Factored, LowRank
-from compress.formats.ggml import KINDS
+from compress.formats.ggml import KINDS, LATTICES
 from compress.formats.grid import Grid, Shape, Storage, restore
 from compress.formats.ints import BITS, DENSE, Dense, Int
+from compress.formats.lattice import Lattice
 from compress.formats.rotated import BLOCKS, Rotated
 from compress.formats.superblocks import Blocks
 
-Format = Int | NF | Lut | Ecq | Blocks | Dense | LowRank | Factored | Rotated
+Format = Int | NF | Lut | Ecq | Blocks | Lattice | Dense | LowRank | Factored | Rotated
 
 
-def base_of(fmt: Format) -> Int | NF | Lut | Ecq | Blocks | Dense | Factored | Rotated:
+def base_of(fmt: Format) -> Int | NF | Lut | Ecq | Blocks | Lattice | Dense | Factored | Rotated:
     """A format without its low-rank correction, if it has one."""
     return fmt.base if isinstance(fmt, LowRank) else fmt
 
 
-def numbers_of(fmt: Format) -> Int | NF | Lut | Ecq | Blocks | Dense:
+def numbers_of(fmt: Format) -> Int | NF | Lut | Ecq | Blocks | Lattice | Dense:
     """What the numbers of a format are stored in: those of its quantized part, or of its two factors."""
     return fmt.base if isinstance(fmt, LowRank | Rotated) else fmt.factors if isinstance(fmt, Factored) else fmt
 
@@ -75,7 +76,7 @@ class Packed:
 
     def rows(self, rows: slice | list[int], dtype: torch.dtype) -> Tensor:
         """Some rows of the weight in `dtype`; of integers no others are decoded."""
-        if isinstance(self.format, Blocks):
+        if isinstance(self.format, Blocks | Lattice):
             return self.format.dequantize({"weight_blocks": self.tensors["weight_blocks"][rows]}, dtype)
         if not isinstance(self.format, Int):
             return self.dequantize(dtype)[rows]
@@ -103,12 +104,13 @@ _USUAL = [
     *(f"{base}+r{r}" for base in ("int3:g64", "int4:g64", "nf3:g64:dq8x256") for r in (16, 64)),
     *(f"lr{r}{f}" for r in (16, 64, 256) for f in ("", ":int8:channel", ":int4:g64")),
     *KINDS,
+    *LATTICES,
     *DENSE,
 ]
 _ALLOWED = (
     "int<2..8>:g<16..256>[:asym], int<2..8>:channel[:asym], nf<2,3,4,8>:g<16..256>[:dq<2,3,4,8>x<16..4096>[:fp16|:fp32]], "
     "lut<2..4>:g<16..256>[:shared], ecq<1.00..6.00>, <any of these five>:r<16,32,64,128,256>, "
-    "<int, nf or lut>+r<rank>[:<format of factors>], lr<rank>[:<format of factors>], " + ", ".join((*KINDS, *DENSE))
+    "<int, nf or lut>+r<rank>[:<format of factors>], lr<rank>[:<format of factors>], " + ", ".join((*KINDS, *LATTICES, *DENSE))
 )
 
 
@@ -126,6 +128,8 @@ def parse(text: str) -> Format:
         return Ecq(round(100 * float(found[1])))
     if text in KINDS:
         return Blocks(text)
+    if text in LATTICES:
+        return Lattice(text)
     if text in DENSE:
         return Dense(DENSE[text])
     if found := _INT.fullmatch(text):

@@ -1,4 +1,5 @@
-"""How llama.cpp's blocks lie in bytes: fields, planes of bits, and the integers of groups. See superblocks.py for what they mean.
+"""How llama.cpp's blocks lie in bytes: fields, planes of bits, and the integers of groups. What they mean is in superblocks.py
+and lattice.py.
 
 The order of bytes is that of ggml (github.com/ggml-org/llama.cpp, ggml-common.h). A `Plane` has the bits from `shift` on of each
 code; those of codes that are `width` apart share a byte, the first lowest.
@@ -11,6 +12,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from compress.errors import FormatError
+from compress.formats.grid import Listing, Shape, listed_bytes
 
 SUPER = 256
 NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # ggml's table of iq4
@@ -150,3 +154,138 @@ KINDS: Mapping[str, Kind] = {
     "q4_1": Kind(4, 32, 32, ("d", "m", Plane(0, 4, 16)), low=True),
     "q5_1": Kind(5, 32, 32, ("d", "m", Plane(4, 1, 1), Plane(0, 4, 16)), low=True),
 }  # fmt: skip
+
+
+# --- vector codes: points, signs, and the integers of groups ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LatticeKind:
+    """What a vector type is made of; see lattice.py. even: 7 bits of signs are stored. nbytes: of a block, d included.
+
+    write, read: bytes behind d [..., nbytes - 2] of points [..., 256 / dim], signs of eight [..., 32] and integers of groups
+    [..., 256 / group], all int64, and back.
+    """
+
+    dim: int
+    group: int
+    even: bool
+    c: float
+    nbytes: int
+    write: Callable[[Tensor, Tensor, Tensor], Tensor]
+    read: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+    block: int = SUPER
+
+
+def _bytes(x: Tensor, count: int) -> Tensor:
+    """Little-endian bytes [..., n * count] of numbers [..., n]."""
+    found: Tensor = (x[..., None] >> torch.arange(0, 8 * count, 8, device=x.device) & 255).flatten(-2).to(torch.uint8)
+    return found
+
+
+def _numbers(b: Tensor, count: int) -> Tensor:
+    """Numbers [..., n] of little-endian bytes [..., n * count]."""
+    found: Tensor = (b.unflatten(-1, (-1, count)) << torch.arange(0, 8 * count, 8, device=b.device)).sum(-1)
+    return found
+
+
+def _fields(x: Tensor, width: int) -> Tensor:
+    """Numbers [..., n / m] that hold m of `width` bits, where the last dimension is m: [..., n, m] -> [..., n]."""
+    return (x << torch.arange(0, width * x.shape[-1], width, device=x.device)).sum(-1)
+
+
+def _split(x: Tensor, width: int, count: int) -> Tensor:
+    return x[..., None] >> torch.arange(0, width * count, width, device=x.device) & (1 << width) - 1
+
+
+def _signs_and_scale(signs: Tensor, s: Tensor) -> Tensor:
+    """32 bits a group of 32: four times seven signs, and the integer on top."""
+    return _fields(signs.unflatten(-1, (-1, 4)) & 127, 7) | s << 28
+
+
+def _write_2xxs(index: Tensor, signs: Tensor, s: Tensor) -> Tensor:
+    first, second = _bytes(index, 1).unflatten(-1, (-1, 4)), _bytes(_signs_and_scale(signs, s), 4).unflatten(-1, (-1, 4))
+    return torch.cat([first, second], -1).flatten(-2)
+
+
+def _read_2xxs(b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    parts = b.unflatten(-1, (-1, 8))
+    word = _numbers(parts[..., 4:].flatten(-2), 4)
+    return parts[..., :4].flatten(-2), _split(word, 7, 4).flatten(-2), word >> 28
+
+
+def _write_2xs(index: Tensor, signs: Tensor, s: Tensor) -> Tensor:
+    return torch.cat([_bytes(index | (signs & 127) << 9, 2), _bytes(_fields(s.unflatten(-1, (-1, 2)), 4), 1)], -1)
+
+
+def _read_2xs(b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    word = _numbers(b[..., :64], 2)
+    return word & 511, word >> 9, _split(b[..., 64:], 4, 2).flatten(-2)
+
+
+def _write_2s(index: Tensor, signs: Tensor, s: Tensor) -> Tensor:
+    high = _fields(index.unflatten(-1, (-1, 4)) >> 8, 2)
+    return torch.cat([_bytes(x, 1) for x in (index, signs, high, _fields(s.unflatten(-1, (-1, 2)), 4))], -1)
+
+
+def _read_2s(b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    high = _split(b[..., 64:72], 2, 4).flatten(-2)
+    return b[..., :32] | high << 8, b[..., 32:64], _split(b[..., 72:], 4, 2).flatten(-2)
+
+
+def _write_3xxs(index: Tensor, signs: Tensor, s: Tensor) -> Tensor:
+    return torch.cat([_bytes(index, 1), _bytes(_signs_and_scale(signs, s), 4)], -1)
+
+
+def _read_3xxs(b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    word = _numbers(b[..., 64:], 4)
+    return b[..., :64], _split(word, 7, 4).flatten(-2), word >> 28
+
+
+def _write_3s(index: Tensor, signs: Tensor, s: Tensor) -> Tensor:
+    high = _fields(index.unflatten(-1, (-1, 8)) >> 8, 1)
+    return torch.cat([_bytes(x, 1) for x in (index, high, signs, _fields(s.unflatten(-1, (-1, 2)), 4))], -1)
+
+
+def _read_3s(b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    high = _split(b[..., 64:72], 1, 8).flatten(-2)
+    return b[..., :64] | high << 8, b[..., 72:104], _split(b[..., 104:], 4, 2).flatten(-2)
+
+
+LATTICES: Mapping[str, LatticeKind] = {
+    "iq2_xxs": LatticeKind(8, 32, True, 0.125, 66, _write_2xxs, _read_2xxs),
+    "iq2_xs": LatticeKind(8, 16, True, 0.125, 74, _write_2xs, _read_2xs),
+    "iq2_s": LatticeKind(8, 16, False, 0.125, 82, _write_2s, _read_2s),
+    "iq3_xxs": LatticeKind(4, 32, True, 0.25, 98, _write_3xxs, _read_3xxs),
+    "iq3_s": LatticeKind(4, 32, False, 1.0, 110, _write_3s, _read_3s),
+}
+TYPES: Mapping[str, Kind | LatticeKind] = {**KINDS, **LATTICES}
+
+
+class Stored:
+    """What all types share that lie in llama.cpp's blocks: their tensors, and which matrices they fit."""
+
+    kind: str
+
+    @property
+    def of(self) -> Kind | LatticeKind:
+        raise NotImplementedError
+
+    def check(self, shape: Shape) -> None:
+        """FormatError where whole blocks do not fill the rows of a weight [N, K]."""
+        if len(shape) != 2 or min(shape) < 1:
+            raise FormatError(f"{self} needs a matrix [outputs, inputs], not the shape {list(shape)}")
+        if shape[1] % self.of.block:
+            fitting = [name for name, kind in KINDS.items() if shape[1] % kind.block == 0]
+            hint = f"those of 32 do: {', '.join(fitting)}" if fitting else "none of llama.cpp's do; use int<bits>:g<group>"
+            raise FormatError(f"{self}: blocks of {self.of.block} do not divide {shape[1]} inputs; {hint}")
+
+    def tensors(self, shape: Shape, scale_dtype: torch.dtype = torch.bfloat16) -> Listing:
+        """Suffix -> (dtype, shape) of every tensor written for a weight [N, K]; units are fp16 whatever `scale_dtype`."""
+        self.check(shape)
+        row = shape[1] // self.of.block * self.of.nbytes
+        return {"weight_blocks": (torch.uint8, (shape[0], row)), "weight_shape": (torch.int64, (2,))}
+
+    def nbytes(self, shape: Shape) -> int:
+        """Bytes of all tensors written for a weight of `shape`."""
+        return listed_bytes(self.tensors(shape))

@@ -34,15 +34,15 @@ import torch
 from torch import Tensor
 
 from compress.errors import FormatError
-from compress.formats.ggml import KINDS, SCALES, Kind, Plane
-from compress.formats.grid import Grid, Grouped, Listing, Shape, round_scale
+from compress.formats.ggml import KINDS, SCALES, Kind, Plane, Stored
+from compress.formats.grid import Grid, Grouped, round_scale
 
 _TRIES = 18  # units tried for a block: where its extreme lands at the end of the integers, and on fewer of them
 _LEAST = 2.0**-24
 
 
 @dataclass(frozen=True)
-class Blocks(Grouped):
+class Blocks(Stored, Grouped):
     """A type of blocks of llama.cpp, by its name in lower case."""
 
     kind: str
@@ -82,17 +82,8 @@ class Blocks(Grouped):
 
     def groups(self, in_features: int) -> int:
         """The number of groups G in a row; FormatError where whole blocks do not fill it."""
-        if in_features % self.of.block:
-            fitting = [name for name, kind in KINDS.items() if in_features % kind.block == 0]
-            hint = f"those of 32 do: {', '.join(fitting)}" if fitting else "none of llama.cpp's do; use int<bits>:g<group>"
-            raise FormatError(f"{self}: blocks of {self.of.block} do not divide {in_features} inputs; {hint}")
+        Stored.check(self, (1, in_features))
         return in_features // self.of.group
-
-    def tensors(self, shape: Shape, scale_dtype: torch.dtype = torch.bfloat16) -> Listing:
-        """Suffix -> (dtype, shape) of every tensor written for a weight [N, K]; units are fp16 whatever `scale_dtype`."""
-        self.check(shape)
-        row = shape[1] // self.of.block * self.of.nbytes
-        return {"weight_blocks": (torch.uint8, (shape[0], row)), "weight_shape": (torch.int64, (2,))}
 
     # --- grids ---------------------------------------------------------------------------------------------------------
 

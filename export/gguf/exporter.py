@@ -47,7 +47,7 @@ from compress.export.gguf.metadata import (
 )
 from compress.export.gguf.reader import read
 from compress.export.gguf.tokenizer import vocabulary
-from compress.formats import Blocks, Dense, Int, Packed, integers
+from compress.formats import Blocks, Dense, Int, Lattice, Packed, integers
 from compress.model.model import Model, open_model
 from compress.state import State
 from compress.state.checkpoint import Spec
@@ -163,12 +163,14 @@ class Held:
     data: Callable[[Packed, Kind, str], torch.Tensor]
 
 
+OWN = Held(lambda site, fmt: None, blocks.kind_of, lambda packed, kind, name: packed.tensors["weight_blocks"])
 HELD: Mapping[type, Held] = {
     Dense: Held(
         lambda site, fmt: None, lambda fmt: KINDS[DTYPES[fmt.dtype]], lambda packed, kind, name: packed.tensors["weight"]
     ),
     Int: Held(check_integers, blocks.container, blocks.pack),
-    Blocks: Held(lambda site, fmt: None, blocks.kind_of, lambda packed, kind, name: packed.tensors["weight_blocks"]),
+    Blocks: OWN,
+    Lattice: OWN,
 }
 
 
@@ -223,7 +225,7 @@ def file_of(model: Model, state: State) -> File:
 
 def noted(state: State, found: list[Entry]) -> dict[str, Any]:
     """What `compress.formats` says."""
-    formats = {name: str(fmt) for name, fmt in state.formats.items() if isinstance(fmt, Int | Blocks)}
+    formats = {name: str(fmt) for name, fmt in state.formats.items() if isinstance(fmt, Int | Blocks | Lattice)}
     others = {e.tensor.name: str(e.spec.dtype)[6:] for e in found if e.spec and e.spec.dtype != state.dtype}
     return {"version": VERSION, "dtype": str(state.dtype)[6:], "formats": formats, "dtypes": others}
 

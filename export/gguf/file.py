@@ -50,12 +50,13 @@ class Kind:
     nbytes: int
 
 
-NUMBERS = {"q4_1": 3, "q5_1": 7, "q2_k": 10, "q3_k": 11, "q4_k": 12, "q5_k": 13, "q6_k": 14, "iq4_nl": 20, "iq4_xs": 23}
+NUMBERS = {"q4_1": 3, "q5_1": 7, "q2_k": 10, "q3_k": 11, "q4_k": 12, "q5_k": 13, "q6_k": 14, "iq2_xxs": 16, "iq2_xs": 17,
+           "iq3_xxs": 18, "iq4_nl": 20, "iq3_s": 21, "iq2_s": 22, "iq4_xs": 23}  # fmt: skip
 KINDS = {
     kind.name: kind
     for kind in (Kind("F32", 0, 1, 4), Kind("F16", 1, 1, 2), Kind("BF16", 30, 1, 2),
                  Kind("Q4_0", 2, BLOCK, 18), Kind("Q5_0", 6, BLOCK, 22), Kind("Q8_0", 8, BLOCK, 34),
-                 *(Kind(name.upper(), NUMBERS[name], kind.block, kind.nbytes) for name, kind in ggml.KINDS.items()))
+                 *(Kind(name.upper(), NUMBERS[name], kind.block, kind.nbytes) for name, kind in ggml.TYPES.items()))
 }  # fmt: skip
 _BY_NUMBER = {kind.number: kind for kind in KINDS.values()}
 

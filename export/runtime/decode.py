@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import FormatError
-from compress.formats import Blocks, Ecq, Factored, Format, Int, LowRank, base_of, bitpack, entropy, parse
+from compress.formats import Blocks, Ecq, Factored, Format, Int, Lattice, LowRank, base_of, bitpack, entropy, parse
 from compress.formats.codebooks import NF, Lut, lut_table, nf_table
 
 Shape = tuple[int, int]
@@ -76,7 +76,7 @@ def decoded(fmt: Ecq, shape: Shape, tensors: Mapping[str, Tensor]) -> dict[str, 
 
 def rows_of(fmt: Format, shape: Shape, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Rows | CodedRows | BlockRows:
     """The weights of any rows of a matrix."""
-    if isinstance(fmt, Blocks):
+    if isinstance(fmt, Blocks | Lattice):
         return BlockRows(fmt, tensors["weight_blocks"], dtype)
     return CodedRows(fmt, shape, tensors, dtype) if isinstance(fmt, Ecq) else Rows(fmt, shape, tensors, dtype)
 
@@ -85,7 +85,7 @@ def rows_of(fmt: Format, shape: Shape, tensors: Mapping[str, Tensor], dtype: tor
 class BlockRows:
     """Of a matrix in blocks of llama.cpp's, which lie in rows."""
 
-    fmt: Blocks
+    fmt: Blocks | Lattice
     blocks: Tensor
     dtype: torch.dtype
 
