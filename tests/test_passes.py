@@ -30,7 +30,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # at least one set for every pass,
         {"format": "int4:g32", "method": "rtn", "clip": "minmax", "pins": {"lm_head": "fp32", "layers.0.*": "bf16"}},
         {"format": "lut3:g32", "pins": {"*.down": "nf3:g64:dq8x16", "layers.0.*": "nf4:g32"}},
         {"format": "int2:g32:r64", "pins": {"*.down": "lut3:g64:r128", "layers.0.*.o": "nf3:g64:r16", "lm_head": "int4:g32:r32"}},
-        {"format": "ecq3", "pins": {"*.down": "ecq2.55:r64", "*.q": "int3:g32", "lm_head": "bf16"}},
+        {"format": "ecq3", "pins": {"*.down": "ecq2.55:r64", "*.q": "q4_1", "*.o": "iq4_nl", "lm_head": "q5_1"}},
         {
             "format": "int2:g32",
             "method": "learned",
@@ -84,7 +84,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # at least one set for every pass,
     "allocate": [
         {"budget": "3.5 bits", "formats": SOME, "trials": 2, "pins": {"lm_head": "int8:g32", "layers.1.*": {"min": "int3:g32"}}},
         {"budget": ["60 %", "4 bits"], "formats": SOME, "ranks": [0, 4], "metric": "output", "trials": 0},
-        {"budget": "4 bits", "formats": [*SOME, "ecq3", "ecq3.5:r64"], "trials": 1, "together": "none"},
+        {"budget": "4 bits", "formats": [*SOME, "q4_1", "ecq3", "ecq3.5:r64"], "trials": 1, "together": "none"},
         {
             "budget": "2.5 bits",
             "formats": SOME,

@@ -1,0 +1,101 @@
+"""llama.cpp's blocks through the house: recipes, budgets, artifacts, engines, refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import yaml
+
+from compress import pipeline
+from compress.export.gguf import reader as gguf_reader
+from compress.export.gguf.file import FILE, read_file
+from compress.formats.ggml import TYPES
+from compress.state.plan import UNITS
+from tests.conftest import covered, make_model
+from tests.cooking import bake, multiplies_as_its_matrices_do, recipe, refused
+from tests.test_native import same_state
+
+pytest.importorskip("gguf", reason="the package gguf, which has the points of vector codes, is not installed")
+KINDS = [*TYPES]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama with whole blocks of 256 inputs, two layers of seven matrices: one for each kind."""
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 272}
+    config = transformers.LlamaConfig(**sizes, num_hidden_layers=2, bos_token_id=256, eos_token_id=257, pad_token_id=258)
+    return make_model(tmp_path_factory.mktemp("wide"), config)
+
+
+def pins(first: int = 0) -> dict[str, str]:
+    """Every kind, by turns, on the matrices of two layers."""
+    names = [f"layers.{i}.{m}" for i in range(2) for m in
+             ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down")]  # fmt: skip
+    return {name: KINDS[(first + i) % len(KINDS)] for i, name in enumerate(names)}
+
+
+@pytest.mark.parametrize("method", covered(["gptq", "rtn"], "gptq"))
+def test_every_kind_is_written_and_read_back_and_multiplied_with(model: Path, text: Path, tmp_path: Path, method: str) -> None:
+    """Both artifacts are proven by their engines, transformers and our runtime, which is what a run that ends means."""
+    tables = {"embed": "q6_k" if method == "gptq" else "iq3_s", "lm_head": "q4_k" if method == "gptq" else "iq2_xs"}
+    done = bake(tmp_path, model, text, "gguf native", {"quantize": {"method": method, "pins": {**pins(), **tables}}})
+    folder = done.artifacts["gguf"][0]
+    kinds = {tensor.kind.name.lower() for tensor, _ in read_file(folder / FILE).tensors.values()}
+    assert kinds >= set(KINDS)
+    for name in ("gguf", "native"):
+        assert done.artifacts[name][1].engine, f"{name}: {done.artifacts[name][1]}"
+    same_state(done.state, gguf_reader.read(folder))
+    multiplies_as_its_matrices_do(done.artifacts["native"][0], 1e-5)
+
+
+@pytest.mark.parametrize("budget", covered(["0.5 MiB", "28 %"], "0.5 MiB"))
+def test_a_budget_of_the_file_is_that_of_the_artifact_asked_for(model: Path, text: Path, tmp_path: Path, budget: str) -> None:
+    """A GGUF file has keys and a vocabulary that a checkpoint has not; the budget covers them, and is used."""
+    formats = ["iq2_xs", "q4_k", "int8:g32"]
+    allocate = {"budget": budget, "formats": formats, "also": ["embed", "lm_head"], "probe": 64}
+    done = bake(tmp_path, model, text, "gguf", {"allocate": allocate}, {"quantize": {}})
+    size = (done.artifacts["gguf"][0] / FILE).stat().st_size
+    most = 0.5 * UNITS["MiB"] if "MiB" in budget else 0.28 * (model / "model.safetensors").stat().st_size
+    assert 0.97 * most < size <= most
+
+
+@pytest.mark.parametrize(("passes", "says"), [
+    ([{"quantize": {"method": "learned", "format": "q4_k"}}], "which is not learned"),
+    ([{"quantize": {"method": "learned", "format": "iq2_s"}}], "which is not learned"),
+    ([{"quantize": {"format": "q4_k"}}, {"distill": {"train": "scales"}}], "which is not trained"),
+    ([{"factorize": {"rank": 8}}, {"quantize": {"format": "q2_k"}}], "give its factors a format with a grid"),
+    ([{"lqlora": {"format": "iq2_xs", "rank": 4}}], "low-rank factors go with a quantized matrix"),
+])  # fmt: skip
+def test_what_does_not_go_with_blocks_is_refused(
+    model: Path, text: Path, tmp_path: Path, passes: list[dict[str, Any]], says: str
+) -> None:
+    refused(tmp_path, model, text, passes, says)
+
+
+@pytest.mark.parametrize(("exporter", "form"), [("compressed_tensors", "q4_k"), ("gptq", "iq2_xs"), ("onnx", "iq2_xs")])
+def test_other_exporters_refuse_them_in_plan(model: Path, text: Path, tmp_path: Path, exporter: str, form: str) -> None:
+    path = recipe(tmp_path, model, text, format=form)
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"export": [{exporter: {}}]}))
+    with pytest.raises(Exception, match="blocks of llama.cpp's, and no engine of this layout reads those"):
+        pipeline.plan(path)
+
+
+def test_narrow_matrices_are_named_with_what_fits(text: Path, tmp_path: Path, family: Any) -> None:
+    refused(tmp_path, family("llama"), text, [{"quantize": {"format": "q4_k"}}],
+            "blocks of 256 do not divide 64 inputs; those of 32 do: iq4_nl, q4_1, q5_1")  # fmt: skip
+
+
+def test_a_gradient_goes_through_them(model: Path, text: Path, tmp_path: Path) -> None:
+    """An adapter on a packed matrix learns: its input's gradient is the product with the matrix."""
+    from compress.export.runtime import load
+
+    done = bake(tmp_path, model, text, "native", {"quantize": {"method": "rtn", "pins": pins()}})
+    packed = load(done.artifacts["native"][0], dtype=torch.float32).get_submodule("model.layers.0.self_attn.o_proj")
+    x = torch.randn(2, 256, requires_grad=True)
+    packed(x).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, packed.weight.sum(0).expand(2, -1), rtol=1e-4, atol=1e-4)
