@@ -11,6 +11,9 @@ from compress.passes.factorize import Factorize
 from compress.passes.lqlora import LqLora
 from compress.passes.prune import Prune
 from compress.passes.quantize import Quantize
+from compress.passes.rotate import Rotate
 from compress.passes.smooth import Smooth
 
-PASSES: dict[str, type[Pass]] = {p.name: p for p in (Edit, Depth, Prune, Smooth, Allocate, Factorize, Quantize, LqLora, Distill)}
+PASSES: dict[str, type[Pass]] = {
+    p.name: p for p in (Edit, Depth, Prune, Rotate, Smooth, Allocate, Factorize, Quantize, LqLora, Distill)
+}

@@ -80,7 +80,7 @@ def test_what_does_not_go_with_blocks_is_refused(
 def test_other_exporters_refuse_them_in_plan(model: Path, text: Path, tmp_path: Path, exporter: str, form: str) -> None:
     path = recipe(tmp_path, model, text, format=form)
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"export": [{exporter: {}}]}))
-    with pytest.raises(Exception, match="blocks of llama.cpp's, and no engine of this layout reads those"):
+    with pytest.raises(Exception, match=r"blocks of llama\.cpp's, and no engine of this layout reads those"):
         pipeline.plan(path)
 
 

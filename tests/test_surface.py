@@ -40,7 +40,7 @@ QUANTIZE = {"method": "gptq", "format": "int4:g128", "pins": {}, "damp": None, "
             "steps": 150}  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {
     "allocate": {"budget": "4.0 bits", "formats": ["int2:g64", "int3:g64", "int4:g64", "int8:g64"], "ranks": [0],
-                 "factors": "bf16", "pins": {}, "also": [], "limits": {}, "together": "engine",
+                 "factors": "bf16", "pins": {}, "also": [], "beside": 0, "limits": {}, "together": "engine",
                  "structure": None, "shapes": "uniform", "constraints": {}, "latency": None,
                  "metric": "kl", "probe": 4096, "trials": 0,
                  "time_limit": 60.0, "plan": None},
@@ -51,6 +51,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "distill": {"loss": {"kl": 1.0}, "teacher": "cached", "top_k": 64, "train": "all", "scope": "model", "rank": None,
                 "tokens": None, "batch": 8, "rate": 0.001, "warmup": 0.05, "checks": 10,
                 "memory": {"optimizer": "adamw", "activations": "checkpoint", "limit": None}},
+    "rotate": {"kind": "hadamard", "stream": True, "heads": True},
     "smooth": {"strength": "search", "pairs": "all"},
     "factorize": {"rank": 0.5, "pins": {}, "multiple": 64, "spread": "uniform", "method": "whitened", "damp": None, "drift": 0.5},
     "quantize": QUANTIZE,

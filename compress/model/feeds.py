@@ -46,7 +46,7 @@ def _norms(state: State, model: nn.Module, held: Mapping[str, str]) -> dict[str,
         weight = held.get(f"{path}.weight") if _is_norm(module) and not is_matrix(module) else None
         if weight is not None:
             block = next((b.index for b in state.graph.blocks if path.startswith(f"{b.module}.")), None)
-            found[path] = Norm(block, weight, held.get(f"{path}.bias"), _offset(module))
+            found[path] = Norm(block, weight, held.get(f"{path}.bias"), _offset(module), _centred(module))
     return found
 
 
@@ -109,6 +109,18 @@ def _offset(norm: nn.Module) -> float | None:
     if not torch.allclose(seen[2] - seen[1], step, atol=1e-4) or not bool(step.abs().amax() > 1e-3):
         return None
     return round(float((seen[0] * step).sum() / step.square().sum()), 4)
+
+
+def _centred(norm: nn.Module) -> bool:
+    """Whether a norm subtracts the mean of what it is given. It is tried out."""
+    tried: Any = deepcopy(norm).to_empty(device="cpu").float()
+    x = torch.randn(4, tried.weight.shape[0], generator=torch.Generator().manual_seed(0))
+    for name, p in tried.named_parameters():
+        p.data.fill_(1.0 if name == "weight" else 0.0)
+    try:
+        return torch.allclose(tried(x), tried(x + 3), atol=1e-3)
+    except Exception:  # a norm that wants more than its input
+        return False
 
 
 # --- the trace -------------------------------------------------------------------------------------------------------

@@ -72,13 +72,14 @@ class Norm:
     """A norm, x̂ (offset + weight) + bias.
 
     block: that it lies in, or None. weight, bias: names of its tensors in the checkpoint; a norm without a bias has None. offset:
-    1 in Gemma, 0 elsewhere; None where it could not be told.
+    1 in Gemma, 0 elsewhere; None where it could not be told. centred: whether x̂ is x less its mean, as in LayerNorm.
     """
 
     block: int | None
     weight: str
     bias: str | None
     offset: float | None
+    centred: bool = False
 
 
 @dataclass(frozen=True)
