@@ -184,7 +184,7 @@ def check_exports(recipe: Recipe, state: State) -> None:
     """ExportError, with its place in the recipe, where an exporter cannot hold a state."""
     for i, exporter in enumerate(recipe.exports):
         try:
-            if state.serving:  # no kind of artifact has a place for it yet, and nothing is left out in silence
+            if state.serving and not exporter.tells:  # nothing is left out in silence
                 raise ExportError(f"{exporter.name} has no place for what an engine must know of '{next(iter(state.serving))}'")
             exporter.check(state)
         except CompressError as e:

@@ -14,6 +14,7 @@ from compress import pipeline
 from compress.export.gguf import reader as gguf_reader
 from compress.export.gguf.file import FILE, read_file
 from compress.formats.ggml import TYPES
+from compress.model.data import Windows, read
 from compress.state.plan import UNITS
 from tests.conftest import covered, make_model
 from tests.cooking import bake, multiplies_as_its_matrices_do, recipe, refused
@@ -99,3 +100,25 @@ def test_a_gradient_goes_through_them(model: Path, text: Path, tmp_path: Path) -
     packed(x).sum().backward()
     assert x.grad is not None
     torch.testing.assert_close(x.grad, packed.weight.sum(0).expand(2, -1), rtol=1e-4, atol=1e-4)
+
+
+def test_importance_is_the_mean_square_of_inputs_and_lies_beside_the_file(model: Path, text: Path, tmp_path: Path) -> None:
+    """Against a plain forward pass; in the layout of llama.cpp's own, and refused where no exporter has a place for it."""
+    done = bake(tmp_path, model, text, "gguf", {"importance": {}})
+    found = read_file(done.artifacts["gguf"][0] / "imatrix.gguf")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    seen: list[torch.Tensor] = []
+    plain.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda _, x: seen.append(x[0].flatten(0, -2)))
+    ids = Windows(text=str(text), sequences=6, length=32)
+    with torch.no_grad():
+        for window in read(ids, model, tmp_path, 272).ids:
+            plain(window[None])
+    squares = torch.cat(seen).square().sum(0)
+    ours = found.read("blk.1.ffn_down.weight.in_sum2").view(torch.float32).flatten()
+    torch.testing.assert_close(ours, squares, rtol=0.05, atol=0.05 * float(squares.mean()))  # blocks may compute in bf16
+    assert float(found.read("blk.1.ffn_down.weight.counts").view(torch.float32)) == 6 * 32
+    assert found.metadata["general.type"] == "imatrix"
+    path = recipe(tmp_path / "other", model, text)
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"passes": [{"importance": {}}]}))
+    with pytest.raises(Exception, match="has no place for what an engine must know"):
+        pipeline.plan(path)

@@ -81,6 +81,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # at least one set for every pass,
         {"format": "nf3:g64:dq8x16", "rank": 4, "init": "paper", "fisher": True, "clip": "minmax"},
         {"format": "int2:g32", "rank": 4, "rounds": 0, "method": "learned", "steps": 6},
     ],
+    "importance": [{}],
     "rotate": [{}, {"kind": "random", "heads": False}],
     "allocate": [
         {"budget": "3.5 bits", "formats": SOME, "trials": 2, "pins": {"lm_head": "int8:g32", "layers.1.*": {"min": "int3:g32"}}},

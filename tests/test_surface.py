@@ -51,6 +51,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "distill": {"loss": {"kl": 1.0}, "teacher": "cached", "top_k": 64, "train": "all", "scope": "model", "rank": None,
                 "tokens": None, "batch": 8, "rate": 0.001, "warmup": 0.05, "checks": 10,
                 "memory": {"optimizer": "adamw", "activations": "checkpoint", "limit": None}},
+    "importance": {},
     "rotate": {"kind": "hadamard", "stream": True, "heads": True},
     "smooth": {"strength": "search", "pairs": "all"},
     "factorize": {"rank": 0.5, "pins": {}, "multiple": 64, "spread": "uniform", "method": "whitened", "damp": None, "drift": 0.5},

@@ -133,6 +133,7 @@ class Exporter(BaseModel, ABC):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: ClassVar[str]
+    tells: ClassVar[bool] = False  # whether it has a place for what an engine, or a tool, is to know besides: `State.serving`
 
     @abstractmethod
     def check(self, state: State) -> None:

@@ -53,6 +53,7 @@ from compress.state import State
 from compress.state.checkpoint import Spec
 from compress.state.graph import Site
 
+IMPORTANCE = "imatrix.gguf"
 USE = "```bash\nllama-cli -m model.gguf\n```"
 
 
@@ -60,6 +61,7 @@ class Gguf(Exporter):
     """One GGUF file for llama.cpp, holding exactly the run's weights."""
 
     name: ClassVar[str] = "gguf"
+    tells: ClassVar[bool] = True
 
     def check(self, state: State) -> None:
         if state.config.get_text_config() is not state.config:
@@ -102,6 +104,8 @@ class Gguf(Exporter):
     def write(self, job: Job, folder: Path) -> None:
         self.check(job.state)
         file_of(job.model, job.state).write(folder, contents(job.model, job.state))
+        if measured := importance(job.state):
+            measured.write(folder, importances(job.state))
         write_config(job, folder)
         carry_over(job.model.folder, folder, job.state.vocabulary)
         facts = {"library": "gguf", "tag": "gguf", "loads in": "llama.cpp, transformers (with gguf, dequantized)", "use": USE}
@@ -118,6 +122,8 @@ class Gguf(Exporter):
         factors = rope_factors(job.state.config)
         if factors is not None and not torch.equal(read_file(folder / FILE).read(FACTORS).view(torch.float32), factors):
             raise ExportError(f"'{FACTORS}' on disk is not what was to be written; please report this")
+        if measured := importance(job.state):
+            same_importance(job.state, folder / measured.name)
         return proven(job, written, lambda: prove(job, engine(folder, job.state, job.device)))
 
 
@@ -172,6 +178,43 @@ HELD: Mapping[type, Held] = {
     Blocks: OWN,
     Lattice: OWN,
 }
+
+
+# --- importance ------------------------------------------------------------------------------------------------------
+
+
+def importance(state: State) -> File | None:
+    """The file of an importance matrix as llama.cpp's tools read it; None where nothing was measured.
+
+    For a tensor T of the model, T.in_sum2 [1, inputs] has the sums of squares, T.counts [1, 1] the number of tokens.
+    """
+    if not state.serving:
+        return None
+    said, family = next(iter(state.serving.values())), family_of(state.graph.family)
+    keys = {"general.type": "imatrix", "imatrix.datasets": ["calibration"], "imatrix.chunk_count": said.get("windows", 1),
+            "imatrix.chunk_size": said.get("length", 1)}  # fmt: skip
+    tensors = []
+    for name in state.serving:
+        site, kind = state.graph[name], KINDS["F32"]
+        there = tensor_name(site.weight, family)
+        tensors += [Tensor(f"{there}.in_sum2", kind, (1, site.shape[1])), Tensor(f"{there}.counts", kind, (1, 1))]
+    return File(keys, tuple(tensors), IMPORTANCE)
+
+
+def importances(state: State) -> Iterator[torch.Tensor]:
+    """The tensors of that file, in order."""
+    for said in state.serving.values():
+        tokens = said["windows"] * said["length"]
+        yield torch.tensor(said["squares"]) * tokens
+        yield torch.tensor([float(tokens)])
+
+
+def same_importance(state: State, path: Path) -> None:
+    """ExportError where the file holds other numbers."""
+    found, wanted = read_file(path), importances(state)
+    for name in found.tensors:
+        if not torch.equal(found.read(name).view(torch.float32).flatten(), next(wanted)):
+            raise ExportError(f"{path.name}: '{name}' on disk is not what was measured; please report this")
 
 
 # --- what is written -------------------------------------------------------------------------------------------------
