@@ -20,6 +20,7 @@ import transformers
 
 from compress.export.artifact.proof import logits
 from compress.export.gguf.file import FILE
+from compress.formats.ggml import TYPES
 from compress.model.model import open_model
 from tests.conftest import ROOT
 from tests.cooking import bake
@@ -68,6 +69,17 @@ def test_a_gemma(python: str, tmp_path: Path, name: str, table: str) -> None:
     pins = {"embed": table} if table != "bf16" else {}
     done = bake(tmp_path, source, None, "gguf", {"quantize": {"method": "rtn", "format": "int4:g32", "pins": pins}})
     compare(python, tmp_path, source, done, f"{TEXT}\n\n\tover   the<table>hills  and far", 0.5)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_its_own_types(python: str, tmp_path: Path, kind: str) -> None:
+    """Each on every matrix, the table too, of a model wide enough for its blocks."""
+    wide = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "query_pre_attn_scalar": 64}
+    source = gemma(tmp_path / "model", "gemma3", **wide)
+    pins = {"embed": kind}
+    done = bake(tmp_path, source, None, "gguf", {"quantize": {"method": "rtn", "format": kind, "pins": pins}})
+    close = kind in ("q5_k", "q6_k", "q5_1")  # to the model: its own rounding of activations is no smaller
+    compare(python, tmp_path, source, done, TEXT, None if close else 0.5)
 
 
 def compare(python: str, folder: Path, source: Path, done: Any, text: str, share: float | None) -> None:
