@@ -23,7 +23,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 from compress.errors import FormatError, RecipeError
-from compress.formats import Dense, Format, Rotated
+from compress.formats import Dense, Format, Rotated, numbers_of
 from compress.manager import Context, Cost, Pass, Record
 from compress.model.backward import LOGITS
 from compress.model.couplings import couplings, named
@@ -44,6 +44,7 @@ from compress.passes.prune import Prune
 from compress.passes.quantize import Quantize
 from compress.passes.rates import ends
 from compress.passes.structure import EVERY, Counts, Damages, made_of, some
+from compress.passes.trellis_core import searching
 from compress.passes.trials import Chain, Damage, Solved, split
 from compress.state import Aspect, Fact, State
 from compress.state.plan import BitPlan, Budget
@@ -168,7 +169,8 @@ class Allocate(Options):
         too, all Hessians, one more for each matrix, and every format solved for some outputs; a quantization for every trial."""
         if self.plan is not None:
             return Cost()
-        sites, n = state.graph.linear, len(ends(self.formats))
+        sites, solved_formats = state.graph.linear, ends(self.formats)
+        n = len(solved_formats)
         once, again = Quantize(drift=0.0).cost(state, tokens), Quantize().cost(state, tokens)
         sides = {fmt.block for fmt in self.formats if isinstance(fmt, Rotated)}
         whole = max(self.ranks) > 0 or bool(sides)
@@ -197,6 +199,7 @@ class Allocate(Options):
             logits=DRAWING * held * table.shape[0],
             numbers=once.numbers + (1 + BACKWARD) * held * work.numbers + self.trials * again.numbers,
             steps=n * solved.steps + self.trials * again.steps,
+            seconds=searching(drawn[: len(sites)], map(numbers_of, solved_formats)),
         )
 
     # --- what may be chosen, and the best of it ---

@@ -23,8 +23,10 @@ from torch import Tensor
 from compress.errors import FormatError
 from compress.formats import entropy
 from compress.formats.entropy import Ecq
-from compress.formats.grid import Grid, refuse_nan, round_scale
+from compress.formats.grid import Grid, refuse_nan
 from compress.passes import gptq_core as core
+from compress.passes import scales_core
+from compress.passes.scales_core import Fitted, sizes
 
 SAMPLED = 128  # rows on which the step is looked for
 LOOKS = 4  # times that it is looked for there
@@ -69,15 +71,6 @@ class Found:
         return entropy.stepped(self.base, self.step_k)
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """Scales [N], and by outputs the loss then, and the energy of W."""
-
-    scale_n: Tensor
-    loss_n: Tensor
-    energy_n: Tensor
-
-
 @torch.no_grad()
 def solve(W_nk: Tensor, f: core.Factor, fmt: Ecq, scale_dtype: torch.dtype) -> Coded:
     """W [N, K] at the rate of the format, under the Hessian that was factored. FormatError where W is not finite."""
@@ -114,11 +107,6 @@ def best_fit(W_nk: Tensor, found: Found, scale_n: Tensor, f: core.Factor) -> tup
             break
         best = found, wider
     return best
-
-
-def sizes(W_nk: Tensor, scale_dtype: torch.dtype) -> Tensor:
-    """The scale of each output [N]: its root mean square."""
-    return round_scale(W_nk.square().mean(1).sqrt(), scale_dtype)
 
 
 def room_for(fmt: Ecq, shape: tuple[int, ...]) -> float:
@@ -199,15 +187,9 @@ def _codes(W_nk: Tensor, scale_n: Tensor, f: core.Factor, a_k: Tensor) -> Tensor
 
 
 def refitted(W_nk: Tensor, found: Found, scale_n: Tensor, f: core.Factor) -> Fitted:
-    """The scales [N] under which the codes come nearest to W in H + λI."""
-    scales, losses, energies = list[Tensor](), list[Tensor](), list[Tensor]()
-    step = rows_of(W_nk)
-    for W, codes, scale in zip(W_nk.split(step), found.codes.split(step), scale_n.split(step), strict=True):
-        one = entropy.restored(codes, found.a_k, torch.ones_like(scale))
-        Q, P = (x.index_select(1, f.order_k).to(f.L_kk.dtype) for x in (one, W))
-        HQ = Q if f.lam == 0 else Q @ f.A_kk
-        best = (P * HQ).sum(1) / (Q * HQ).sum(1)
-        scales.append(torch.where(best.isfinite() & (best > 0), round_scale(best, scale.dtype), scale))
-        losses.append(core.loss(one * scales[-1].float()[:, None] - W, f))
-        energies.append(core.loss(W, f))
-    return Fitted(torch.cat(scales), torch.cat(losses), torch.cat(energies))
+    """The best scales of outputs."""
+
+    def ones(rows: slice) -> Tensor:
+        return entropy.restored(found.codes[rows], found.a_k, torch.ones_like(scale_n[rows]))
+
+    return scales_core.refitted(W_nk, ones, scale_n, f, rows_of(W_nk))

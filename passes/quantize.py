@@ -22,12 +22,26 @@ from pydantic import Field, PlainSerializer, PlainValidator, WithJsonSchema, mod
 from torch import Tensor
 
 from compress.errors import FormatError, RecipeError
-from compress.formats import Blocks, Ecq, Factored, Format, Lattice, LowRank, Rotated, base_of, lanes, numbers_of, parse
+from compress.formats import (
+    Blocks,
+    Coded,
+    Ecq,
+    Factored,
+    Format,
+    Lattice,
+    LowRank,
+    Rotated,
+    Tcq,
+    base_of,
+    lanes,
+    numbers_of,
+    parse,
+)
 from compress.formats.lattice import Chosen
 from compress.manager import Context, Cost, Pass
 from compress.model.speed import computing
 from compress.model.work import advancing_bytes, block_bytes, per_token, waiting_bytes
-from compress.passes import costs, entropy_core, factored, lattice_core, learned, rotated
+from compress.passes import costs, entropy_core, factored, lattice_core, learned, rotated, trellis_core
 from compress.passes import gptq_core as core
 from compress.passes.solver import TABLE, Answer, Case
 from compress.passes.walk import Walk
@@ -123,11 +137,11 @@ class Quantize(Pass):
             if isinstance(held, Factored) and self.method == "learned":
                 raise RecipeError(f"'{name}' is {held} by an earlier step, and of factors nothing is learned; use method: gptq",
                                   ("method",))  # fmt: skip
-            if isinstance(fmt, Rotated | Ecq | Blocks | Lattice) and self.method == "learned":
+            if isinstance(fmt, Rotated | Coded | Blocks | Lattice) and self.method == "learned":
                 raise RecipeError(
                     f"'{name}' is to be {fmt}, which is not learned; use method: gptq, or a format such as int3:g64", at
                 )
-            if isinstance(fmt, LowRank | Factored | Rotated | Ecq | Blocks | Lattice) and isinstance(held, Factored):
+            if isinstance(fmt, LowRank | Factored | Rotated | Coded | Blocks | Lattice) and isinstance(held, Factored):
                 raise FormatError(f"'{name}' is {held} by an earlier step: give its factors a format with a grid and without a "
                                   f"rank, such as int4:g64, not {fmt}", at)  # fmt: skip
             if isinstance(fmt, Factored):
@@ -198,10 +212,13 @@ class Quantize(Pass):
         )  # fmt: skip
 
     def _coding(self, state: State, matrices: Sequence[Site]) -> tuple[float, int]:
-        """Seconds of coding what is entropy-coded, and of decoding it where it is read again; and the memory that it holds."""
+        """Seconds of coding what is entropy-coded, and of decoding it where it is read again, and of searching trellises; and the
+        memory that both hold."""
         formats = state.plan.formats if state.plan else {}
-        coded = sum(s.numel for s in matrices if isinstance(numbers_of(formats[s.name]), Ecq))
-        return lanes.takes(entropy_core.CODINGS * coded)
+        numbers = [(s, numbers_of(formats[s.name])) for s in matrices]
+        found = [trellis_core.takes(s.shape, fmt) for s, fmt in numbers if isinstance(fmt, Tcq)]
+        found.append(lanes.takes(entropy_core.CODINGS * sum(s.numel for s, fmt in numbers if isinstance(fmt, Ecq))))
+        return sum(seconds for seconds, _ in found), max(held for _, held in found)
 
     def _learning(self, state: State, tokens: int, matrices: Sequence[Site]) -> Cost:
         """What comes on top where blocks are learned."""
@@ -295,6 +312,13 @@ def in_words(options: Quantize, W_nk: Tensor, factor: core.Factor | None, fmt: A
     return Answer(pack, found.loss_n, found.rounding_loss_n, found.energy_n, found.notes)
 
 
+def searched(options: Quantize, W_nk: Tensor, factor: core.Factor | None, fmt: Any, case: Case) -> Answer:
+    """Trellis-coded, under GPTQ's feedback; without it where nothing was seen or asked for."""
+    known = factor if options.by_inputs else None
+    found = trellis_core.solve(W_nk, known or core.nothing_seen(W_nk), fmt, case.scale_dtype)
+    return Answer(lambda _: found.tensors, found.loss_n, None, found.energy_n, ())
+
+
 def tried(options: Quantize, W_nk: Tensor, factor: core.Factor | None, fmt: Any, case: Case) -> Tensor:
     """What would come of W, without coding it."""
     if isinstance(fmt, Rotated):
@@ -310,4 +334,5 @@ ENCODERS: Mapping[type, Encoder] = {
     Rotated: rotated.solve,
     Ecq: coded,
     Lattice: in_words,
+    Tcq: searched,
 }  # by the kind of the format; all others have a grid

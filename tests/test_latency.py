@@ -263,7 +263,7 @@ def test_no_weights_are_handed_out_again_before_all_the_others() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["bf16", "int3:g32", "int4:g64:asym", "nf3:g64:dq8x16", "lut2:g64", "int3:g32+r4:int8:channel", "int3:g32:r32"]
+    "text", ["bf16", "int3:g32", "int4:g64:asym", "nf3:g64:dq8x16", "lut2:g64", "tcq3:l8:r32", "int3:g32+r4:int8:channel"]
 )
 def test_what_is_timed_is_the_module_that_serves_the_format(text: str) -> None:
     timer = Timer((96, 64), parse(text), torch.bfloat16, torch.bfloat16, torch.rand(2, 1, 64).bfloat16(), Store(1 << 16))

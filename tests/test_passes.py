@@ -31,6 +31,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # at least one set for every pass,
         {"format": "lut3:g32", "pins": {"*.down": "nf3:g64:dq8x16", "layers.0.*": "nf4:g32"}},
         {"format": "int2:g32:r64", "pins": {"*.down": "lut3:g64:r128", "layers.0.*.o": "nf3:g64:r16", "lm_head": "int4:g32:r32"}},
         {"format": "ecq3", "pins": {"*.down": "ecq2.55:r64", "*.q": "q4_1", "*.o": "iq4_nl", "lm_head": "q5_1"}},
+        {"format": "tcq3:l8", "pins": {"*.down": "tcq2.5:l8:r64", "*.q": "int3:g32", "lm_head": "bf16"}},
         {
             "format": "int2:g32",
             "method": "learned",

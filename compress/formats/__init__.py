@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from compress.formats.entropy import Ecq
 from compress.formats.factors import Factored, LowRank
-from compress.formats.formats import Format, Packed, base_of, integers, numbers_of, parse
+from compress.formats.formats import Coded, Format, Packed, base_of, integers, numbers_of, parse
 from compress.formats.ints import Dense, Int
 from compress.formats.lattice import Lattice
 from compress.formats.rotated import Rotated
 from compress.formats.superblocks import Blocks
+from compress.formats.trellis import Tcq
 
 __all__ = [
     "Blocks",
+    "Coded",
     "Dense",
     "Ecq",
     "Factored",
@@ -21,6 +23,7 @@ __all__ = [
     "LowRank",
     "Packed",
     "Rotated",
+    "Tcq",
     "base_of",
     "integers",
     "numbers_of",

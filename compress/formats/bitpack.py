@@ -6,11 +6,14 @@ may straddle two words. The last word is padded with zero bits.
 
 Eight codes of b bits fill exactly b bytes, whatever b is. Both directions therefore work on bytes, in periods of eight
 codes, and view four bytes as one word. The view needs a little-endian machine, as safetensors does too.
+
+Codes whose widths differ, or that are read together with what lies behind them, are written by `place` and read by `windows`.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +22,7 @@ from compress.errors import FormatError
 
 PERIOD = 8  # codes; a period fills exactly `bits` bytes
 _WORD = 32  # bits; four periods fill exactly `bits` words
+_LOW = (1 << _WORD) - 1
 
 assert sys.byteorder == "little", "packed words are read as bytes, which needs a little-endian machine"
 
@@ -64,6 +68,26 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
     codes = torch.empty((*lead, periods, PERIOD), dtype=torch.uint8, device=packed.device)
     _spill(raw.unflatten(-1, (periods, bits)), codes, bits)
     return codes.view(*lead, periods * PERIOD)[..., :n]
+
+
+def place(codes: Tensor, at: Tensor, words: int) -> Tensor:
+    """Words int32 [..., words] in which code i of `codes` [..., n], int64, lies from bit `at[i]` on. Codes do not overlap."""
+    wide = torch.zeros(*codes.shape[:-1], words + 1, dtype=torch.int64, device=codes.device)
+    shifted = codes << at % _WORD
+    wide.index_add_(-1, at // _WORD, shifted & _LOW)
+    wide.index_add_(-1, at // _WORD + 1, shifted >> _WORD)
+    return wide[..., :words].to(torch.int32)
+
+
+def windows(packed: Tensor, following: Tensor, at: Sequence[int], bits: int) -> Tensor:
+    """Int32 [N, periods, len(at)]: the `bits` bits from each of the bits `at` on, of words [N, periods, words] with the word
+    that follows each; a window lies in two words at most."""
+    wide = (packed.long() & _LOW) | following.long() << _WORD
+    found = torch.empty(*wide.shape[:2], len(at), dtype=torch.int32, device=packed.device)
+    for i, first in enumerate(at):
+        word, shift = divmod(first, _WORD)
+        found[:, :, i] = (wide[:, :, word] >> shift).bitwise_and_((1 << bits) - 1)
+    return found
 
 
 def _check_width(bits: int) -> None:

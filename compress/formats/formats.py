@@ -7,8 +7,9 @@ A format has a text form that round-trips, `parse(str(f)) == f`:
     int8:channel       8-bit integers, one scale for each output
     nf3:g64:dq8x256    a table of levels, see codebooks.py; so do lut3:g64 and lut3:g64:shared
     ecq2.5             entropy-coded integers, 2.5 bits a weight with all that goes with them, see entropy.py
+    tcq2.5             a trellis code of 2.5 bits a weight, see trellis.py; tcq2:l8 has fewer states
     q4_k iq4_xs        the types of llama.cpp's blocks, see superblocks.py; iq2_xs and its kin in lattice.py
-    int2:g64:r128      any of int, nf, lut and ecq in rotated coordinates, inputs in blocks of 128, see rotated.py
+    int2:g64:r128      any of int, nf, lut, ecq and tcq in rotated coordinates, inputs in blocks of 128, see rotated.py
     int3:g64+r16       int, nf or lut, not rotated, plus a product of two factors of rank 16
     lr64 lr64:int4:g32 a product of two factors of rank 64 in place of the matrix, in bf16 or in int, nf or lut; see factors.py
     bf16 fp16 fp32     no quantization
@@ -38,16 +39,18 @@ from compress.formats.ints import BITS, DENSE, Dense, Int
 from compress.formats.lattice import Lattice
 from compress.formats.rotated import BLOCKS, Rotated
 from compress.formats.superblocks import Blocks
+from compress.formats.trellis import HALVES, SIZES, Tcq
 
-Format = Int | NF | Lut | Ecq | Blocks | Lattice | Dense | LowRank | Factored | Rotated
+Coded = Ecq | Tcq  # without a grid: the codes of a matrix are found, and can be read, as a whole
+Format = Int | NF | Lut | Coded | Blocks | Lattice | Dense | LowRank | Factored | Rotated
 
 
-def base_of(fmt: Format) -> Int | NF | Lut | Ecq | Blocks | Lattice | Dense | Factored | Rotated:
+def base_of(fmt: Format) -> Int | NF | Lut | Coded | Blocks | Lattice | Dense | Factored | Rotated:
     """A format without its low-rank correction, if it has one."""
     return fmt.base if isinstance(fmt, LowRank) else fmt
 
 
-def numbers_of(fmt: Format) -> Int | NF | Lut | Ecq | Blocks | Lattice | Dense:
+def numbers_of(fmt: Format) -> Int | NF | Lut | Coded | Blocks | Lattice | Dense:
     """What the numbers of a format are stored in: those of its quantized part, or of its two factors."""
     return fmt.base if isinstance(fmt, LowRank | Rotated) else fmt.factors if isinstance(fmt, Factored) else fmt
 
@@ -93,6 +96,7 @@ _NF = re.compile(r"nf(\d+):g(\d+)(?::dq(\d+)x(\d+)(?::(bf16|fp16|fp32))?)?", re.
 _LUT = re.compile(r"lut(\d+):g(\d+)(:shared)?", re.ASCII)
 _ROTATED = re.compile(r"([^+]+):r(\d+)", re.ASCII)
 _ECQ = re.compile(r"ecq(\d(?:\.\d{1,2})?)", re.ASCII)
+_TCQ = re.compile(r"tcq(\d+(?:\.[05])?)(?::l(\d+))?", re.ASCII)
 _LOW_RANK = re.compile(r"([^+]+)\+r(\d+)(?::([^+]+))?", re.ASCII)
 _FACTORED = re.compile(r"lr(\d+)(?::((?!lr\d)[^+]+))?", re.ASCII)
 _USUAL = [
@@ -101,6 +105,7 @@ _USUAL = [
     *(f"lut{b}:g64{s}" for b in Lut.WIDTHS for s in ("", ":shared")),
     *(f"{kind}:g64:r{r}" for kind in ("int2", "int3", "int4", "int8", "lut2", "lut3", "lut4", "nf3", "nf4") for r in BLOCKS),
     *(f"ecq{rate}{r}" for rate in ("2", "2.25", "2.5", "3", "3.5", "4") for r in ("", ":r128")),
+    *(f"tcq{halves / 2:g}{r}" for halves in HALVES for r in ("", ":r128")),
     *(f"{base}+r{r}" for base in ("int3:g64", "int4:g64", "nf3:g64:dq8x256") for r in (16, 64)),
     *(f"lr{r}{f}" for r in (16, 64, 256) for f in ("", ":int8:channel", ":int4:g64")),
     *KINDS,
@@ -109,7 +114,7 @@ _USUAL = [
 ]
 _ALLOWED = (
     "int<2..8>:g<16..256>[:asym], int<2..8>:channel[:asym], nf<2,3,4,8>:g<16..256>[:dq<2,3,4,8>x<16..4096>[:fp16|:fp32]], "
-    "lut<2..4>:g<16..256>[:shared], ecq<1.00..6.00>, <any of these five>:r<16,32,64,128,256>, "
+    "lut<2..4>:g<16..256>[:shared], ecq<1.00..6.00>, tcq<1..5>[:l10|:l8], <any of these six>:r<16,32,64,128,256>, "
     "<int, nf or lut>+r<rank>[:<format of factors>], lr<rank>[:<format of factors>], " + ", ".join((*KINDS, *LATTICES, *DENSE))
 )
 
@@ -130,6 +135,8 @@ def parse(text: str) -> Format:
         return Blocks(text)
     if text in LATTICES:
         return Lattice(text)
+    if found := _TCQ.fullmatch(text):
+        return Tcq(round(2 * float(found[1])), int(found[2] or SIZES[0]))
     if text in DENSE:
         return Dense(DENSE[text])
     if found := _INT.fullmatch(text):

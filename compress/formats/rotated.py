@@ -1,4 +1,4 @@
-"""A matrix stored in rotated coordinates: W = S_o H_o C H_i S_i, with C [N, K] in a format with a grid.
+"""A matrix stored in rotated coordinates: W = S_o H_o C H_i S_i, with C [N, K] in a quantized format.
 
 H are block Hadamard matrices over the square root of their side, S are signs; each is its own inverse. So C = H_o S_o W S_i H_i,
 and y = W x is S_o H_o (C (H_i S_i x)): an engine turns what goes in, multiplies as it would by C, and turns what comes out. A
@@ -26,6 +26,7 @@ from compress.formats.codebooks import NF, Lut
 from compress.formats.entropy import Ecq
 from compress.formats.grid import Listing, Shape
 from compress.formats.ints import Int
+from compress.formats.trellis import Tcq
 
 BLOCKS = (16, 32, 64, 128, 256)
 INPUTS, OUTPUTS = 0, 1  # sides of a matrix, and the bit of the hash that is their sign
@@ -38,11 +39,11 @@ class Rotated:
     """A format whose matrix is stored in rotated coordinates, inputs in blocks of `block`. It has no grid of its own: who solves
     it turns the weights and what they are weighed by (`turn`), and solves `base`."""
 
-    base: Int | NF | Lut | Ecq
+    base: Int | NF | Lut | Ecq | Tcq
     block: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.base, Int | NF | Lut | Ecq):
+        if not isinstance(self.base, Int | NF | Lut | Ecq | Tcq):
             raise FormatError(f"a rotation goes with a quantized matrix, as in int4:g64:r128, not with {self.base}")
         if self.block not in BLOCKS:
             raise FormatError(f"a rotation has blocks of {', '.join(map(str, BLOCKS))} inputs, not {self.block}")

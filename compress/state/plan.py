@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from compress.errors import CompressError, FormatError
-from compress.formats import Dense, Ecq, Factored, Format, LowRank, Rotated, numbers_of, parse
+from compress.formats import Coded, Dense, Factored, Format, LowRank, Rotated, numbers_of, parse
 from compress.state.graph import Graph, Site
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -215,9 +215,9 @@ def check_fits(site: Site, fmt: Format, at: tuple[str, ...]) -> None:
                           f"to: pin it to {fmt.base}", at)  # fmt: skip
     if site.role == "embed" and isinstance(fmt, Factored):
         raise FormatError(f"'{site.name}' is a token embedding, whose rows are looked up and multiply nothing; leave it out", at)
-    if site.block is None and isinstance(numbers_of(fmt), Ecq):
-        raise FormatError(f"'{site.name}' has a row for every token, and entropy coding codes a matrix whole: pin it to another "
-                          "format, such as int4:g64 or lut3:g64", at)  # fmt: skip
+    if site.block is None and isinstance(numbers_of(fmt), Coded):
+        raise FormatError(f"'{site.name}' has a row for every token, and {fmt} codes a matrix whole: pin it to another format, "
+                          "such as int4:g64 or lut3:g64", at)  # fmt: skip
     if site.role == "embed" and isinstance(fmt, Rotated):
         raise FormatError(f"'{site.name}' is a token embedding, whose rows are looked up one by one, and a rotation mixes rows: "
                           f"pin it to {fmt.base}", at)  # fmt: skip

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from compress.errors import MatchError, RecipeError, did_you_mean
-from compress.formats import Blocks, Dense, Ecq, Factored, Lattice, LowRank, Rotated
+from compress.formats import Blocks, Coded, Dense, Factored, Lattice, LowRank, Rotated
 from compress.formats.formats import Format
 from compress.formats.grid import Quantized
 from compress.state import State
@@ -94,7 +94,7 @@ def learning(state: State, site: Site, word: str) -> Kind:
     if word == "norms":
         return Kind.NOTHING
     if (
-        isinstance(fmt, Rotated | Ecq | Blocks | Lattice)
+        isinstance(fmt, Rotated | Coded | Blocks | Lattice)
         and (site.block is not None or word != "lora")
         and (word in WORDS or fnmatchcase(site.name, word))
     ):

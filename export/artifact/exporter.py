@@ -18,7 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from compress.errors import ExportError
-from compress.formats import Blocks, Dense, Ecq, Factored, Format, Lattice, Rotated, numbers_of
+from compress.formats import Blocks, Coded, Dense, Ecq, Factored, Format, Lattice, Rotated, numbers_of
 from compress.model.model import Model
 from compress.model.skeleton import free
 from compress.state import State
@@ -67,8 +67,10 @@ def way_for(ways: Mapping[type, Way], exporter: str, site: str, fmt: Format) -> 
 
 def refuse_ours(exporter: str, site: str, fmt: Format) -> None:
     """ExportError for a site in a format that only our own runtime reads."""
-    if isinstance(numbers_of(fmt), Ecq):
-        raise ExportError(f"{exporter}: '{site}' has {fmt}, which is entropy-coded, and no engine of this layout reads that; "
+    numbers = numbers_of(fmt)
+    if isinstance(numbers, Coded):
+        kind = "entropy-coded" if isinstance(numbers, Ecq) else "trellis-coded"
+        raise ExportError(f"{exporter}: '{site}' has {fmt}, which is {kind}, and no engine of this layout reads that; "
                           "export native instead, or use int or lut formats")  # fmt: skip
     if isinstance(fmt, Rotated):
         raise ExportError(f"{exporter}: '{site}' has {fmt}, whose inputs and outputs are rotated, which no engine of this layout "

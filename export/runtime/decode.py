@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import FormatError
-from compress.formats import Blocks, Ecq, Factored, Format, Int, Lattice, LowRank, base_of, bitpack, entropy, parse
+from compress.formats import Blocks, Ecq, Factored, Format, Int, Lattice, LowRank, Tcq, base_of, bitpack, entropy, parse
 from compress.formats.codebooks import NF, Lut, lut_table, nf_table
 
 Shape = tuple[int, int]
@@ -74,11 +74,14 @@ def decoded(fmt: Ecq, shape: Shape, tensors: Mapping[str, Tensor]) -> dict[str, 
     return {"weight_codes": fmt.codes(with_shapes(fmt, shape, tensors)), **{name: tensors[name] for name in DECODED[1:]}}
 
 
-def rows_of(fmt: Format, shape: Shape, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Rows | CodedRows | BlockRows:
+def rows_of(
+    fmt: Format, shape: Shape, tensors: Mapping[str, Tensor], dtype: torch.dtype
+) -> Rows | CodedRows | TrellisRows | BlockRows:
     """The weights of any rows of a matrix."""
     if isinstance(fmt, Blocks | Lattice):
         return BlockRows(fmt, tensors["weight_blocks"], dtype)
-    return CodedRows(fmt, shape, tensors, dtype) if isinstance(fmt, Ecq) else Rows(fmt, shape, tensors, dtype)
+    kind = CodedRows if isinstance(fmt, Ecq) else TrellisRows if isinstance(fmt, Tcq) else Rows
+    return kind(fmt, shape, tensors, dtype)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,19 @@ class CodedRows:
     def at(self, rows: slice | Tensor) -> Tensor:
         """The weights [rows, K] in the dtype."""
         return entropy.restored(self.codes[rows], self.step, self.scale[rows], self.dtype)
+
+
+class TrellisRows:
+    """Of a trellis-coded matrix: outputs that lie one after the other."""
+
+    def __init__(self, fmt: Tcq, shape: Shape, tensors: Mapping[str, Tensor], dtype: torch.dtype):
+        self.fmt, self.outputs, self.tensors, self.dtype = fmt, shape[0], tensors, dtype
+
+    def at(self, rows: slice | Tensor) -> Tensor:
+        """The weights [rows, K] in the dtype."""
+        assert isinstance(rows, slice), "tables, whose rows are looked up, have no trellis codes"
+        start, stop, _ = rows.indices(self.outputs)
+        return self.fmt.rows(self.tensors, start, stop, self.dtype)
 
 
 class Rows:
