@@ -22,7 +22,7 @@ from pydantic import Field, PlainSerializer, PlainValidator, WithJsonSchema, mod
 from torch import Tensor
 
 from compress.errors import FormatError, RecipeError
-from compress.formats import Ecq, Factored, Format, LowRank, Rotated, base_of, lanes, numbers_of, parse
+from compress.formats import Ecq, Factored, Float, Format, LowRank, Rotated, Served, base_of, lanes, numbers_of, parse
 from compress.manager import Context, Cost, Pass
 from compress.model.speed import computing
 from compress.model.work import advancing_bytes, block_bytes, per_token, waiting_bytes
@@ -89,6 +89,9 @@ class Quantize(Pass):
     def check(self, calibrated: bool, following: Sequence[Pass] = ()) -> None:
         if self.by_inputs and not calibrated:
             raise RecipeError(f"'{self.method}' needs data.calibration; add it, or use method: rtn", ("method",))
+        for at, fmt in self.named():
+            if isinstance(fmt, Served) and fmt.input.measured and not calibrated:
+                raise RecipeError(f"'{fmt}' has a scale that is measured on activations; add data.calibration", at)
         solvers = [self, *(p for p in following if isinstance(p, Quantize))]
         for at, fmt in self.named():
             if all(p.target(fmt) != fmt for p in solvers):
@@ -122,11 +125,11 @@ class Quantize(Pass):
             if isinstance(held, Factored) and self.method == "learned":
                 raise RecipeError(f"'{name}' is {held} by an earlier step, and of factors nothing is learned; use method: gptq",
                                   ("method",))  # fmt: skip
-            if isinstance(fmt, Rotated | Ecq) and self.method == "learned":
+            if isinstance(fmt, Rotated | Ecq | Float | Served) and self.method == "learned":
                 raise RecipeError(
                     f"'{name}' is to be {fmt}, which is not learned; use method: gptq, or a format such as int3:g64", at
                 )
-            if isinstance(fmt, LowRank | Factored | Rotated | Ecq) and isinstance(held, Factored):
+            if isinstance(fmt, LowRank | Factored | Rotated | Ecq | Float | Served) and isinstance(held, Factored):
                 raise FormatError(f"'{name}' is {held} by an earlier step: give its factors a format with a grid and without a "
                                   f"rank, such as int4:g64, not {fmt}", at)  # fmt: skip
             if isinstance(fmt, Factored):
@@ -269,6 +272,7 @@ class Quantize(Pass):
 
 def on_grid(options: Quantize, W_nk: Tensor, factor: core.Factor | None, fmt: Any, case: Case) -> Answer:
     """By GPTQ, or rounded to nearest where nothing was seen or asked for."""
+    fmt = fmt.bound(W_nk) if isinstance(fmt, Float) else fmt
     if options.by_inputs and factor is not None:
         solved = core.quantize(W_nk, factor, fmt, clip=options.clip, scale_dtype=case.scale_dtype)
     else:
@@ -292,9 +296,16 @@ def tried(options: Quantize, W_nk: Tensor, factor: core.Factor | None, fmt: Any,
     return entropy_core.tried(W_nk, known or core.nothing_seen(W_nk), fmt, case.site.shape)
 
 
+def served(options: Quantize, W_nk: Tensor, factor: core.Factor | None, fmt: Any, case: Case) -> Answer:
+    """The stored half by the way of its own format; beside it what was measured of the inputs."""
+    found = options.solve(W_nk, factor, fmt.weight, case)
+    return replace(found, pack=lambda rows: fmt.held(found.pack(rows), case.largest))
+
+
 Encoder = Callable[[Any, Tensor, core.Factor | None, Any, Case], Answer]
 ENCODERS: Mapping[type, Encoder] = {
     Factored: factored.solve,
     Rotated: rotated.solve,
     Ecq: coded,
+    Served: served,
 }  # by the kind of the format; all others have a grid
