@@ -41,6 +41,7 @@ from compress.formats.grid import Grid, Grouped, Listing, Shape, round_scale
 
 _TOP = 256.0  # NVFP4's largest scale, as stored: 1.5 times of it is still an e4m3 number
 _E4M3_LEAST = 2.0**-9
+CHUNK = 1 << 17  # bytes of codes decoded at a time, so that the temporaries stay in cache
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ class Float(Grouped):
         return Grid(self._allowed(grid.scale.to(by.dtype) * by, grid.scale.dtype))
 
     def _allowed(self, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        """The nearest scales that can be stored: in `dtype` where they are 16-bit numbers, else in fp32 as a weight meets them."""
+        """The nearest scales that can be stored: in `dtype` where they have 16 bits, else in fp32 as weights meet them."""
         if self.kind.scale == "own":
             return round_scale(scale, dtype)
         if self.kind.scale == "e8m0":
@@ -197,6 +198,18 @@ class Float(Grouped):
             codes = torch.stack([packed & 15, packed >> 4], -1).flatten(1)
         return codes, Grid(self.scales(tensors))
 
+    def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """The weight [N, K] in `dtype`, from the packed tensors of all its rows or of some; a byte at a time is looked up."""
+        codes = tensors["weight"].view(torch.uint8) if self.bits == 8 else tensors["weight_packed"]
+        scale, (n, m) = self.scales(tensors), codes.shape
+        out = torch.empty(n, m * 8 // self.bits, dtype=dtype, device=codes.device)
+        table, rows = numbers_of_bytes(self.kind.element, codes.device), max(1, CHUNK // m)
+        for i in range(0, n, rows):
+            found = table.index_select(0, codes[i : i + rows].flatten().int()).view(torch.float32).view(-1, out.shape[1])
+            grouped = found.unflatten(1, (scale.shape[1], -1)).mul_(scale[i : i + rows, :, None].float())
+            out[i : i + rows] = grouped.flatten(1)
+        return out
+
     def scales(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The scales of some rows [n, G] as weights meet them."""
         stored = tensors["weight_scale"]
@@ -205,6 +218,16 @@ class Float(Grouped):
         if self.kind.scale == "e8m0":
             return torch.ldexp(torch.ones(stored.shape, device=stored.device), stored.int() - 127)
         return stored.float() / tensors["weight_global_scale"]
+
+
+@cache
+def numbers_of_bytes(element: str, device: torch.device) -> Tensor:
+    """What each byte of codes stands for: an fp32 number, or two of them as one wide one [256]."""
+    codes = torch.arange(256, dtype=torch.uint8, device="cpu")
+    if element == "e4m3":
+        return codes.view(E4M3).float().to(device)
+    pairs = torch.stack([codes & 15, codes >> 4], 1).long()
+    return e2m1_table()[pairs].view(torch.int64).flatten().to(device)
 
 
 @cache

@@ -21,8 +21,8 @@ from torch import Tensor
 from compress.errors import FormatError
 from compress.formats import bitpack
 from compress.formats.activations import Activation, divisor
-from compress.formats.floats import Float
-from compress.formats.grid import Grid, Listing, Shape, listed_bytes, restore
+from compress.formats.floats import CHUNK, Float
+from compress.formats.grid import Listing, Shape, listed_bytes
 from compress.formats.ints import Int
 
 Rounding = Callable[[Tensor], Tensor]  # activations [..., K] -> the same as the engine multiplies by them
@@ -82,8 +82,12 @@ class Served:
         """The weight [N, K] in `dtype`; inputs are another matter."""
         if not self.bytes_of_codes:
             return self.weight.dequantize(tensors, dtype)
-        codes = (tensors["weight"].int() + 128).to(torch.uint8)
-        return restore(codes, Grid(tensors["weight_scale"]), self.weight, dtype)
+        codes, scale = tensors["weight"], tensors["weight_scale"]
+        out, rows = torch.empty(codes.shape, dtype=dtype, device=codes.device), max(1, CHUNK // codes.shape[1])
+        for i in range(0, len(codes), rows):
+            part = codes[i : i + rows].float().unflatten(1, (scale.shape[1], -1))
+            out[i : i + rows] = part.mul_(scale[i : i + rows, :, None].float()).flatten(1)
+        return out
 
     def inputs(self, tensors: Mapping[str, Tensor]) -> Rounding:
         """What rounds the inputs of a matrix that is stored in these tensors."""

@@ -50,8 +50,8 @@ def choose(state: State, train: Sequence[str], rank: int | None) -> Choice:
     means nothing."""
     served = next((name for name, fmt in state.formats.items() if isinstance(fmt, Served)), None)
     if served:
-        raise RecipeError(f"'{served}' is in {state.formats[served]}, and nothing is trained while inputs are rounded; put this step "
-                          "in front of 'quantize'", ("train",))  # fmt: skip
+        raise RecipeError(f"'{served}' is in {state.formats[served]}, and nothing is trained while inputs are rounded; put this "
+                          "step in front of 'quantize'", ("train",))  # fmt: skip
     sites: dict[str, Kind] = {}
     tensors, formats = set[str](), dict[str, LowRank]()
     others = other_tensors(state)

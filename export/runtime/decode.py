@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import FormatError
-from compress.formats import Ecq, Factored, Format, Int, LowRank, base_of, bitpack, entropy, parse
+from compress.formats import Ecq, Factored, Float, Format, Int, LowRank, Served, base_of, bitpack, entropy, parse
 from compress.formats.codebooks import NF, Lut, lut_table, nf_table
 
 Shape = tuple[int, int]
@@ -73,8 +73,12 @@ def decoded(fmt: Ecq, shape: Shape, tensors: Mapping[str, Tensor]) -> dict[str, 
     return {"weight_codes": fmt.codes(with_shapes(fmt, shape, tensors)), **{name: tensors[name] for name in DECODED[1:]}}
 
 
-def rows_of(fmt: Format, shape: Shape, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Rows | CodedRows:
+def rows_of(fmt: Format, shape: Shape, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Rows | CodedRows | PlainRows:
     """The weights of any rows of a matrix."""
+    if isinstance(fmt, Served) and not fmt.bytes_of_codes:
+        fmt = fmt.weight
+    if isinstance(fmt, Float | Served):
+        return PlainRows(fmt, tensors, dtype)
     return CodedRows(fmt, shape, tensors, dtype) if isinstance(fmt, Ecq) else Rows(fmt, shape, tensors, dtype)
 
 
@@ -89,6 +93,18 @@ class CodedRows:
     def at(self, rows: slice | Tensor) -> Tensor:
         """The weights [rows, K] in the dtype."""
         return entropy.restored(self.codes[rows], self.step, self.scale[rows], self.dtype)
+
+
+class PlainRows:
+    """Of a matrix whose codes, and scales, lie row by row: what the format makes of those."""
+
+    def __init__(self, fmt: Float | Served, tensors: Mapping[str, Tensor], dtype: torch.dtype):
+        self.fmt, self.tensors, self.dtype = fmt, tensors, dtype
+
+    def at(self, rows: slice | Tensor) -> Tensor:
+        """The weights [rows, K] in the dtype."""
+        held = {name: t if t.ndim == 1 else t[rows] for name, t in self.tensors.items()}
+        return self.fmt.dequantize(held, self.dtype)
 
 
 class Rows:

@@ -27,7 +27,7 @@ from torch.nn.functional import pad
 from compress.export.runtime.cuda import nvrtc, tiles
 from compress.export.runtime.cuda.nvrtc import Defines
 from compress.export.runtime.cuda.tiles import ROWS, Base, Layout
-from compress.formats import Dense, Ecq, Factored, Format, LowRank, Rotated, base_of, numbers_of
+from compress.formats import Dense, Ecq, Factored, Float, Format, LowRank, Rotated, Served, base_of, numbers_of
 from compress.formats.grid import restore
 
 Shape = tuple[int, int]
@@ -73,6 +73,8 @@ def obstacle(fmt: Format, shape: Shape, dtype: torch.dtype) -> str | None:
         return next(filter(None, (obstacle(fmt.factors, side, dtype) for side in fmt.factor_shapes(shape).values())), None)
     if isinstance(numbers_of(fmt), Ecq):
         return "codes of a byte with a step for each input"
+    if isinstance(fmt, Served) or isinstance(numbers_of(fmt), Float):
+        return "floating-point codes" if isinstance(fmt, Float) else "inputs that are rounded"
     base = _base(_inside(fmt))
     if dtype not in (torch.bfloat16, torch.float16):
         return f"activations in {str(dtype).removeprefix('torch.')}"
@@ -273,5 +275,5 @@ def _inside(fmt: Format) -> Format:
 
 def _base(fmt: Format) -> Base:
     base = base_of(fmt)
-    assert not isinstance(base, Dense | Ecq | Factored | Rotated)
+    assert not isinstance(base, Dense | Ecq | Factored | Rotated | Float | Served)
     return base
