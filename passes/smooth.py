@@ -6,8 +6,8 @@ something stands in between (an activation that is not linear, a residual stream
 alone and the record says why; a model in which no pair is left is refused.
 
 How strongly is searched for each pair, with "not at all" among the answers, by the error that the quantizer behind this pass
-leaves on some rows of each reader, under the Hessian of the calibration text. All Hessians and the walk are those of the model
-as it was: what a block computes stays the same, which is compared on the first batch.
+leaves on some rows of each reader, under the Hessian of the calibration text; and, where inputs are to be rounded as well, by what
+that adds (rounding_core.py). All Hessians and the walk are those of the model as it was: what a block computes stays the same, which is compared on the first batch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.errors import ModelError, RecipeError
-from compress.formats import Dense, Factored, Format
+from compress.formats import Dense, Factored, Format, Served
 from compress.manager import Context, Cost, Pass, Record, foresee
 from compress.model.feeds import Key, Rows, feeds, rows
 from compress.model.lockstep import Batch, Inputs, apart
@@ -31,6 +31,7 @@ from compress.model.work import block_bytes, per_token, waiting_bytes
 from compress.passes import costs, gptq_core
 from compress.passes import smooth_core as core
 from compress.passes.quantize import Quantize
+from compress.passes.rounding_core import Sample
 from compress.passes.solver import Case
 from compress.state import Aspect, Fact, State
 from compress.state.graph import Feed, Site, total
@@ -160,6 +161,7 @@ class _Block:
     others: dict[str, Tensor] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
     hessians: dict[str, Tensor] = field(default_factory=dict)
+    samples: dict[str, Sample] = field(default_factory=dict)
 
     def see(self, stream: Stream, index: int, batches: Sequence[Batch]) -> None:
         """Pass the batches through the block, and smooth each pair once its inputs have been seen."""
@@ -176,6 +178,7 @@ class _Block:
             if key not in self.hessians:
                 self.hessians[key] = torch.zeros(X_tk.shape[-1], X_tk.shape[-1], device=X_tk.device)
             gptq_core.accumulate(self.hessians[key], X_tk)
+            self.samples.setdefault(key, Sample()).see(X_tk)
 
     def _solve(self, stage: str) -> dict[str, Tensor]:
         with precision("ieee"):
@@ -183,6 +186,7 @@ class _Block:
                 if not pair.source.obstacle and pair.readers[0].stage == stage:
                     self._smooth(pair)
         self.hessians.clear()
+        self.samples.clear()
         return {}
 
     def _smooth(self, pair: Pair) -> None:
@@ -228,7 +232,10 @@ class _Block:
             W_nk = self._matrix(site).to(H_kk.device, torch.float32)
             W_nk = W_nk[:: -(-len(W_nk) // TRIED_ROWS)] * s_k
             for _, made in solver.tries(W_nk, factor, [fmt], Case(site, self.state, self.ctx)):
-                total += core.error(made, W_nk, H_kk) * site.shape[0] / len(W_nk)
+                found = core.error(made, W_nk, H_kk)
+                if isinstance(fmt, Served):
+                    found += float(self.samples[site.input_key].loss_n(made, fmt, s_k).sum())
+                total += found * site.shape[0] / len(W_nk)
         return total
 
     def _matrix(self, site: Site) -> Tensor:

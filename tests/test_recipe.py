@@ -22,9 +22,12 @@ from tests.conftest import RECIPE, ROOT, Project
 
 LAYERS = 2  # of a project
 
-FORMATS = ("int<2..8>:g<16..256>[:asym], int<2..8>:channel[:asym], nf<2,3,4,8>:g<16..256>[:dq<2,3,4,8>x<16..4096>[:fp16|:fp32]], "
-           "lut<2..4>:g<16..256>[:shared], ecq<1.00..6.00>, <any of these five>:r<16,32,64,128,256>, "
-           "<int, nf or lut>+r<rank>[:<format of factors>], lr<rank>[:<format of factors>], bf16, fp16, fp32")  # fmt: skip
+FORMATS = (
+    "int<2..8>:g<16..256>[:asym], int<2..8>:channel[:asym], nf<2,3,4,8>:g<16..256>[:dq<2,3,4,8>x<16..4096>[:fp16|:fp32]], "
+    "lut<2..4>:g<16..256>[:shared], ecq<1.00..6.00>, <any of these five>:r<16,32,64,128,256>, "
+    "<int, nf or lut>+r<rank>[:<format of factors>], lr<rank>[:<format of factors>], fp8:channel, nvfp4, mxfp4, mxfp8, "
+    "<int without :asym, or any of these>/<int8:token|int4:token|fp8:token|fp8:g128|nvfp4|mxfp4|mxfp8>, bf16, fp16, fp32"
+)
 TOP = "model, out, seed, leave, data, passes, export"
 WINDOWS = "text, jsonl, dataset, field, split, weight, sequences, length, bos, sources, select, pool, generate"
 QUANTIZE = ", ".join(PASSES["quantize"].model_fields)
