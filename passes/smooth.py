@@ -6,8 +6,9 @@ something stands in between (an activation that is not linear, a residual stream
 alone and the record says why; a model in which no pair is left is refused.
 
 How strongly is searched for each pair, with "not at all" among the answers, by the error that the quantizer behind this pass
-leaves on some rows of each reader, under the Hessian of the calibration text; and, where inputs are to be rounded as well, by what
-that adds (rounding_core.py). All Hessians and the walk are those of the model as it was: what a block computes stays the same, which is compared on the first batch.
+leaves on some rows of each reader, under the Hessian of the calibration text; where inputs are to be rounded as well, what that
+adds counts too (rounding_core.py). All Hessians and the walk are those of the model as it was: what a block computes stays the
+same, which is compared on the first batch.
 """
 
 from __future__ import annotations
