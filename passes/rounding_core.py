@@ -39,6 +39,11 @@ class Sample:
         self.parts.append(X_tk[::step].float())
         self.weights.append(X_tk.new_ones(len(self.parts[-1])).float() if weight_t is None else weight_t[::step].float())
 
+    @property
+    def largest_k(self) -> Tensor:
+        """The largest magnitude of each input among them, [K]."""
+        return torch.stack([part.abs().amax(0) for part in self.parts if len(part)]).amax(0)
+
     def loss_n(self, W_nk: Tensor, fmt: Served, s_k: Tensor | None = None) -> Tensor:
         """Σ ((Q(x) - x)Ŵᵀ)² by outputs, over all tokens that were seen. s: what the inputs are divided by before."""
         X_tk = torch.cat(self.parts)

@@ -213,10 +213,18 @@ class _Block:
         diag_k = H_kk.diagonal()
         if self.options.strength != "search":
             return self.options.strength, core.scales(diag_k, self.options.strength, rows_k)
-        tried = {alpha: core.scales(diag_k, alpha, rows_k) for alpha in STRENGTHS}
+        tried = {alpha: self._scales(pair, diag_k, alpha, rows_k) for alpha in STRENGTHS}
         errors = {alpha: self._error(pair, H_kk, s_k) for alpha, s_k in tried.items()}
         best = min(STRENGTHS, key=lambda alpha: (errors[alpha], alpha))
         return best, tried[best]
+
+    def _scales(self, pair: Pair, diag_k: Tensor, alpha: float, rows_k: Tensor | None) -> Tensor:
+        """Scales for the search: by both sides where inputs are to be rounded, else by the inputs alone."""
+        if not any(isinstance(self.formats.get(site.name), Served) for site in pair.readers):
+            return core.scales(diag_k, alpha, rows_k)
+        largest_k = torch.stack([self.samples[site.input_key].largest_k for site in pair.readers]).amax(0)
+        weight_k = torch.stack([self._matrix(site).abs().amax(0).float() for site in pair.readers]).amax(0)
+        return core.balanced(largest_k, weight_k.to(largest_k.device), alpha, rows_k)
 
     def _error(self, pair: Pair, H_kk: Tensor, s_k: Tensor) -> float:
         """What the quantizer behind leaves on some rows of the readers, their inputs scaled."""
