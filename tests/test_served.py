@@ -200,6 +200,17 @@ def test_stock_transformers_and_our_runtime_compute_what_the_run_measured(served
     assert {str(f) for f in reader.read(done.artifacts["native"][0]).formats.values()} == {form}
 
 
+def test_onnxruntime_multiplies_bytes(family: Any, text: Path, tmp_path: Path) -> None:
+    """Its codes are ours, moved by 128: what differs is a sum's last bit, and a code that this moves now and then."""
+    step = {"quantize": {"method": "rtn", "format": "int8:channel/int8:token"}}
+    folder, proof = bake(tmp_path, family("llama", blocks=1), text, "onnx", step).artifacts["onnx"]
+    graph = pytest.importorskip("onnx").load(folder / "model.onnx", load_external_data=False)
+    kinds = [node.op_type for node in graph.graph.node]
+    assert kinds.count("MatMulInteger") == 7
+    assert kinds.count("ReduceMax") == 4, "q, k, v and gate, up read what was rounded once"
+    assert proof.difference < 0.02
+
+
 def test_figures_speak_of_rounded_inputs(served: Any) -> None:
     """The logits of a state are not those of its stored weights alone, and are those of the runtime."""
     done = served("nvfp4/nvfp4")
