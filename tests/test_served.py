@@ -301,6 +301,16 @@ def test_smoothing_is_searched_with_inputs_rounded(family: Any, tmp_path: Path) 
     assert plain != rounded
 
 
+@pytest.mark.parametrize("metric", ["output", "kl"])
+def test_an_allocation_counts_what_rounded_inputs_add(family: Any, text: Path, tmp_path: Path, metric: str) -> None:
+    """Of two formats with the same bytes it takes the one whose inputs are rounded less."""
+    formats = ["int4:g64/int8:token", "int4:g64/int4:token", "int8:channel/int8:token"]
+    passes = {"allocate": {"budget": "5 bits", "formats": formats, "metric": metric}}, {"quantize": {"method": "rtn"}}
+    done = bake(tmp_path, family("llama", blocks=1), text, "native", *passes)
+    chosen = {str(f) for f in done.state.formats.values()}
+    assert chosen == {"int4:g64/int8:token", "int8:channel/int8:token"}
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 FIRST = {"quantize": {"format": "int8:channel/int8:token"}}
