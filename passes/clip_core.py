@@ -11,10 +11,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from compress.formats.floats import Float
 from compress.formats.grid import Grid, Lowered, Quantized, in_groups, join
 
 CLIPS = ("minmax", "mse", "hessian")
 _TRIALS = 6  # shrunken ranges tried
+# Of floating-point numbers, whose levels are not even, wider ranges are as good as narrower ones: the largest weight may become 4
+# or something like 5 in place of e2m1's 6. e4m3 is fine enough everywhere.
+_FLOATS = {"nvfp4": (0.8, 0.87, 0.93, 1.07, 1.15, 1.25, 1.35, 1.5), "mxfp4": (0.5, 2.0)}
 _REACH = 1.1  # the last is 1 - _REACH / sqrt(levels) of the range: 0.45 of it at 2 bits, 0.73 at 4, 0.93 at 8
 _CHUNK = 1 << 16  # weights searched at a time, so that the temporaries stay in cache
 _ROUNDS = 5  # of moving a table's levels to the means of what they stand for
@@ -195,8 +199,7 @@ def _search(W: Tensor, fmt: Quantized, scale_dtype: torch.dtype, weight: Tensor 
     grid = start or fmt.fit(lo, hi, scale_dtype)
     buf = torch.empty_like(W)
     best = _error(W, fmt, grid, weight, buf)
-    for i in range(0 if start else 1, _TRIALS + 1):
-        p = 1 - i / _TRIALS * _REACH / fmt.levels**0.5
+    for p in ([1.0] if start else []) + shares(fmt):
         trial = fmt.fit(lo * p, hi * p, scale_dtype)
         if start and start.table is not None:
             trial = trial.on(start.table)
@@ -220,6 +223,13 @@ def _regressed(W: Tensor, fmt: Quantized, grid: Grid, weight: Tensor | None) -> 
     spread = (w * off.square()).sum(1)
     scale = torch.where(spread > 0, (w * off * W).sum(1) / spread, grid.scale)  # codes rise with W, so it is positive
     return fmt.relow(Grid(scale), mean_w - scale * mean_c)
+
+
+def shares(fmt: Quantized) -> list[float]:
+    """The shares of a group's range that are tried beside the whole of it."""
+    if isinstance(fmt, Float):
+        return list(_FLOATS.get(fmt.text, ()))
+    return [1 - i / _TRIALS * _REACH / fmt.levels**0.5 for i in range(1, _TRIALS + 1)]
 
 
 def _error(W: Tensor, fmt: Quantized, grid: Grid, weight: Tensor | None, buf: Tensor | None = None) -> Tensor:

@@ -26,6 +26,7 @@ measures nothing, and one more format measures only itself.
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -34,7 +35,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from compress.formats import Format, LowRank, Rotated, base_of, parse
+from compress.formats import Format, LowRank, Rotated, Served, base_of, parse
 from compress.formats.rotated import BLOCKS
 from compress.manager import Context, Record, Store
 from compress.model.data import Tokens
@@ -43,6 +44,7 @@ from compress.model.speed import precision
 from compress.passes import gptq_core as core
 from compress.passes import rates
 from compress.passes.gradients import Response, TableSquares
+from compress.passes.rounding_core import Sample
 from compress.passes.solver import LOOKED_UP, Case, Shared, Solver, Solves, is_table
 from compress.state import State
 from compress.state.graph import Site
@@ -118,6 +120,7 @@ class Meter(Solver):
         self.tables, self.held = tables, held
         self._passed: dict[str, int] = {}  # batches, by stage
         self._weighed: dict[str, tuple[Tensor, int]] = {}  # site -> sum of w x xᵀ, and tokens that were
+        self._samples: dict[str, Sample] = {}  # of inputs, by stage; weighed ones by site
         self.formats = {name: formats[0] for name, formats in wanted.items() if formats}
         self.wanted, self.gradients, self.tries = wanted, gradients, solver.tries
 
@@ -129,12 +132,18 @@ class Meter(Solver):
         number = self._passed[stage] = self._passed.get(stage, 0) + 1
         if self.held is None or number <= self.held.behind:
             super().observe(stage, inputs, clean)
+            self._sample(stage, inputs)
             return
         assert self.gradients is not None
         for site in self._active[stage]:
             tokens = self.gradients(site).tokens
             if tokens is not None and site.expert in inputs:
                 self._weigh(site, inputs[site.expert], tokens)
+
+    def _sample(self, stage: str, inputs: Inputs) -> None:
+        """Keep some inputs where a candidate rounds them."""
+        if None in inputs and any(isinstance(f, Served) for s in self._active[stage] for f in self.wanted[s.name]):
+            self._samples.setdefault(stage, Sample()).see(inputs[None])
 
     def _weigh(self, site: Site, X_tk: Tensor, tokens: Tensor) -> None:
         k = X_tk.shape[1]
@@ -145,6 +154,8 @@ class Meter(Solver):
         if len(w_t) < len(X_tk):  # a router that sent others here than before
             w_t = tokens.mean().expand(len(X_tk)).to(H_kk)
         core.accumulate(H_kk, X_tk.float() * w_t.sqrt()[:, None])
+        if any(isinstance(f, Served) for f in self.wanted[site.name]):
+            self._samples.setdefault(site.name, Sample()).see(X_tk, w_t)
         self._weighed[site.name] = H_kk, seen + len(X_tk)
 
     def _looking_up(self, H_kk: Tensor) -> Tensor:
@@ -166,24 +177,32 @@ class Meter(Solver):
         H_kk = core.finish(self._weighed.pop(site.name)[0]) if site.name in self._weighed else None
         for fmt, made in self.tries(W_nk, shared.factor, formats, Case(site, self.state, self.ctx)):
             D_nk, share = made - W_nk, site.shape[0] / len(rows)
-            loss_n = core.loss(D_nk, shared.factor)
+            loss_n, weighed_n = core.loss(D_nk, shared.factor), None
+            if isinstance(fmt, Served) and site.stage in self._samples:
+                loss_n = loss_n + self._samples[site.stage].loss_n(made, fmt) / (shared.tokens or 1)
+                weighed_n = self._samples[site.name].loss_n(made, fmt) if site.name in self._samples else None
             self.records.append({
                 "site": site.name, "format": str(fmt), "output": float(loss_n.sum()) / energy,
                 "weight": share * float(D_nk.square().sum()),
-                "kl": None if response is None else share * self._kl(response, rows, H_kk, D_nk, loss_n),
+                "kl": None if response is None else share * self._kl(response, rows, H_kk, D_nk, loss_n, weighed_n),
             })  # fmt: skip
+        self._samples.pop(site.name, None)
         self.records += rates.between(asked, self.records[first:])
 
-    def _kl(self, response: Response, rows: Tensor, H_kk: Tensor | None, D_nk: Tensor, loss_n: Tensor) -> float:
+    def _kl(
+        self, response: Response, rows: Tensor, H_kk: Tensor | None, D_nk: Tensor, loss_n: Tensor, weighed_n: Tensor | None
+    ) -> float:
         """Half the Fisher information of a change of some rows: `H_kk` is of tokens that were weighed, if any came; `loss_n` is
-        theirs on the calibration text."""
+        theirs on the calibration text; `weighed_n` what rounded inputs add, of the former."""
         squares = response.squares[rows].to(D_nk)
         if squares.ndim == 2:
             return 0.5 * float((squares * D_nk.square()).sum())
         assert self.held is not None
         found, total = 0.0, float(response.squares.sum())
         if H_kk is not None and total > 0:
-            found = 0.5 * float(squares @ ((D_nk @ H_kk) * D_nk).sum(1)) / total / self.held.tokens
+            off_n = ((D_nk @ H_kk) * D_nk).sum(1)
+            off_n = off_n if weighed_n is None else off_n + weighed_n
+            found = 0.5 * float(squares @ off_n) / total / self.held.tokens
         if response.mean is None:
             return found
         return (1 - POOLED) * found + POOLED * 0.5 * response.mean * float(loss_n.sum())
@@ -286,7 +305,7 @@ def absent(state: State, names: Sequence[str], wanted: Wanted, store: Store) -> 
     for family, members in families.items():
         content = json.dumps({name: list(map(str, formats)) for name, formats in members.items()}).encode()
         block = state.graph[names[0]].block
-        part = f"{names[0] if block is None else f'block-{block:04}'}-{family.replace(':', '_')}-{zlib.crc32(content):08x}"
+        part = f"{names[0] if block is None else f'block-{block:04}'}-{re.sub('[:/]', '_', family)}-{zlib.crc32(content):08x}"
         if store.committed(part) is None:
             yield part, members
 

@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from compress.errors import RecipeError
-from compress.formats import Coded, Dense, Factored, Format, Lattice, LowRank, Packed, Rotated
+from compress.formats import Coded, Dense, Factored, Format, Lattice, LowRank, Packed, Rotated, Served
 from compress.formats.grid import Quantized, plain, restore
 from compress.manager import Context, Cost, Pass
 from compress.passes import costs, gptq_core
@@ -93,7 +93,7 @@ class LqLora(Quantize):
 
     def _corrected(self, state: State, name: str, fmt: Format) -> Format:
         site = state.graph[name]
-        if site.block is None or not isinstance(fmt, Quantized | Rotated | Coded):
+        if site.block is None or not isinstance(fmt, Quantized | Rotated | Coded | Served):
             return fmt
         corrected = LowRank(fmt, self.rank, self.factors)  # type: ignore[arg-type]  # LowRank itself refuses others
         check_fits(site, corrected, ("rank",))
@@ -171,7 +171,7 @@ def rounded(F_rx: Tensor, fmt: Format, scale_dtype: torch.dtype) -> Tensor:
     """A factor as the format that stores it gives it back."""
     if isinstance(fmt, Dense):
         return F_rx.to(fmt.dtype).to(F_rx.dtype)
-    assert not isinstance(fmt, LowRank | Factored | Rotated | Coded | Lattice)
+    assert not isinstance(fmt, LowRank | Factored | Rotated | Coded | Lattice | Served)
     return restore(*plain(F_rx.float().contiguous(), fmt, scale_dtype), fmt).to(F_rx.dtype)
 
 

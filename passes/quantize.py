@@ -27,10 +27,12 @@ from compress.formats import (
     Coded,
     Ecq,
     Factored,
+    Float,
     Format,
     Lattice,
     LowRank,
     Rotated,
+    Served,
     Tcq,
     base_of,
     lanes,
@@ -55,6 +57,8 @@ FormatText = Annotated[
     PlainSerializer(str),
     WithJsonSchema({"type": "string", "examples": ["int4:g128", "int3:g64:asym", "int8:channel"]}),
 ]
+
+UNLEARNT = Rotated | Coded | Blocks | Lattice | Float | Served  # formats whose levels no descent moves
 
 
 class Quantize(Pass):
@@ -104,6 +108,9 @@ class Quantize(Pass):
     def check(self, calibrated: bool, following: Sequence[Pass] = ()) -> None:
         if self.by_inputs and not calibrated:
             raise RecipeError(f"'{self.method}' needs data.calibration; add it, or use method: rtn", ("method",))
+        for at, fmt in self.named():
+            if isinstance(fmt, Served) and fmt.input.measured and not calibrated:
+                raise RecipeError(f"'{fmt}' has a scale that is measured on activations; add data.calibration", at)
         solvers = [self, *(p for p in following if isinstance(p, Quantize))]
         for at, fmt in self.named():
             if all(p.target(fmt) != fmt for p in solvers):
@@ -137,11 +144,11 @@ class Quantize(Pass):
             if isinstance(held, Factored) and self.method == "learned":
                 raise RecipeError(f"'{name}' is {held} by an earlier step, and of factors nothing is learned; use method: gptq",
                                   ("method",))  # fmt: skip
-            if isinstance(fmt, Rotated | Coded | Blocks | Lattice) and self.method == "learned":
+            if isinstance(fmt, UNLEARNT) and self.method == "learned":
                 raise RecipeError(
                     f"'{name}' is to be {fmt}, which is not learned; use method: gptq, or a format such as int3:g64", at
                 )
-            if isinstance(fmt, LowRank | Factored | Rotated | Coded | Blocks | Lattice) and isinstance(held, Factored):
+            if isinstance(fmt, LowRank | Factored | UNLEARNT) and isinstance(held, Factored):
                 raise FormatError(f"'{name}' is {held} by an earlier step: give its factors a format with a grid and without a "
                                   f"rank, such as int4:g64, not {fmt}", at)  # fmt: skip
             if isinstance(fmt, Factored):
@@ -287,6 +294,7 @@ class Quantize(Pass):
 
 def on_grid(options: Quantize, W_nk: Tensor, factor: core.Factor | None, fmt: Any, case: Case) -> Answer:
     """By GPTQ, or rounded to nearest where nothing was seen or asked for."""
+    fmt = fmt.bound(W_nk) if isinstance(fmt, Float) else fmt
     if options.by_inputs and factor is not None:
         solved = core.quantize(W_nk, factor, fmt, clip=options.clip, scale_dtype=case.scale_dtype)
     else:
@@ -328,6 +336,12 @@ def tried(options: Quantize, W_nk: Tensor, factor: core.Factor | None, fmt: Any,
     return entropy_core.tried(W_nk, known or core.nothing_seen(W_nk), fmt, case.site.shape)
 
 
+def served(options: Quantize, W_nk: Tensor, factor: core.Factor | None, fmt: Any, case: Case) -> Answer:
+    """The stored half by the way of its own format; beside it what was measured of the inputs."""
+    found = options.solve(W_nk, factor, fmt.weight, case)
+    return replace(found, pack=lambda rows: fmt.held(found.pack(rows), case.largest))
+
+
 Encoder = Callable[[Any, Tensor, core.Factor | None, Any, Case], Answer]
 ENCODERS: Mapping[type, Encoder] = {
     Factored: factored.solve,
@@ -335,4 +349,5 @@ ENCODERS: Mapping[type, Encoder] = {
     Ecq: coded,
     Lattice: in_words,
     Tcq: searched,
+    Served: served,
 }  # by the kind of the format; all others have a grid

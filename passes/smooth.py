@@ -6,8 +6,9 @@ something stands in between (an activation that is not linear, a residual stream
 alone and the record says why; a model in which no pair is left is refused.
 
 How strongly is searched for each pair, with "not at all" among the answers, by the error that the quantizer behind this pass
-leaves on some rows of each reader, under the Hessian of the calibration text. All Hessians and the walk are those of the model
-as it was: what a block computes stays the same, which is compared on the first batch.
+leaves on some rows of each reader, under the Hessian of the calibration text; where inputs are to be rounded as well, what that
+adds counts too (rounding_core.py). All Hessians and the walk are those of the model as it was: what a block computes stays the
+same, which is compared on the first batch.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.errors import ModelError, RecipeError
-from compress.formats import Dense, Factored, Format
+from compress.formats import Dense, Factored, Format, Served
 from compress.manager import Context, Cost, Pass, Record, foresee
 from compress.model.feeds import Key, Rows, feeds, rows
 from compress.model.lockstep import Batch, Inputs, apart
@@ -31,6 +32,7 @@ from compress.model.work import block_bytes, per_token, waiting_bytes
 from compress.passes import costs, gptq_core
 from compress.passes import smooth_core as core
 from compress.passes.quantize import Quantize
+from compress.passes.rounding_core import Sample
 from compress.passes.solver import Case
 from compress.state import Aspect, Fact, State
 from compress.state.graph import Feed, Site, total
@@ -160,6 +162,7 @@ class _Block:
     others: dict[str, Tensor] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
     hessians: dict[str, Tensor] = field(default_factory=dict)
+    samples: dict[str, Sample] = field(default_factory=dict)
 
     def see(self, stream: Stream, index: int, batches: Sequence[Batch]) -> None:
         """Pass the batches through the block, and smooth each pair once its inputs have been seen."""
@@ -176,6 +179,7 @@ class _Block:
             if key not in self.hessians:
                 self.hessians[key] = torch.zeros(X_tk.shape[-1], X_tk.shape[-1], device=X_tk.device)
             gptq_core.accumulate(self.hessians[key], X_tk)
+            self.samples.setdefault(key, Sample()).see(X_tk)
 
     def _solve(self, stage: str) -> dict[str, Tensor]:
         with precision("ieee"):
@@ -183,6 +187,7 @@ class _Block:
                 if not pair.source.obstacle and pair.readers[0].stage == stage:
                     self._smooth(pair)
         self.hessians.clear()
+        self.samples.clear()
         return {}
 
     def _smooth(self, pair: Pair) -> None:
@@ -208,10 +213,18 @@ class _Block:
         diag_k = H_kk.diagonal()
         if self.options.strength != "search":
             return self.options.strength, core.scales(diag_k, self.options.strength, rows_k)
-        tried = {alpha: core.scales(diag_k, alpha, rows_k) for alpha in STRENGTHS}
+        tried = {alpha: self._scales(pair, diag_k, alpha, rows_k) for alpha in STRENGTHS}
         errors = {alpha: self._error(pair, H_kk, s_k) for alpha, s_k in tried.items()}
         best = min(STRENGTHS, key=lambda alpha: (errors[alpha], alpha))
         return best, tried[best]
+
+    def _scales(self, pair: Pair, diag_k: Tensor, alpha: float, rows_k: Tensor | None) -> Tensor:
+        """Scales for the search: by both sides where inputs are to be rounded, else by the inputs alone."""
+        if not any(isinstance(self.formats.get(site.name), Served) for site in pair.readers):
+            return core.scales(diag_k, alpha, rows_k)
+        largest_k = torch.stack([self.samples[site.input_key].largest_k for site in pair.readers]).amax(0)
+        weight_k = torch.stack([self._matrix(site).abs().amax(0).float() for site in pair.readers]).amax(0)
+        return core.balanced(largest_k, weight_k.to(largest_k.device), alpha, rows_k)
 
     def _error(self, pair: Pair, H_kk: Tensor, s_k: Tensor) -> float:
         """What the quantizer behind leaves on some rows of the readers, their inputs scaled."""
@@ -228,7 +241,10 @@ class _Block:
             W_nk = self._matrix(site).to(H_kk.device, torch.float32)
             W_nk = W_nk[:: -(-len(W_nk) // TRIED_ROWS)] * s_k
             for _, made in solver.tries(W_nk, factor, [fmt], Case(site, self.state, self.ctx)):
-                total += core.error(made, W_nk, H_kk) * site.shape[0] / len(W_nk)
+                found = core.error(made, W_nk, H_kk)
+                if isinstance(fmt, Served):
+                    found += float(self.samples[site.input_key].loss_n(made, fmt, s_k).sum())
+                total += found * site.shape[0] / len(W_nk)
         return total
 
     def _matrix(self, site: Site) -> Tensor:

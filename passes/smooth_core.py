@@ -6,6 +6,11 @@ A quantizer spends the same grid on large and small inputs; with s > 1 on inputs
 than those of the same group and lose less (AWQ, arXiv 2306.00978, section 3.2; there a_k is the mean magnitude). α is searched;
 α = 0 is no scaling.
 
+Where inputs are rounded as well as weights, what is large in one is to be even with the other (SmoothQuant, arXiv 2211.10438,
+equation 4), and both by their largest magnitudes, which set a token's scale and a row's:
+
+    s_k = x_k^α / w_k^(1-α),   x_k = max |X_tk|,   w_k = max |W_nk|
+
 Powers of two for s would fold into weights of any float format without rounding. They were tried and buy nothing: on a trained
 model of 0.28 M weights the gain of the search at 3 bits vanished, since most useful scales lie between 1/2 and 2. So s is free,
 and a 16-bit model is rounded once more, by far less than a step of the grid.
@@ -30,17 +35,33 @@ def scales(diag_k: Tensor, alpha: float, rows_k: Tensor | None = None) -> Tensor
 
     An input that was never seen keeps the scale 1. The geometric middle of the range is 1.
     """
-    seen_k = diag_k > 0
+    power_k, seen_k = _by_rows(diag_k, rows_k)
+    return _centred(0.5 * alpha * power_k.log2(), seen_k, alpha)
+
+
+def balanced(largest_k: Tensor, weight_k: Tensor, alpha: float, rows_k: Tensor | None = None) -> Tensor:
+    """The same of the largest magnitudes of the inputs [K] and of the weights that they meet [K]; 1 at alpha 0."""
+    largest_k, seen_k = _by_rows(largest_k, rows_k)
+    weight_k, _ = _by_rows(weight_k.clamp(min=1e-6), rows_k)
+    return _centred(alpha * largest_k.log2() - (1 - alpha) * weight_k.log2(), seen_k, alpha)
+
+
+def _by_rows(size_k: Tensor, rows_k: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sizes [K] > 0, the mean of those that one row makes; and which were seen."""
+    seen_k, size_k = size_k > 0, size_k.clamp(min=torch.finfo(torch.float32).tiny)
+    if rows_k is None:
+        return size_k, seen_k
+    total = torch.zeros(int(rows_k.max()) + 1, dtype=size_k.dtype, device=size_k.device)
+    count = total.clone().index_add_(0, rows_k, seen_k.to(size_k.dtype))
+    size_k = (total.index_add_(0, rows_k, size_k * seen_k) / count.clamp(min=1))[rows_k]
+    return size_k.clamp(min=torch.finfo(torch.float32).tiny), count[rows_k] > 0
+
+
+def _centred(exponent_k: Tensor, seen_k: Tensor, alpha: float) -> Tensor:
+    """Two to these powers, the middle of the range 1; 1 for what was never seen, and all where alpha is 0."""
     if alpha == 0 or not bool(seen_k.any()):
-        return torch.ones_like(diag_k)
-    power_k = diag_k.clamp(min=torch.finfo(torch.float32).tiny)
-    if rows_k is not None:
-        total = torch.zeros(int(rows_k.max()) + 1, dtype=power_k.dtype, device=power_k.device)
-        count = total.clone().index_add_(0, rows_k, seen_k.to(power_k.dtype))
-        power_k = (total.index_add_(0, rows_k, power_k * seen_k) / count.clamp(min=1))[rows_k]
-        seen_k = count[rows_k] > 0
-    exponent_k = 0.5 * alpha * power_k.log2()
-    exponent_k -= (exponent_k[seen_k].max() + exponent_k[seen_k].min()) / 2
+        return torch.ones_like(exponent_k)
+    exponent_k = exponent_k - (exponent_k[seen_k].max() + exponent_k[seen_k].min()) / 2
     s_k = exponent_k.exp2().clamp(1 / LARGEST, LARGEST)
     return torch.where(seen_k, s_k, torch.ones_like(s_k))
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from compress.formats import Blocks, Dense, Format, Int, Lattice, Packed, Rotated
 from compress.formats.codebooks import NF, Lut
 from compress.formats.grid import Quantized, Storage
+from compress.formats.served import Rounding
 from compress.manager import Context, Record
 from compress.model.lockstep import Inputs
 from compress.model.speed import precision
@@ -59,12 +60,14 @@ class Case:
     """What else is known of a matrix in hand: its site (the first of several solved as one), the state, the context.
 
     outputs: of the matrices below each other that are in hand, or of the one that some rows are of; none: of one that is whole.
+    largest: magnitude of the inputs; 0: nothing was seen.
     """
 
     site: Site
     state: State
     ctx: Context
     outputs: tuple[int, ...] = ()
+    largest: float = 0.0
 
     @property
     def scale_dtype(self) -> torch.dtype:
@@ -140,13 +143,14 @@ class Drift:
 
 @dataclass(frozen=True)
 class Shared:
-    """What the sites of one Hessian share: the Hessian, factored, the tokens it is of, what is noted of it, and the seconds that
-    each site's share of it took. Where there is none, at most a note."""
+    """What the sites of one Hessian share: the Hessian, factored, the tokens it is of, what is noted of it, the seconds that each
+    site's share of it took, and the largest magnitude of the inputs. Where there is none, at most a note."""
 
     factor: core.Factor | None = None
     tokens: int | None = None
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
+    largest: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,6 +181,7 @@ class Solver:
         self._hessians: dict[int | None, Tensor] = {}
         self._drift: Drift | None = None
         self._tokens: dict[int | None, int] = {}
+        self._largest: dict[int | None, float] = {}
         self._active: dict[str, list[Site]] = {}
         self.looked_up = 0.0  # of a table whose rows are looked up as well: see `LOOKED_UP`
 
@@ -197,8 +202,9 @@ class Solver:
             if expert not in self._hessians:
                 k = X_tk.shape[-1]
                 self._hessians[expert] = torch.zeros(k, k, dtype=torch.float32, device=X_tk.device)
-                self._tokens[expert] = 0
+                self._tokens[expert], self._largest[expert] = 0, 0.0
             core.accumulate(self._hessians[expert], X_tk)
+            self._largest[expert] = max(self._largest[expert], float(X_tk.abs().amax()) if len(X_tk) else 0.0)
             self._tokens[expert] += X_tk.shape[0]
         if clean is not None and None in clean:
             if self._drift is None:
@@ -209,6 +215,10 @@ class Solver:
         """Solve every site of a stage; the new matrices [out, in] by name."""
         self.solve_stage(stage)
         return {s.name: self.packed[s.name].dequantize(self.state.dtype) for s in self._active[stage] if s.name in self.packed}
+
+    def rounding(self, name: str) -> Rounding | None:
+        """What the inputs of a site that was solved are rounded by."""
+        return self.packed[name].inputs
 
     def solve_stage(self, stage: str) -> None:
         """Solve every site of a stage, and leave it at that."""
@@ -225,7 +235,8 @@ class Solver:
             damp = self.options.damp or core.damp_for(len(H_kk), seen)
             factor = core.factor(self._looking_up(H_kk), damp=damp, order=self.options.order, overwrite=True)
             mine = [s for s in sites if s.expert == expert]
-            shared = Shared(factor, self._tokens[expert], notes, (time.perf_counter() - start) / max(1, len(mine)))
+            each = (time.perf_counter() - start) / max(1, len(mine))
+            shared = Shared(factor, self._tokens[expert], notes, each, self._largest[expert])
             for same in self._together(mine):
                 self.solve_together(same, shared)
         self._hessians.clear()
@@ -291,7 +302,8 @@ class Solver:
         if self._drift is not None and factor is not None and factor.lam > 0:
             W_nk = core.retarget(W_nk, self._drift.of(sites, W_nk), factor, self.options.drift / self._drift.tokens)
         outputs = tuple(s.shape[0] for s in sites)
-        answer = self.options.solve(W_nk, factor, fmt, Case(sites[0], self.state, self.ctx, outputs))
+        case = Case(sites[0], self.state, self.ctx, outputs, shared.largest)
+        answer = self.options.solve(W_nk, factor, fmt, case)
         seconds, rounding_n = shared.seconds + (time.perf_counter() - start) / len(sites), answer.rounding_loss_n
         row = 0
         for site in sites:

@@ -7,11 +7,11 @@ pass's `solve`; one block's worth of it is solver.py's business.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from compress.formats import Dense
+from compress.formats import Dense, Float, Format, numbers_of
 from compress.manager import Context
 from compress.model.lockstep import Batch
 from compress.model.speed import precision
@@ -19,6 +19,7 @@ from compress.model.stream import Stream, Twin
 from compress.passes.learned import Learner
 from compress.passes.solver import LOOKED_UP, Shared, Solver, Solves
 from compress.state import State
+from compress.state.graph import Site
 
 EMBEDDING, HEAD = "embedding", "head"
 UNSEEN = "no inputs: rounded, and the error is that of the weights"
@@ -60,7 +61,8 @@ class Walk:
             done = ctx.store.committed(f"block-{block.index:04}")
             if done is None:
                 solver, given = Solver(self.options, state, ctx, learner is not None), [batch.hidden for batch in batches]
-                stream.calibrate(state, block.index, batches, solver.sites(block.sites), solver.observe, solver.solve, twin)
+                sites = solver.sites(block.sites)
+                stream.calibrate(state, block.index, batches, sites, solver.observe, solver.solve, twin, solver.rounding)
                 if learner:
                     for batch, hidden in zip(batches, given, strict=True):
                         batch.hidden = hidden
@@ -123,8 +125,20 @@ class Walk:
             done = ctx.store.committed(part)
             if done is None:
                 solver = Solver(self.options, state, ctx)
-                for site in solver.sites(names):
-                    solver.solve_together([site], Shared())
+                for same in joined(solver.sites(names), solver.formats):
+                    solver.solve_together(same, Shared())
                 done = ctx.store.commit(part, solver.packed, records=solver.records)
             state = state.with_part(done)
         return state
+
+
+def joined(sites: Sequence[Site], formats: Mapping[str, Format]) -> Iterator[list[Site]]:
+    """Sites to be solved one by one; but as one those of one input that are to share a global scale."""
+    shared: dict[tuple[str, Format, int | None], list[Site]] = {}
+    for site in sites:
+        fmt = formats[site.name]
+        if isinstance(numbers := numbers_of(fmt), Float) and numbers.shared:
+            shared.setdefault((site.input_key, fmt, site.expert), []).append(site)
+        else:
+            yield [site]
+    yield from shared.values()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from compress.errors import FormatError
-from compress.formats import Dense, Factored, Format, Int, LowRank, Packed, Rotated, parse
+from compress.formats import Dense, Factored, Float, Format, Int, LowRank, Packed, Rotated, Served, parse
 from compress.formats.codebooks import Codebook
 from compress.formats.grid import Grid, Quantized, plain
 
@@ -19,7 +19,7 @@ def check_format(fmt: Format, in_features: int = 256) -> None:
     for rows in (1, 37):
         if not isinstance(fmt, LowRank | Factored) or fmt.rank <= rows:
             _check_bytes(fmt, rows, in_features)
-    if isinstance(fmt, Dense | LowRank | Factored | Rotated):
+    if isinstance(fmt, Dense | LowRank | Factored | Rotated | Served):
         return
     for dtype in SCALE_DTYPES:
         for weight in _weights(in_features).values():
@@ -29,7 +29,12 @@ def check_format(fmt: Format, in_features: int = 256) -> None:
 
 def encode(fmt: Quantized, W_nk: torch.Tensor, scale_dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, Grid]:
     """Codes [N, K] and grid [N, G] of W rounded to nearest over its whole range."""
-    return plain(W_nk, fmt, scale_dtype)
+    return plain(W_nk, bound(fmt, W_nk), scale_dtype)
+
+
+def bound(fmt: Quantized, W_nk: torch.Tensor) -> Quantized:
+    """The format with the global scale of a matrix, where it has one."""
+    return fmt.bound(W_nk) if isinstance(fmt, Float) else fmt
 
 
 def spread(fmt: Quantized, grid: Grid, k: int) -> Grid:
@@ -68,7 +73,9 @@ def packed_tensors(fmt: Format, W: torch.Tensor) -> dict[str, torch.Tensor]:
         return fmt.pack(packed_tensors(fmt.factors, A), packed_tensors(fmt.factors, B))
     if isinstance(fmt, Rotated):
         return packed_tensors(fmt.base, fmt.turn(W, len(W)))
-    return fmt.pack(*encode(fmt, W))
+    if isinstance(fmt, Served):
+        return fmt.held(packed_tensors(fmt.weight, W), 3.0)
+    return bound(fmt, W).pack(*encode(fmt, W))
 
 
 def _check_bytes(fmt: Format, rows: int, k: int) -> None:
@@ -83,9 +90,11 @@ def _check_bytes(fmt: Format, rows: int, k: int) -> None:
 
 
 def _check_codes(fmt: Quantized, W: torch.Tensor, dtype: torch.dtype) -> None:
+    fmt = bound(fmt, W)
     codes, grid = encode(fmt, W, dtype)
     scale = grid.scale.float()
-    assert grid.scale.dtype == (torch.float32 if grid.double else dtype)
+    restricted = grid.double is not None or (isinstance(fmt, Float) and fmt.kind.scale != "own")
+    assert grid.scale.dtype == (torch.float32 if restricted else dtype)
     assert scale.isfinite().all()
     assert int(codes.max()) < fmt.levels
     value, wide = decode(fmt, codes, grid), spread(fmt, grid, W.shape[1])
@@ -118,7 +127,7 @@ def _check_zero(fmt: Quantized, k: int) -> None:
     codes, grid = encode(fmt, W)
     value = decode(fmt, codes, grid)
     assert (value[2:] == 0).all()
-    if isinstance(fmt, Int) or (grid.table == 0).any():
+    if isinstance(fmt, Int | Float) or (grid.table == 0).any():
         assert (value[W == 0] == 0).all()
 
 

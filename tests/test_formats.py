@@ -17,6 +17,9 @@ TABLE = [
     *("int4:g16", "int3:g96:asym", "int5:g256", "bf16", "fp16", "fp32"),
     *("int3:g64+r16", "int4:channel:asym+r1", "int3:g64+r16:int8:channel", "lut2:g64+r4:fp16", "nf4:g64+r2:lut4:g64"),
     "nf3:g64:dq8x256+r16:nf8:g64:dq8x256:fp32",
+    *("fp8:channel", "nvfp4", "mxfp4", "mxfp8"),
+    *("int8:channel/int8:token", "int8:g64/fp8:token", "int4:g128/int8:token", "int3:channel/int4:token", "fp8:channel/fp8:g128"),
+    *("nvfp4/nvfp4", "mxfp4/mxfp4", "mxfp4/mxfp8", "mxfp8/mxfp8"),
     *("int2:g64:r128", "int3:channel:asym:r256", "lut3:g64:r16", "lut2:g96:shared:r64", "nf4:g64:dq8x256:fp32:r32"),
     *(
         "lr16",

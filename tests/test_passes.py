@@ -29,6 +29,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # at least one set for every pass,
         {"format": "int3:g32", "drift": 0, "order": "natural", "clip": "hessian", "pins": {"lm_head": "int4:channel"}},
         {"format": "int4:g32", "method": "rtn", "clip": "minmax", "pins": {"lm_head": "fp32", "layers.0.*": "bf16"}},
         {"format": "lut3:g32", "pins": {"*.down": "nf3:g64:dq8x16", "layers.0.*": "nf4:g32"}},
+        {"format": "nvfp4/nvfp4", "pins": {"*.down": "int8:channel/int8:token", "*.o": "mxfp4/mxfp8", "lm_head": "fp8:channel"}},
         {"format": "int2:g32:r64", "pins": {"*.down": "lut3:g64:r128", "layers.0.*.o": "nf3:g64:r16", "lm_head": "int4:g32:r32"}},
         {"format": "ecq3", "pins": {"*.down": "ecq2.55:r64", "*.q": "q4_1", "*.o": "iq4_nl", "lm_head": "q5_1"}},
         {"format": "tcq3:l8", "pins": {"*.down": "tcq2.5:l8:r64", "*.q": "int3:g32", "lm_head": "bf16"}},
@@ -112,7 +113,7 @@ def test_every_pass_is_tried() -> None:
 
 
 # Of the first options of a pass, and of those that go ways of their own, in every run; of the others in the slow one.
-OWN_WAYS = {"quantize": (3, 4), "depth": (2,), "prune": (1,), "lqlora": (1,), "allocate": (1, 4)}
+OWN_WAYS = {"quantize": (3, 4, 5), "depth": (2,), "prune": (1,), "lqlora": (1,), "allocate": (1, 4)}
 
 
 def cases() -> Iterator[Any]:

@@ -15,8 +15,8 @@ import transformers
 from compress.cli import main
 from compress.errors import ModelError
 from compress.export import runtime
-from compress.export.artifact.config import integer_schemes
 from compress.export.artifact.files import MARK
+from compress.export.artifact.schemes import schemes
 from compress.export.compressed_tensors import reader
 from compress.formats import Int
 from tests.cooking import bake
@@ -36,7 +36,7 @@ def said(**weights: Any) -> dict[str, Any]:
     ({"strategy": None, "group_size": -1}, Int(4, None)), ({"actorder": "static"}, Int(4, 32)),
 ])  # fmt: skip
 def test_formats(weights: dict[str, Any], form: Int) -> None:
-    assert integer_schemes(said(**weights)) == [(["Linear"], form)]
+    assert schemes(said(**weights)) == [(["Linear"], form)]
 
 
 @pytest.mark.parametrize("weights", [
@@ -46,7 +46,7 @@ def test_formats(weights: dict[str, Any], form: Int) -> None:
 ])  # fmt: skip
 def test_what_is_not_read_is_one_line(weights: dict[str, Any]) -> None:
     with pytest.raises(ModelError, match=r"config\.json: ") as caught:
-        integer_schemes(said(**weights))
+        schemes(said(**weights))
     assert "\n" not in str(caught.value)
 
 

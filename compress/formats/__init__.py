@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from compress.formats.entropy import Ecq
 from compress.formats.factors import Factored, LowRank
-from compress.formats.formats import Coded, Format, Packed, base_of, integers, numbers_of, parse
+from compress.formats.floats import Float
+from compress.formats.formats import Coded, Format, Packed, base_of, integers, numbers_of, parse, weight_of
 from compress.formats.ints import Dense, Int
 from compress.formats.lattice import Lattice
 from compress.formats.rotated import Rotated
+from compress.formats.served import Served
 from compress.formats.superblocks import Blocks
 from compress.formats.trellis import Tcq
 
@@ -17,15 +19,18 @@ __all__ = [
     "Dense",
     "Ecq",
     "Factored",
+    "Float",
     "Format",
     "Int",
     "Lattice",
     "LowRank",
     "Packed",
     "Rotated",
+    "Served",
     "Tcq",
     "base_of",
     "integers",
     "numbers_of",
     "parse",
+    "weight_of",
 ]

@@ -12,6 +12,8 @@ A format has a text form that round-trips, `parse(str(f)) == f`:
     int2:g64:r128      any of int, nf, lut, ecq and tcq in rotated coordinates, inputs in blocks of 128, see rotated.py
     int3:g64+r16       int, nf or lut, not rotated, plus a product of two factors of rank 16
     lr64 lr64:int4:g32 a product of two factors of rank 64 in place of the matrix, in bf16 or in int, nf or lut; see factors.py
+    fp8:channel nvfp4 mxfp4 mxfp8   small floating-point numbers, see floats.py
+    int8:channel/int8:token         with inputs rounded as well, see served.py
     bf16 fp16 fp32     no quantization
 
 Two laws hold for every format. `nbytes(shape)` is exactly what the exporter writes for the matrix, scales and zero points
@@ -30,28 +32,40 @@ from torch import Tensor
 
 from compress.errors import FormatError, did_you_mean
 from compress.formats import bitpack
+from compress.formats.activations import RULES, Activation
 from compress.formats.codebooks import NF, DoubleQuant, Lut
 from compress.formats.entropy import Ecq
 from compress.formats.factors import Factored, LowRank
+from compress.formats.floats import KINDS as FLOATS
+from compress.formats.floats import Float
 from compress.formats.ggml import KINDS, LATTICES
 from compress.formats.grid import Grid, Shape, Storage, restore
 from compress.formats.ints import BITS, DENSE, Dense, Int
 from compress.formats.lattice import Lattice
 from compress.formats.rotated import BLOCKS, Rotated
+from compress.formats.served import Rounding, Served
 from compress.formats.superblocks import Blocks
 from compress.formats.trellis import HALVES, SIZES, Tcq
 
 Coded = Ecq | Tcq  # without a grid: the codes of a matrix are found, and can be read, as a whole
-Format = Int | NF | Lut | Coded | Blocks | Lattice | Dense | LowRank | Factored | Rotated
+Numbers = Int | NF | Lut | Float | Coded | Blocks | Lattice | Dense
+Format = Numbers | LowRank | Factored | Rotated | Served
 
 
-def base_of(fmt: Format) -> Int | NF | Lut | Coded | Blocks | Lattice | Dense | Factored | Rotated:
+def base_of(fmt: Format) -> Numbers | Factored | Rotated | Served:
     """A format without its low-rank correction, if it has one."""
     return fmt.base if isinstance(fmt, LowRank) else fmt
 
 
-def numbers_of(fmt: Format) -> Int | NF | Lut | Coded | Blocks | Lattice | Dense:
+def weight_of(fmt: Format) -> Format:
+    """What a matrix is stored in, whatever its inputs are rounded to."""
+    return fmt.weight if isinstance(fmt, Served) else fmt
+
+
+def numbers_of(fmt: Format) -> Numbers:
     """What the numbers of a format are stored in: those of its quantized part, or of its two factors."""
+    if isinstance(fmt, Served):
+        return fmt.weight
     return fmt.base if isinstance(fmt, LowRank | Rotated) else fmt.factors if isinstance(fmt, Factored) else fmt
 
 
@@ -72,6 +86,11 @@ class Packed:
     def nbytes(self) -> int:
         """Bytes of the tensors, which `format.nbytes(shape)` predicted."""
         return sum(t.nbytes for t in self.tensors.values())
+
+    @property
+    def inputs(self) -> Rounding | None:
+        """What its inputs are rounded by where it multiplies; None where they are taken as they are."""
+        return self.format.inputs(self.tensors) if isinstance(self.format, Served) else None
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight [N, K] in `dtype`."""
@@ -110,17 +129,25 @@ _USUAL = [
     *(f"lr{r}{f}" for r in (16, 64, 256) for f in ("", ":int8:channel", ":int4:g64")),
     *KINDS,
     *LATTICES,
+    *FLOATS,
+    *(f"{w}/{a}" for w in (*FLOATS, "int8:channel", "int4:g128") for a in RULES),
     *DENSE,
 ]
 _ALLOWED = (
     "int<2..8>:g<16..256>[:asym], int<2..8>:channel[:asym], nf<2,3,4,8>:g<16..256>[:dq<2,3,4,8>x<16..4096>[:fp16|:fp32]], "
     "lut<2..4>:g<16..256>[:shared], ecq<1.00..6.00>, tcq<1..5>[:l10|:l8], <any of these six>:r<16,32,64,128,256>, "
-    "<int, nf or lut>+r<rank>[:<format of factors>], lr<rank>[:<format of factors>], " + ", ".join((*KINDS, *LATTICES, *DENSE))
+    "<int, nf or lut>+r<rank>[:<format of factors>], lr<rank>[:<format of factors>], "
+    + ", ".join((*KINDS, *LATTICES, *FLOATS, f"<int without :asym, or any of these four>/<{'|'.join(RULES)}>", *DENSE))
 )
 
 
 def parse(text: str) -> Format:
     """The format that `text` names; FormatError says what is allowed and the nearest right text."""
+    weight, served, inputs = text.partition("/")
+    if served:
+        return Served(parse(weight), Activation(inputs))  # type: ignore[arg-type]  # Served itself refuses others
+    if text in FLOATS:
+        return Float(text)
     if found := _LOW_RANK.fullmatch(text):
         base, rank, factors = found.groups()
         # what the types do not allow here, LowRank itself refuses

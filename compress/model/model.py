@@ -82,7 +82,7 @@ class Model:
         check_leave(self.leave or (), graph, model)
         if self.has_weights:
             graph = anchor(graph, self.checkpoint, model)
-            check_tensors(graph, self.checkpoint)
+            check_tensors(graph, self.checkpoint, self.leave is None)
         return graph
 
     @cached_property

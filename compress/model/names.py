@@ -211,10 +211,13 @@ def passed_over(held: Iterable[str], model: nn.Module) -> list[str]:
 # --- shapes -----------------------------------------------------------------------------------------------------------
 
 
-def check_tensors(graph: Graph, checkpoint: Checkpoint) -> None:
-    """ModelError where a tensor's shape contradicts the config, or its dtype is none that we can compress."""
+def check_tensors(graph: Graph, checkpoint: Checkpoint, artifact: bool = False) -> None:
+    """ModelError where a tensor's shape contradicts the config, or its dtype is none that we can compress. Codes of an artifact,
+    which scales lie beside, are its reader's business."""
     wanted: dict[str, tuple[int, ...]] = {
-        s.weight: (s.shape[::-1] if s.transposed else s.shape) for s in graph if s.weight in checkpoint
+        s.weight: (s.shape[::-1] if s.transposed else s.shape)
+        for s in graph
+        if s.weight in checkpoint and not (artifact and f"{s.stem}.weight_scale" in checkpoint)
     }
     wanted |= {s.joined: joined_shape(s, graph) for s in graph if s.expert == 0 and s.joined in checkpoint}
     for name, shape in (wanted | {n: s for n, s in graph.parameters.items() if n in checkpoint}).items():

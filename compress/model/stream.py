@@ -27,10 +27,13 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import ModelError
+from compress.formats.served import Rounding
 from compress.model.binding import Binding, get_matrix, put_matrix, within
 from compress.model.experts import run_experts_one_by_one
 from compress.model.known import key_of
 from compress.model.lockstep import Batch, Inputs, Lockstep
+from compress.model.probe import Probe, Stop
+from compress.model.rounding import Rounds
 from compress.model.skeleton import skeleton, stand_on
 from compress.model.speed import computing
 from compress.state import State
@@ -38,34 +41,6 @@ from compress.state.graph import Site
 
 Observe = Callable[[str, Inputs, Inputs | None], None]
 _TUPLES: dict[bytes, int] = {}  # of how many, where the blocks of a model return tuples; by the hash of its config
-
-
-class _Stop(Exception):  # noqa: N818  a signal, not an error
-    """Ends a forward pass at a probe once it has noted what it wants."""
-
-
-class Probe(nn.Module):
-    """Stands where a block stood: notes the call, then passes the hidden states on (or what it is told to)."""
-
-    def __init__(self, layer: nn.Module):
-        super().__init__()
-        self.call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-        self.output: Tensor | None = None
-        self.stop = False
-        self.tuple_out = 0  # of how many, where blocks return tuples
-        for name in ("attention_type", "layer_type", "is_sliding", "layer_idx"):  # what a model's forward may ask a layer
-            if hasattr(layer, name):
-                setattr(self, name, getattr(layer, name))
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
-        self.call = (args[1:], rest)
-        self.hidden = hidden
-        if self.stop:
-            raise _Stop
-        out = hidden if self.output is None else self.output
-        return (out, *[None] * (self.tuple_out - 1)) if self.tuple_out else out
 
 
 @dataclass
@@ -92,6 +67,7 @@ class Stream:
         self.blocks: list[nn.Module] = [self.model.get_submodule(b.module) for b in self.graph.blocks]
         self.probes = [Probe(block) for block in self.blocks]
         self._names = Binding(state, self.model, self.dtype)
+        self._rounds = Rounds()
         self._spared: nn.Module | None = None  # a module outside the blocks that is not to be loaded
         self._names.load_buffers(state, self.model)
         stand_on(self.model, self.device, self.dtype)
@@ -185,7 +161,7 @@ class Stream:
     def _until(self, last: int, ids: Tensor) -> None:
         for i, probe in enumerate(self.probes):
             probe.stop = i == last
-        with suppress(_Stop):
+        with suppress(Stop):
             self.model(input_ids=ids.to(self.device), use_cache=False)
         for probe in self.probes:
             probe.stop = False
@@ -219,13 +195,13 @@ class Stream:
 
         def note(_: nn.Module, args: tuple[Any, ...]) -> None:
             observe(head.input_key, {None: args[0].reshape(-1, args[0].shape[-1])}, None)
-            raise _Stop
+            raise Stop
 
         hook = self.model.get_submodule(head.module).register_forward_pre_hook(note, prepend=True)
         try:
             with self.behind(state):
                 for batch in batches:
-                    with suppress(_Stop):
+                    with suppress(Stop):
                         self.head(batch)
         finally:
             hook.remove()
@@ -250,7 +226,8 @@ class Stream:
             self._names.load_buffers(state, self.blocks[index], self.graph.blocks[index].module)
             _move_buffers(self.blocks[index], self.device)
             try:
-                yield self.blocks[index]
+                with self._rounds.within(state, index, self.holders):
+                    yield self.blocks[index]
             finally:
                 for name, module in self._modules(index):
                     self._names.drop(name, module)
@@ -302,13 +279,15 @@ class Stream:
         observe: Observe,
         solve: Callable[[str], dict[str, Tensor]],
         twin: Twin | None = None,
+        rounds: Callable[[str], Rounding | None] | None = None,
     ) -> None:
         """Pass every batch through one block, stage by stage.
 
         At each tap (a stage of `sites`), `observe(stage, {expert or None: X [tokens, in]}, clean)` is called for every
         batch; once all have been seen, `solve(stage)` returns new matrices [out, in] by site name, and the forward pass
         goes on with them. With a `twin`, its batches go through its own weights in step, and `clean` is what it sees at the
-        same place; else None.
+        same place; else None. What is observed has not been rounded; with `rounds`, the inputs of what was solved are from
+        there on.
         """
         with ExitStack() as stack:
             mine = self._lockstep(stack, state, index, batches, sites)
@@ -318,7 +297,9 @@ class Stream:
                 for inputs, clean in zip(mine.inputs, theirs.inputs if theirs else repeat(None), strict=False):
                     observe(stage, inputs, clean)
                 with twin.stream.without(twin.state, index) if twin else nullcontext():
-                    self._install(solve(stage))
+                    made = solve(stage)
+                    self._install(made)
+                self._rounds.known |= {name: rounds(name) for name in made} if rounds else {}
                 mine.go_on()
                 if theirs:
                     theirs.go_on()
@@ -363,7 +344,8 @@ class Stream:
                 seen.add(id(me))
                 me.parent.switch((stage, {None: x.reshape(-1, x.shape[-1])}))
 
-        return [self.model_module(path, block, m).register_forward_pre_hook(pause, with_kwargs=True) for m in modules]
+        return [self.model_module(path, block, m).register_forward_pre_hook(pause, prepend=True, with_kwargs=True)
+                for m in modules]  # fmt: skip
 
     def model_module(self, path: str, block: nn.Module, module: str) -> nn.Module:
         return block.get_submodule(module.removeprefix(path).lstrip("."))

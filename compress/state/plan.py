@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from compress.errors import CompressError, FormatError
-from compress.formats import Coded, Dense, Factored, Format, LowRank, Rotated, numbers_of, parse
+from compress.formats import Coded, Dense, Factored, Format, LowRank, Rotated, Served, numbers_of, parse
 from compress.state.graph import Graph, Site
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -221,6 +221,10 @@ def check_fits(site: Site, fmt: Format, at: tuple[str, ...]) -> None:
     if site.role == "embed" and isinstance(fmt, Rotated):
         raise FormatError(f"'{site.name}' is a token embedding, whose rows are looked up one by one, and a rotation mixes rows: "
                           f"pin it to {fmt.base}", at)  # fmt: skip
+    if isinstance(fmt, Served) and (site.block is None or site.expert is not None):
+        what = "lies outside the blocks" if site.block is None else "is an expert's"
+        raise FormatError(f"'{site.name}' {what}, and inputs are rounded for the other matrices inside the blocks: pin it to "
+                          f"{fmt.weight} or bf16", at)  # fmt: skip
     try:
         fmt.check(site.shape)
     except FormatError as e:

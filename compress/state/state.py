@@ -22,7 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from compress.errors import ModelError
-from compress.formats import Format, Packed
+from compress.formats import Dense, Format, Packed, Served
+from compress.formats.served import Rounding
 from compress.state.checkpoint import Spec
 from compress.state.graph import Graph, Site
 from compress.state.overlay import Overlay, Written
@@ -156,6 +157,10 @@ class State:
             return self.codes[site.name].load().dequantize(self.dtype)
         return self.reference(site).to(self.dtype)
 
+    def inputs(self, site: Site) -> Rounding | None:
+        """What the inputs of a site are rounded by where its matrix multiplies; None where they are taken as they are."""
+        return self.codes[site.name].load().inputs if isinstance(self.format(site), Served) else None
+
     def rows(self, site: Site, rows: slice | list[int]) -> torch.Tensor:
         """Some rows of the matrix of a site that is no expert's, in the model's dtype: no others are read, nor decoded."""
         if site.tied:
@@ -225,7 +230,7 @@ def site_entries(site: Site, fmt: Format | None, dtype: torch.dtype, scale: torc
         yield Spec(site.weight, dtype, site.shape), site, "weight"
         return
     for suffix, (kind, shape) in fmt.tensors(site.shape, scale).items():
-        flip = site.transposed and suffix == "weight"
+        flip = site.transposed and isinstance(fmt, Dense)
         yield Spec(f"{site.stem}.{suffix}", kind, shape[::-1] if flip else shape), site, suffix
 
 

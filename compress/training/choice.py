@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from compress.errors import MatchError, RecipeError, did_you_mean
-from compress.formats import Blocks, Coded, Dense, Factored, Lattice, LowRank, Rotated
+from compress.formats import Blocks, Coded, Dense, Factored, Float, Lattice, LowRank, Rotated, Served
 from compress.formats.formats import Format
 from compress.formats.grid import Quantized
 from compress.state import State
@@ -48,6 +48,10 @@ class Choice:
 def choose(state: State, train: Sequence[str], rank: int | None) -> Choice:
     """What the words `all`, `lora`, `scales`, `norms` and patterns of names mean for a state. RecipeError, MatchError where one
     means nothing."""
+    served = next((name for name, fmt in state.formats.items() if isinstance(fmt, Served)), None)
+    if served:
+        raise RecipeError(f"'{served}' is in {state.formats[served]}, and nothing is trained while inputs are rounded; put this "
+                          "step in front of 'quantize'", ("train",))  # fmt: skip
     sites: dict[str, Kind] = {}
     tensors, formats = set[str](), dict[str, LowRank]()
     others = other_tensors(state)
@@ -94,7 +98,7 @@ def learning(state: State, site: Site, word: str) -> Kind:
     if word == "norms":
         return Kind.NOTHING
     if (
-        isinstance(fmt, Rotated | Coded | Blocks | Lattice)
+        isinstance(fmt, Rotated | Coded | Blocks | Lattice | Float)
         and (site.block is not None or word != "lora")
         and (word in WORDS or fnmatchcase(site.name, word))
     ):
@@ -127,7 +131,7 @@ def takes_factors(fmt: Format | None) -> bool:
     """Whether a matrix in this format can learn by factors: those that it has, or new ones."""
     if isinstance(fmt, LowRank):
         return isinstance(fmt.factors, Dense)
-    return fmt is None or (isinstance(fmt, Quantized) and not isinstance(fmt, Factored))
+    return fmt is None or (isinstance(fmt, Quantized) and not isinstance(fmt, Factored | Float))
 
 
 def nothing(state: State, word: str) -> Exception:

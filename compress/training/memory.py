@@ -21,8 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from compress.errors import RecipeError
 from compress.formats.grid import Quantized
 from compress.model.experts import foreseeable
+from compress.model.probe import Probe
 from compress.model.skeleton import skeleton
-from compress.model.stream import Probe
 from compress.model.work import block_bytes
 from compress.state import State
 from compress.state.graph import Site

@@ -35,7 +35,8 @@ def tensors(state: State) -> Iterator[tuple[str, torch.Tensor]]:
             stored = state.codes.get(site.name)
             held = site.name, dict(stored.load().tensors) if stored else {"weight": state.reference(site)}
         tensor = held[1][suffix]
-        yield spec.name, tensor.T.contiguous() if site.transposed and suffix == "weight" else tensor
+        dense = isinstance(state.format(site), Dense | None)
+        yield spec.name, tensor.T.contiguous() if site.transposed and dense else tensor
 
 
 def write_config(job: Job, folder: Path, quantization: dict[str, Any] | None = None) -> None:

@@ -20,7 +20,8 @@ import transformers
 from compress.errors import CompressError, first_line
 from compress.export.artifact.engines import LOCAL, EngineError, Transformers
 from compress.export.compressed_tensors import adapter
-from compress.formats import integers
+from compress.export.compressed_tensors.serving import schemes
+from compress.formats import Int
 from compress.model.skeleton import base_class, model_class, with_logits
 from compress.state import State
 
@@ -31,9 +32,9 @@ RUNTIME, STOCK_NAME = "compress runtime", "transformers"
 
 def stock_obstacles(state: State) -> list[str]:
     """Why stock transformers cannot load the artifact; empty when it can."""
-    formats = integers(adapter.base_of(state).formats)
+    formats = schemes(adapter.base_of(state).formats)
     found = []
-    if any(not f.symmetric for f in formats.values()):
+    if any(isinstance(f, Int) and not f.symmetric for f in formats.values()):
         found.append("asymmetric formats (compressed-tensors 0.18 to 0.20 does not load their zero points)")
     if any(state.graph[n].transposed for n in formats):
         found.append(f"'{state.graph.family}' keeps its matrices in Conv1D modules, which compressed-tensors passes over: what "

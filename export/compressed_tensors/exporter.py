@@ -1,6 +1,7 @@
-"""Export to `compressed-tensors` checkpoints, format ``pack-quantized``: what vLLM serves and transformers loads.
+"""Export to `compressed-tensors` checkpoints: what vLLM serves and transformers loads.
 
-The layout of tensors is that of formats.py (compressed-tensors >= 0.18, the dense bit stream). The config's targets are disjoint,
+The layout of tensors is that of formats.py (compressed-tensors >= 0.18, the dense bit stream); how the config spells each format
+stands in artifact/schemes.py, what engines make of inputs that are rounded in serving.py. The config's targets are disjoint,
 because engines disagree on which of two overlapping patterns wins: names, and anchored patterns that fit a module's path in the
 model with its head, in the one without, which `AutoModel` loads, and under `model`, where vLLM puts it. The known limits, as of
 compressed-tensors 0.20 and transformers 5.23, are told by `remarks`: asymmetric and Conv1D sites load in vLLM or through
@@ -36,8 +37,9 @@ from compress.export.artifact.exporter import (
 )
 from compress.export.artifact.place import carry_over
 from compress.export.artifact.proof import FP32_TOLERANCE, TOLERANCE, prove, proven
+from compress.export.artifact.schemes import Scheme, group_of
 from compress.export.artifact.tensors import same_tensors, tensors, write_config
-from compress.export.compressed_tensors import adapter
+from compress.export.compressed_tensors import adapter, serving
 from compress.export.compressed_tensors.engines import (
     RUNTIME,
     STOCK,
@@ -49,7 +51,7 @@ from compress.export.compressed_tensors.engines import (
     stock_obstacles,
 )
 from compress.export.compressed_tensors.reader import read
-from compress.formats import Dense, Format, Int, integers
+from compress.formats import Dense, Float, Format, Int, Served
 from compress.model.model import Model, open_model
 from compress.model.skeleton import auto_class, base_prefix
 from compress.state import State
@@ -100,7 +102,7 @@ class CompressedTensors(Exporter):
             if len(kinds) > 1:
                 raise ExportError(split_group(group, formats))
         for site in state.graph:
-            if site.aliases and site.name in integers(formats):
+            if site.aliases and site.name in serving.schemes(formats):
                 modules = ", ".join((site.module, *site.aliases))
                 raise ExportError(f"compressed_tensors: '{site.name}' is one matrix for {1 + len(site.aliases)} modules "
                                   f"({modules}), which engines load one by one; pin it to bf16")  # fmt: skip
@@ -115,7 +117,7 @@ class CompressedTensors(Exporter):
         if reasons:
             said = [f"compressed_tensors: stock transformers cannot load it today: {'; '.join(reasons)}; it is written for "
                     f"our runtime{vllm}"]  # fmt: skip
-        return said + beside(state)
+        return said + beside(state) + serving.remarks(state)
 
     def layout(self, model: Model, state: State) -> Layout:
         layout = Layout.of([spec for spec, _, _ in adapter.base_of(state).entries()], self.shard_bytes)
@@ -128,6 +130,7 @@ class CompressedTensors(Exporter):
     def write(self, job: Job, folder: Path) -> None:
         self.check(job.state)
         base = adapter.base_of(job.state)
+        serving.check_shared(base)
         self.layout(job.model, job.state).write(folder, chain(tensors(base), adapter.tensors(job.state)))
         config = quantization_config(base, base_prefix(job.state.config)) if base.codes else None
         write_config(job, folder, config)
@@ -145,13 +148,16 @@ class CompressedTensors(Exporter):
 def in_engine(job: Job, folder: Path) -> Proof:
     """The proof in an engine, whose name goes into the card. Where there is none the artifact is kept: vLLM has its own code.
 
-    With an adapter in fp32: engines add a product that we put in the matrix, and in 16 bits the two round differently.
+    With an adapter in fp32: engines add a product that we put in the matrix, and in 16 bits the two round differently. Small
+    floats in bf16, in which stock transformers unpacks them.
     """
     adapted = bool(adapter.corrected(job.state))
-    state = replace(job.state, dtype=torch.float32) if adapted else job.state
+    state, note = (replace(job.state, dtype=torch.float32), "compared in fp32") if adapted else (job.state, "")
+    if serving.in_bf16(state):
+        state, note = replace(state, dtype=torch.bfloat16), "compared in bf16"
     try:
         found = engine(folder, state, job.device)
-        remark = "; ".join(filter(None, (found.remark, "compared in fp32" if adapted else "")))
+        remark = "; ".join(filter(None, (found.remark, note)))
         proof = prove(job, found, FP32_TOLERANCE if adapted else TOLERANCE, remark, state)
     except EngineError:
         write_card(job, folder, None)
@@ -166,28 +172,27 @@ def in_engine(job: Job, folder: Path) -> Proof:
     return proof
 
 
-CHECKS: Mapping[type, Callable[[Site, Any], None]] = {Dense: lambda site, fmt: None, Int: lambda site, fmt: None}
+def holds(site: Site, fmt: Any) -> None:
+    """Anything will do."""
+
+
+CHECKS: Mapping[type, Callable[[Site, Any], None]] = {Dense: holds, Int: holds, Float: serving.check, Served: serving.check}
 
 
 # --- what is written -------------------------------------------------------------------------------------------------
 
 
-def scheme(fmt: Int) -> dict[str, Any]:
-    """A format as compressed-tensors' QuantizationArgs spell it."""
-    return {"num_bits": fmt.bits, "type": "int", "symmetric": fmt.symmetric, "dynamic": False,
-            "strategy": "channel" if fmt.group is None else "group", "group_size": fmt.group}  # fmt: skip
-
-
 def quantization_config(state: State, prefix: str) -> dict[str, Any]:
     """The `quantization_config` of config.json: one group per format, disjoint targets, everything else ignored.
     prefix: where a model with a head holds the one without."""
-    formats = integers(state.formats)
+    formats = serving.schemes(state.formats)
     groups: dict[str, Any] = {}
     for i, fmt in enumerate(dict.fromkeys(formats.values())):
         mine = [state.graph[n] for n, f in formats.items() if f == fmt]
-        groups[f"group_{i}"] = {"targets": targets(mine, prefix), "weights": scheme(fmt), "format": "pack-quantized",
-                                "input_activations": None, "output_activations": None}  # fmt: skip
-    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
+        groups[f"group_{i}"] = {"targets": targets(mine, prefix), **group_of(fmt)}
+    layouts = dict.fromkeys(group["format"] for group in groups.values())
+    layout = next(iter(layouts)) if len(layouts) == 1 else "mixed-precision"
+    return {"quant_method": "compressed-tensors", "format": layout, "quantization_status": "compressed",
             "config_groups": groups, "ignore": ignored(state, formats)}  # fmt: skip
 
 
@@ -217,7 +222,7 @@ def patterns(paths: list[str], prefix: str) -> list[str]:
             for (head, numbers), rest in tails.items()]  # fmt: skip
 
 
-def ignored(state: State, formats: dict[str, Int]) -> list[str]:
+def ignored(state: State, formats: Mapping[str, Scheme]) -> list[str]:
     """Modules that keep their weights: sites without a format, routers, and other matrices that are no site, or not even the
     model's, such as those of a layer that predicts further tokens."""
     graph = state.graph

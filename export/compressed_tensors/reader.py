@@ -1,15 +1,16 @@
-"""A compressed-tensors folder of integers read back as the state that it was made from."""
+"""A compressed-tensors folder read back as the state that it was made from."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from compress.errors import ModelError
-from compress.export.artifact.config import declared, integer_schemes, scheme_of
+from compress.export.artifact.config import declared
 from compress.export.artifact.files import check_marks, contained
+from compress.export.artifact.schemes import Scheme, scheme_of
+from compress.export.artifact.schemes import schemes as schemes_in
 from compress.export.artifact.tensors import Placed, state_of
 from compress.export.compressed_tensors import adapter
-from compress.formats import Int
 from compress.model.model import Model, open_model
 from compress.state import State
 from compress.state.graph import Site
@@ -23,20 +24,20 @@ def is_artifact(folder: Path) -> bool:
 
 
 def read(folder: Path) -> State:
-    """The state that a pack-quantized folder holds; ModelError where its config and tensors disagree."""
+    """The state that a folder holds; ModelError where its config and tensors disagree."""
     check_marks(folder)
     model = open_artifact(folder)
     try:
-        schemes = integer_schemes(declared(folder), folder / "config.json")
+        schemes = schemes_in(declared(folder), folder / "config.json")
         stored = {site.name: stored_at(site, schemes, model) for site in model.graph
-                  if f"{site.stem}.weight_packed" in model.checkpoint}  # fmt: skip
+                  if f"{site.stem}.weight_scale" in model.checkpoint}  # fmt: skip
     except (LookupError, TypeError, AttributeError) as e:
         raise ModelError(f"{folder / 'config.json'}: its quantization_config is broken ({type(e).__name__}: {e})") from None
     state = state_of(model, stored)
     return adapter.read(folder, state) if adapter.present(folder) else state
 
 
-def stored_at(site: Site, schemes: list[tuple[list[str], Int]], model: Model) -> Placed:
+def stored_at(site: Site, schemes: list[tuple[list[str], Scheme]], model: Model) -> Placed:
     """Where a packed site lies, in the format that a target names; ModelError if its tensors are not of that format."""
     fmt = scheme_of((site.module, site.stem), schemes, model.folder)
     return Placed.of(site, fmt, model.checkpoint, {s: f"{site.stem}.{s}" for s in fmt.tensors(site.shape)})

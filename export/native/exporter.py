@@ -34,7 +34,7 @@ from compress.export.artifact.proof import FP32_TOLERANCE, TOLERANCE, prove, pro
 from compress.export.artifact.tensors import same_tensors, tensors, write_config
 from compress.export.native.engine import engine
 from compress.export.native.reader import belonging, read
-from compress.formats import Dense, Factored, LowRank, Rotated
+from compress.formats import Dense, Factored, Float, LowRank, Rotated, Served, numbers_of
 from compress.model.model import Model
 from compress.model.skeleton import auto_class
 from compress.shapes import ATTENTION, layers_without
@@ -90,8 +90,11 @@ class Native(Exporter):
 
 
 def for_vllm(state: State) -> bool:
-    """Whether our plug-in serves it in vLLM: not masked models, not experts, not a packed embedding."""
+    """Whether our plug-in serves it in vLLM: not masked models, not experts, not a packed embedding; nor small floats and rounded
+    inputs, for which vLLM has kernels of its own."""
     formats = state.formats
+    if any(isinstance(fmt, Served) or isinstance(numbers_of(fmt), Float) for fmt in formats.values()):
+        return False
     served = isinstance(formats.get("embed"), Dense | None)
     return state.graph.causal and served and all(state.graph[name].expert is None for name in formats)
 

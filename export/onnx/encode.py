@@ -1,6 +1,6 @@
 """A matrix in a format <-> the tensors that ONNX nodes take. Numbers only: the nodes are in nodes.py.
 
-There are two encodings of a quantized matrix [N = outputs, K = inputs], with G groups in a row.
+There are three encodings of a quantized matrix [N = outputs, K = inputs], with G groups in a row.
 
 **NBits** is what com.microsoft's MatMulNBits and GatherBlockQuantized take: integers inside the model.
 
@@ -22,6 +22,11 @@ the same products and sums in fp32 that the format itself takes.
     weight_zero_codes    uint8 [N, G]              asymmetric integers
     weight_table         fp16 [2**b]               fitted tables
 
+**Bytes** is for integers of 8 bits whose inputs are rounded too: MatMulInteger multiplies them as they are.
+
+    weight        int8 [N, K]    the code less 128
+    weight_scale  16 bits [N, 1]
+
 The standard's own DequantizeLinear was the other way for integers. onnxruntime fuses it to MatMulNBits only where weights are
 stored [K, N], and it has neither 3 bits nor groups such as 48.
 
@@ -40,13 +45,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from compress.errors import FormatError
-from compress.formats import Dense, Factored, Format, Int, LowRank, bitpack
+from compress.formats import Dense, Factored, Format, Int, LowRank, Served, bitpack
 from compress.formats.codebooks import NF, Lut
 from compress.formats.grid import Grid
 
 KINDS = {torch.bfloat16: "BFLOAT16", torch.float16: "FLOAT16", torch.float32: "FLOAT"}
 DTYPES = {kind: dtype for dtype, kind in KINDS.items()}
-WIDTHS = {"UINT4": 4, "UINT8": 8, "BFLOAT16": 16, "FLOAT16": 16, "FLOAT": 32}
+WIDTHS = {"UINT4": 4, "UINT8": 8, "INT8": 8, "BFLOAT16": 16, "FLOAT16": 16, "FLOAT": 32}
 FAST = (128, 64, 32)  # blocks for which onnxruntime has fast kernels on CPU
 Shape = tuple[int, int]
 Turn = Callable[[Any, Shape, Mapping[str, Tensor]], dict[str, Tensor]]  # format, shape [N, K], tensors -> the others
@@ -124,6 +129,17 @@ def dense_slots(fmt: Dense, shape: Shape, scale_dtype: torch.dtype, prefix: str)
 
 def unchanged(fmt: Dense, shape: Shape, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {"weight": tensors["weight"]}
+
+
+# --- Bytes: integers that are multiplied as such ---------------------------------------------------------------------
+
+
+def bytes_slots(fmt: Served, shape: Shape, scale_dtype: torch.dtype, prefix: str) -> list[Slot]:
+    return [Slot(f"{prefix}weight", "INT8", shape), Slot(f"{prefix}weight_scale", KINDS[scale_dtype], (shape[0], 1))]
+
+
+def same_bytes(fmt: Served, shape: Shape, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {"weight": tensors["weight"].view(torch.int8), "weight_scale": tensors["weight_scale"]}
 
 
 # --- NBits -----------------------------------------------------------------------------------------------------------
@@ -288,12 +304,13 @@ def from_kind(raw: Tensor, bits: int, count: int) -> Tensor:
 
 
 DENSE = Encoding(dense_slots, unchanged, unchanged)
+BYTES = Encoding(bytes_slots, same_bytes, same_bytes)
 NBITS = Encoding(nbits_slots, encode_nbits, decode_nbits)
 CODES = Encoding(codes_slots, encode_codes, decode_codes)
 INTEGERS = Encoding(codes_slots, encode_codes, decode_integers)
 CORRECTED = Encoding(corrected_slots, encode_corrected, decode_corrected)
 FACTORED = Encoding(factored_slots, encode_factored, decode_factored)
 MATRICES: Mapping[type, Encoding] = {
-    Dense: DENSE, Int: NBITS, NF: CODES, Lut: CODES, LowRank: CORRECTED, Factored: FACTORED,
+    Dense: DENSE, Int: NBITS, NF: CODES, Lut: CODES, LowRank: CORRECTED, Factored: FACTORED, Served: BYTES,
 }  # fmt: skip
 FACTORS: Mapping[type, Encoding] = {Dense: DENSE, Int: INTEGERS, NF: CODES, Lut: CODES}

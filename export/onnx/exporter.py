@@ -20,7 +20,7 @@ from compress.export.onnx import datafile
 from compress.export.onnx.datafile import GRAPH, METHOD, VERSION, DataLayout
 from compress.export.onnx.encode import NBits
 from compress.export.onnx.words import describe, describe_factors, describe_table, engines, use, warnings
-from compress.formats import Factored, Format, Int, numbers_of
+from compress.formats import Factored, Float, Format, Int, Served, numbers_of
 from compress.model.model import Model
 from compress.state import State
 from compress.state.checkpoint import tensor_bytes
@@ -30,6 +30,7 @@ UNTRACED = {"falcon": "its heads share one key, which torch.onnx does not know i
             "modernbert": "its tables of rotary embeddings are not as onnxruntime wants them"}  # fmt: skip
 EXACT = {"fp32": 1e-3, "fp16": 3e-2}  # of the largest logit, where activations are not rounded
 LOOSE = 0.2  # where they are, to 8 bits in front of every matrix: kernels do that each in their own way
+FLIPPED = 0.05  # where they are rounded by the format: in one way, but a sum's last bit may move the next code
 GRAPH_BYTES = (5000, 6500)  # of the graph: of any, and for each block; of a Llama, others differ little
 
 
@@ -47,6 +48,7 @@ class Onnx(Exporter):
         for name, fmt in state.formats.items():
             refuse_ours("onnx", name, fmt)
             refuse_blocks("onnx", name, fmt)
+            refuse_served(name, fmt)
             base, shape = numbers_of(fmt), state.graph[name].shape
             try:
                 for _, inputs in fmt.factor_shapes(shape).values() if isinstance(fmt, Factored) else (shape,):
@@ -129,6 +131,9 @@ class Onnx(Exporter):
         from compress.export.onnx.session import Session
 
         state = replace(job.state, dtype=torch.float32)
+        if any(isinstance(f, Served) for f in job.state.formats.values()):
+            remark = f"against the run's model in fp32, within {FLIPPED:.0%} of the largest logit, as a last bit may move a code"
+            return proof.prove(job, Session(folder, job.state), FLIPPED, remark, state)
         integers = any(isinstance(numbers_of(f), Int) for f in job.state.formats.values())
         if not integers or self.accuracy_level < 2:
             return proof.prove(job, Session(folder, job.state), EXACT[self.dtype], "against the run's model in fp32", state)
@@ -136,6 +141,18 @@ class Onnx(Exporter):
         remark = (f"against the run's model in fp32, within {LOOSE:.0%} of the largest logit, as activations are rounded; the "
                   f"difference is {exact.difference:.2g} where they are not")  # fmt: skip
         return proof.prove(job, Session(folder, job.state), LOOSE, remark, state)
+
+
+def refuse_served(name: str, fmt: Format) -> None:
+    """ExportError for small floats and rounded inputs that onnxruntime has no kernels for on a CPU."""
+    if isinstance(fmt, Served) and fmt.bytes_of_codes and numbers_of(fmt) == Int(8, None) and str(fmt.input) == "int8:token":
+        return
+    if isinstance(fmt, Served) or isinstance(numbers_of(fmt), Float):
+        instead = (
+            "int4:g128, whose inputs accuracy_level: 4 rounds to 8 bits" if isinstance(numbers_of(fmt), Int) else "int8:channel"
+        )
+        raise ExportError(f"onnx: '{name}' has {fmt}, which onnxruntime has no kernels for; use int8:channel/int8:token or "
+                          f"{instead}, or export compressed_tensors or native instead")  # fmt: skip
 
 
 def refuse(state: State) -> None:

@@ -1,8 +1,8 @@
 """Matrices as ONNX nodes: what stands in the graph where torch's had a Linear, Conv1D or Embedding.
 
-Integers become MatMulNBits or, where rows are looked up, GatherBlockQuantized; every other format is turned into a dense matrix
-by standard operators, which onnxruntime does once, when it loads the graph. Scales and dense matrices have on disk the 16 bits
-that the run gave them, with a Cast behind them, which is done at loading as well.
+Integers become MatMulNBits or, where rows are looked up, GatherBlockQuantized, and where inputs are rounded MatMulInteger; every
+other format is turned into a dense matrix by standard operators, which onnxruntime does once, when it loads the graph. Scales and
+dense matrices have on disk the 16 bits that the run gave them, with a Cast behind them, which is done at loading as well.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from compress.export.onnx.datafile import DATA, places
 from compress.export.onnx.encode import NBits, Slot
-from compress.formats import Dense, Factored, Format, Int, LowRank
+from compress.formats import Dense, Factored, Format, Int, LowRank, Served
 from compress.formats.codebooks import NF, DoubleQuant, Lut, lut_table, nf_table
 from compress.state.graph import Site
 
@@ -87,6 +87,32 @@ class Nodes:
         inputs = [x, f"{stem}weight_codes", self.block_scales(form, fmt, site), *zeros(fmt, stem)]
         return self.op("MatMulNBits", inputs, out, MICROSOFT, K=site.shape[1], N=site.shape[0], bits=form.bits,
                        block_size=form.block, **level)  # fmt: skip
+
+    def product_of_bytes(self, fmt: Served, site: Site, x: str, out: str | None) -> str:
+        """A product of integers, times the scale of each row of x and that of each output, in fp32."""
+        codes, scale = self.once(f"{x}.bytes", lambda: self.bytes_of_rows(x)).split()
+        W = self.turned(f"{site.stem}.weight")
+        whole = self.op("Cast", [self.op("MatMulInteger", [codes, W, self.middle()])], to=FLOAT)
+        each = self.reshape(self.number(f"{site.stem}.weight_scale", FLOAT), (site.shape[0],))
+        last = self.op("Mul", [self.op("Mul", [whole, scale]), each], out if self.compute == FLOAT else None)
+        return last if self.compute == FLOAT else self.op("Cast", [last], out, to=self.compute)
+
+    def bytes_of_rows(self, x: str) -> str:
+        """Each row of x in 8 bits, and its scale: the names of both. Codes are moved by 128 to have no sign: onnxruntime has fast
+        kernels for a product of those with signed weights, and none for one of signed codes."""
+        wide = x if self.compute == FLOAT else self.op("Cast", [x], to=FLOAT)
+        most = self.op("ReduceMax", [self.op("Abs", [wide]), self.ints(-1)], keepdims=1)
+        scale = self.op("Max", [self.op("Div", [most, self.floats("half", [127.5])]), self.floats("least", [1e-30])])
+        codes = self.op("Round", [self.op("Div", [wide, scale])])
+        moved = self.op("Add", [codes, self.floats("middle.8", [128.0])])
+        kept = self.op("Clip", [moved, self.scalar("none", 0.0), self.scalar("most", 255.0)])
+        return f"{self.op('Cast', [kept], to=TensorProto.UINT8)} {scale}"
+
+    def middle(self) -> str:
+        return self.constant("zero.8", np.array(128, np.uint8))
+
+    def scalar(self, name: str, value: float) -> str:
+        return self.constant(f"scalar.{name}", np.array(value, np.float32))
 
     def rows_of_integers(self, fmt: Int, site: Site, x: str, out: str | None) -> str:
         form, stem, (n, k) = NBits.of(fmt, site.shape[1]), f"{site.stem}.", site.shape
@@ -221,6 +247,7 @@ PRODUCTS: Mapping[type, Way] = {
     Lut: Nodes.product_of_codes,
     LowRank: Nodes.product_of_sum,
     Factored: Nodes.product_of_factors,
+    Served: Nodes.product_of_bytes,
 }
 ROWS: Mapping[type, Way] = {
     NoneType: Nodes.rows_of_dense,

@@ -17,13 +17,14 @@ from compress.export.artifact.engines import EngineError
 from compress.export.onnx.datafile import GRAPH
 from compress.export.onnx.encode import NBits
 from compress.export.onnx.nodes import serialized
-from compress.formats import Factored, Format, Int, LowRank, base_of
+from compress.formats import Factored, Format, Int, LowRank, Served, base_of
 from compress.state import State
 
 onnxruntime: Any = import_module("onnxruntime")  # it says nothing of its types
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 BESIDE = "session.model_external_initializers_file_folder_path"  # where a graph that comes as bytes finds its data
+PRECISE = "session.x64quantprecision"  # or x86 CPUs without VNNI add pairs of products of bytes in 16 bits, which overflow
 ERRORS = 3  # onnxruntime's number for a log that tells of errors only
 
 
@@ -41,6 +42,8 @@ class Session:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), ERRORS
         options.add_session_config_entry(BESIDE, str(folder))
+        if any(isinstance(fmt, Served) for fmt in state.formats.values()):
+            options.add_session_config_entry(PRECISE, "1")
         graph = str(folder / GRAPH) if level is None else at_level(folder / GRAPH, level)
         try:
             self._session: Any = onnxruntime.InferenceSession(graph, options, providers=[provider])
@@ -106,6 +109,8 @@ def matrix_bytes(fmt: Format | None, shape: tuple[int, int], width: int) -> int:
     """The same of one matrix."""
     if isinstance(fmt, Factored):
         return sum(matrix_bytes(fmt.factors, side, width) for side in fmt.factor_shapes(shape).values())
+    if isinstance(fmt, Served):
+        return prod(shape) + 4 * shape[0]
     base, factors = base_of(fmt) if fmt else None, fmt.rank * sum(shape) if isinstance(fmt, LowRank) else 0
     if not isinstance(base, Int):
         return width * (prod(shape) + factors)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from compress.export.onnx.encode import NBits, kind_of, slots
-from compress.formats import Blocks, Coded, Dense, Factored, Format, Int, Lattice, LowRank, numbers_of
+from compress.formats import Blocks, Coded, Dense, Factored, Format, Int, Lattice, LowRank, Served, numbers_of
 from compress.state import State
 from compress.state.graph import Site
 
@@ -72,6 +72,8 @@ def describe(fmt: Format, sites: list[Site], level: int) -> str:
         assert not isinstance(base, Coded | Blocks | Lattice), "refused"
         return (f"{fmt} is stored as {kind_of(base.bits).lower()} codes ({cost}), which onnxruntime turns into a dense matrix as "
                 f"it loads them: small on disk, 4 bytes a weight in memory, and no faster than fp32{more}")  # fmt: skip
+    if isinstance(fmt, Served):
+        return f"{fmt} becomes MatMulInteger of 8 bits, and a few operators in front that round each row of inputs ({cost})"
     form = NBits.of(base, sites[0].shape[1])
     held = f" (there is no kernel for {base.bits})" if form.bits != base.bits else ""
     return f"{fmt} becomes MatMulNBits of {form.bits} bits{held}, block {form.block} ({cost}){more}{slow(form, level)}"

@@ -16,7 +16,22 @@ import torch
 from torch import Tensor
 
 from compress.errors import FormatError
-from compress.formats import Blocks, Ecq, Factored, Format, Int, Lattice, LowRank, Tcq, base_of, bitpack, entropy, parse
+from compress.formats import (
+    Blocks,
+    Ecq,
+    Factored,
+    Float,
+    Format,
+    Int,
+    Lattice,
+    LowRank,
+    Served,
+    Tcq,
+    base_of,
+    bitpack,
+    entropy,
+    parse,
+)
 from compress.formats.codebooks import NF, Lut, lut_table, nf_table
 
 Shape = tuple[int, int]
@@ -76,8 +91,12 @@ def decoded(fmt: Ecq, shape: Shape, tensors: Mapping[str, Tensor]) -> dict[str, 
 
 def rows_of(
     fmt: Format, shape: Shape, tensors: Mapping[str, Tensor], dtype: torch.dtype
-) -> Rows | CodedRows | TrellisRows | BlockRows:
+) -> Rows | CodedRows | TrellisRows | BlockRows | PlainRows:
     """The weights of any rows of a matrix."""
+    if isinstance(fmt, Served) and not fmt.bytes_of_codes:
+        fmt = fmt.weight
+    if isinstance(fmt, Float | Served):
+        return PlainRows(fmt, tensors, dtype)
     if isinstance(fmt, Blocks | Lattice):
         return BlockRows(fmt, tensors["weight_blocks"], dtype)
     kind = CodedRows if isinstance(fmt, Ecq) else TrellisRows if isinstance(fmt, Tcq) else Rows
@@ -121,6 +140,18 @@ class TrellisRows:
         assert isinstance(rows, slice), "tables, whose rows are looked up, have no trellis codes"
         start, stop, _ = rows.indices(self.outputs)
         return self.fmt.rows(self.tensors, start, stop, self.dtype)
+
+
+class PlainRows:
+    """Of a matrix whose codes, and scales, lie row by row: what the format makes of those."""
+
+    def __init__(self, fmt: Float | Served, tensors: Mapping[str, Tensor], dtype: torch.dtype):
+        self.fmt, self.tensors, self.dtype = fmt, tensors, dtype
+
+    def at(self, rows: slice | Tensor) -> Tensor:
+        """The weights [rows, K] in the dtype."""
+        held = {name: t if t.ndim == 1 else t[rows] for name, t in self.tensors.items()}
+        return self.fmt.dequantize(held, self.dtype)
 
 
 class Rows:

@@ -20,6 +20,12 @@ from compress.export.runtime.decode import DECODED, Shape, decoded, format_of, n
 from compress.formats import Dense, Ecq, numbers_of
 
 assert ops.LAYOUTS  # the operators are registered
+LEAVES = {"weight": "weight_codes"}  # what a tensor of a format is called in a module, whose `weight` is the matrix itself
+
+
+def leaf_of(suffix: str) -> str:
+    """The name, within a packed module, of a tensor of its format."""
+    return LEAVES.get(suffix, suffix)
 
 
 class Made(Tensor):
@@ -59,11 +65,11 @@ class Packed(nn.Module):
     def _put(self, tensors: Mapping[str, Tensor]) -> None:
         """Hold tensors of the format, by suffix, such as `weight_packed` or `lora_A.weight`."""
         for suffix, tensor in tensors.items():
-            child, _, leaf = suffix.rpartition(".")
+            child, _, leaf = leaf_of(suffix).rpartition(".")
             if child and child not in self._modules:
                 self.add_module(child, nn.Module())
             (self.get_submodule(child) if child else self).register_buffer(leaf, tensor)
-        self._places = [tuple(name.rpartition(".")[::2]) for name in part_names(self.format, *self.shape)]
+        self._places = [tuple(leaf_of(name).rpartition(".")[::2]) for name in part_names(self.format, *self.shape)]
 
     @property
     def parts(self) -> list[Tensor]:
@@ -121,7 +127,7 @@ class Packed(nn.Module):
 
     def _drop(self) -> None:
         for suffix in format_of(self.format).tensors(self.shape):
-            child, _, leaf = suffix.rpartition(".")
+            child, _, leaf = leaf_of(suffix).rpartition(".")
             if child:
                 self._modules.pop(child, None)
             else:

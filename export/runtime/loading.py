@@ -15,7 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from compress import shapes
 from compress.errors import CompressError, ModelError, one_line
 from compress.export.artifact import config as artifact_config
-from compress.export.artifact import files
+from compress.export.artifact import files, schemes
 from compress.export.runtime.correction import correct
 from compress.export.runtime.linear import prepare
 from compress.export.runtime.quantizer import DeclaredConfig, IntegerQuantizer, NativeQuantizer
@@ -36,7 +36,7 @@ class ChosenConfig:
     def from_dict(declared: Mapping[str, Any], **options: Any) -> QuantizationConfigMixin:
         artifact_config.check_patterns(declared)
         try:
-            artifact_config.integer_schemes(declared)
+            schemes.schemes(declared)
         except ModelError:
             found: QuantizationConfigMixin = STOCK[0].from_dict(declared, **options)
             return found
@@ -90,7 +90,7 @@ def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dt
     kind = auto_class(config.get("architectures"))
     with keep_packed():
         if method == INTEGERS:
-            artifact_config.integer_schemes(artifact_config.declared(folder), folder / "config.json")
+            schemes.schemes(artifact_config.declared(folder), folder / "config.json")
         try:
             model: Any = kind.from_pretrained(
                 folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False, use_safetensors=True

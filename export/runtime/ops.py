@@ -22,7 +22,7 @@ from torch import Tensor
 
 from compress.errors import FormatError
 from compress.export.runtime.decode import Shape, blocks, format_of, named, rows_of, with_shapes
-from compress.formats import Dense, Factored, Format, LowRank, Rotated, base_of
+from compress.formats import Dense, Factored, Format, LowRank, Rotated, Served, base_of
 
 LAYOUTS = ("canonical", "codes", "tiles")
 _LIBRARY = torch.library.Library("compress", "FRAGMENT")
@@ -52,6 +52,8 @@ def by_blocks(x: Tensor, tensors: dict[str, Tensor], bias: Tensor | None, fmt: F
     if isinstance(fmt, Rotated):
         y = fmt.out_of(by_blocks(fmt.into(x), tensors, None, fmt.base, shape))
         return (y if bias is None else y + bias.float()).to(x.dtype)
+    if isinstance(fmt, Served):
+        x = fmt.inputs(tensors)(x)
     out, factors = x.new_empty(len(x), shape[0]), factors_of(fmt, shape, tensors)
     for start, stop, W_rk in blocks(fmt, shape, tensors, x.dtype):
         out[:, start:stop] = torch.nn.functional.linear(x, W_rk, None if bias is None or factors else bias[start:stop])

@@ -27,7 +27,7 @@ from compress.errors import ModelError, one_line
 from compress.export.artifact import files as artifact_files
 from compress.export.runtime import reading
 from compress.export.runtime.experts import ROLES, PackedExperts
-from compress.export.runtime.linear import PackedEmbedding, PackedHead, PackedLinear, prepare
+from compress.export.runtime.linear import PackedEmbedding, PackedHead, PackedLinear, leaf_of, prepare
 from compress.export.runtime.reading import Artifact, Matrix
 from compress.formats import Rotated
 from compress.state.checkpoint import OWN, OWN_INDEX
@@ -128,7 +128,7 @@ class NativeQuantizer(PackedQuantizer):
 
 
 class IntegerQuantizer(PackedQuantizer):
-    """Loads compressed-tensors folders of integers, and keeps them packed."""
+    """Loads compressed-tensors folders, and keeps them packed."""
 
     def open(self, files: list[Path], names: Names) -> None:
         self.artifact = reading.open_packed(files[0].parent, lambda stem: names.of(f"{stem}.weight")[0].removesuffix(".weight"))
@@ -234,7 +234,7 @@ def replace(model: Any, artifact: Artifact, names: Names) -> dict[str, str]:
             path = found.removesuffix(".weight")
             model.set_submodule(path, packed(model.get_submodule(path), matrix, stem))
             share(model, path, found)
-        table |= {name: f"{path}.{suffix}" for suffix, name in matrix.names.items()}
+        table |= {name: f"{path}.{leaf_of(suffix)}" for suffix, name in matrix.names.items()}
     for path, held in experts.items():
         model.set_submodule(path, complete(model.get_submodule(path), path, held, artifact, names, table))
     return table

@@ -1,6 +1,6 @@
 """An artifact's folder, read before a byte is allocated: what config.json says, compared with the headers of the weight files.
 
-Two kinds are read: native artifacts (export/native/), and compressed-tensors folders of integers, `pack-quantized`. The checks
+Two kinds are read: native artifacts (export/native/), and compressed-tensors folders. The checks
 are those of every reader (artifact/files.py, config.py, checks.py): versions, formats, names, dtypes and shapes of tensors, the
 hashes of compress.json. What is wrong is a ModelError of one line. No path comes from a file, and a link is followed only
 within the folder, or into the store of a hub cache that the folder is a snapshot of.
@@ -8,7 +8,7 @@ within the folder, or into the store of a hub cache that the folder is a snapsho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,9 +17,11 @@ from safetensors import safe_open
 
 from compress.errors import CompressError, ModelError, one_line
 from compress.export.artifact import checks
-from compress.export.artifact.config import declared, formats, integer_schemes, scheme_of
+from compress.export.artifact.config import declared, formats
 from compress.export.artifact.files import check_index, check_marks, contained, headers, plain_files, shards
-from compress.formats import Dense, Format
+from compress.export.artifact.schemes import scheme_of
+from compress.export.artifact.schemes import schemes as schemes_in
+from compress.formats import Dense, Float, Format, Served, numbers_of, weight_of
 from compress.state.checkpoint import Spec
 
 CHILDREN = ("", "lora_A.", "lora_B.", "factor_A.", "factor_B.")  # what a matrix may have beside tensors of its own
@@ -69,14 +71,14 @@ def open_native(folder: Path) -> Artifact:
 
 
 def open_packed(folder: Path, module_of: Callable[[str], str] = str) -> Artifact:
-    """A compressed-tensors folder of integers; `module_of` gives the path in the module tree for a name on disk."""
+    """A compressed-tensors folder; `module_of` gives the path in the module tree for a name on disk."""
     contained(folder)
-    schemes, paths = integer_schemes(declared(folder), folder / "config.json"), plain_files(folder)
+    schemes, paths = schemes_in(declared(folder), folder / "config.json"), plain_files(folder)
     check_marks(folder)
     specs, files = headers(paths)
     found: dict[str, Format] = {}
     for name in specs:
-        stem = name.removesuffix(".weight_packed")
+        stem = name.removesuffix(".weight_scale")
         if stem != name:
             found[stem] = scheme_of((module_of(stem), stem), schemes, folder)
     return Artifact(folder, paths, specs, files, matrices(folder, found, specs, files))
@@ -108,13 +110,26 @@ def matrix(
     return Matrix(fmt, shape, scale, {suffix: f"{stem}.{suffix}" for suffix in wanted})
 
 
+def plain_shape(stem: str, fmt: Format, specs: Mapping[str, Spec]) -> tuple[int, int] | None:
+    """The shape of a matrix without a `weight_shape`; None where there is one, or the matrix is missing."""
+    halves = isinstance(weight_of(fmt), Float) and numbers_of(fmt).bits == 4  # type: ignore[union-attr]
+    if not halves and not isinstance(weight_of(fmt), Float) and not (isinstance(fmt, Served) and fmt.bytes_of_codes):
+        return None
+    name = f"{stem}.weight_packed" if halves else f"{stem}.weight"
+    shape = specs[name].shape if name in specs else ()
+    return (shape[0], shape[1] * (1 + halves)) if len(shape) == 2 else (1, 32)  # what is missing is told with the others
+
+
 def read_shapes(
-    packed: Iterable[str], specs: Mapping[str, Spec], files: Mapping[str, Path], folder: Path
+    packed: Mapping[str, Format], specs: Mapping[str, Spec], files: Mapping[str, Path], folder: Path
 ) -> dict[str, tuple[int, int]]:
-    """What the `weight_shape` tensors say, of matrices and of quantized factors."""
+    """What the `weight_shape` tensors say, of matrices and of quantized factors; where codes lie side by side, what they show."""
     found: dict[str, tuple[int, int]] = {}
     wanted: dict[Path, list[str]] = {}
-    for stem in packed:
+    for stem, fmt in packed.items():
+        if (plain := plain_shape(stem, fmt, specs)) is not None:
+            found[f"{stem}.weight_shape"] = plain
+            continue
         if f"{stem}.weight_shape" not in specs:
             raise ModelError(f"{folder}: '{one_line(stem)}.weight_shape' is missing, though config.json gives '{one_line(stem)}' "
                              "a format; config and weights do not belong together")  # fmt: skip

@@ -23,7 +23,7 @@ from compress.errors import ModelError
 from compress.export.artifact import config as artifact_config
 from compress.export.runtime import reading, vllm_shapes
 from compress.export.runtime.linear import PackedLinear
-from compress.formats import Dense, Format
+from compress.formats import Dense, Float, Format, Served, numbers_of
 
 SHARDS = {"q": 0, "k": 1, "v": 2, None: 0}
 
@@ -78,6 +78,9 @@ class NativeConfig(QuantizationConfig):  # type: ignore[misc]
         formats = [self.formats.get(name) for name in names]
         if all(fmt is None or isinstance(fmt, Dense) for fmt in formats):
             return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+        if any(fmt is not None and (isinstance(fmt, Served) or isinstance(numbers_of(fmt), Float)) for fmt in formats):
+            raise ModelError(f"'{prefix}' has small floats or rounded inputs, which vLLM serves by kernels of its own: export "
+                             "compressed_tensors for it, or use transformers")  # fmt: skip
         return PackedMethod([None if isinstance(fmt, Dense) else fmt for fmt in formats], prefix)
 
 

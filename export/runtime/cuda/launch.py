@@ -27,7 +27,22 @@ from torch.nn.functional import pad
 from compress.export.runtime.cuda import nvrtc, tiles
 from compress.export.runtime.cuda.nvrtc import Defines
 from compress.export.runtime.cuda.tiles import ROWS, Base, Layout
-from compress.formats import Blocks, Coded, Dense, Ecq, Factored, Format, Lattice, LowRank, Rotated, Tcq, base_of, numbers_of
+from compress.formats import (
+    Blocks,
+    Coded,
+    Dense,
+    Ecq,
+    Factored,
+    Float,
+    Format,
+    Lattice,
+    LowRank,
+    Rotated,
+    Served,
+    Tcq,
+    base_of,
+    numbers_of,
+)
 from compress.formats.grid import restore
 
 Shape = tuple[int, int]
@@ -77,6 +92,8 @@ def obstacle(fmt: Format, shape: Shape, dtype: torch.dtype) -> str | None:
         return "blocks of llama.cpp's"
     if isinstance(numbers_of(fmt), Tcq):
         return "trellis codes"
+    if isinstance(fmt, Served) or isinstance(numbers_of(fmt), Float):
+        return "floating-point codes" if isinstance(fmt, Float) else "inputs that are rounded"
     base = _base(_inside(fmt))
     if dtype not in (torch.bfloat16, torch.float16):
         return f"activations in {str(dtype).removeprefix('torch.')}"
@@ -277,5 +294,5 @@ def _inside(fmt: Format) -> Format:
 
 def _base(fmt: Format) -> Base:
     base = base_of(fmt)
-    assert not isinstance(base, Blocks | Lattice | Dense | Coded | Factored | Rotated)
+    assert not isinstance(base, Blocks | Lattice | Dense | Coded | Factored | Rotated | Float | Served)
     return base
