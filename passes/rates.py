@@ -28,7 +28,10 @@ def expanded(texts: Sequence[str]) -> list[str]:
     found = []
     for text in texts:
         kind, colon, rest = text.partition(":") if isinstance(text, str) else ("", "", "")
-        every = [f"{kind}{rate}{colon}{rest}" for rate in ANY[kind]] if kind in ANY else [text]
+        if kind not in ANY:
+            found.append(text)
+            continue
+        every = [f"{kind}{rate}{colon}{rest}" for rate in ANY[kind]]
         found += [one for one in every if _is_format(one)] or every  # few states do not go with every rate
     return found
 
