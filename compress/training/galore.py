@@ -9,7 +9,8 @@ Of a matrix W [m, n], m <= n (a tall one is taken by its transpose), G its gradi
 
 so 2 rn + rm numbers are kept instead of 2mn. P has orthonormal columns, so without α a number moves √(r/m) ρ: α makes it ρ, as
 everywhere here, and a `rate` means the same for every rank (the paper takes α = 0.25 and rates that suit it). Means are neither
-reset nor turned where P changes, as in the paper's code.
+reset nor turned where P changes, as in the paper's code, but of a singular vector and its opposite the one is taken that lies on
+the side of the old: decompositions return either, and a mean of the other's sign would push back.
 
 Singular vectors are found by a randomized range finder with two power iterations and eight vectors more than asked for (Halko
 et al., arXiv 0909.4061, algorithms 4.4 and 5.1; GaLore 2, 2504.20437, does so too): a full decomposition of 4096 x 11008 takes
@@ -50,7 +51,8 @@ class Galore:
         wide = g.shape[0] <= g.shape[1]
         G_mn, P_mr, steps = g if wide else g.T, kept["P"], int(kept["steps"])
         if steps % self.gap == 0 and bool(G_mn.isfinite().all()):
-            P_mr.copy_(leading(G_mn, P_mr.shape[1], steps))
+            found = leading(G_mn, P_mr.shape[1], steps)
+            P_mr.copy_(found * torch.where((found * P_mr).sum(0) < 0, -1.0, 1.0))
         kept["steps"] += 1
         within = {n.removeprefix("inside."): t for n, t in kept.items() if n.startswith("inside.")}
         N_rn = direction(self.inside, P_mr.T @ G_mn, within)

@@ -4,14 +4,14 @@ A rule knows one tensor W [m, n] at a time, its gradient G, and what it remember
 by shape, so that what `plan` counts is what is allocated. Rates ρ are shares of a tensor's size times that size (`distill`),
 and every rule moves a tensor by about ρ a number, so one `rate` serves all of them. t counts a tensor's steps from 1.
 
-    AdamW       M ← β1 M + (1-β1) G,  V ← β2 V + (1-β2) G²,  W ← W - ρ M̂ / (√V̂ + ε)           arXiv 1711.05101, algorithm 2, λ
-    = 0;
-                2mn numbers (torch's own)                                                       with β = (0.9, 0.95)
+    AdamW       M ← β1 M + (1-β1) G,  V ← β2 V + (1-β2) G²,  W ← W - ρ M̂ / (√V̂ + ε)      arXiv 1711.05101, algorithm 2
+                torch's own, with β = (0.9, 0.95) and without decay: 2mn numbers
     Factored    βt = 1 - t^-0.8;  r ← βt r + (1-βt) mean over columns of G²,  c likewise over rows;
-                U = G / √(r cᵀ / mean r);  U ← U / max(1, rms U);  W ← W - ρ U                  1804.04235, algorithms 4 and 5
+                U = G / √(r cᵀ / mean r);  U ← U / max(1, rms U);  W ← W - ρ U             1804.04235, algorithms 4 and 5
                 adalomo: as it is, m + n numbers (2310.10195, algorithm 1, is this one, a tensor at a time)
-                adafactor: U is first averaged, M ← β1 M + (1-β1) U: mn + m + n numbers
-    Descent     W ← W - ρ √N G min(1, c/‖G‖) / c, ‖G‖ over all N numbers that learn: 0 numbers    2306.09782, section 3.3 (LOMO)
+                adafactor: U is first averaged, M ← β1 M + (1-β1) U, and M / (1 - β1^t) used: mn + m + n numbers
+    Descent     W ← W - ρ √N G min(1, c/‖G‖) / c,  ‖G‖ over all N numbers that learn           2306.09782, section 3.3
+                lomo: no numbers
 
 LOMO's own rate is one for all models. Here a step whose gradient has the norm c, or more, has the length ρ √N, which is ρ a
 number in the mean square; below c it is shorter in proportion, as gradient descent is. Adafactor and AdaLomo differ in the
@@ -96,7 +96,9 @@ class Factored:
         else:
             self._scale(g, kept["row"], kept["column"], new)
         g.div_(max(1.0, rms(g)))
-        p.sub_(g if self.momentum is None else kept["mean"].lerp_(g, 1 - self.momentum), alpha=rate)
+        if self.momentum is not None:
+            g, rate = kept["mean"].lerp_(g, 1 - self.momentum), rate / (1 - self.momentum ** float(kept["step"]))
+        p.sub_(g, alpha=rate)
 
     def _scale(self, g: Tensor, row: Tensor, column: Tensor, new: float) -> None:
         """Divide G by the root of its squares' mean, as rows and columns know it."""
