@@ -11,52 +11,52 @@ of anonymous memory while it trains, beyond what there was before the student. L
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
+import ctypes
+import multiprocessing
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import yaml
+from meter import Meter, anonymous
 from report import line
+from variants import parser, publish, recipe_of
 
-HERE = Path(__file__).resolve().parent
+import compress.pipeline
+from compress.passes.distill import Distill
+from compress.training.settings import said, settled
+
 DAMAGE = {"prune": {"mlp": 0.5, "method": "magnitude", "compensate": False}}
 METHODS: dict[str, dict[str, Any]] = {
     "adamw": {},
-    "adamw, fused": {"gradients": "fused"},
-    "adamw8bit, fused": {"optimizer": "adamw8bit", "gradients": "fused"},
-    "adafactor, fused": {"optimizer": "adafactor", "gradients": "fused"},
     "adalomo, fused": {"optimizer": "adalomo", "gradients": "fused"},
-    "lomo, fused": {"optimizer": "lomo", "gradients": "fused"},
+    "adamw8bit, fused": {"optimizer": "adamw8bit", "gradients": "fused"},
     "galore, fused": {"optimizer": "galore", "gradients": "fused"},
-    "galore8bit, fused": {"optimizer": "galore8bit", "gradients": "fused"},
-    "block, gradnorm": {"optimizer": {"block": {"active": 2, "interval": 5}}, "gradients": "fused"},
-    "block, cyclic": {"optimizer": {"block": {"select": "cyclic", "active": 2, "interval": 5}}, "gradients": "fused"},
-    "activations kept": {"activations": "kept"},
+    "lomo, fused": {"optimizer": "lomo", "gradients": "fused"},
+    "limit, half of adamw's peak": {},
     "activations int8": {"activations": "int8"},
-    "activations offload": {"activations": "offload"},
+    "checkpoint and int8": {"activations": ["checkpoint", "int8"]},
+    "block, gradnorm": {"optimizer": {"block": {"active": 2, "interval": 5}}, "gradients": "fused"},
+    "galore8bit, fused": {"optimizer": "galore8bit", "gradients": "fused"},
+    "adafactor, fused": {"optimizer": "adafactor", "gradients": "fused"},
     "activations velora": {"activations": "velora"},
     "activations wta_crs": {"activations": "wta_crs"},
-    "checkpoint and int8": {"activations": ["checkpoint", "int8"]},
-    "checkpoint and offload": {"activations": ["checkpoint", "offload"]},
+    "activations kept": {"activations": "kept"},
     "lozo": {"gradients": "zeroth_order"},
+    "activations offload": {"activations": "offload"},
+    "block, cyclic": {"optimizer": {"block": {"select": "cyclic", "active": 2, "interval": 5}}, "gradients": "fused"},
     "mezo": {"gradients": {"zeroth_order": {"kind": "mezo"}}},
+    "checkpoint and offload": {"activations": ["checkpoint", "offload"]},
+    "adamw, fused": {"gradients": "fused"},
 }
 
 
-def child(recipe: str) -> None:
-    """Run a recipe whose last step trains, and print what that took, what was expected of it and what came of it."""
-    from meter import Meter, anonymous
-
-    import compress
-    from compress.passes.distill import Distill
-    from compress.training.settings import said, settled
-
+def child(recipe: Path, said_to: Any) -> None:
+    """Run a recipe whose last step trains; what that took, what was expected of it and what came of it."""
     found: dict[str, Any] = {}
     real = Distill._trained
+    give_back_at_once()
 
     def trained(self: Distill, state: Any, choice: Any, ctx: Any, tokens: Any, kept: Any) -> Any:
         setting, expected = settled(state, choice, self.setting(tokens.ids.shape[1]))
@@ -64,28 +64,35 @@ def child(recipe: str) -> None:
         after = real(self, state, choice, ctx, tokens, kept)
         took = meter.said()
         found.update(peak=took["peak"] + meter.first - before, seconds=time.thread_time() - begun, expected=expected.total,
-                     split=asdict(expected), said=said(setting.memory))  # fmt: skip
+                     optimizer=expected.optimizer, said=said(setting.memory))  # fmt: skip
         return after
 
     Distill._trained = trained  # type: ignore[method-assign]
-    done = compress.run_recipe(Path(recipe))
-    print(json.dumps({**found, "kl": done.scores["compressed"]["kl"]}))
+    found["kl"] = compress.run_recipe(recipe).scores["compressed"]["kl"]
+    said_to.send(found)
 
 
-def measured(options: argparse.Namespace, memory: dict[str, Any] | None, rate: float, folder: Path) -> dict[str, Any]:
+def give_back_at_once() -> None:
+    """What is freed goes back to the system: else glibc keeps up to 64 MiB of it, which is much beside a small model."""
+    library = ctypes.CDLL(None)
+    for parameter, value in ((-1, 1 << 17), (-3, 1 << 20)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        assert library.mallopt(parameter, value)
+
+
+def measured(options: argparse.Namespace, memory: dict[str, Any] | None, rate: float, folder: Path, steps: int) -> dict[str, Any]:
     """What a child says; without a memory only the damage is done."""
-    import yaml
-    from variants import recipe_of
-
-    tokens = options.steps * options.batch * options.length
+    tokens = steps * options.batch * options.length
     step = {"distill": {"batch": options.batch, "tokens": tokens, "rate": rate, "checks": 2, "memory": memory}}
     content = recipe_of(options, [DAMAGE] if memory is None else [DAMAGE, step], folder)
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-    done = subprocess.run([sys.executable, __file__, "--child", str(recipe)], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{memory}: {done.stderr[-2000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    processes = multiprocessing.get_context("fork")  # what was imported is imported
+    here, there = processes.Pipe()
+    process = processes.Process(target=child, args=(recipe, there))
+    process.start()
+    there.close()
+    found: dict[str, Any] = here.recv()
+    process.join()
     return found
 
 
@@ -106,20 +113,20 @@ def rows(options: argparse.Namespace) -> list[str]:
     found = [line(head), line(["---"] * len(head))]
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        before = measured(options, None, 0.0, folder)["kl"]
+        before = measured(options, None, 0.0, folder, 0)["kl"]
         add(found, ["damage alone", "", f"{before:.5f}", *[""] * 7])
-        measured(options, {}, options.rates[0], folder)  # asks the teacher, which the others find
+        measured(options, {}, 1e-9, folder, 1)  # asks the teacher, which the others find
         usual: dict[str, Any] = {}
-        for name, memory in {**METHODS, "limit, half of adamw's peak": {}}.items():
+        for name, memory in METHODS.items():
             if options.only and name not in options.only:
                 continue
             if name.startswith("limit"):
                 memory = {"limit": str(usual["peak"] // 2)}
-            tried = [(measured(options, memory, rate, folder), rate) for rate in rates(options, name)]
+            tried = [(measured(options, memory, rate, folder, options.steps), rate) for rate in rates(options, name)]
             best, rate = min(tried, key=lambda t: t[0]["kl"])
             usual = usual or best
             won, theirs = (1 - r["kl"] / before for r in (best, usual))
-            share = best["split"]["optimizer"] / max(1, usual["split"]["optimizer"])
+            share = best["optimizer"] / max(1, usual["optimizer"])
             expected, peak = (best[what] / 2**20 for what in ("expected", "peak"))
             add(found, [name if not name.startswith("limit") else f"{name}: {best['said']}", f"{rate:g}", f"{best['kl']:.5f}",
                         f"{won:.1%}", f"{won / theirs:.1%}", f"{share:.3f}", f"{expected:,.0f}", f"{peak:,.0f}",
@@ -138,17 +145,13 @@ def add(found: list[str], cells: list[str]) -> None:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--child"]:
-        return child(sys.argv[2])
-    from variants import parser, publish
-
     options = parser(__doc__)
     options.add_argument("--training", type=int, default=400, help="windows to learn from, a twentieth of them held out")
     options.add_argument("--steps", type=int, default=40)
     options.add_argument("--batch", type=int, default=8)
     options.add_argument("--rates", type=float, nargs="+", default=[3e-3])
     options.add_argument("--only", nargs="+", choices=METHODS)
-    return publish("memory-methods", "Training in little memory", options.parse_args(), rows)
+    publish("memory-methods", "Training in little memory", options.parse_args(), rows)
 
 
 if __name__ == "__main__":

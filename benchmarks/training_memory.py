@@ -1,7 +1,7 @@
 """What `plan` says that training takes, and what two steps of it really do: anonymous memory beyond what the process began with.
 
-python benchmarks/training_memory.py --model MODEL [--train all] [--memory '{optimizer: adalomo, gradients: fused}'] [--length 256]
-    [--windows 8]
+python benchmarks/training_memory.py --model MODEL [--train all] [--memory '{optimizer: adalomo, gradients: fused}']
+    [--length 256] [--windows 8]
 
 The teacher is none but numbers, so that only the student is measured. Linux.
 """

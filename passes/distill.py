@@ -161,7 +161,9 @@ class Distill(Pass):
 
     def setting(self, length: int) -> needs.Setting:
         """How it is trained on windows of this length, as far as the recipe says."""
-        return needs.Setting(self.memory, self.teacher, min(self.batch, max(1, MICRO // length)), length, batch=self.batch)
+        return needs.Setting(
+            self.memory, self.teacher, min(self.batch, max(1, MICRO // length)), length, batch=self.batch, loss=tuple(self.loss)
+        )
 
     # --- running it ---
 

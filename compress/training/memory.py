@@ -28,7 +28,7 @@ from compress.state import State
 from compress.state.graph import Site
 from compress.state.plan import size
 from compress.training.choice import Choice, Kind, Learnt, learnt
-from compress.training.loss import NUMBERS
+from compress.training.loss import DIVERGENCES, NUMBERS
 from compress.training.moving import remembered
 from compress.training.optimizers import nbytes
 from compress.training.options import Block, Checkpoint, Fused, Kept, Memory, Velora, Way, WtaCrs, ZerothOrder
@@ -36,6 +36,7 @@ from compress.training.saved import smaller, worth
 from compress.training.sketches import Foreseen, install
 
 FP32 = 4
+WIDE = {"kl": 5.25, "reverse_kl": 6.25, "js": 8.5}  # numbers beside each of the teacher's, as torch's allocator counts them
 TABLE = "embed:"  # what the name of a table that a head may share begins with
 
 
@@ -63,6 +64,7 @@ class Setting:
     length: int
     numbers: Numbers = OURS
     batch: int = 0
+    loss: tuple[str, ...] = ("kl",)
 
     @property
     def again(self) -> bool:
@@ -202,14 +204,22 @@ def first_block(state: State, choice: Choice) -> int:
 
 
 def logits(state: State, choice: Choice, setting: Setting) -> int:
-    """Of the rows that are in hand: logits, their log-softmax, gradient and temporaries; the head's matrix and its gradient."""
+    """Of the rows that are in hand: logits and what the loss makes of them; the head's matrix and its gradient."""
     head = next((s for s in state.graph if s.role == "head"), state.graph["embed"])
     vocabulary = state.graph["embed"].shape[0]
     rows = min(max(1, NUMBERS // vocabulary), setting.together * setting.length)
     shared = state.graph[head.tied] if head.tied else head
     matrix = made(state, choice, shared, setting.numbers.computes)
     slope = FP32 * head.numel if choice.kind(head) and not setting.forward else 0
-    return FP32 * (3 if setting.forward else 5) * rows * vocabulary + matrix + slope
+    return round(FP32 * wide(setting) * rows * vocabulary) + matrix + slope
+
+
+def wide(setting: Setting) -> float:
+    """How many numbers a loss holds of each logit at most: log-softmax and gradient, and where the teacher's are as many, those and
+    what is made of both."""
+    if setting.teacher == "cached" or not DIVERGENCES.keys() & set(setting.loss):
+        return 2 if setting.forward else 3
+    return 1 + max(WIDE[part] for part in DIVERGENCES.keys() & set(setting.loss))
 
 
 def saved_by_block(
