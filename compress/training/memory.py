@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ from compress.model.work import block_bytes
 from compress.state import State
 from compress.state.graph import Site
 from compress.state.plan import size
+from compress.training.checkpoints import COPIES, TOGETHER
 from compress.training.choice import Choice, Kind, Learnt, learnt
 from compress.training.loss import DIVERGENCES, NUMBERS
 from compress.training.moving import remembered
@@ -80,7 +81,8 @@ class Setting:
 @dataclass(frozen=True)
 class Split:
     """Bytes at the highest point of a step. parameters: of the student. teacher: of its teacher. activations: what is kept for
-    the way back, and matrices that are made for the block in hand. logits: of the rows in hand, with the matrix of the head."""
+    the way back, and matrices that are made for the block in hand. logits: of the rows in hand, with the matrix of the head.
+    checkpoint: by how much writing one, when nothing else is there, takes more than a step."""
 
     parameters: int = 0
     gradients: int = 0
@@ -88,6 +90,7 @@ class Split:
     activations: int = 0
     logits: int = 0
     teacher: int = 0
+    checkpoint: int = 0
 
     @property
     def total(self) -> int:
@@ -100,12 +103,20 @@ def split(state: State, choice: Choice, setting: Setting) -> Split:
     kept, block = activations(state, choice, setting)
     behind = logits(state, choice, setting)
     higher = max(block, behind)  # the head is done before the first block is on its way back
-    return Split(
+    found = Split(
         parameters=held(state, choice, setting.numbers.computes.itemsize, setting.memory.weights == "streamed"),
         gradients=setting.numbers.gradient * gradients(state, what, setting.memory), optimizer=optimizer(what, setting),
         activations=kept + (block if block == higher else 0), logits=0 if block == higher else behind,
         teacher=teacher(state, setting),
     )  # fmt: skip
+    passing = found.gradients + found.activations + found.logits
+    return replace(found, checkpoint=max(0, writing(what, found.optimizer) - passing))
+
+
+def writing(what: Sequence[Learnt], remembered_: int) -> int:
+    """What writing a checkpoint takes: copies of the part in hand."""
+    whole, largest = FP32 * sum(one.numel for one in what) + remembered_, FP32 * max((one.numel for one in what), default=0)
+    return COPIES * max(min(TOGETHER, whole), largest)
 
 
 # --- what learns ------------------------------------------------------------------------------------------------------
@@ -215,8 +226,8 @@ def logits(state: State, choice: Choice, setting: Setting) -> int:
 
 
 def wide(setting: Setting) -> float:
-    """How many numbers a loss holds of each logit at most: log-softmax and gradient, and where the teacher's are as many, those and
-    what is made of both."""
+    """How many numbers a loss holds of each logit at most: log-softmax and gradient, and where the teacher's are as many, those
+    and what is made of both."""
     if setting.teacher == "cached" or not DIVERGENCES.keys() & set(setting.loss):
         return 2 if setting.forward else 3
     return 1 + max(WIDE[part] for part in DIVERGENCES.keys() & set(setting.loss))
