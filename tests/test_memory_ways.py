@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.errors import RecipeError
 from compress.formats import parse
 from compress.model.model import open_model
 from compress.passes.allocate import Allocate
@@ -20,17 +18,16 @@ from compress.passes.distill import Distill
 from compress.passes.lqlora import LqLora
 from compress.passes.quantize import Quantize
 from compress.state import State
-from compress.training import loss, memory, settings
+from compress.training import memory, settings
 from compress.training.choice import choose, learnt
 from compress.training.gradients import Fused, Kept
 from compress.training.loop import Schedule, Training
 from compress.training.moving import Optimizer
 from compress.training.optimizers import nbytes
-from compress.training.options import ACTIVATIONS, OPTIMIZERS, Block, Lomo, Memory, ZerothOrder
+from compress.training.options import OPTIMIZERS, Block, Lomo, Memory, ZerothOrder
 from compress.training.student import Student
 from compress.training.teacher import Live, Nobody
 from compress.training.zeroth import Directions
-from tests.conftest import Project
 from tests.pass_laws import TEXT, KilledError, attempt, killed_after
 from tests.test_distill import pruned, trained
 
@@ -245,134 +242,6 @@ def test_a_training_that_was_stopped_comes_to_the_same_bytes(family: Any, tmp_pa
     again = trained(p, source, state, tmp_path / "cut")
     for spec in whole.specs:
         assert torch.equal(whole.dense.read(spec.name), again.dense.read(spec.name)), spec.name
-
-
-# --- what is foretold and chosen ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_what_learns_is_known_before(family: Any, tmp_path: Path, case: str) -> None:
-    """Names, shapes and blocks, and so the bytes that optimizers hold of it."""
-    step, words, rank = CASES[case]
-    source = open_model(str(family("llama", torch.float32)))
-    state = source.state if step is None else attempt(step, source, tmp_path)
-    choice = choose(state, words, rank)
-    student = Student(state, choice, 0)
-    what = learnt(state, choice)
-    assert {one.name: one.shape for one in what} == {n: tuple(p.shape) for n, p in student.learns.items()}
-    assert all((one.block is not None) == ("layers." in one.name) for one in what)
-    for by in ("adamw", "adamw8bit", "adafactor", "adalomo", *(["galore"] if case in ("weights", "codes") else [])):
-        one = training(state, Memory(optimizer=by), words, rank)
-        one.step(0)
-        held = sum(t.nbytes for kept in one.optimizer.state.values() for t in kept.values())
-        assert memory.optimizer(what, memory.Setting(Memory(optimizer=by), "cached", 4, 32)) == pytest.approx(held, rel=0.02)
-
-
-@pytest.mark.parametrize("part", ["cached", *sorted(loss.DIVERGENCES), "ce"])
-@pytest.mark.parametrize("forward", [False, True])
-def test_what_a_loss_holds_of_logits_is_foretold(part: str, forward: bool) -> None:
-    """By the allocator's own count, all rows at once."""
-    n, size = 16, 8192
-    h, W = torch.randn(n, 4), torch.nn.Parameter(torch.randn(size, 4))
-    log_p = torch.randn(n, size).log_softmax(-1)
-    known = loss.Known(*log_p.topk(8, -1)) if part == "cached" else loss.Known(log_p)
-    name = "kl" if part == "cached" else part
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
-        loss.behind(lambda rows, _: rows @ W.T, h, known, torch.zeros(n, dtype=torch.int64), {name: 1.0}, size, not forward)
-    now = most = 0
-    for event in seen.profiler.kineto_results.events():  # type: ignore[union-attr]
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    whole = 0 if part in ("cached", "ce") else 1  # the teacher's, which were there before
-    way = memory.Setting(Memory(gradients="zeroth_order" if forward else "kept"), "cached" if part == "cached" else "live", 1, n,
-                         loss=(name,))  # fmt: skip
-    assert most / (4 * n * size) + whole <= 1.02 * memory.wide(way)
-    if not forward:
-        assert most / (4 * n * size) + whole >= 0.9 * memory.wide(way)
-
-
-def setting(memory_: Memory) -> memory.Setting:
-    """A few short windows, so that what is remembered counts."""
-    return Distill(memory=memory_, batch=2).setting(8)
-
-
-def test_the_best_that_fits_is_taken(family: Any) -> None:
-    """By the order of optimizers, then by time; what a recipe says stays as it says."""
-    state = state_of(family)
-    choice = choose(state, ("all",), None)
-
-    def taken(**given: Any) -> tuple[str, int]:
-        found, split = settings.settled(state, choice, setting(Memory(**given)))
-        return settings.said(found.memory), split.total
-
-    everything = taken(limit="1 GiB")
-    assert everything[0] == "optimizer: adamw, gradients: kept, activations: kept"
-    before = everything[1]
-    orders = list(settings.ORDER)
-    seen = []
-    for share in (0.9, 0.7, 0.6, 0.55, 0.5, 0.45):
-        words, total = taken(limit=str(round(share * before)))
-        assert total <= share * before
-        seen.append(words.split(",")[0].removeprefix("optimizer: "))
-    with pytest.raises(RecipeError, match="no other setting would fit"):
-        taken(limit=str(round(0.01 * before)))
-    assert sorted(seen, key=orders.index) == seen
-    assert len(set(seen)) > 1
-    assert taken(limit="1 GiB", optimizer="adalomo", activations="checkpoint")[0].startswith("optimizer: adalomo")
-    with pytest.raises(RecipeError, match=r"above the limit of .*; .*optimizer: ada.* would fit"):
-        taken(limit=str(before + 1000), optimizer="adamw", gradients="kept", activations="kept")
-
-
-def test_streamed_matrices_are_not_held(family: Any, tmp_path: Path) -> None:
-    source = open_model(str(family("llama")))
-    state = attempt(Quantize(format=parse("int4:g32"), method="rtn"), source, tmp_path / "q")
-    found = []
-    for weights in ("kept", "streamed"):
-        p = Distill(train="lora", rank=2, loss={"ce": 1.0}, batch=2, tokens=128, memory={"weights": weights})
-        found.append(trained(p, source, state, tmp_path / weights))
-    one, two = (s.codes["layers.0.mlp.down"].load().tensors for s in found)
-    assert all(torch.equal(one[n], two[n]) for n in one)
-    choice = choose(state, ("lora",), 2)
-    assert memory.held(state, choice, 4, True) < 0.6 * memory.held(state, choice, 4)
-    with pytest.raises(RecipeError, match="every matrix learns"):
-        settings.settled(state, choose(state, ("all",), None), setting(Memory(weights="streamed")))
-
-
-def test_the_plan_prices_every_setting(project: Project) -> None:
-    project.edit("passes:\n", "passes:\n  - distill: {memory: {limit: 1 GiB}}\n")
-    out = project.plan().out
-    assert "with optimizer: adamw, gradients: kept, activations: kept" in out
-    for by in OPTIMIZERS:
-        assert f"{by}, kept" in out
-        assert f"{by}, fused" in out
-    assert all(name in out for name in ACTIVATIONS)
-    assert "lomo, zeroth_order" in out
-    assert "GiB*" not in out.partition("forward passes")[0]
-
-
-@pytest.mark.parametrize(
-    ("given", "says"),
-    [
-        ({"memory": {"optimizer": "sgd"}}, "is none of adamw, adamw8bit"),
-        ({"memory": {"optimizer": {"galore": {"rang": 3}}}}, "galore.rang: Extra inputs"),
-        ({"memory": {"optimizer": {"lomo": {"clip": 0}}}}, "lomo.clip: Input should be greater than 0"),
-        ({"memory": {"gradients": {"zeroth_order": {"kind": "mezo", "rank": 2}}}}, "'rank' is about kind: lozo"),
-        ({"memory": {"gradients": "zeroth_order", "optimizer": "adamw"}}, "adamw would bend it"),
-        ({"memory": {"gradients": "zeroth_order", "activations": "int8"}}, "nothing is kept for it"),
-        ({"memory": {"activations": ["checkpoint", "velora"]}}, "in a block that is run again others save nothing"),
-        ({"memory": {"activations": ["int8", "offload"]}}, "two ways are"),
-        ({"memory": {"gradients": "fused"}, "batch": 999}, "adds up the gradients of parts"),
-        ({"memory": {"optimizer": "galore"}, "train": "norms"}, "no matrix of a block learns its weights"),
-        ({"memory": {"optimizer": "block"}, "train": "lm_head"}, "nothing in a block learns"),
-        ({"memory": {"optimizer": {"block": {"active": 9}}}}, "use active: 2 or fewer"),
-        ({"memory": {"optimizer": {"block": {"select": "damage"}}}}, "no step before this one allocates"),
-        ({"memory": {"activations": "velora"}, "train": "norms"}, "none keeps its input"),
-        ({"memory": {"weights": "streamed"}}, "every matrix learns"),
-    ],
-)
-def test_what_cannot_go_together_is_refused(project: Project, given: dict[str, Any], says: str) -> None:
-    assert says in project.refused(json.dumps({"distill": given}))
 
 
 def test_damage_of_an_allocation_says_where_to_learn(family: Any, tmp_path: Path) -> None:

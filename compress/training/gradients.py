@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from compress.training.moving import Optimizer
@@ -139,4 +140,4 @@ class Fused(Kept):
 
 def square(g: Tensor) -> float:
     """Of a gradient's norm."""
-    return float(g.double().square().sum()) if g.numel() < 1 << 20 else float(g.norm()) ** 2
+    return float(torch.linalg.vector_norm(g, dtype=torch.float64)) ** 2

@@ -208,8 +208,8 @@ class Training:
         return found
 
     def _few(self, numbers: Sequence[int]) -> Iterator[Sequence[int]]:
-        """Micro-batches, without those that no part of the loss counts a token of."""
-        size = max(1, MICRO // self.tokens.ids.shape[1])
+        """Micro-batches, no larger than a step, without those that no part of the loss counts a token of."""
+        size = min(self.schedule.batch, max(1, MICRO // self.tokens.ids.shape[1]))
         for start in range(0, len(numbers), size):
             found = counted(self.tokens, numbers[start : start + size])
             if any(found.of(part) for part in self.weights):

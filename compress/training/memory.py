@@ -98,17 +98,19 @@ class Split:
 
 
 def split(state: State, choice: Choice, setting: Setting) -> Split:
-    """What training a state takes."""
+    """What training a state takes: at the head, when all is kept for the way back and no gradients are there but the head's, or
+    at its end, when all of those are and the first block is in hand, whichever is more."""
     what = learnt(state, choice)
     kept, block = activations(state, choice, setting)
-    behind = logits(state, choice, setting)
-    higher = max(block, behind)  # the head is done before the first block is on its way back
-    found = Split(
+    slopes = setting.numbers.gradient * gradients(state, what, setting.memory)
+    held_ = Split(
         parameters=held(state, choice, setting.numbers.computes.itemsize, setting.memory.weights == "streamed"),
-        gradients=setting.numbers.gradient * gradients(state, what, setting.memory), optimizer=optimizer(what, setting),
-        activations=kept + (block if block == higher else 0), logits=0 if block == higher else behind,
-        teacher=teacher(state, setting),
+        optimizer=optimizer(what, setting), teacher=teacher(state, setting),
     )  # fmt: skip
+    parts = setting.batch > setting.together  # whose gradients add up: those of the first are there when the next begins
+    at_head = replace(held_, activations=kept, logits=logits(state, choice, setting), gradients=slopes if parts else 0)
+    at_end = replace(held_, activations=block + (kept if parts else 0), gradients=slopes)
+    found = max(at_head, at_end, key=lambda moment: moment.total)
     passing = found.gradients + found.activations + found.logits
     return replace(found, checkpoint=max(0, writing(what, found.optimizer) - passing))
 
@@ -128,9 +130,9 @@ def gradients(state: State, what: Sequence[Learnt], memory: Memory) -> int:
         return 0
     if not isinstance(memory.slopes, Fused):
         return sum(one.numel for one in awake(what, memory))
-    heads = [s for s in state.graph if s.role == "head"]
-    whole = sum(one.numel for one in what if one.name.startswith(TABLE)) if any(s.tied for s in heads) else 0
-    return whole + max((one.numel for one in awake(what, memory) if not whole or one.block is not None), default=0)
+    moving, heads = awake(what, memory), [s for s in state.graph if s.role == "head"]
+    whole = sum(one.numel for one in moving if one.name.startswith(TABLE)) if any(s.tied for s in heads) else 0
+    return whole + max((one.numel for one in moving if not whole or one.block is not None), default=0)
 
 
 def optimizer(what: Sequence[Learnt], setting: Setting) -> int:
@@ -191,7 +193,7 @@ def made(state: State, choice: Choice, site: Site, computes: torch.dtype) -> int
 
 
 def activations(state: State, choice: Choice, setting: Setting) -> tuple[int, int]:
-    """What all blocks keep until the way back, and what the largest takes on top when it is on it."""
+    """What all blocks keep until the way back, and what there is when the first is on it."""
     keeps, dtype, count = setting.memory.keeps, setting.numbers.computes, len(state.graph.blocks)
     saved = saved_by_block(state, setting.together, setting.length, dtype, Kept() if setting.again else keeps[0])
     hidden = setting.together * setting.length * state.graph["embed"].shape[1]
@@ -202,8 +204,10 @@ def activations(state: State, choice: Choice, setting: Setting) -> tuple[int, in
     first = first_block(state, choice)
     if setting.again:
         one = smaller(dtype.itemsize * hidden, hidden, type(keeps[-1]))
-        return (count - first) * one, max(s + w + g for s, w, g in zip(saved, weights, largest, strict=True))
-    return sum(saved[first:]), max(2 * g for g in largest)  # a matrix, made once more, and its gradient
+        return (count - first) * one, one + max(s + w + g for s, w, g in zip(saved, weights, largest, strict=True))
+    return sum(saved[first:]), max(
+        s + 2 * g for s, g in zip(saved, largest, strict=True)
+    )  # a matrix, made anew, and its gradient
 
 
 def first_block(state: State, choice: Choice) -> int:

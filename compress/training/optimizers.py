@@ -39,7 +39,7 @@ Kinds = Mapping[str, tuple[Shape, torch.dtype]]
 Remembered = dict[str, Tensor]
 BETAS, EPS = (0.9, 0.95), 1e-8
 LITTLE = 1e-30  # added to squares, so that rows of zeros divide
-NUMBERS = 1 << 20  # of a tensor in hand at once, where a rule needs another beside it
+NUMBERS = 1 << 17  # of a tensor in hand at once, where a rule needs another beside it
 
 
 class Rule(Protocol):
