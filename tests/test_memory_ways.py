@@ -28,10 +28,9 @@ from compress.training.options import OPTIMIZERS, Block, Lomo, Memory, ZerothOrd
 from compress.training.student import Student
 from compress.training.teacher import Live, Nobody
 from compress.training.zeroth import Directions
+from tests.conftest import covered
 from tests.pass_laws import TEXT, KilledError, attempt, killed_after
 from tests.test_distill import pruned, trained
-
-LAYERS = 2
 
 
 def training(
@@ -159,7 +158,7 @@ CASES: dict[str, tuple[Any, Sequence[str], int | None]] = {
 
 
 @pytest.mark.parametrize("kind", ["lozo", "mezo"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", covered(CASES, "weights", "factors"))
 def test_the_direction_gone_is_the_direction_measured(family: Any, tmp_path: Path, case: str, kind: str) -> None:
     """In the step that begins a period as in others; between, everything is back where it was."""
     step, words, rank = CASES[case]
@@ -231,11 +230,13 @@ STOPPED: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("memory_", STOPPED, ids=str)
-def test_a_training_that_was_stopped_comes_to_the_same_bytes(family: Any, tmp_path: Path, memory_: dict[str, Any]) -> None:
+@pytest.mark.parametrize("number", covered(range(len(STOPPED)), 0, 6, 8, 11), ids=lambda n: str(STOPPED[n]))
+def test_a_training_that_was_stopped_comes_to_the_same_bytes(family: Any, tmp_path: Path, number: int) -> None:
     """In the middle of it, with whatever it remembers."""
     source, state = pruned(family, tmp_path / "p")
-    p = Distill(loss={"ce": 1.0}, train=("layers.*", "norms"), rate=3e-3, batch=2, checks=3, tokens=3 * 64, memory=memory_)
+    p = Distill(
+        loss={"ce": 1.0}, train=("layers.*", "norms"), rate=3e-3, batch=2, checks=3, tokens=3 * 64, memory=STOPPED[number]
+    )
     whole = trained(p, source, state, tmp_path / "whole")
     with killed_after(6), pytest.raises(KilledError):
         trained(p, source, state, tmp_path / "cut")

@@ -20,6 +20,7 @@ from compress.training.options import Checkpoint, Int8, Offload, Velora, Way, Wt
 from compress.training.saved import Bytes, File, Layout, Saver, View, in_bytes
 from compress.training.sketches import OneDirection, Sketch, SomeTokens, install, winners
 from compress.training.student import Student
+from tests.conftest import covered
 from tests.pass_laws import TOKENS
 
 
@@ -123,7 +124,7 @@ IDS = TOKENS.ids[:4, :32]
 
 
 @pytest.mark.parametrize("keeps", [(Int8(),), (Checkpoint(), Int8()), (Offload(),), (Checkpoint(), Offload())], ids=str)
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", covered(["llama", "gpt2"], "llama"))
 def test_forward_passes_are_exact_and_gradients_are_near(family: Any, name: str, keeps: Sequence[Way]) -> None:
     folder = family(name, torch.float32)
     (hidden, plain), (other, found) = (learnt_by(folder, way, IDS) for way in ((), keeps))
