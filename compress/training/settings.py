@@ -1,9 +1,10 @@
 """Which settings of `memory:` a training can have, what each takes, and the one that is taken where a recipe leaves that open.
 
-The order in which settings are tried (`ORDER`, then `QUICK`): first by optimizer, by the share of the lost KL that each won
-back on the same data and steps (docs/distillation.md has the table); of each optimizer the quickest way that fits. Never taken
-by themselves, since measured not to be worth what they save, or to hang on the data: lomo, block, velora, wta_crs,
-zeroth_order.
+The order in which settings are tried: first by optimizer (`ORDER`): AdamW, AdamW in bytes, which wins back as much of a lost KL
+on the same data and steps, and AdaLomo, which won back no less and remembers next to nothing (docs/distillation.md has the
+table). All others remember more than the one or win back less than the other. Of each optimizer the quickest way that fits
+(`QUICK`), gradients kept before fused. Sketches of activations and directions in place of gradients are never taken by
+themselves.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from compress.training.limits import parsed
 from compress.training.memory import Setting, Split
 from compress.training.options import Block, Fused, Galore, Lomo, Memory, Named, Velora, WtaCrs, ZerothOrder, named
 
-ORDER = ("adamw", "adamw8bit", "galore", "galore8bit", "adafactor", "adalomo")
-OPTIMIZERS = (*ORDER, "block", "lomo")
+ORDER = ("adamw", "adamw8bit", "adalomo")
+OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "galore", "galore8bit", "block", "adalomo", "lomo")
 SLOPES = ("kept", "fused")
 QUICK: tuple[str | tuple[str, ...], ...] = ("kept", "int8", "checkpoint", ("checkpoint", "int8"), ("checkpoint", "offload"))
 ACTIVATIONS: tuple[str | tuple[str, ...], ...] = (*QUICK[:2], "velora", "wta_crs", "offload", *QUICK[2:])
