@@ -9,11 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from compress.errors import ModelError, RecipeError
@@ -26,37 +25,24 @@ from compress.passes import blockwise
 from compress.state import Aspect, State
 from compress.state.plan import BitPlan
 from compress.training import memory as needs
+from compress.training import options
 from compress.training.checkpoints import Checkpoints
-from compress.training.choice import Choice, Kind, choose
-from compress.training.loop import MICRO, Point, Schedule, Training, best_of, check_learnt
+from compress.training.choice import Choice, Kind, choose, learnt
+from compress.training.gradients import Fused, Kept, Slopes
+from compress.training.loop import Point, Schedule, Training, best_of, check_learnt
 from compress.training.loss import DIVERGENCES
+from compress.training.moving import Optimizer
+from compress.training.options import Memory, ZerothOrder
+from compress.training.settings import damage, products, said, settled, table
 from compress.training.student import Student
 from compress.training.teacher import Cached, Live, Nobody, Streamed
-from compress.training.windows import halves
+from compress.training.windows import MICRO, halves
+from compress.training.zeroth import Directions
 
 PARTS = (*DIVERGENCES, "ce", "hidden_cosine")
 SMALLEST = 1e-3  # size of a tensor, for its rate: zeros learn too
 OTHERS = "others"  # the part that is committed last: what learns and is no matrix, and the record
 COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kMG]?)")
-
-
-class Memory(BaseModel):
-    """What is held while a model learns."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    optimizer: Literal["adamw"] = Field("adamw", description="what moves the parameters: adamw")
-    activations: Literal["kept", "checkpoint"] = Field(
-        "checkpoint", description="kept for the way back; or a block's input alone, from which it is run again"
-    )
-    limit: str | None = Field(None, description="the most memory that training may take, such as 8 GiB")
-
-    @field_validator("limit")
-    @classmethod
-    def _bytes(cls, limit: str | None) -> str | None:
-        if limit is not None:
-            needs.parsed(limit)
-        return limit
 
 
 class Distill(Pass):
@@ -88,7 +74,10 @@ class Distill(Pass):
     )
     warmup: float = Field(0.05, ge=0, le=1, description="share of the steps in which the rate rises")
     checks: int = Field(10, ge=1, description="how often the held-out windows are judged; the best state is kept")
-    memory: Memory = Field(Memory(), description="optimizer, activations, and a limit that `plan` keeps to")
+    memory: Memory = Field(
+        Memory(),
+        description="optimizer, gradients, activations, weights, and a limit that `plan` keeps to; see docs/distillation.md",
+    )
 
     @field_validator("loss")
     @classmethod
@@ -171,9 +160,10 @@ class Distill(Pass):
         return planned(state.promising(choice.formats), choice)
 
     def setting(self, length: int) -> needs.Setting:
-        """How it is trained on windows of this length."""
-        together = min(self.batch, max(1, MICRO // length))
-        return needs.Setting(self.memory.activations == "checkpoint", self.teacher, together, length)
+        """How it is trained on windows of this length, as far as the recipe says."""
+        return needs.Setting(
+            self.memory, self.teacher, min(self.batch, max(1, MICRO // length)), length, batch=self.batch, loss=tuple(self.loss)
+        )
 
     # --- running it ---
 
@@ -194,12 +184,24 @@ class Distill(Pass):
         learning, held = halves(len(tokens.ids), tokens.ids.shape[1], tokens.sources)
         schedule = self.schedule(*tokens.ids.shape)
         teacher = self._teacher(state, ctx, tokens)
-        student = Student(state, choice, ctx.seed, ctx.device, again=self.memory.activations == "checkpoint")
-        training = Training(student, teacher, tokens, learning, held, self.loss, schedule, partial(adamw, self.rates(student)),
-                            ctx.seed, ctx.progress)  # fmt: skip
+        memory = settled(state, choice, self.setting(tokens.ids.shape[1]))[0].memory
+        student = Student(
+            state, choice, ctx.seed, ctx.device, memory.keeps, memory.weights == "streamed", ctx.store.partial.parent
+        )
+        optimizer, slopes = self.moving(state, student, memory, ctx.seed)
+        training = Training(
+            student, teacher, tokens, learning, held, self.loss, schedule, optimizer, slopes, ctx.seed, ctx.progress
+        )
         with precision("bf16" if state.dtype == torch.bfloat16 else "ieee"):  # as precise as the model's own activations
             training.run(kept)
             return self._written(state, student, ctx, training)
+
+    def moving(self, state: State, student: Student, memory: Memory, seed: int) -> tuple[Optimizer, Slopes]:
+        """What moves a student, and by what gradients."""
+        optimizer = Optimizer(memory.by, student.learns, learnt(state, student.choice), self.rates(student), seed, damage(state))
+        if isinstance(memory.slopes, ZerothOrder):
+            return optimizer, Directions(optimizer, memory.slopes, self.rate, seed)
+        return optimizer, (Fused if isinstance(memory.slopes, options.Fused) else Kept)(optimizer)
 
     def schedule(self, windows: int, length: int) -> Schedule:
         wanted = len(halves(windows, length)[0]) * length if self.tokens is None else counted(self.tokens)
@@ -259,11 +261,11 @@ class Distill(Pass):
                 else:
                     codes[name] = Packed(packed.format, packed.shape, {n: t.cpu() for n, t in packed.tensors.items()})
             state = state.with_part(ctx.store.commit(part, codes=codes, dense=state.stored(dense)))
-        expected = needs.split(student.state, student.choice, self.setting(training.tokens.ids.shape[1]))
+        chosen, expected = settled(student.state, student.choice, self.setting(training.tokens.ids.shape[1]))
         notes = [
             *told(training.curve, training.judged_by, training.lost),
             *learnt_from(training.tokens),
-            f"expected to take {needs.told(expected)}",
+            f"expected to take {needs.told(expected)}, with {said(chosen.memory)}",
         ]
         record: Record = {
             "site": self.name,
@@ -277,24 +279,25 @@ class Distill(Pass):
         return planned(state, student.choice)
 
     def trained(self, state: State, windows: int, length: int) -> tuple[Cost, str]:
-        """Every token goes through the student and back, which is two products more, and one again where blocks are run again.
-        The teacher is asked about every window, or for every step."""
-        choice, setting = self.choice(state), self.setting(length)
+        """Every token goes through the student and back, as often as the setting says (`products`). The teacher is asked about
+        every window, or for every step."""
+        choice = self.choice(state)
         if self.scope == "block":
             return blockwise.cost(self, state, choice, windows, length)
-        found = needs.within(state, choice, setting, self.memory.limit)
+        setting, found = settled(state, choice, self.setting(length))
         schedule = self.schedule(windows, length)
-        learnt = schedule.steps * schedule.batch * length
+        taught = schedule.steps * schedule.batch * length
         judged = (schedule.checks + 1) * len(halves(windows, length)[1]) * length
-        asked = 0 if self.loss.keys() == {"ce"} else windows * length if self.teacher == "cached" else learnt + judged
+        asked = 0 if self.loss.keys() == {"ce"} else windows * length if self.teacher == "cached" else taught + judged
         vocabulary, width = state.graph["embed"].shape
         work = per_token(state)
-        head = vocabulary * width
-        passes = learnt * (4 if setting.again else 3) + judged
-        products = work.weights * (passes + asked) + head * (3 * learnt + judged + asked)
-        cost = Cost(2.0 * products, numbers=work.numbers * (passes + asked),
-                    logits=vocabulary * (4.0 * learnt + judged + 2 * asked), peak_bytes=found.total)  # fmt: skip
-        return cost, f"distill: {schedule.steps:,} steps of {schedule.batch} windows; training takes {needs.told(found)}"
+        passes, heads = round(taught * products(setting)) + judged, taught * (2 if setting.forward else 3) + judged + asked
+        cost = Cost(2.0 * (work.weights * (passes + asked) + vocabulary * width * heads), numbers=work.numbers * (passes + asked),
+                    logits=vocabulary * (4.0 * taught + judged + 2 * asked), peak_bytes=found.total)  # fmt: skip
+        text = f"distill: {schedule.steps:,} steps of {schedule.batch} windows; training takes {needs.told(found)}"
+        if self.memory.limit is None:
+            return cost, text
+        return cost, f"{text}; with {said(setting.memory)}\n{table(state, choice, setting)}"
 
 
 def parts(state: State, choice: Choice) -> dict[str, list[str]]:
@@ -325,12 +328,6 @@ def counted(tokens: str | int) -> int:
 def size_of(t: Tensor) -> float:
     """The root mean square of a tensor, `SMALLEST` at least."""
     return max(SMALLEST, float(t.detach().float().square().mean().sqrt()))
-
-
-def adamw(rates: Sequence[float], parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
-    """AdamW without decay: weights come from a model that was trained already."""
-    groups = [{"params": [p], "lr": rate, "base": rate} for p, rate in zip(parameters, rates, strict=True)]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
 def learnt_from(tokens: Tokens) -> list[str]:

@@ -33,6 +33,7 @@ from compress.state import State
 from compress.training import loss, matrices, memory
 from compress.training.choice import choose
 from compress.training.loop import Training
+from compress.training.options import Checkpoint, Memory
 from compress.training.student import Student
 from compress.training.windows import halves
 from tests.conftest import FAMILIES, Project
@@ -157,7 +158,7 @@ def test_gradients_are_those_of_the_architecture(family: Any, name: str) -> None
     choice = choose(state, ("all",), None)
     grads = []
     for again in (False, True):
-        student = Student(state, choice, 0, again=again)
+        student = Student(state, choice, 0, keeps=(Checkpoint(),) * again)
         batch = student.forward(TOKENS.ids[:2, :16])
         with student.behind(state), student.holding_head():
             student.head(batch).float().logsumexp(-1).sum().backward()
@@ -184,7 +185,7 @@ def test_no_made_matrix_is_kept_for_the_way_back(family: Any, tmp_path: Path, mo
     monkeypatch.setattr(matrices.Scaled, "forward", lambda self: made.append(1) or real(self))
     sites = len([s for s in state.formats if state.graph[s].block is not None])
     for again in (False, True):
-        student = Student(state, choose(state, ("scales",), None), 0, again=again)
+        student = Student(state, choose(state, ("scales",), None), 0, keeps=(Checkpoint(),) * again)
         batch = student.forward(TOKENS.ids[:2])
         assert not student.remaking._lent
         before = len(made)
@@ -440,17 +441,17 @@ def test_towers_and_buffers_do_not_learn(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("remembered", "fused", "total"),
-    [(12, False, 102.20), (4, False, 51.99), (0, True, 14.58)],
+    ("remembered", "gradients", "total"),
+    [(12, "kept", 102.20), (4, "kept", 51.99), (0, "fused", 14.58)],
     ids=["adamw", "sgd", "lomo"],
 )
-def test_the_split_that_lomo_publishes(tmp_path: Path, remembered: int, fused: bool, total: float) -> None:
+def test_the_split_that_lomo_publishes(tmp_path: Path, remembered: int, gradients: str, total: float) -> None:
     """LLaMA-7B, 16-bit parameters and gradients, 32-bit masters (and means for AdamW), blocks run again, 8 windows of 512 tokens
     (arXiv 2306.09782, table 1; GiB)."""
     config = transformers.LlamaConfig(architectures=["LlamaForCausalLM"], dtype="bfloat16")
     config.save_pretrained(tmp_path)
     state = open_model(str(tmp_path)).bare
-    setting = memory.Setting(True, "cached", 8, 512, memory.Numbers(2, remembered, torch.bfloat16, fused))
+    setting = memory.Setting(Memory(gradients=gradients), "cached", 8, 512, memory.Numbers(2, remembered, torch.bfloat16))
     assert memory.split(state, choose(state, ("all",), None), setting).total / 2**30 == pytest.approx(total, rel=0.1)
 
 

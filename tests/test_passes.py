@@ -61,6 +61,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # at least one set for every pass,
             "train": ["layers.*.down", "norms"],
             "rate": 0.2,
             "batch": 1,
+            "memory": {"optimizer": "adalomo", "gradients": "fused", "activations": "int8"},
         },
         {
             "loss": {"ce": 1.0},

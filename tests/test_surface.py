@@ -50,7 +50,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "edit": {"drop_layers": [], "untie": False, "vocab": None},
     "distill": {"loss": {"kl": 1.0}, "teacher": "cached", "top_k": 64, "train": "all", "scope": "model", "rank": None,
                 "tokens": None, "batch": 8, "rate": 0.001, "warmup": 0.05, "checks": 10,
-                "memory": {"optimizer": "adamw", "activations": "checkpoint", "limit": None}},
+                "memory": {"optimizer": None, "gradients": None, "activations": None, "weights": "kept", "limit": None}},
     "importance": {},
     "rotate": {"kind": "hadamard", "stream": True, "heads": True},
     "smooth": {"strength": "search", "pairs": "all"},

@@ -18,7 +18,8 @@ from compress.errors import RunError
 from compress.state.state import Part
 
 SUFFIX = ".safetensors"  # of a file of a store
-TOGETHER = 1 << 27  # bytes in a part
+TOGETHER = 1 << 24  # bytes in a part, unless one tensor has more
+COPIES = 3  # of a part that is being written
 
 
 class Store(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -11,6 +12,7 @@ from compress.errors import MatchError, RecipeError, did_you_mean
 from compress.formats import Blocks, Coded, Dense, Factored, Float, Lattice, LowRank, Rotated, Served
 from compress.formats.formats import Format
 from compress.formats.grid import Quantized
+from compress.model.layers import in_layer, stack_of
 from compress.state import State
 from compress.state.graph import Site
 from compress.training.matrices import learnt_scale
@@ -43,6 +45,50 @@ class Choice:
     def format(self, state: State, site: Site) -> Format | None:
         """What a site is stored as in the end."""
         return self.formats.get(site.name) or state.format(site)
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """One tensor that learns. name: as a student has it. block: whose it is, None outside of them, or of several. matrix: whether
+    it is a matrix of weights in a block, whose gradient can be projected."""
+
+    name: str
+    shape: tuple[int, ...]
+    block: int | None
+    matrix: bool = False
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+def learnt(state: State, choice: Choice) -> list[Learnt]:
+    """Every tensor that learns."""
+    shared = {s.tied for s in state.graph if s.tied and s.block != state.graph[s.tied].block}
+    found = []
+    for site in (s for s in state.graph if not s.tied):
+        block = None if site.name in shared else site.block
+        found += [Learnt(f"{site.name}:{name}", shape, block, name == "W_nk" and block is not None)
+                  for name, shape in numbers(state, choice, site).items()]  # fmt: skip
+    stack = stack_of(state)
+    layers = {spec.name: in_layer(spec.name, stack) for spec in state.specs if spec.name in choice.tensors}
+    return found + [Learnt(spec.name, tuple(spec.shape), int(m[1]) if (m := layers[spec.name]) else None)
+                    for spec in state.specs if spec.name in layers]  # fmt: skip
+
+
+def numbers(state: State, choice: Choice, site: Site) -> dict[str, tuple[int, ...]]:
+    """What of a site learns, by its name in a student's matrix (matrices.py), and its shape."""
+    kind, (n, k) = choice.kind(site), site.shape
+    fmt = choice.format(state, site)
+    found: dict[str, tuple[int, ...]] = {"W_nk": (n, k)} if Kind.WEIGHTS in kind else {}
+    if Kind.SCALES in kind:
+        base = getattr(fmt, "base", fmt)
+        assert isinstance(base, Quantized)
+        found["base.t_ng" if isinstance(fmt, LowRank) or Kind.FACTORS in kind else "t_ng"] = (n, base.groups(k))
+    if Kind.FACTORS in kind:
+        rank = getattr(fmt, "rank", choice.rank)
+        found |= {"A_rk": (rank, k), "B_nr": (n, rank)}
+    return found
 
 
 def choose(state: State, train: Sequence[str], rank: int | None) -> Choice:

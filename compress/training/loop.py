@@ -1,12 +1,12 @@
 """The loop: steps of an optimizer on a student's distance to its teacher, judged on held-out windows, from where it stopped.
 
-A step takes `batch` windows, a few at a time (`MICRO` tokens), adds up their gradients, and moves what learns. At every check
-the held-out windows are judged and everything that the next step depends on is kept on disk: what learns, what the optimizer
-remembers, and the curve so far. The order of windows is drawn from the seed and the epoch alone. So a run that was killed comes
-to the same bytes as one that was not. Where only some tokens are learnt from (`Tokens.learnt`), a sum over a step's predictions
-is divided by how many of them are of such tokens, all micro-batches together, and windows without any change nothing. In the
-end the student is what it was at its best check; the start counts as one, so training never makes a model worse on what was
-held out.
+A step takes `batch` windows, a few at a time (`MICRO` tokens), adds up their gradients, and moves what learns; what becomes of
+gradients, and whether there are any, is said elsewhere (gradients.py, zeroth.py). At every check the held-out windows are
+judged and everything that the next step depends on is kept on disk: what learns, what is remembered of it, and the curve so
+far. The order of windows is drawn from the seed and the epoch alone. So a run that was killed comes to the same bytes as one
+that was not. Where only some tokens are learnt from (`Tokens.learnt`), a sum over a step's predictions is divided by how many
+of them are of such tokens, all micro-batches together, and windows without any change nothing. In the end the student is what
+it was at its best check; the start counts as one, so training never makes a model worse on what was held out.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -23,11 +24,13 @@ from compress.errors import DataError, ModelError
 from compress.model.data import Tokens
 from compress.model.lockstep import Batch
 from compress.model.seeds import seeded
+from compress.training.gradients import Slopes
 from compress.training.loss import DIVERGENCES, Known, Rows, behind
+from compress.training.moving import Optimizer
 from compress.training.student import Student
 from compress.training.teacher import Look
+from compress.training.windows import MICRO
 
-MICRO = 2048  # tokens that pass the student at once, or one window
 LEARNS = "learns/"  # before the name of what learns, in a checkpoint
 EVEN_WORSE = 5  # checks in a row without a better one end the training
 
@@ -129,7 +132,8 @@ class Training:
     held: Sequence[int]
     weights: Mapping[str, float]
     schedule: Schedule
-    optimizer: Callable[[list[Tensor]], torch.optim.Optimizer]
+    optimizer: Optimizer
+    slopes: Slopes
     seed: int
     progress: Callable[[float, float, str], None]
     curve: list[Point] = field(default_factory=list)
@@ -137,9 +141,8 @@ class Training:
 
     def run(self, kept: Kept) -> list[Point]:
         """Train; the student is then what it was at its best check."""
-        optimizer = self.optimizer(list(self.student.learns.values()))
-        start, losses = self._restore(kept, optimizer), list[float]()
-        if not self.curve and not self._note(kept, optimizer, 0, None):
+        start, losses = self._restore(kept), list[float]()
+        if not self.curve and not self._note(kept, 0, None):
             raise ModelError(
                 f"before anything is learnt the {self.judged_by} of held-out text is no number; the model is damaged"
             )
@@ -147,25 +150,24 @@ class Training:
             if self.finished:
                 break
             self.progress(step, self.schedule.steps, f"held out, {self.judged_by} {self.curve[-1].held:.4g}")
-            loss = self.step(step, optimizer)
+            loss = self.step(step)
             losses += [] if loss is None else [loss]
             if not all(map(math.isfinite, losses[-1:])) or (
-                self.schedule.judged(step + 1)
-                and not self._note(kept, optimizer, step + 1, sum(losses) / len(losses) if losses else None)
+                self.schedule.judged(step + 1) and not self._note(kept, step + 1, sum(losses) / len(losses) if losses else None)
             ):
                 self.lost = step + 1
                 break
             if self.schedule.judged(step + 1):
                 losses.clear()
-        self._take(kept.best(), None)
+        self._take(kept.best(), remembered=False)
         return self.curve
 
-    def _note(self, kept: Kept, optimizer: torch.optim.Optimizer, step: int, loss: float | None) -> bool:
+    def _note(self, kept: Kept, step: int, loss: float | None) -> bool:
         """Judge, and keep it; False where what it comes to is no number, of which nothing is kept."""
         held = self.judge()
         if math.isfinite(held):
             self.curve.append(Point(step, step * self.per_step, loss, held))
-            kept.keep(self._notes(), self._tensors(optimizer))
+            kept.keep(self._notes(), self._tensors())
         return math.isfinite(held)
 
     @property
@@ -183,18 +185,18 @@ class Training:
 
     # --- a step ---
 
-    def step(self, number: int, optimizer: torch.optim.Optimizer) -> float | None:
+    def step(self, number: int) -> float | None:
         """The loss of one step, a token that is learnt from; None where its windows hold none, and nothing moves."""
         windows = self._windows(number)
         whole, few = counted(self.tokens, windows), list(self._few(windows))
         if not few:
             return None
-        for group in optimizer.param_groups:
-            group["lr"] = group["base"] * self.schedule.at(number)
-        total = sum(self._learn(numbers, whole) for numbers in few)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)  # or they would be there while a checkpoint is written
-        return total
+
+        def through(backward: bool) -> float:
+            self.student.begin(number)
+            return sum(self._learn(numbers, whole, backward) for numbers in few)
+
+        return self.slopes.step(number, self.schedule.at(number), partial(through, True), partial(through, False))
 
     def _windows(self, number: int) -> list[int]:
         """The windows of a step: each epoch has an order of its own."""
@@ -206,32 +208,32 @@ class Training:
         return found
 
     def _few(self, numbers: Sequence[int]) -> Iterator[Sequence[int]]:
-        """Micro-batches, without those that no part of the loss counts a token of."""
-        size = max(1, MICRO // self.tokens.ids.shape[1])
+        """Micro-batches, no larger than a step, without those that no part of the loss counts a token of."""
+        size = min(self.schedule.batch, max(1, MICRO // self.tokens.ids.shape[1]))
         for start in range(0, len(numbers), size):
             found = counted(self.tokens, numbers[start : start + size])
             if any(found.of(part) for part in self.weights):
                 yield numbers[start : start + size]
 
-    def _learn(self, numbers: Sequence[int], whole: Counted) -> float:
-        """Add the gradients of some windows of a step, which counts so many tokens; their share of its loss."""
+    def _learn(self, numbers: Sequence[int], whole: Counted, backward: bool) -> float:
+        """Some windows' share of the loss of a step, which counts so many tokens; `backward` adds its gradients."""
         ids, learnt, share = self._ids(numbers), self._learnt(numbers), 1 / whole.all
         weights = {n: w * whole.share(n) for n, w in self.weights.items() if n != "hidden_cosine"}
         outputs: list[Tensor] = []
         cosine = self.weights.get("hidden_cosine", 0.0)
-        with self.teacher.look(numbers) as look, torch.enable_grad():  # a teacher that is streamed has turned it off
+        with self.teacher.look(numbers) as look, torch.set_grad_enabled(backward):  # a teacher that is streamed has turned it off
             batch = self.student.forward(ids, (lambda _, h: outputs.append(h)) if cosine else None)
-            sums, slope = in_parts(self.student, batch.hidden, ids, look, weights, share, True, learnt)
-            roots, slopes = (
-                [batch.hidden],
-                [slope.reshape(batch.hidden.shape).to(batch.hidden.dtype) if slope is not None else None],
-            )
+            sums, slope = in_parts(self.student, batch.hidden, ids, look, weights, share, backward, learnt)
+            self.slopes.behind()
+            ends = [(batch.hidden, slope.reshape(batch.hidden.shape).to(batch.hidden.dtype) if slope is not None else None)]
             loss = sum(weights[n] * s * share for n, s in sums.items())
             if cosine:
                 apart = cosine * share * apart_in_angle(outputs, look.hidden, learnt)
-                roots, slopes = [*roots, apart], [*slopes, None]
+                ends.append((apart, None))
                 loss += float(apart.detach())
-            torch.autograd.backward(roots, slopes)
+            ends = [end for end in ends if end[0].requires_grad] if backward else []
+            if ends:
+                torch.autograd.backward([root for root, _ in ends], [slope for _, slope in ends])
         return float(loss)
 
     def _ids(self, numbers: Sequence[int]) -> Tensor:
@@ -262,31 +264,34 @@ class Training:
     def _notes(self) -> dict[str, Any]:
         return {"curve": [[p.step, p.tokens, p.loss, p.held] for p in self.curve], "best": self.best.step}
 
-    def _tensors(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-        """What learns, and what the optimizer remembers of it."""
+    def _tensors(self) -> dict[str, Tensor]:
+        """What learns, and what is remembered of it."""
         found = {f"{LEARNS}{name}": p.detach() for name, p in self.student.learns.items()}
-        for name, p in self.student.learns.items():
-            found |= {f"{key}/{name}": t for key, t in optimizer.state.get(p, {}).items()}
-        return found
+        return found | self.optimizer.tensors() | self.slopes.tensors() | self.student.saving.tensors()
 
-    def _restore(self, kept: Kept, optimizer: torch.optim.Optimizer) -> int:
+    def _restore(self, kept: Kept) -> int:
         """How many steps are done already."""
         notes = kept.notes()
         if notes is None:
             return 0
         self.curve = [Point(*p) for p in notes["curve"]]
-        self._take(kept.latest(), optimizer)
+        self._take(kept.latest(), remembered=True)
         return self.curve[-1].step
 
-    def _take(self, found: Iterable[tuple[str, Tensor]], optimizer: torch.optim.Optimizer | None) -> None:
-        """What learns, and what an optimizer remembers, from a checkpoint."""
-        learns = self.student.learns
+    def _take(self, found: Iterable[tuple[str, Tensor]], remembered: bool) -> None:
+        """What learns, and all that is remembered where that is asked for, from a checkpoint."""
         for name, tensor in found:
             key, _, of = name.partition("/")
             if name.startswith(LEARNS):
-                learns[of].data.copy_(tensor)
-            elif optimizer is not None:
-                optimizer.state[learns[of]][key] = tensor.clone() if key == "step" else tensor.to(learns[of].device)
+                self.student.learns[of].data.copy_(tensor)
+            elif remembered:
+                match key:
+                    case "sketch":
+                        self.student.saving.take(of, tensor)
+                    case "direction":
+                        self.slopes.take(tensor)
+                    case _:
+                        self.optimizer.take(key, of, tensor)
 
 
 def in_parts(

@@ -1,10 +1,11 @@
 """Matrices that learn, or are needed by what learns: each is made anew whenever its module is called.
 
 A matrix of a model in training is a function of a few parameters, and modules of all kinds ask for nothing but the matrix: so
-linear layers, transposed ones, embeddings and experts are trained by one mechanism. There are four kinds:
+linear layers, transposed ones, embeddings and experts are trained by one mechanism. There are five kinds:
 
     Free        W, a parameter
     Packed      a format's tensors, which stay as they are
+    Read        the same, or a dense matrix that stays, read from disk each time
     Scaled      s ⊙ Q: the codes stay, the scale of each group learns; s = s₀ (1 + t), rounded as it will be stored
     Rounded     the level nearest to W of each weight on a grid that stays; the gradient passes to W as if it were W
                 (straight through, arXiv 1308.3432)
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from compress.formats import Dense, Factored, LowRank
 from compress.formats import Packed as Stored
 from compress.formats.grid import Grid, Quantized, encoded, in_groups, restore, round_scale
+from compress.training.saved import Saver
 
 
 class _Through(torch.autograd.Function):
@@ -69,6 +71,23 @@ class Free(Matrix):
 
     def forward(self) -> Tensor:
         return self.W_nk.float()
+
+
+class Read(Matrix):
+    """A matrix that does not learn and is read whenever it is asked for: `dense`, or `codes` in a format."""
+
+    def __init__(self, device: torch.device, dense: Callable[[], Tensor] | None, codes: Callable[[], Stored] | None = None):
+        super().__init__()
+        self.device, self.dense, self.codes = device, dense, codes
+
+    def forward(self) -> Tensor:
+        if self.codes is not None:
+            return moved(self.codes(), self.device).dequantize(torch.float32)
+        assert self.dense is not None
+        return self.dense().to(self.device).float()
+
+    def stored(self) -> Stored | None:
+        return None if self.codes is None else self.codes()
 
 
 class Packed(Matrix):
@@ -217,16 +236,20 @@ class Remaking:
         self._lent.pop(matrix.untyped_storage().data_ptr(), None)
 
     @contextmanager
-    def kept_as_notes(self) -> Iterator[None]:
-        def pack(t: Tensor) -> Tensor | _Note:
-            make = self._lent.get(t.untyped_storage().data_ptr())
-            return t if make is None else _Note(make, t.size(), t.stride(), int(t.storage_offset()))
+    def kept_as_notes(self, saver: Saver | None = None) -> Iterator[None]:
+        """saver: what keeps all else, see saved.py."""
 
-        def unpack(kept: Tensor | _Note) -> Tensor:
-            if isinstance(kept, Tensor):
-                return kept
-            with torch.no_grad():
-                return kept.make().as_strided(kept.size, kept.stride, kept.offset)
+        def pack(t: Tensor) -> Any:
+            make = self._lent.get(t.untyped_storage().data_ptr())
+            if make is None:
+                return t if saver is None else saver.pack(t)
+            return _Note(make, t.size(), t.stride(), int(t.storage_offset()))
+
+        def unpack(kept: Any) -> Tensor:
+            if isinstance(kept, _Note):
+                with torch.no_grad():
+                    return kept.make().as_strided(kept.size, kept.stride, kept.offset)
+            return kept if saver is None else saver.unpack(kept)
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield

@@ -1,25 +1,25 @@
 """What training takes, by category, before anything is allocated.
 
-Parameters, gradients and what the optimizer remembers are counted from shapes. What a block keeps for its way back is found by
-running it on fake tensors (shapes and dtypes without memory) under autograd's own hooks, every storage counted once and those of
-weights not at all: so whatever an architecture computes is in it. Of a model on 7 B weights that takes a second.
+Parameters, gradients and what the optimizer remembers are counted from shapes, the last by the very rules that allocate it.
+What a block keeps for its way back is found by running it on fake tensors (shapes and dtypes without memory) under autograd's
+own hooks, every storage counted once and those of weights not at all: so whatever an architecture computes is in it. Of a model
+on 7 B weights that takes a second.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from compress.errors import RecipeError
-from compress.formats.grid import Quantized
+from compress.formats import LowRank
 from compress.model.experts import foreseeable
 from compress.model.probe import Probe
 from compress.model.skeleton import skeleton
@@ -27,22 +27,28 @@ from compress.model.work import block_bytes
 from compress.state import State
 from compress.state.graph import Site
 from compress.state.plan import size
-from compress.training.choice import Choice, Kind
-from compress.training.loss import NUMBERS
+from compress.training.checkpoints import COPIES, TOGETHER
+from compress.training.choice import Choice, Kind, Learnt, learnt
+from compress.training.loss import DIVERGENCES, NUMBERS
+from compress.training.moving import remembered
+from compress.training.optimizers import nbytes
+from compress.training.options import Block, Checkpoint, Fused, Kept, Memory, Velora, Way, WtaCrs, ZerothOrder
+from compress.training.saved import smaller, worth
+from compress.training.sketches import Foreseen, install
 
 FP32 = 4
-UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+WIDE = {"kl": 5.25, "reverse_kl": 6.25, "js": 8.5}  # numbers beside each of the teacher's, as torch's allocator counts them
+TABLE = "embed:"  # what the name of a table that a head may share begins with
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """What a training keeps its numbers in. gradient: bytes of one. remembered: bytes that the optimizer holds of what learns.
-    computes: dtype of parameters and activations. fused: a gradient is used up as soon as it is there; one is held at a time."""
+    """What a training keeps its numbers in. gradient: bytes of one. remembered: bytes that the optimizer holds of what learns,
+    where that is not its own to say. computes: dtype of parameters and activations."""
 
     gradient: int = 4
-    remembered: int = 8  # AdamW's two means
+    remembered: int | None = None
     computes: torch.dtype = torch.float32
-    fused: bool = False
 
 
 OURS = Numbers()
@@ -51,19 +57,32 @@ _KNOWN: dict[Any, tuple[int, ...]] = {}  # asked of one model in several setting
 
 @dataclass(frozen=True)
 class Setting:
-    """How a model is trained: windows of `length` tokens, `together` at once. again: blocks are run again on the way back."""
+    """How a model is trained: windows of `length` tokens, `together` at once, `batch` in a step (0: no more than that)."""
 
-    again: bool
+    memory: Memory
     teacher: str
     together: int
     length: int
     numbers: Numbers = OURS
+    batch: int = 0
+    loss: tuple[str, ...] = ("kl",)
+
+    @property
+    def again(self) -> bool:
+        """Whether blocks are run again on the way back."""
+        return any(isinstance(way, Checkpoint) for way in self.memory.keeps)
+
+    @property
+    def forward(self) -> bool:
+        """Whether there is no way back."""
+        return isinstance(self.memory.slopes, ZerothOrder)
 
 
 @dataclass(frozen=True)
 class Split:
     """Bytes at the highest point of a step. parameters: of the student. teacher: of its teacher. activations: what is kept for
-    the way back, and matrices that are made for the block in hand. logits: of the rows in hand, with the matrix of the head."""
+    the way back, and matrices that are made for the block in hand. logits: of the rows in hand, with the matrix of the head.
+    checkpoint: by how much writing one, when nothing else is there, takes more than a step."""
 
     parameters: int = 0
     gradients: int = 0
@@ -71,6 +90,7 @@ class Split:
     activations: int = 0
     logits: int = 0
     teacher: int = 0
+    checkpoint: int = 0
 
     @property
     def total(self) -> int:
@@ -78,52 +98,78 @@ class Split:
 
 
 def split(state: State, choice: Choice, setting: Setting) -> Split:
-    """What training a state takes."""
-    learnt, numbers_ = learning(state, choice), setting.numbers
-    at_once = max((numbers(state, choice, s) for s in state.graph), default=0) if numbers_.fused else learnt
+    """What training a state takes: at the head, when all is kept for the way back and no gradients are there but the head's, or
+    at its end, when all of those are and the first block is in hand, whichever is more."""
+    what = learnt(state, choice)
     kept, block = activations(state, choice, setting)
-    behind = logits(state, choice, setting)
-    higher = max(block, behind)  # the head is done before the first block is on its way back
-    return Split(
-        parameters=held(state, choice, setting.numbers.computes.itemsize),
-        gradients=numbers_.gradient * at_once, optimizer=numbers_.remembered * learnt,
-        activations=kept + (block if block == higher else 0), logits=0 if block == higher else behind,
-        teacher=teacher(state, setting),
+    slopes = setting.numbers.gradient * gradients(state, what, setting.memory)
+    held_ = Split(
+        parameters=held(state, choice, setting.numbers.computes.itemsize, setting.memory.weights == "streamed"),
+        optimizer=optimizer(what, setting), teacher=teacher(state, setting),
     )  # fmt: skip
+    parts = setting.batch > setting.together  # whose gradients add up: those of the first are there when the next begins
+    at_head = replace(held_, activations=kept, logits=logits(state, choice, setting), gradients=slopes if parts else 0)
+    at_end = replace(held_, activations=block + (kept if parts else 0), gradients=slopes)
+    found = max(at_head, at_end, key=lambda moment: moment.total)
+    passing = found.gradients + found.activations + found.logits
+    return replace(found, checkpoint=max(0, writing(what, found.optimizer) - passing))
+
+
+def writing(what: Sequence[Learnt], remembered_: int) -> int:
+    """What writing a checkpoint takes: copies of the part in hand."""
+    whole, largest = FP32 * sum(one.numel for one in what) + remembered_, FP32 * max((one.numel for one in what), default=0)
+    return COPIES * max(min(TOGETHER, whole), largest)
 
 
 # --- what learns ------------------------------------------------------------------------------------------------------
 
 
-def numbers(state: State, choice: Choice, site: Site) -> int:
-    """How many numbers of a site learn."""
-    kind, (n, k) = choice.kind(site), site.shape
-    fmt = choice.format(state, site)
-    found = n * k if Kind.WEIGHTS in kind else 0
-    if Kind.SCALES in kind:
-        base = getattr(fmt, "base", fmt)
-        assert isinstance(base, Quantized)
-        found += n * base.groups(k)
-    if Kind.FACTORS in kind:
-        found += getattr(fmt, "rank", choice.rank) * (n + k)
-    return found
+def gradients(state: State, what: Sequence[Learnt], memory: Memory) -> int:
+    """How many numbers of gradients there are at most at once."""
+    if isinstance(memory.slopes, ZerothOrder):
+        return 0
+    if not isinstance(memory.slopes, Fused):
+        return sum(one.numel for one in awake(what, memory))
+    moving, heads = awake(what, memory), [s for s in state.graph if s.role == "head"]
+    whole = sum(one.numel for one in moving if one.name.startswith(TABLE)) if any(s.tied for s in heads) else 0
+    return whole + max((one.numel for one in moving if not whole or one.block is not None), default=0)
 
 
-def learning(state: State, choice: Choice) -> int:
-    """How many numbers learn."""
-    others = sum(math.prod(spec.shape) for spec in state.specs if spec.name in choice.tensors)
-    return others + sum(numbers(state, choice, site) for site in state.graph if not site.tied)
+def optimizer(what: Sequence[Learnt], setting: Setting) -> int:
+    """Bytes of what is remembered."""
+    if setting.numbers.remembered is not None:
+        return setting.numbers.remembered * sum(one.numel for one in what)
+    return sum(nbytes(remembered(setting.memory.by, one)) for one in awake(what, setting.memory))
 
 
-def held(state: State, choice: Choice, width: int = FP32) -> int:
-    """Bytes of a student: what learns in fp32, matrices that do not as they are stored, codes beside what learns of them."""
-    total, sites = 0, {s.weight for s in state.graph}
+def awake(what: Sequence[Learnt], memory: Memory) -> Sequence[Learnt]:
+    """What learns at a time, in the largest case."""
+    if not isinstance(memory.by, Block):
+        return what
+    sizes: dict[int, int] = {}
+    for one in what:
+        if one.block is not None:
+            sizes[one.block] = sizes.get(one.block, 0) + one.numel
+    largest = sorted(sizes, key=lambda b: -sizes[b])[: memory.by.active]
+    return [one for one in what if one.block in largest]
+
+
+def held(state: State, choice: Choice, width: int = FP32, streamed: bool = False) -> int:
+    """Bytes of a student: what learns in `width` bytes each, matrices that do not as they are stored (unless they are read when
+    they are needed), codes beside what learns of them."""
+    total, sites = width * sum(one.numel for one in learnt(state, choice)), {s.weight for s in state.graph}
     for site in (s for s in state.graph if not s.tied):
-        fmt = state.format(site)
+        fmt, kind = state.format(site), choice.kind(site)
         stored = fmt.nbytes(site.shape) if fmt is not None else site.numel * state.dtype.itemsize
-        total += (0 if Kind.WEIGHTS in choice.kind(site) else stored) + width * numbers(state, choice, site)
+        total += 0 if Kind.WEIGHTS in kind or (streamed and reads(state, choice, site)) else stored
     joined = {s.joined for s in state.graph if s.expert is not None}
-    return total + width * sum(math.prod(s.shape) for s in state.specs if s.name not in sites and s.name not in joined)
+    others = [s for s in state.specs if s.name not in sites and s.name not in joined and s.name not in choice.tensors]
+    return total + width * sum(math.prod(s.shape) for s in others)
+
+
+def reads(state: State, choice: Choice, site: Site) -> bool:
+    """Whether a matrix can be read when it is needed: it does not learn, nor is it one with factors of its own."""
+    return not choice.kind(site) & (Kind.WEIGHTS | Kind.SCALES) and not isinstance(state.format(site), LowRank)
 
 
 def teacher(state: State, setting: Setting) -> int:
@@ -147,36 +193,70 @@ def made(state: State, choice: Choice, site: Site, computes: torch.dtype) -> int
 
 
 def activations(state: State, choice: Choice, setting: Setting) -> tuple[int, int]:
-    """What all blocks keep until the way back, and what the largest takes on top when it is on it."""
-    saved = saved_by_block(state, setting.together, setting.length, setting.numbers.computes)
-    hidden = setting.numbers.computes.itemsize * setting.together * setting.length * state.graph["embed"].shape[1]
-    count = len(state.graph.blocks)
-    weights = [sum(made(state, choice, s, setting.numbers.computes) for s in state.graph.of_block(i)) for i in range(count)]
+    """What all blocks keep until the way back, and what there is when the first is on it."""
+    keeps, dtype, count = setting.memory.keeps, setting.numbers.computes, len(state.graph.blocks)
+    saved = saved_by_block(state, setting.together, setting.length, dtype, Kept() if setting.again else keeps[0])
+    hidden = setting.together * setting.length * state.graph["embed"].shape[1]
+    weights = [sum(made(state, choice, s, dtype) for s in state.graph.of_block(i)) for i in range(count)]
     largest = [max((FP32 * s.numel for s in state.graph.of_block(i)), default=0) for i in range(count)]
+    if setting.forward:
+        return 0, max(s // 2 + g for s, g in zip(saved, largest, strict=True))  # nothing waits for a way back
+    first = first_block(state, choice)
     if setting.again:
-        return count * hidden, max(s + w + g for s, w, g in zip(saved, weights, largest, strict=True))
-    return sum(saved), max(2 * g for g in largest)  # a matrix, made once more, and its gradient
+        one = smaller(dtype.itemsize * hidden, hidden, type(keeps[-1]))
+        return (count - first) * one, one + max(s + w + g for s, w, g in zip(saved, weights, largest, strict=True))
+    return sum(saved[first:]), max(
+        s + 2 * g for s, g in zip(saved, largest, strict=True)
+    )  # a matrix, made anew, and its gradient
+
+
+def first_block(state: State, choice: Choice) -> int:
+    """The first block that anything is kept of: the first that learns, or that of a table in front of all."""
+    what = learnt(state, choice)
+    if any(one.name.startswith(TABLE) for one in what):
+        return 0
+    return min((one.block for one in what if one.block is not None), default=len(state.graph.blocks))
 
 
 def logits(state: State, choice: Choice, setting: Setting) -> int:
-    """Of the rows that are in hand: logits, their log-softmax, gradient and temporaries; the head's matrix and its gradient."""
+    """Of the rows that are in hand: logits and what the loss makes of them; the head's matrix and its gradient."""
     head = next((s for s in state.graph if s.role == "head"), state.graph["embed"])
     vocabulary = state.graph["embed"].shape[0]
     rows = min(max(1, NUMBERS // vocabulary), setting.together * setting.length)
     shared = state.graph[head.tied] if head.tied else head
     matrix = made(state, choice, shared, setting.numbers.computes)
-    return FP32 * 5 * rows * vocabulary + matrix + (FP32 * head.numel if choice.kind(head) else 0)
+    slope = FP32 * head.numel if choice.kind(head) and not setting.forward else 0
+    return round(FP32 * wide(setting) * rows * vocabulary) + matrix + slope
 
 
-def saved_by_block(state: State, together: int, length: int, dtype: torch.dtype = torch.float32) -> tuple[int, ...]:
-    """Bytes that each block keeps for its way back from `together` windows of `length` tokens; of equal blocks one is run."""
-    key = (json.dumps(state.config.to_dict(), sort_keys=True, default=str), together, length, dtype)
+def wide(setting: Setting) -> float:
+    """How many numbers a loss holds of each logit at most: log-softmax and gradient, and where the teacher's are as many, those
+    and what is made of both."""
+    if setting.teacher == "cached" or not DIVERGENCES.keys() & set(setting.loss):
+        return 2 if setting.forward else 3
+    return 1 + max(WIDE[part] for part in DIVERGENCES.keys() & set(setting.loss))
+
+
+def saved_by_block(
+    state: State, together: int, length: int, dtype: torch.dtype = torch.float32, way: Way | None = None
+) -> tuple[int, ...]:
+    """Bytes that each block keeps for its way back from `together` windows of `length` tokens, in some way; of equal blocks one
+    is run."""
+    way = way or Kept()
+    key = (
+        json.dumps(state.config.to_dict(), sort_keys=True, default=str),
+        together,
+        length,
+        dtype,
+        type(way),
+        way.model_dump_json(),
+    )
     if key not in _KNOWN:
-        _KNOWN[key] = _run_on_fakes(state, together, length, dtype)
+        _KNOWN[key] = _run_on_fakes(state, together, length, dtype, way)
     return _KNOWN[key]
 
 
-def _run_on_fakes(state: State, together: int, length: int, dtype: torch.dtype) -> tuple[int, ...]:
+def _run_on_fakes(state: State, together: int, length: int, dtype: torch.dtype, way: Way) -> tuple[int, ...]:
     model = skeleton(state.config)
     blocks = [model.get_submodule(b.module) for b in state.graph.blocks]
     probes = [Probe(block) for block in blocks]
@@ -195,7 +275,10 @@ def _run_on_fakes(state: State, together: int, length: int, dtype: torch.dtype) 
                    tuple((n, p.shape) for n, p in block.named_parameters()))  # fmt: skip
             if key not in known:
                 args, kwargs = probe.call
-                known[key] = _saved(lambda b=block, a=args, k=kwargs: b(hidden, *a, **k), block)  # type: ignore[misc]
+                if isinstance(way, Velora | WtaCrs):
+                    install(block, "", Foreseen(way))
+                run = partial(block, hidden, *args, **kwargs)
+                known[key] = _saved(run, block, way, together * length)
             found.append(known[key])
     return tuple(found)
 
@@ -207,7 +290,7 @@ def _fake(module: nn.Module, dtype: torch.dtype) -> None:
                 m._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=dtype), requires_grad=p.is_floating_point())
 
 
-def _saved(run: Callable[[], Any], block: nn.Module) -> int:
+def _saved(run: Callable[[], Any], block: nn.Module, way: Way, tokens: int) -> int:
     """Bytes of the storages that autograd keeps, less those of parameters."""
     storages: dict[int, Tensor] = {}
 
@@ -218,47 +301,12 @@ def _saved(run: Callable[[], Any], block: nn.Module) -> int:
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         out = run()
     own = {p.untyped_storage()._cdata for p in block.parameters()}
-    total = sum(t.untyped_storage().nbytes() for key, t in storages.items() if key not in own)
+    total = 0
+    for t in (t for key, t in storages.items() if key not in own):
+        whole = t.untyped_storage().nbytes()
+        total += smaller(whole, whole // t.itemsize, type(way)) if worth(t, tokens) else whole
     del out
     return total
-
-
-# --- limits -----------------------------------------------------------------------------------------------------------
-
-
-def parsed(limit: str) -> int:
-    """Bytes of a text such as 8 GiB; ValueError where it is none."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB|TiB|)", limit.strip())
-    if match is None or not 0 < float(match[1]) < 1e15:
-        raise ValueError(f"'{limit[:40]}' is no amount of memory; write 8 GiB")
-    return int(float(match[1]) * UNITS[match[2]])
-
-
-def within(state: State, choice: Choice, setting: Setting, limit: str | None) -> Split:
-    """What training takes; RecipeError where that is above the limit, naming a setting that would fit."""
-    found = split(state, choice, setting)
-    if limit is None or found.total <= parsed(limit):
-        return found
-    other = next(((words, s) for words, s in others(setting) if split(state, choice, s).total <= parsed(limit)), None)
-    todo = (
-        f"{other[0]} would fit" if other else "no other setting would fit, unless less is trained (train: lora, scales, patterns)"
-    )
-    raise RecipeError(f"training takes {told(found)}, above the limit of {limit}; {todo}", ("memory", "limit"))
-
-
-def others(setting: Setting) -> Iterator[tuple[str, Setting]]:
-    """Settings that take less, the quickest first, in a recipe's words."""
-    for teacher_, again in ((setting.teacher, True), ("cached", setting.again), ("cached", True)):
-        words = [
-            w
-            for w, new in (
-                (f"teacher: {teacher_}", teacher_ != setting.teacher),
-                ("activations: checkpoint", again and not setting.again),
-            )
-            if new
-        ]
-        if words:
-            yield " and ".join(words), replace(setting, teacher=teacher_, again=again)
 
 
 def told(found: Split) -> str:

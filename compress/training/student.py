@@ -1,14 +1,17 @@
 """A state's model in memory, to be trained: everything between its blocks is the architecture's own (model/stream.py).
 
 Unlike a stream it holds all of its weights at once, computes in fp32, and its graph reaches from the logits to whatever learns.
-Of a block it keeps what autograd needs, or its input alone: the block is then run again on the way back (`checkpoint`).
+Of a block it keeps what autograd needs, or its input alone: the block is then run again on the way back (`checkpoint`). What is
+kept may be kept smaller (saved.py, sketches.py). Nothing is kept of blocks in front of the first that learns. Matrices that do
+not learn can be read whenever their layer is called: then one of them is in memory, as in a stream, and what learns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,15 +26,23 @@ from compress.model.stream import Stream
 from compress.state import State
 from compress.state.graph import Site
 from compress.training import matrices
-from compress.training.choice import Choice, Kind
+from compress.training.choice import Choice, Kind, learnt
+from compress.training.options import Checkpoint, Way
+from compress.training.saving import Saving
+from compress.training.sketches import install
 
 
 class Student(Stream):
     """A model whose chosen parts learn. learns: parameter -> its tensor, fp32, in a fixed order."""
 
-    def __init__(self, state: State, choice: Choice, seed: int, device: str = "cpu", again: bool = False):
+    def __init__(self, state: State, choice: Choice, seed: int, device: str = "cpu", keeps: Sequence[Way] = (),
+                 streamed: bool = False, folder: Path | None = None):  # fmt: skip
+        """keeps: what of activations, see options.py. streamed: matrices that do not learn are read when they are needed.
+        folder: where activations go that do not stay in memory."""
         super().__init__(state, device, dtype=torch.float32)
-        self.state, self.choice, self.again = state, choice, again
+        self.state, self.choice, self.streamed = state, choice, streamed
+        self.again = any(isinstance(way, Checkpoint) for way in keeps)
+        self.saving = Saving(keeps, self.device, folder)
         self.remaking = matrices.Remaking()
         self.matrices: dict[str, matrices.Matrix] = {}
         self.tensors: dict[str, nn.Parameter] = {}  # those that are no site's and learn, by their names in the checkpoint
@@ -41,12 +52,22 @@ class Student(Stream):
             self._fill(path, module)
         for index, block in enumerate(self.graph.blocks):
             self._names.load_buffers(state, self.blocks[index], block.module)
+            if self.saving.sketch is not None:
+                install(self.blocks[index], block.module, self.saving.sketch)
         self._learn_output_kind(state, torch.zeros(1, 2, dtype=torch.int64))
+        found = {f"{site}:{n}": p for site, m in self.matrices.items() for n, p in m.named_parameters() if p.requires_grad}
+        self.learns: dict[str, nn.Parameter] = found | self.tensors
+        self._learnt = {what.name: what for what in learnt(state, choice)}
+
+    def begin(self, step: int) -> None:
+        """A step: what is drawn in its passes is drawn from its number."""
+        self.saving.begin(seeded(self._seed, f"activations {step}").initial_seed())
 
     @property
-    def learns(self) -> dict[str, nn.Parameter]:
-        found = {f"{site}:{n}": p for site, m in self.matrices.items() for n, p in m.named_parameters() if p.requires_grad}
-        return found | self.tensors
+    def _first(self) -> int:
+        """The first block that learns now."""
+        blocks = [what.block for n, what in self._learnt.items() if self.learns[n].requires_grad]
+        return min((b for b in blocks if b is not None), default=len(self.blocks))
 
     # --- what it is made of ---
 
@@ -97,6 +118,10 @@ class Student(Stream):
 
     def _made(self, site: Site, kind: Kind) -> matrices.Matrix:
         fmt = self.state.format(site)
+        if self.streamed and not kind & (Kind.WEIGHTS | Kind.SCALES) and not isinstance(fmt, LowRank):
+            codes = self.state.codes[site.name].load if fmt is not None else None
+            read = matrices.Read(self.device, partial(self.state.reference, site), codes)
+            return self._corrected(site, read, self.choice.formats.get(site.name)) if Kind.FACTORS in kind else read
         if fmt is None:
             dense = matrices.Free(self.state.reference(site).to(self.device), Kind.WEIGHTS in kind)
             return self._corrected(site, dense, None) if Kind.FACTORS in kind else dense
@@ -175,10 +200,12 @@ class Student(Stream):
         with nullcontext() if self.choice.kind(self.graph["embed"]) else self._looked_up(self.state, [ids]):
             self._until(len(self.probes) - 1, ids)
         batch = Batch(ids, self.probes[0].hidden, [probe.call for probe in self.probes])
-        if torch.is_grad_enabled() and not batch.hidden.requires_grad:
-            batch.hidden = batch.hidden.detach().requires_grad_()
+        learning, first = torch.is_grad_enabled(), 0 if batch.hidden.requires_grad else self._first
         for index, block in enumerate(self.blocks):
-            batch.hidden = self._through(block, batch, index)
+            if learning and index == first and not batch.hidden.requires_grad:
+                batch.hidden = batch.hidden.detach().requires_grad_()
+            with torch.set_grad_enabled(learning and index >= first):
+                batch.hidden = self._through(block, batch, index)
             if seen is not None:
                 seen(index, batch.hidden)
         return batch
@@ -189,9 +216,10 @@ class Student(Stream):
             def run(hidden: Tensor) -> Tensor:
                 return self.call(block, Batch(batch.tokens, hidden, batch.calls), index)
 
-            found: Any = checkpoint(run, batch.hidden, use_reentrant=True, preserve_rng_state=False)
+            with self.remaking.kept_as_notes(self.saving.over(batch.tokens)):
+                found: Any = checkpoint(run, batch.hidden, use_reentrant=True, preserve_rng_state=False)
             return torch.as_tensor(found)
-        with self.remaking.kept_as_notes():
+        with self.remaking.kept_as_notes(self.saving.over(batch.tokens)):
             return self.call(block, batch, index)
 
 

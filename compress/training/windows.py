@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from compress.errors import RecipeError
 from compress.model.data import shares
 
+MICRO = 2048  # tokens that pass the student at once, or one window
 HELD = 8192  # tokens to judge on, at most, and a twentieth of the windows: judging costs as much as a third of learning
 
 
