@@ -175,7 +175,7 @@ def test_a_byte_is_at_most_26_hundredths_of_fp32(family: Any) -> None:
 
 @pytest.mark.parametrize("way", [Int8(), Velora(groups=4), WtaCrs()], ids=lambda w: type(w).__name__)
 def test_what_is_kept_is_foretold(family: Any, way: Way) -> None:
-    """But for a mask, up to a fifth of what so small a block keeps: tensors without numbers do not say that none is needed."""
+    """But for a mask and the repeated keys that go with it: tensors without numbers do not say that none is needed."""
     state = open_model(str(family("llama", torch.float32))).state
     student = Student(state, choose(state, ("all",), None), 0, keeps=(way,))
     storages: dict[int, Tensor] = {}
@@ -196,7 +196,7 @@ def test_what_is_kept_is_foretold(family: Any, way: Way) -> None:
         smaller = saver is not None and memory.worth(flat, IDS_.numel()) and t.dim() != 4  # type: ignore[arg-type]
         packed = saver.pack(flat.view(-1, 32)) if smaller and saver is not None else t
         total += packed.of.nbytes if isinstance(packed, View) else t.untyped_storage().nbytes()
-    assert sum(memory.saved_by_block(state, *IDS_.shape, torch.float32, way)) == pytest.approx(total, rel=0.2)
+    assert sum(memory.saved_by_block(state, *IDS_.shape, torch.float32, way)) == pytest.approx(total, rel=0.3)
 
 
 # --- sketches -----------------------------------------------------------------------------------------------------------
