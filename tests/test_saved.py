@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from compress.training.options import Checkpoint, Int8, Offload, Velora, Way, Wt
 from compress.training.saved import Bytes, File, Layout, Saver, View, in_bytes
 from compress.training.sketches import OneDirection, Sketch, SomeTokens, install, winners
 from compress.training.student import Student
-from tests.conftest import covered
+from tests.conftest import IDS, SMALL, covered, make_tokenizer
 from tests.pass_laws import TOKENS
 
 
@@ -120,20 +121,33 @@ def cosine(one: dict[str, Tensor], two: dict[str, Tensor]) -> float:
     return float(nn.functional.cosine_similarity(a, b, 0))
 
 
-IDS = TOKENS.ids[:4, :32]
+IDS_ = TOKENS.ids[:4, :32]
 
 
 @pytest.mark.parametrize("keeps", [(Int8(),), (Checkpoint(), Int8()), (Offload(),), (Checkpoint(), Offload())], ids=str)
 @pytest.mark.parametrize("name", covered(["llama", "gpt2"], "llama"))
 def test_forward_passes_are_exact_and_gradients_are_near(family: Any, name: str, keeps: Sequence[Way]) -> None:
     folder = family(name, torch.float32)
-    (hidden, plain), (other, found) = (learnt_by(folder, way, IDS) for way in ((), keeps))
+    (hidden, plain), (other, found) = (learnt_by(folder, way, IDS_) for way in ((), keeps))
     assert torch.equal(hidden, other)
     assert plain.keys() == found.keys()
     if isinstance(keeps[-1], Offload):
         assert all(torch.equal(plain[n], found[n]) for n in plain)
     else:
         assert 0.999 < cosine(plain, found) < 1
+
+
+def test_large_attention_scores_do_no_harm(tmp_path: Path) -> None:
+    """Probabilities that are computed anew from rounded keys, and the exact sum of exponentials, would be off by factors."""
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SMALL, "num_attention_heads": 2}, **IDS))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "q_proj" in name or "k_proj" in name:
+                p.mul_(80)
+    model.save_pretrained(tmp_path)
+    make_tokenizer(tmp_path)
+    plain, found = (learnt_by(tmp_path, way, IDS_)[1] for way in ((), (Int8(),)))
+    assert cosine(plain, found) > 0.99
 
 
 def test_a_byte_is_at_most_26_hundredths_of_fp32(family: Any) -> None:
@@ -161,7 +175,7 @@ def test_a_byte_is_at_most_26_hundredths_of_fp32(family: Any) -> None:
 
 @pytest.mark.parametrize("way", [Int8(), Velora(groups=4), WtaCrs()], ids=lambda w: type(w).__name__)
 def test_what_is_kept_is_foretold(family: Any, way: Way) -> None:
-    """But for a mask, a fifth of what so small a block keeps: tensors without numbers do not say that none is needed."""
+    """But for a mask and the repeated keys that go with it: tensors without numbers do not say that none is needed."""
     state = open_model(str(family("llama", torch.float32))).state
     student = Student(state, choose(state, ("all",), None), 0, keeps=(way,))
     storages: dict[int, Tensor] = {}
@@ -174,14 +188,15 @@ def test_what_is_kept_is_foretold(family: Any, way: Way) -> None:
     student.remaking.kept_as_notes = lambda _: nullcontext()  # type: ignore[method-assign,assignment]
     student.begin(0)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        student.forward(IDS)
+        student.forward(IDS_)
     own = {p.untyped_storage()._cdata for p in student.learns.values()}
     total = 0
     for t in (t for key, t in storages.items() if key not in own):
         flat = torch.empty(0).set_(t.untyped_storage()) if t.is_floating_point() else t
-        packed = saver.pack(flat.view(-1, 32)) if saver is not None and memory.worth(flat, IDS.numel()) else t  # type: ignore[arg-type]
+        smaller = saver is not None and memory.worth(flat, IDS_.numel()) and t.dim() != 4  # type: ignore[arg-type]
+        packed = saver.pack(flat.view(-1, 32)) if smaller and saver is not None else t
         total += packed.of.nbytes if isinstance(packed, View) else t.untyped_storage().nbytes()
-    assert sum(memory.saved_by_block(state, *IDS.shape, torch.float32, way)) == pytest.approx(total, rel=0.15)
+    assert sum(memory.saved_by_block(state, *IDS_.shape, torch.float32, way)) == pytest.approx(total, rel=0.3)
 
 
 # --- sketches -----------------------------------------------------------------------------------------------------------

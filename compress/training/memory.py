@@ -32,8 +32,8 @@ from compress.training.choice import Choice, Kind, Learnt, learnt
 from compress.training.loss import DIVERGENCES, NUMBERS
 from compress.training.moving import remembered
 from compress.training.optimizers import nbytes
-from compress.training.options import Block, Checkpoint, Fused, Kept, Memory, Velora, Way, WtaCrs, ZerothOrder
-from compress.training.saved import smaller, worth
+from compress.training.options import Block, Checkpoint, Fused, Int8, Kept, Memory, Velora, Way, WtaCrs, ZerothOrder
+from compress.training.saved import anew, smaller, worth
 from compress.training.sketches import Foreseen, install
 
 FP32 = 4
@@ -278,7 +278,7 @@ def _run_on_fakes(state: State, together: int, length: int, dtype: torch.dtype, 
                 if isinstance(way, Velora | WtaCrs):
                     install(block, "", Foreseen(way))
                 run = partial(block, hidden, *args, **kwargs)
-                known[key] = _saved(run, block, way, together * length)
+                known[key] = _saved(run, block, way, together * length, isinstance(way, Int8) and anew(model.config))
             found.append(known[key])
     return tuple(found)
 
@@ -290,8 +290,8 @@ def _fake(module: nn.Module, dtype: torch.dtype) -> None:
                 m._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=dtype), requires_grad=p.is_floating_point())
 
 
-def _saved(run: Callable[[], Any], block: nn.Module, way: Way, tokens: int) -> int:
-    """Bytes of the storages that autograd keeps, less those of parameters."""
+def _saved(run: Callable[[], Any], block: nn.Module, way: Way, tokens: int, exact: bool) -> int:
+    """Bytes of the storages that autograd keeps, less those of parameters; `exact`: attention's as they are."""
     storages: dict[int, Tensor] = {}
 
     def note(t: Tensor) -> Tensor:
@@ -304,7 +304,7 @@ def _saved(run: Callable[[], Any], block: nn.Module, way: Way, tokens: int) -> i
     total = 0
     for t in (t for key, t in storages.items() if key not in own):
         whole = t.untyped_storage().nbytes()
-        total += smaller(whole, whole // t.itemsize, type(way)) if worth(t, tokens) else whole
+        total += smaller(whole, whole // t.itemsize, type(way)) if worth(t, tokens) and not (exact and t.dim() == 4) else whole
     del out
     return total
 

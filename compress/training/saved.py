@@ -169,12 +169,13 @@ class View:
 class Saver:
     """Keeps what is saved in a forward pass by `keep`: numbers [n] and how they lie; None from it leaves a tensor as it is."""
 
-    def __init__(self, keep: Callable[[Tensor, Layout], Held | None]):
-        self.keep, self.tokens = keep, 0
+    def __init__(self, keep: Callable[[Tensor, Layout], Held | None], heads: bool = True):
+        """heads: whether attention's tensors [b, heads, t, d] are kept so too."""
+        self.keep, self.heads, self.tokens = keep, heads, 0
         self.known: weakref.WeakValueDictionary[Any, Any] = weakref.WeakValueDictionary()
 
     def pack(self, t: Tensor) -> Tensor | View:
-        if not worth(t, self.tokens):
+        if not worth(t, self.tokens) or (t.dim() == 4 and not self.heads):
             return t
         order = sorted(range(t.dim()), key=t.stride, reverse=True)
         dense = t.permute(order).is_contiguous()
@@ -202,6 +203,11 @@ def worth(t: Tensor, tokens: int) -> bool:
         and t.numel() >= max(SMALL, FEW * tokens)
         and 0 not in t.stride()
     )
+
+
+def anew(config: object) -> bool:
+    """Whether a model's attention computes its probabilities anew on the way back."""
+    return getattr(config, "_attn_implementation", None) != "eager"
 
 
 def smaller(nbytes: int, numel: int, way: type[Way]) -> int:

@@ -16,16 +16,17 @@ SKETCH = "sketch"  # in place of the name of what an optimizer remembers, for wh
 
 
 class Saving:
-    """keeps: the ways of a recipe. folder: where tensors go that do not stay in memory, None for the system's."""
+    """keeps: the ways of a recipe. folder: where tensors go that do not stay in memory, None for the system's. heads: whether
+    attention's tensors can be rounded."""
 
-    def __init__(self, keeps: Sequence[Way], device: torch.device, folder: Path | None):
+    def __init__(self, keeps: Sequence[Way], device: torch.device, folder: Path | None, heads: bool = True):
         self.device = device
         self.sketch = next((s for way in keeps if (s := sketch_of(way)) is not None), None)
         self.generator = torch.Generator(device)
         self.file: File | None = None
         self.saver: Saver | None = None
         if any(isinstance(way, Int8) for way in keeps):
-            self.saver = Saver(lambda flat, layout: in_bytes(flat, layout, self.generator))
+            self.saver = Saver(lambda flat, layout: in_bytes(flat, layout, self.generator), heads)
         elif any(isinstance(way, Offload) for way in keeps):
             self.file = File(folder) if device.type == "cpu" else None
             self.saver = Saver(self._elsewhere)

@@ -2,9 +2,9 @@
 
 The order in which settings are tried: first by optimizer (`ORDER`): AdamW, AdamW in bytes, which wins back as much of a lost KL
 on the same data and steps, and AdaLomo, which won back no less and remembers next to nothing (docs/distillation.md has the
-table). All others remember more than the one or win back less than the other. Of each optimizer the quickest way that fits
-(`QUICK`), gradients kept before fused. Sketches of activations and directions in place of gradients are never taken by
-themselves.
+table). All others remember more than the one or win back less than the other. Of each optimizer the quickest way that fits and
+changes no gradient (`QUICK`), gradients kept before fused. A byte for each number kept costs about what running a block again
+does, and rounds; sketches, and directions in place of gradients, are never taken by themselves.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from compress.training.options import Block, Fused, Galore, Lomo, Memory, Named,
 ORDER = ("adamw", "adamw8bit", "adalomo")
 OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "galore", "galore8bit", "block", "adalomo", "lomo")
 SLOPES = ("kept", "fused")
-QUICK: tuple[str | tuple[str, ...], ...] = ("kept", "int8", "checkpoint", ("checkpoint", "int8"), ("checkpoint", "offload"))
-ACTIVATIONS: tuple[str | tuple[str, ...], ...] = (*QUICK[:2], "velora", "wta_crs", "offload", *QUICK[2:])
+QUICK: tuple[str | tuple[str, ...], ...] = ("kept", "checkpoint", ("checkpoint", "offload"))
+ACTIVATIONS: tuple[str | tuple[str, ...], ...] = (
+    "kept", "int8", "velora", "wta_crs", "offload", "checkpoint", ("checkpoint", "int8"), ("checkpoint", "offload"),
+)  # fmt: skip
 
 
 def refusal(state: State, choice: Choice, setting: Setting) -> tuple[str, str] | None:

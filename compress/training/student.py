@@ -28,6 +28,7 @@ from compress.state.graph import Site
 from compress.training import matrices
 from compress.training.choice import Choice, Kind, learnt
 from compress.training.options import Checkpoint, Way
+from compress.training.saved import anew
 from compress.training.saving import Saving
 from compress.training.sketches import install
 
@@ -42,7 +43,7 @@ class Student(Stream):
         super().__init__(state, device, dtype=torch.float32)
         self.state, self.choice, self.streamed = state, choice, streamed
         self.again = any(isinstance(way, Checkpoint) for way in keeps)
-        self.saving = Saving(keeps, self.device, folder)
+        self.saving = Saving(keeps, self.device, folder, heads=not anew(self.model.config))
         self.remaking = matrices.Remaking()
         self.matrices: dict[str, matrices.Matrix] = {}
         self.tensors: dict[str, nn.Parameter] = {}  # those that are no site's and learn, by their names in the checkpoint
