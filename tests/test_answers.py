@@ -24,8 +24,12 @@ from compress.passes.distill import Distill
 from compress.passes.prune import Prune
 from compress.training import loop
 from compress.training.choice import choose
+from compress.training.choice import learnt as tensors_of
+from compress.training.gradients import Kept, Pass
 from compress.training.loop import Schedule, Training
 from compress.training.loss import DIVERGENCES
+from compress.training.moving import Optimizer
+from compress.training.options import AdamW
 from compress.training.student import Student
 from compress.training.teacher import Live
 from tests.conftest import Project
@@ -324,17 +328,15 @@ def learnt_of(seed: int, shape: tuple[int, ...] = tuple(TEXT.ids.shape)) -> Tens
     return found
 
 
-class Caught(torch.optim.SGD):
+class Caught(Kept):
     """Moves nothing and keeps the gradients of its steps."""
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        self.grads = [None if p.grad is None else p.grad.clone() for group in self.param_groups for p in group["params"]]
-
-
-def caught(parameters: list[Tensor]) -> Caught:
-    found = Caught(parameters, lr=0.0)
-    found.param_groups[0]["base"] = 0.0
-    return found
+    def step(self, number: int, share: float, learn: Pass, look: Pass) -> float:
+        loss = learn()
+        self.grads = [None if p.grad is None else p.grad.clone() for p in self.optimizer.learns.values()]
+        for p in self.optimizer.learns.values():
+            p.grad = None
+        return loss
 
 
 @pytest.fixture
@@ -345,9 +347,13 @@ def pair(family: Any, tmp_path: Path) -> Any:
 
 
 def training_of(state: Any, teacher: Any, tokens: Tokens, weights: dict[str, float], numbers: list[int]) -> Training:
-    student = Student(state, choose(state, ("all",), None), 0)
-    return Training(student, teacher, tokens, numbers, numbers, weights, Schedule(1, len(numbers), 1.0, 0, 1), caught, 0,
-                    lambda *_: None)  # fmt: skip
+    choice = choose(state, ("all",), None)
+    student, known = Student(state, choice, 0), tensors_of(state, choice)
+    optimizer = Optimizer(AdamW(), student.learns, known, [1.0] * len(known))
+    schedule = Schedule(1, len(numbers), 1.0, 0, 1)
+    return Training(
+        student, teacher, tokens, numbers, numbers, weights, schedule, optimizer, Caught(optimizer), 0, lambda *_: None
+    )
 
 
 def plain_loss(
@@ -390,8 +396,7 @@ def test_a_step_is_the_plain_loss_over_what_is_learnt(
     source, state = pair
     numbers, tokens = list(range(7)), replace(TEXT, learnt=learnt_of(1))
     training = training_of(state, Live(source.state, tokens, None, "cpu"), tokens, weights, numbers)
-    optimizer: Any = training.optimizer(list(training.student.learns.values()))
-    value = training.step(0, optimizer)
+    value = training.step(0)
     parts = plain_loss(training.student, source.folder, tokens, numbers, weights)
     expected = sum(weights[n] * part for n, part in parts.items())
     assert isinstance(expected, Tensor)
@@ -399,7 +404,7 @@ def test_a_step_is_the_plain_loss_over_what_is_learnt(
     assert value == pytest.approx(float(expected.detach()), rel=3e-6)
     theirs = [p.grad for p in training.student.learns.values()]
     size = torch.stack([g.norm() for g in theirs if g is not None]).norm()
-    apart = [(a - b).norm() for a, b in zip(optimizer.grads, theirs, strict=True) if a is not None and b is not None]
+    apart = [(a - b).norm() for a, b in zip(training.slopes.grads, theirs, strict=True) if a is not None and b is not None]
     assert torch.stack(apart).norm() < 3e-6 * size
     by = "kl" if weights.keys() & DIVERGENCES.keys() else "ce"
     with torch.no_grad():
@@ -430,10 +435,9 @@ def test_a_step_without_an_answer_moves_nothing(pair: Any) -> None:
     teacher = Live(source.state, tokens, None, "cpu")
     training = training_of(state, teacher, tokens, {"kl": 1.0}, [0, 1])
     before = [p.detach().clone() for p in training.student.learns.values()]
-    optimizer = torch.optim.AdamW([{"params": list(training.student.learns.values()), "base": 1.0}])
-    assert training.step(0, optimizer) is None
+    assert training.step(0) is None
     assert all(torch.equal(a, b) for a, b in zip(before, training.student.learns.values(), strict=True))
-    assert not optimizer.state
+    assert not training.optimizer.state
 
 
 def sparse() -> Tokens:
