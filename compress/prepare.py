@@ -185,7 +185,9 @@ def check_exports(recipe: Recipe, state: State) -> None:
     for i, exporter in enumerate(recipe.exports):
         try:
             if state.serving and not exporter.tells:  # nothing is left out in silence
-                raise ExportError(f"{exporter.name} has no place for what an engine must know of '{next(iter(state.serving))}'")
+                name = next(iter(state.serving))
+                raise ExportError(f"{exporter.name} has no place for what an engine must know of '{name}', nor a tool of "
+                                  "llama.cpp's, as 'importance' measures it; export gguf, or leave that step out")  # fmt: skip
             exporter.check(state)
         except CompressError as e:
             raise recipe.located(e, "export", i) from None

@@ -32,6 +32,9 @@ class Importance(Pass):
     def check(self, calibrated: bool, following: Sequence[Pass] = ()) -> None:
         if not calibrated:
             raise RecipeError("'importance' needs data.calibration, whose activations it measures")
+        if later := next((p for p in following if changes(p)), None):
+            raise RecipeError(f"'importance' measures the model as it stands here, and '{later.name}' behind it changes that; "
+                              f"move it behind '{later.name}'")  # fmt: skip
 
     def foresee(self, state: State) -> State:
         return replace(state, serving={**state.serving, **{s.name: {} for s in measured(state)}})
@@ -65,6 +68,12 @@ class Importance(Pass):
                     stream.advance(before, block.index, batches)
                 state = state.with_part(done)
         return state
+
+
+def changes(p: Pass) -> bool:
+    """Whether a pass makes another model, rather than other codes for the same one."""
+    writes = p.writes
+    return p.trains or Aspect.STRUCTURE in writes or (Aspect.WEIGHTS in writes and Aspect.ENCODING not in writes)
 
 
 def measured(state: State) -> list[Site]:

@@ -119,11 +119,11 @@ def obstacle(state: State) -> str:
         return (
             "its head shares the embedding's matrix, and only one of them has a norm in front; put 'edit: {untie: true}' before"
         )
-    fed, every = feeds(state), norms(state)
+    fed, every, within = feeds(state), norms(state), inner(state)
     known = {feed.weight: feed for feed in fed.values()}
     for path, norm in every.items():
-        if state.dense.specs[norm.weight].shape != (width,):
-            continue  # of heads
+        if norm.weight in within:
+            continue
         if norm.centred:
             return f"'{path}' subtracts a mean"
         if norm.weight not in known:
@@ -138,6 +138,14 @@ def obstacle(state: State) -> str:
     return f"'{odd}' is added to it or acts on it" if odd else ""
 
 
+def inner(state: State) -> set[str]:
+    """The weights of norms that lie within a block, and not on the stream: those of heads, and of what a matrix puts out that
+    does not write into it, as in attentions by latents."""
+    width = state.graph["embed"].shape[1]
+    behind = {norm.weight for site, norm in norms_behind(state).items() if state.graph[site].role not in (*WRITERS, "embed")}
+    return behind | {n.weight for n in norms(state).values() if state.dense.specs[n.weight].shape != (width,)}
+
+
 def attentions(state: State) -> list[tuple[Site, str]]:
     """The matrices behind attentions, each with why the values in front of it cannot be turned; empty where they can."""
     found, behind = [], norms_behind(state)
@@ -146,8 +154,18 @@ def attentions(state: State) -> list[tuple[Site, str]]:
         if site.role == "o":
             source = values[site.block, site.input_key]
             normed = source.site in behind
-            found.append((site, f"a norm acts on what '{source.site}' puts out" if normed else source.obstacle))
+            why = f"a norm acts on what '{source.site}' puts out" if normed else source.obstacle
+            found.append((site, why or gate(state, site)))
     return found
+
+
+def gate(state: State, o: Site) -> str:
+    """What tells of a gate on the inputs of o, number by number; empty where nothing does."""
+    config, q = of_layer(state.config.get_text_config(), int(o.block or 0)), f"{o.name.rpartition('.')[0]}.q"
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or o.shape[1] // heads
+    gated = q in state.graph.sites and state.graph[q].shape[0] == 2 * heads * width
+    return f"half of '{q}' is a gate on them" if gated else ""
 
 
 # --- turning ---------------------------------------------------------------------------------------------------------------
@@ -160,7 +178,8 @@ class Turning:
         self.options, self.state, self.ctx = options, state, ctx
         width = state.graph["embed"].shape[1]
         self.R1 = self._matrix(width, state.graph["embed"]) if options.stream else None
-        self.feeds = feeds(state) if options.stream else {}
+        within = inner(state) if options.stream else set()
+        self.feeds = {key: feed for key, feed in feeds(state).items() if feed.weight not in within} if options.stream else {}
         self.values = {site.name: values for site, why in attentions(state) if not why and options.heads
                        if (values := rows(state)[site.block, site.input_key])}  # fmt: skip
 
@@ -201,9 +220,9 @@ class Turning:
         return self.state.stored(matrices) | stored | self._unit(mine)
 
     def _read(self, site: Site) -> Tensor:
-        """A matrix that reads the stream, with the norm in front of it folded in, turned."""
+        """A matrix that reads the stream, with the norm in front of it folded in, turned; any other as it is."""
         W_nk = self.state.reference(site).double()
-        if self.R1 is None:
+        if self.R1 is None or (site.block, site.input_key) not in self.feeds:
             return W_nk
         return right(W_nk * self._weight(self.feeds[site.block, site.input_key]), self.R1)
 

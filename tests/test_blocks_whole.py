@@ -122,3 +122,13 @@ def test_importance_is_the_mean_square_of_inputs_and_lies_beside_the_file(model:
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"passes": [{"importance": {}}]}))
     with pytest.raises(Exception, match="has no place for what an engine must know"):
         pipeline.plan(path)
+
+
+@pytest.mark.parametrize(
+    "later", [{"prune": {"mlp": 0.5}}, {"rotate": {}}, {"edit": {"drop_layers": [0]}}, {"depth": {"drop": 1}}]
+)
+def test_importance_of_a_model_that_is_changed_behind_it_is_refused(
+    model: Path, text: Path, tmp_path: Path, later: dict[str, Any]
+) -> None:
+    (name,) = later
+    refused(tmp_path, model, text, [{"importance": {}}, later], f"'{name}' behind it changes that; move it behind '{name}'")

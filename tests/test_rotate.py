@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from compress.export.artifact.proof import logits
 from compress.model.model import open_model
-from tests.conftest import FAMILIES, covered, make_model
+from tests.conftest import FAMILIES, GROUPED, SMALL, covered, make_model
+from tests.conftest import IDS as IDS_OF
 from tests.cooking import bake, refused
 
 IDS = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(4))
@@ -111,3 +113,35 @@ def test_norms_on_what_is_added_are_named(tmp_path: Path, text: Path) -> None:
 
 def test_nothing_to_turn_is_refused(tmp_path: Path, text: Path, family: Any) -> None:
     refused(tmp_path, family("llama"), text, [{"rotate": {"stream": False, "heads": False}}], "turn nothing")
+
+
+def test_a_gate_on_values_is_seen_before_a_weight_is_read(tmp_path: Path, text: Path) -> None:
+    """Norms of heads and of linear attention lie within the block, where the stream is not; gates of values stop R2."""
+    sizes: dict[str, Any] = {
+        **SMALL,
+        **GROUPED,
+        **IDS_OF,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+    }
+    linear = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+    config = transformers.Qwen3NextConfig(**sizes, **linear, head_dim=16, shared_expert_intermediate_size=64,
+                                          layer_types=["full_attention", "linear_attention"])  # fmt: skip
+    source = make_model(tmp_path / "model", config, torch.float32)
+    refused(tmp_path / "r", source, text, [{"rotate": {}}], "half of 'layers.0.attn.q' is a gate on them; set heads: false")
+    before, after = turned(tmp_path / "run", source, heads=False)
+    assert apart(before, after) < 1e-4
+
+
+def test_matrices_between_latents_stay(tmp_path: Path, text: Path) -> None:
+    """Attention by latents: what reads a latent behind its norm does not read the stream."""
+    ranks = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 64}
+    config = transformers.DeepseekV3Config(**SMALL, **IDS_OF, **ranks, **experts, num_key_value_heads=4, first_k_dense_replace=1)
+    source = make_model(tmp_path / "model", config, torch.float32)
+    before, after = turned(tmp_path / "run", source, heads=False)
+    assert apart(before, after) < 1e-4
+    for name in ("q_b", "kv_b"):
+        site = before.graph[f"layers.0.attn.{name}"]
+        assert torch.equal(before.weight(site), after.weight(site))
