@@ -23,7 +23,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from compress.errors import ContractError, OrderError
-from compress.formats import Packed
+from compress.formats import Format, Packed
 from compress.model.data import Tokens
 from compress.model.lockstep import Batch
 from compress.model.seeds import seeded
@@ -170,8 +170,9 @@ class Pass(BaseModel, ABC):
     def check(self, calibrated: bool, following: Sequence[Pass] = ()) -> None:
         """Raise RecipeError where the recipe lacks something that this pass reads: calibration data, a later pass."""
 
-    def beside_files(self, nbytes: int) -> Pass:
-        """The pass as it is where the largest artifact asked for takes so many bytes beyond a checkpoint in our own form."""
+    def beside_files(self, nbytes: int, grown: Callable[[Format], float]) -> Pass:
+        """The pass as it is where the largest artifact asked for takes so many bytes beyond a checkpoint in our own form, and for
+        matrices in a format so many bits a weight."""
         return self
 
     def cost(self, state: State, tokens: int) -> Cost:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from compress import manager
@@ -12,6 +12,7 @@ from compress.errors import CompressError, DataError, ExportError, MatchError, R
 from compress.export.artifact.carried import carried
 from compress.export.artifact.exporter import Exporter
 from compress.export.table import EXPORTERS
+from compress.formats import Format
 from compress.model import data
 from compress.model.gguf_source import Say, silent
 from compress.model.model import Model, open_model
@@ -137,7 +138,7 @@ def prepare(path: Path, overrides: Sequence[str] = (), say: Say = silent) -> Pre
         except CompressError as e:
             raise recipe.located(e, "passes", i) from None
         if p.decides and recipe.exports:
-            p = p.beside_files(beyond(recipe, model, followed(recipe, i, foreseen)))
+            p = p.beside_files(beside(recipe, model, i, foreseen), partial(grown, recipe))
             recipe = replace(recipe, passes=(*recipe.passes[:i], p, *recipe.passes[i + 1 :]))
         try:
             outcomes = [manager.settle(p, foreseen, o) for o in p.outcomes(foreseen)] if p.decides else []
@@ -162,16 +163,34 @@ def followed(recipe: Recipe, first: int, state: State) -> State:
     return state
 
 
-def beyond(recipe: Recipe, model: Model, state: State) -> int:
+def beside(recipe: Recipe, model: Model, number: int, before: State) -> int:
+    """Bytes that artifacts hold beyond what is counted of matrices, whatever a pass decides."""
+    p = recipe.passes[number]
+    try:
+        outcomes = [manager.settle(p, before, o) for o in p.outcomes(before)]
+    except CompressError as e:
+        raise recipe.located(e, "passes", number) from None
+    found = (beyond(recipe, model, followed(recipe, number + 1, outcome)) for outcome in outcomes)
+    return max((nbytes for nbytes in found if nbytes is not None), default=0)
+
+
+def grown(recipe: Recipe, fmt: Format) -> float:
+    """Bits a weight that the containers of some exporter take beyond a format's own."""
+    bits: float = max(exporter.grown(fmt) for exporter in recipe.exports)
+    return bits
+
+
+def beyond(recipe: Recipe, model: Model, state: State) -> int | None:
     """Bytes that the largest artifact asked for takes beyond a checkpoint in our own form, of a state at the end of the recipe;
-    none where one of the exporters cannot hold it, which is told elsewhere."""
+    None where one of the exporters cannot hold it, which is told elsewhere."""
     own = Layout.of([spec for spec, _, _ in state.entries()]).nbytes
+    own += sum(int(state.graph[name].numel * grown(recipe, fmt) / 8) for name, fmt in state.formats.items())
     try:
         for exporter in recipe.exports:
             exporter.check(state)
         return max(0, *(int(e.layout(model, state).nbytes) - own for e in recipe.exports))
     except CompressError:
-        return 0
+        return None
 
 
 def proof_tokens(vocabulary: int) -> tuple[int, int]:

@@ -18,7 +18,7 @@ better, chooses no better (docs/allocation.md), and takes a time that grows with
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -81,11 +81,14 @@ class Allocate(Options):
             todo = "add it, or use metric: weight and trials: 0"
             raise RecipeError(f"to measure damage, 'allocate' needs data.calibration; {todo}", ("metric",))
 
-    def beside_files(self, nbytes: int) -> Allocate:
+    def beside_files(self, nbytes: int, grown: Callable[[Format], float]) -> Allocate:
         """Every artifact asked for is to keep a budget of the file."""
         budgets = (self.budget,) if isinstance(self.budget, str) else self.budget
         counts = self.plan is None and not all(Budget.parse(text).average for text in budgets)
-        return self.model_copy(update={"beside": nbytes}) if counts and not self.beside else self
+        if not counts or self.beside or self.grown:
+            return self
+        more = {str(fmt): bits for fmt in self.formats if (bits := grown(fmt)) > 0}
+        return self.model_copy(update={"beside": nbytes, "grown": more})
 
     def chain(self, following: Sequence[Pass]) -> Chain:
         """The later passes that quantize. RecipeError where there is none, or none that can use a rank."""
@@ -214,7 +217,10 @@ class Allocate(Options):
         sp = choices.space(state, self.formats, self.ranks, self.factors, self.pins, self.together, self.also)
         sp = sp if state is whole else sp.measured(whole.graph)
         budgets = (self.budget,) if isinstance(self.budget, str) else self.budget
-        limits, text = choices.resources(state, sp, budgets, self.limits, whole, self.beside), self.constraints.get(LATENCY)
+        limits, text = (
+            choices.resources(state, sp, budgets, self.limits, whole, self.beside, self.grown),
+            self.constraints.get(LATENCY),
+        )
         if self.latency is None and text is not None:
             raise RecipeError("times are looked up in a table, and 'latency' names none; make one by 'compress bench RECIPE "
                               "--table FILE', and add latency: FILE", ("constraints", LATENCY))  # fmt: skip

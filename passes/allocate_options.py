@@ -37,6 +37,9 @@ class Options(Pass, ABC):
     beside: int = Field(
         0, ge=0, description="bytes that artifacts take beyond a checkpoint of ours, for a budget of the file; found by itself"
     )
+    grown: dict[str, float] = Field(
+        {}, description="format -> bits a weight that an artifact's blocks take beyond it, for such a budget; found by itself"
+    )
     limits: dict[str, str] = Field({}, description="pattern -> a budget of its own for these matrices")
     structure: Structure | None = Field(None, description="what may become smaller, {mlp: [shares], kv_groups: [shares] or all}")
     shapes: Literal["uniform", "free"] = Field(

@@ -17,6 +17,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from types import MappingProxyType
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -290,17 +291,25 @@ class Resource:
 
 
 def resources(
-    state: State, sp: Space, budgets: Sequence[str], limits: Mapping[str, str], whole: State, beside: int = 0
+    state: State,
+    sp: Space,
+    budgets: Sequence[str],
+    limits: Mapping[str, str],
+    whole: State,
+    beside: int = 0,
+    grown: Mapping[str, float] = MappingProxyType({}),
 ) -> list[Resource]:
     """The limits of a recipe, the main budget first; bits and shares are of the `whole` model, of which `state` may be a smaller
-    one. beside: what a file holds beyond what is counted. FormatError and MatchError with the place in the options."""
-    found = [resource(state, sp, text, None, ("budget",), whole, beside) for text in budgets]
+    one. beside: what a file holds beyond what is counted; grown: bits a weight beyond a format's own.
+    FormatError and MatchError with the place in the options."""
+    found = [resource(state, sp, text, None, ("budget",), whole, beside, grown) for text in budgets]
     return found + [resource(state, sp, text, pattern, ("limits", pattern), whole) for pattern, text in limits.items()]
 
 
 def resource(
-    state: State, sp: Space, text: str, pattern: str | None, at: tuple[str, ...], whole: State, beside: int = 0
-) -> Resource:
+    state: State, sp: Space, text: str, pattern: str | None, at: tuple[str, ...], whole: State, beside: int = 0,
+    grown: Mapping[str, float] = MappingProxyType({}),
+) -> Resource:  # fmt: skip
     try:
         budget = Budget.parse(text)
         sites = sp.sites if pattern is None else owners(state.graph, state.graph.match(pattern))
@@ -322,7 +331,9 @@ def resource(
     fixed = aside(state, sp, digits) + beside
 
     def written(site: Site, fmt: Format) -> int:
-        return sum(s.nbytes + header_bytes(s, digits) for s, _, _ in site_entries(site, fmt, state.dtype, state.scale_dtype))
+        entries = site_entries(site, fmt, state.dtype, state.scale_dtype)
+        more = int(site.numel * grown.get(str(fmt), 0.0) / 8) if grown else 0
+        return more + sum(s.nbytes + header_bytes(s, digits) for s, _, _ in entries)
 
     return Resource(str(budget), at, budget.bytes(0, before) - fixed, written, fixed, 0, file=True)
 

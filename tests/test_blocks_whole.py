@@ -64,6 +64,16 @@ def test_a_budget_of_the_file_is_that_of_the_artifact_asked_for(model: Path, tex
     assert 0.97 * most < size <= most
 
 
+def test_formats_that_grow_in_blocks_cost_the_others_nothing(model: Path, text: Path, tmp_path: Path) -> None:
+    """int3:g32 takes 4.5 bits in a GGUF file; a budget that q2_k alone keeps is neither refused nor passed for it."""
+    path = recipe(tmp_path, model, text)
+    formats = ["q2_k", "int3:g32"]
+    allocate = {"budget": "0.42 MiB", "formats": formats, "also": ["embed", "lm_head"], "probe": 64}
+    content = {"passes": [{"allocate": allocate}, {"quantize": {}}], "export": [{"gguf": {}}]}
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | content))
+    assert pipeline.plan(path).layouts["gguf"].nbytes <= 0.42 * UNITS["MiB"]
+
+
 @pytest.mark.parametrize(("passes", "says"), [
     ([{"quantize": {"method": "learned", "format": "q4_k"}}], "which is not learned"),
     ([{"quantize": {"method": "learned", "format": "iq2_s"}}], "which is not learned"),

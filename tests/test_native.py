@@ -330,7 +330,7 @@ def test_broken_formats(copy: Path, formats: Any) -> None:
 
 
 @pytest.mark.parametrize(("form", "says"), [
-    ("int5:g63", "a group has 16 to 256 inputs"), ("q4_k", "unknown format 'q4_k'"), ("int4:g64+r99999", "the rank is above"),
+    ("int5:g63", "a group has 16 to 256 inputs"), ("q9_k", "unknown format 'q9_k'"), ("int4:g64+r99999", "the rank is above"),
     ("int4:g" + "9" * 5000, "is no format"), ("", "unknown format ''"), ("int8:g64:asym+r4", r"weight_packed' is int32"),
     ("int3:g64:asym+r5", r"lora_A.weight' is bfloat16 \[4, 64\], .* needs bfloat16 \[5, 64\]"),
     ("int3:g64:asym+r4:fp16", r"lora_A.weight' is bfloat16 \[4, 64\], .* needs float16"),

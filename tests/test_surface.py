@@ -40,7 +40,7 @@ QUANTIZE = {"method": "gptq", "format": "int4:g128", "pins": {}, "damp": None, "
             "steps": 150}  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {
     "allocate": {"budget": "4.0 bits", "formats": ["int2:g64", "int3:g64", "int4:g64", "int8:g64"], "ranks": [0],
-                 "factors": "bf16", "pins": {}, "also": [], "beside": 0, "limits": {}, "together": "engine",
+                 "factors": "bf16", "pins": {}, "also": [], "beside": 0, "grown": {}, "limits": {}, "together": "engine",
                  "structure": None, "shapes": "uniform", "constraints": {}, "latency": None,
                  "metric": "kl", "probe": 4096, "trials": 0,
                  "time_limit": 60.0, "plan": None},

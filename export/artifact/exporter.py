@@ -149,6 +149,10 @@ class Exporter(BaseModel, ABC):
     def layout(self, model: Model, state: State) -> Files:
         """The weight files to be, to the byte."""
 
+    def grown(self, fmt: Format) -> float:
+        """Bits a weight that a matrix takes in this kind of artifact beyond its format's own."""
+        return 0.0
+
     def proof_bytes(self, state: State, layout: Files) -> int:
         """Memory of the engine that proves an artifact: of one that keeps what is packed as it is, mapped from its file, and
         unpacks one matrix at a time."""

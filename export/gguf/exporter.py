@@ -47,7 +47,7 @@ from compress.export.gguf.metadata import (
 )
 from compress.export.gguf.reader import read
 from compress.export.gguf.tokenizer import vocabulary
-from compress.formats import Blocks, Dense, Int, Lattice, Packed, integers
+from compress.formats import Blocks, Dense, Format, Int, Lattice, Packed, integers
 from compress.model.model import Model, open_model
 from compress.state import State
 from compress.state.checkpoint import Spec
@@ -93,6 +93,12 @@ class Gguf(Exporter):
             said.append(f"gguf: llama.cpp has no sliding window of {width} tokens for '{state.graph.family}', so the file gives "
                         f"the model a context of {context(state.config)}")  # fmt: skip
         return said
+
+    def grown(self, fmt: Format) -> float:
+        if not isinstance(fmt, Int) or (kind := blocks.container(fmt)) is None:
+            return 0.0
+        own = fmt.bits + (0.0 if fmt.group is None else (16 + fmt.bits * (not fmt.symmetric)) / fmt.group)
+        return max(0.0, blocks.bits(kind) - own)
 
     def layout(self, model: Model, state: State) -> File:
         return file_of(model, state)
