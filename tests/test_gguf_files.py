@@ -195,7 +195,7 @@ def zeros(tensor: Tensor) -> tuple[Tensor, torch.Tensor]:
     (lambda n, t: n.update(dtype="int8"), r"compress\.formats is broken \(KeyError\)"),
     (lambda n, t: n.update(formats=[1]), r"is broken \(AttributeError\)"),
     (lambda n, t: n["formats"].update({"layers.1.attn.q": "int4:g33"}), r"is broken \(FormatError\)"),
-    (lambda n, t: n["formats"].update({"layers.1.attn.q": "nf4:g64"}), "names formats that are not integers"),
+    (lambda n, t: n["formats"].update({"layers.1.attn.q": "nf4:g64"}), "names formats that no blocks hold"),
     (lambda n, t: n["formats"].update({"layers.9.attn.q": "int4:g32"}), "gives a format to 'layers.9.attn.q', which is no"),
     (lambda n, t: n["formats"].update({"layers.1.attn.q": "int8:g32"}), "is Q5_0, and compress.formats says int8:g32"),
     (lambda n, t: n["formats"].update({"layers.1.attn.q": "int5:g16"}), "is Q5_0, and compress.formats says int5:g16"),
