@@ -138,7 +138,7 @@ def prepare(path: Path, overrides: Sequence[str] = (), say: Say = silent) -> Pre
         except CompressError as e:
             raise recipe.located(e, "passes", i) from None
         if p.decides and recipe.exports:
-            p = p.beside_files(beside(recipe, model, i, foreseen), partial(grown, recipe))
+            p = p.beside_files(partial(beside, recipe, model, i, foreseen), partial(grown, recipe))
             recipe = replace(recipe, passes=(*recipe.passes[:i], p, *recipe.passes[i + 1 :]))
         try:
             outcomes = [manager.settle(p, foreseen, o) for o in p.outcomes(foreseen)] if p.decides else []

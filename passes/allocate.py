@@ -81,14 +81,14 @@ class Allocate(Options):
             todo = "add it, or use metric: weight and trials: 0"
             raise RecipeError(f"to measure damage, 'allocate' needs data.calibration; {todo}", ("metric",))
 
-    def beside_files(self, nbytes: int, grown: Callable[[Format], float]) -> Allocate:
+    def beside_files(self, nbytes: Callable[[], int], grown: Callable[[Format], float]) -> Allocate:
         """Every artifact asked for is to keep a budget of the file."""
         budgets = (self.budget,) if isinstance(self.budget, str) else self.budget
         counts = self.plan is None and not all(Budget.parse(text).average for text in budgets)
         if not counts or self.beside or self.grown:
             return self
         more = {str(fmt): bits for fmt in self.formats if (bits := grown(fmt)) > 0}
-        return self.model_copy(update={"beside": nbytes, "grown": more})
+        return self.model_copy(update={"beside": nbytes(), "grown": more})
 
     def chain(self, following: Sequence[Pass]) -> Chain:
         """The later passes that quantize. RecipeError where there is none, or none that can use a rank."""
