@@ -23,12 +23,12 @@ from torch import Tensor
 
 from compress.errors import FormatError, RecipeError
 from compress.formats import (
-    Blocks,
     Coded,
     Ecq,
     Factored,
     Float,
     Format,
+    Ggml,
     Lattice,
     LowRank,
     Rotated,
@@ -58,7 +58,7 @@ FormatText = Annotated[
     WithJsonSchema({"type": "string", "examples": ["int4:g128", "int3:g64:asym", "int8:channel"]}),
 ]
 
-UNLEARNT = Rotated | Coded | Blocks | Lattice | Float | Served  # formats whose levels no descent moves
+UNLEARNT = Rotated | Coded | Ggml | Float | Served  # formats whose levels no descent moves
 
 
 class Quantize(Pass):

@@ -47,8 +47,9 @@ from compress.formats.served import Rounding, Served
 from compress.formats.superblocks import Blocks
 from compress.formats.trellis import HALVES, SIZES, Tcq
 
+Ggml = Blocks | Lattice  # types of llama.cpp's files
 Coded = Ecq | Tcq  # without a grid: the codes of a matrix are found, and can be read, as a whole
-Numbers = Int | NF | Lut | Float | Coded | Blocks | Lattice | Dense
+Numbers = Int | NF | Lut | Float | Coded | Ggml | Dense
 Format = Numbers | LowRank | Factored | Rotated | Served
 
 
@@ -98,7 +99,7 @@ class Packed:
 
     def rows(self, rows: slice | list[int], dtype: torch.dtype) -> Tensor:
         """Some rows of the weight in `dtype`; of integers no others are decoded."""
-        if isinstance(self.format, Blocks | Lattice):
+        if isinstance(self.format, Ggml):
             return self.format.dequantize({"weight_blocks": self.tensors["weight_blocks"][rows]}, dtype)
         if not isinstance(self.format, Int):
             return self.dequantize(dtype)[rows]

@@ -267,6 +267,9 @@ class Stored:
 
     kind: str
 
+    def __str__(self) -> str:
+        return self.kind
+
     @property
     def of(self) -> Kind | LatticeKind:
         raise NotImplementedError

@@ -59,9 +59,6 @@ class Lattice(Stored):
         if self.kind not in LATTICES:
             raise FormatError(f"the vector types of llama.cpp are {', '.join(LATTICES)}, not {self.kind}")
 
-    def __str__(self) -> str:
-        return self.kind
-
     @property
     def of(self) -> LatticeKind:
         return LATTICES[self.kind]

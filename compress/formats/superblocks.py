@@ -55,9 +55,6 @@ class Blocks(Stored, Grouped):
         if self.kind not in KINDS:
             raise FormatError(f"the types of blocks are {', '.join(KINDS)}, not {self.kind}")
 
-    def __str__(self) -> str:
-        return self.kind
-
     @property
     def of(self) -> Kind:
         return KINDS[self.kind]

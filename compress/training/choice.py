@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from compress.errors import MatchError, RecipeError, did_you_mean
-from compress.formats import Blocks, Coded, Dense, Factored, Float, Lattice, LowRank, Rotated, Served
+from compress.formats import Coded, Dense, Factored, Float, Ggml, LowRank, Rotated, Served
 from compress.formats.formats import Format
 from compress.formats.grid import Quantized
 from compress.model.layers import in_layer, stack_of
@@ -144,7 +144,7 @@ def learning(state: State, site: Site, word: str) -> Kind:
     if word == "norms":
         return Kind.NOTHING
     if (
-        isinstance(fmt, Rotated | Coded | Blocks | Lattice | Float)
+        isinstance(fmt, Rotated | Coded | Ggml | Float)
         and (site.block is not None or word != "lora")
         and (word in WORDS or fnmatchcase(site.name, word))
     ):

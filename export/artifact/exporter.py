@@ -18,7 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from compress.errors import ExportError
-from compress.formats import Blocks, Coded, Dense, Ecq, Factored, Format, Lattice, Rotated, numbers_of
+from compress.formats import Coded, Dense, Ecq, Factored, Format, Ggml, Rotated, numbers_of
 from compress.model.model import Model
 from compress.model.skeleton import free
 from compress.state import State
@@ -79,7 +79,7 @@ def refuse_ours(exporter: str, site: str, fmt: Format) -> None:
 
 def refuse_blocks(exporter: str, site: str, fmt: Format) -> None:
     """ExportError for a site in blocks of llama.cpp's."""
-    if isinstance(fmt, Blocks | Lattice):
+    if isinstance(fmt, Ggml):
         raise ExportError(f"{exporter}: '{site}' has {fmt}, blocks of llama.cpp's, and no engine of this layout reads those; "
                           "export gguf or native instead, or use int formats")  # fmt: skip
 

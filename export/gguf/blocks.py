@@ -23,7 +23,7 @@ from torch import Tensor
 
 from compress.errors import ExportError, ModelError
 from compress.export.gguf.file import BLOCK, KINDS, Kind
-from compress.formats import Blocks, Int, Lattice, Packed, bitpack
+from compress.formats import Ggml, Int, Packed, bitpack
 from compress.formats.grid import Grid
 
 ROOM = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 128}  # a kind of blocks holds -room ... room - 1
@@ -35,9 +35,9 @@ def container(fmt: Int) -> Kind | None:
     return next((KINDS[name] for name, room in ROOM.items() if reach < room), None)
 
 
-def kind_of(fmt: Int | Blocks | Lattice) -> Kind | None:
+def kind_of(fmt: Int | Ggml) -> Kind | None:
     """The kind of blocks that a format is, or that holds it."""
-    return KINDS[fmt.kind.upper()] if isinstance(fmt, Blocks | Lattice) else container(fmt)
+    return KINDS[fmt.kind.upper()] if isinstance(fmt, Ggml) else container(fmt)
 
 
 def bits(kind: Kind) -> float:

@@ -47,7 +47,7 @@ from compress.export.gguf.metadata import (
 )
 from compress.export.gguf.reader import read
 from compress.export.gguf.tokenizer import vocabulary
-from compress.formats import Blocks, Dense, Format, Int, Lattice, Packed, integers
+from compress.formats import Blocks, Dense, Format, Ggml, Int, Lattice, Packed, integers
 from compress.model.model import Model, open_model
 from compress.state import State
 from compress.state.checkpoint import Spec
@@ -274,7 +274,7 @@ def file_of(model: Model, state: State) -> File:
 
 def noted(state: State, found: list[Entry]) -> dict[str, Any]:
     """What `compress.formats` says."""
-    formats = {name: str(fmt) for name, fmt in state.formats.items() if isinstance(fmt, Int | Blocks | Lattice)}
+    formats = {name: str(fmt) for name, fmt in state.formats.items() if isinstance(fmt, Int | Ggml)}
     others = {e.tensor.name: str(e.spec.dtype)[6:] for e in found if e.spec and e.spec.dtype != state.dtype}
     return {"version": VERSION, "dtype": str(state.dtype)[6:], "formats": formats, "dtypes": others}
 

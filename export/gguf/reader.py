@@ -28,7 +28,7 @@ from compress.export.gguf.metadata import (
     vector,
     vector_back,
 )
-from compress.formats import Blocks, Int, Lattice, parse
+from compress.formats import Ggml, Int, parse
 from compress.model.model import Model, open_model
 from compress.state import State
 from compress.state.checkpoint import Spec
@@ -44,7 +44,7 @@ class Note:
     """What `compress.formats` says; see gguf.py. dtypes: by names in the file."""
 
     dtype: torch.dtype
-    formats: Mapping[str, Int | Blocks | Lattice]
+    formats: Mapping[str, Int | Ggml]
     dtypes: Mapping[str, torch.dtype]
 
 
@@ -60,7 +60,7 @@ def note_of(found: Found) -> Note:
                              "upgrade compress-pipeline")  # fmt: skip
         formats = {name: parse(text) for name, text in said["formats"].items()}
         dtypes = {name: FLOATS[dtype] for name, dtype in said["dtypes"].items()}
-        held = {name: fmt for name, fmt in formats.items() if isinstance(fmt, Int | Blocks | Lattice)}
+        held = {name: fmt for name, fmt in formats.items() if isinstance(fmt, Int | Ggml)}
         note = Note(FLOATS[said["dtype"]], held, dtypes)
     except ModelError:
         raise
@@ -130,21 +130,21 @@ def dense(model: Model, found: Found, tensor: Tensor, name: str, note: Note) -> 
     return Seen(Spec(name, dtype, tensor.shape), found.path, make)
 
 
-def sites(model: Model, found: Found, tensor: Tensor, site: Site, fmt: Int | Blocks | Lattice, note: Note) -> Iterator[Seen]:
+def sites(model: Model, found: Found, tensor: Tensor, site: Site, fmt: Int | Ggml, note: Note) -> Iterator[Seen]:
     """Our tensors of a quantized matrix."""
     scale = torch.float16 if note.dtype == torch.float16 else torch.bfloat16
     try:
         specs = fmt.tensors(site.shape, scale)
     except FormatError as e:
         raise ModelError(f"{found.path}: '{site.name}': {e}") from None
-    whole = isinstance(fmt, Blocks | Lattice) or fmt.width(site.shape[1]) % BLOCK == 0
+    whole = isinstance(fmt, Ggml) or fmt.width(site.shape[1]) % BLOCK == 0
     if tensor.kind != blocks.kind_of(fmt) or not whole:
         raise ModelError(f"{found.path}: '{tensor.name}' is {tensor.kind.name}, and {NOTE} says {fmt}; the file is damaged")
 
     def make(suffix: str) -> torch.Tensor:
         if suffix == "weight_shape":
             return torch.tensor(site.shape)
-        if isinstance(fmt, Blocks | Lattice):
+        if isinstance(fmt, Ggml):
             return rows_of(model, found, tensor).contiguous()
         try:
             q, scales = blocks.unpack(rows_of(model, found, tensor), tensor.kind, site.shape)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from compress.export.onnx.encode import NBits, kind_of, slots
-from compress.formats import Blocks, Coded, Dense, Factored, Format, Int, Lattice, LowRank, Served, numbers_of
+from compress.formats import Coded, Dense, Factored, Format, Ggml, Int, LowRank, Served, numbers_of
 from compress.state import State
 from compress.state.graph import Site
 
@@ -69,7 +69,7 @@ def describe(fmt: Format, sites: list[Site], level: int) -> str:
     if isinstance(base, Dense):
         return f"{fmt} stays as it is on disk ({cost}) and takes 4 bytes a weight in memory, where onnxruntime converts it"
     if not isinstance(base, Int):
-        assert not isinstance(base, Coded | Blocks | Lattice), "refused"
+        assert not isinstance(base, Coded | Ggml), "refused"
         return (f"{fmt} is stored as {kind_of(base.bits).lower()} codes ({cost}), which onnxruntime turns into a dense matrix as "
                 f"it loads them: small on disk, 4 bytes a weight in memory, and no faster than fp32{more}")  # fmt: skip
     if isinstance(fmt, Served):
@@ -97,7 +97,7 @@ def describe_table(fmt: Format, site: Site) -> str:
     if isinstance(base, Dense):
         return f"the embedding in {fmt} stays as it is on disk and in memory ({cost})"
     if not isinstance(base, Int):
-        assert not isinstance(base, Coded | Blocks | Lattice), "refused"
+        assert not isinstance(base, Coded | Ggml), "refused"
         return (f"the embedding in {fmt} is stored as {kind_of(base.bits).lower()} codes ({cost}), which onnxruntime turns into "
                 "a dense table as it loads them: 4 bytes a weight in memory; integers stay packed")  # fmt: skip
     form = NBits.of(base, site.shape[1])

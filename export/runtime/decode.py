@@ -17,13 +17,12 @@ from torch import Tensor
 
 from compress.errors import FormatError
 from compress.formats import (
-    Blocks,
     Ecq,
     Factored,
     Float,
     Format,
+    Ggml,
     Int,
-    Lattice,
     LowRank,
     Served,
     Tcq,
@@ -97,7 +96,7 @@ def rows_of(
         fmt = fmt.weight
     if isinstance(fmt, Float | Served):
         return PlainRows(fmt, tensors, dtype)
-    if isinstance(fmt, Blocks | Lattice):
+    if isinstance(fmt, Ggml):
         return BlockRows(fmt, tensors["weight_blocks"], dtype)
     kind = CodedRows if isinstance(fmt, Ecq) else TrellisRows if isinstance(fmt, Tcq) else Rows
     return kind(fmt, shape, tensors, dtype)  # type: ignore[arg-type]
@@ -107,7 +106,7 @@ def rows_of(
 class BlockRows:
     """Of a matrix in blocks of llama.cpp's, which lie in rows."""
 
-    fmt: Blocks | Lattice
+    fmt: Ggml
     blocks: Tensor
     dtype: torch.dtype
 

@@ -28,14 +28,13 @@ from compress.export.runtime.cuda import nvrtc, tiles
 from compress.export.runtime.cuda.nvrtc import Defines
 from compress.export.runtime.cuda.tiles import ROWS, Base, Layout
 from compress.formats import (
-    Blocks,
     Coded,
     Dense,
     Ecq,
     Factored,
     Float,
     Format,
-    Lattice,
+    Ggml,
     LowRank,
     Rotated,
     Served,
@@ -88,7 +87,7 @@ def obstacle(fmt: Format, shape: Shape, dtype: torch.dtype) -> str | None:
         return next(filter(None, (obstacle(fmt.factors, side, dtype) for side in fmt.factor_shapes(shape).values())), None)
     if isinstance(numbers_of(fmt), Ecq):
         return "codes of a byte with a step for each input"
-    if isinstance(fmt, Blocks | Lattice):
+    if isinstance(fmt, Ggml):
         return "blocks of llama.cpp's"
     if isinstance(numbers_of(fmt), Tcq):
         return "trellis codes"
@@ -294,5 +293,5 @@ def _inside(fmt: Format) -> Format:
 
 def _base(fmt: Format) -> Base:
     base = base_of(fmt)
-    assert not isinstance(base, Blocks | Lattice | Dense | Coded | Factored | Rotated | Float | Served)
+    assert not isinstance(base, Ggml | Dense | Coded | Factored | Rotated | Float | Served)
     return base
