@@ -124,7 +124,7 @@ def test_e2m1_rounds_to_the_even_code() -> None:
 @given(st.sampled_from(sorted(FLOATS)), st.integers(0, 50), st.floats(0.5, 2.0))
 @settings(deadline=None, max_examples=40)
 def test_a_scale_is_moved_to_the_nearest_that_can_be_stored(text: str, seed: int, by: float) -> None:
-    """So no other scale that is stored lies nearer, and a refit by least squares cannot lose."""
+    """So no other scale that is stored lies nearer, up to fp32, and a refit by least squares cannot lose."""
     W = torch.randn(4, 64, generator=torch.Generator().manual_seed(seed))
     fmt = bound(Float(text), W)
     assert isinstance(fmt, Float)
@@ -133,7 +133,7 @@ def test_a_scale_is_moved_to_the_nearest_that_can_be_stored(text: str, seed: int
     wanted = grid.scale.float() * by
     for near in (0.5, 0.85, 0.95, 1.06, 1.2, 2.0):
         other = fmt.rescale(moved, torch.full_like(moved.scale, near))
-        assert ((moved.scale.float() - wanted).abs() <= (other.scale.float() - wanted).abs() + 1e-12).all()
+        assert ((moved.scale.float() - wanted).abs() <= (other.scale.float() - wanted).abs() + 1e-6 * wanted).all()
     again = fmt.unpack(fmt.pack(torch.zeros(4, 64, dtype=torch.uint8), moved))[1]
     assert torch.equal(again.scale, moved.scale)
 
