@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.errors import ModelError
 from compress.formats import Dense
 from compress.model.data import Tokens
 from compress.model.head import Compared, Softmax, Streamed, both, cut, parts
@@ -81,7 +82,14 @@ def compare(
             found = both(theirs, ours, known)
         else:
             found = asked(theirs, ask, state.ids(tokens.ids), causal, known)
+        finite(found)
         return None if theirs is None else told(original_scores, found, tokens), told(scores, found, tokens)
+
+
+def finite(found: list[Compared]) -> None:
+    """ModelError where logits are not finite: a mean over them would be NaN, and a comparison with it nothing at all."""
+    if not all(bool(each.q.log_total.isfinite().all()) for each in found):
+        raise ModelError("the logits to be judged are not finite: a weight or a scale is NaN, or too large for the activations' dtype")
 
 
 def told(of: Callable[[list[Compared], int], Scores], found: list[Compared], tokens: Tokens) -> Scores:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from compress import evaluate
 from compress.model import head
@@ -217,6 +218,17 @@ def test_eval_of_an_artifact_whose_config_tells_another_group(project: Project):
         r"weight_scale' is bfloat16 \[\d+, 2\], int4:g64 needs bfloat16 \[\d+, 1\]; config and weights",
         project("eval", project.out).line,
     )
+
+
+def test_eval_of_an_artifact_whose_scales_are_no_numbers(project: Project):
+    assert project.run("quantize.method=rtn").code == 0
+    path = project.artifact / "model.safetensors"
+    tensors = load_file(path)
+    name = next(n for n in tensors if n.endswith("down_proj.weight_scale"))
+    tensors[name][0] = float("nan")
+    save_file(tensors, path)
+    (project.artifact / "compress.json").unlink()  # whose hash would notice first
+    assert "not finite: a weight or a scale is NaN" in project("eval", project.out).line
 
 
 def test_eval_of_a_run_without_artifact(project: Project):
