@@ -23,7 +23,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from compress.errors import CompressError, FormatError, MatchError, RecipeError
-from compress.formats import Coded, Dense, Format, LowRank, base_of, numbers_of, parse
+from compress.formats import Dense, Format, LowRank, Rotated, base_of, parse
 from compress.passes.allocate_core import Item, Limit, Problem
 from compress.state import State
 from compress.state.checkpoint import Layout, Spec
@@ -116,8 +116,8 @@ def space(
     for name, fmts in allowed.items():
         if not fmts:
             why = f"none of the formats fits its shape {list(graph[name].shape)}"
-            if graph[name].block is None and any(isinstance(numbers_of(fmt), Coded) for fmt in formats):
-                why += " as a table's: ecq and tcq code a matrix whole"
+            if graph[name].role == "embed" and any(isinstance(fmt, Rotated) for fmt in formats):
+                why += "; of rotated ones an embedding takes those of inputs alone, such as tcq3:ri128"
             raise FormatError(f"'{name}': {why}; add one that does, or pin it", ("formats",))
     groups = (Group(tuple(members), options_of(members, allowed)) for members in gathered(graph, allowed, together))
     return Space(tuple(groups), tuple(misfit(fmt, odd) for fmt, odd in misfits.items()), tuple(sites))

@@ -8,8 +8,9 @@ it: a few Newton steps on some of the rows, then on all, find the smallest c und
 scale is refitted to its codes in closed form, t = wᵀHq / qᵀHq, which no code notices.
 
 The alternative not taken: to code residuals, or to let a code cost what it costs while it is chosen (rate-distortion
-optimization). Limits: with few tokens D is overfitted, and steps with it; damping (see `gptq_core.damp_for`) is what there is
-against that. Inputs that were never seen get the widest steps.
+optimization). A table of tokens is never whole in fp32 (rows.py): its codes are, a byte each. Limits: with few tokens D is
+overfitted, and steps with it; damping (see `gptq_core.damp_for`) is what there is against that. Inputs that were never seen get
+the widest steps.
 """
 
 from __future__ import annotations
@@ -23,27 +24,30 @@ from torch import Tensor
 from compress.errors import FormatError
 from compress.formats import entropy
 from compress.formats.entropy import Ecq
-from compress.formats.grid import Grid, refuse_nan
+from compress.formats.grid import Grid
 from compress.passes import gptq_core as core
 from compress.passes import scales_core
+from compress.passes.rows import WHOLE, Matrix, every, parts
 from compress.passes.scales_core import Fitted, sizes
 
-SAMPLED = 128  # rows on which the step is looked for
+SAMPLED, SHARE = 128, 64  # rows on which the step is looked for, or so small a part of a table
 LOOKS = 4  # times that it is looked for there
 TRIES = 8  # times that all rows are coded until they fit
 ROOM = 0.002  # bits a weight that a step is aimed below the rate
 BLOCK = 32
 FULL = "codes of a byte cannot use the whole rate; a lower one, or int8, is as good"
+HELD = 4  # bytes of a weight of a table: its codes, the best ones before, and both as they are put in lanes
 CODINGS = 4  # times that a matrix is coded or decoded in a run: once each as it is solved, two more as the result is judged
 
 
 @dataclass(frozen=True)
 class Coded:
-    """Packed tensors, and what each output lost, as `gptq_core.Solved` has it."""
+    """Packed tensors, and what each output lost, as `gptq_core.Solved` has it; off_n: the squared change of its weights."""
 
     tensors: dict[str, Tensor]
     loss_n: Tensor
     energy_n: Tensor
+    off_n: Tensor
     notes: tuple[str, ...] = ()
 
 
@@ -72,31 +76,31 @@ class Found:
 
 
 @torch.no_grad()
-def solve(W_nk: Tensor, f: core.Factor, fmt: Ecq, scale_dtype: torch.dtype) -> Coded:
+def solve(W_nk: Matrix, f: core.Factor, fmt: Ecq, scale_dtype: torch.dtype) -> Coded:
     """W [N, K] at the rate of the format, under the Hessian that was factored. FormatError where W is not finite."""
     fmt.check(tuple(W_nk.shape))
-    refuse_nan(W_nk)
-    scale_n, step_k, room = sizes(W_nk, scale_dtype), relative_steps(f), room_for(fmt, tuple(W_nk.shape))
-    base = looked_for(W_nk, scale_n, f, step_k, room / W_nk.numel())
+    scale_n, step_k = sizes(W_nk, scale_dtype, rows_of(W_nk)), relative_steps(f)
+    room = room_for(fmt, tuple(W_nk.shape))
+    base = looked_for(W_nk, scale_n, f, step_k, room / math.prod(W_nk.shape))
     found, words = fitting(W_nk, scale_n, f, step_k, base, room, fmt.words(tuple(W_nk.shape)))
     kept, fitted = best_fit(W_nk, found, scale_n, f)
     if full := kept is not found:
         words = entropy.encode(kept.codes, kept.spread_k)
     tensors = fmt.pack(words, kept.step_k, kept.spread_k, kept.base, fitted.scale_n)
-    return Coded(tensors, fitted.loss_n, fitted.energy_n, (FULL,) if full else ())
+    return Coded(tensors, fitted.loss_n, fitted.energy_n, fitted.off_n, (FULL,) if full else ())
 
 
 @torch.no_grad()
 def tried(W_nk: Tensor, f: core.Factor, fmt: Ecq, whole: tuple[int, int]) -> Tensor:
     """What would come of some rows of a matrix of shape `whole`, fp32, nothing coded."""
-    scale_n, step_k = sizes(W_nk, torch.float32), relative_steps(f)
+    scale_n, step_k = sizes(W_nk, torch.float32, rows_of(W_nk)), relative_steps(f)
     bits = room_for(fmt, whole) / (whole[0] * whole[1])
     found = rounded(W_nk, scale_n, f, step_k, looked_for(W_nk, scale_n, f, step_k, bits))
     kept, fitted = best_fit(W_nk, found, scale_n, f)
     return entropy.restored(kept.codes, kept.a_k, fitted.scale_n)
 
 
-def best_fit(W_nk: Tensor, found: Found, scale_n: Tensor, f: core.Factor) -> tuple[Found, Fitted]:
+def best_fit(W_nk: Matrix, found: Found, scale_n: Tensor, f: core.Factor) -> tuple[Found, Fitted]:
     """The codes with refitted scales; where some would have had to be larger than a byte has room for, those on wider steps, as
     long as these lose less."""
     best = found, refitted(W_nk, found, scale_n, f)
@@ -114,10 +118,11 @@ def room_for(fmt: Ecq, shape: tuple[int, ...]) -> float:
     return 32 * fmt.words(shape) - entropy.overhead(*shape)
 
 
-def looked_for(W_nk: Tensor, scale_n: Tensor, f: core.Factor, step_k: Tensor, bits: float) -> float:
+def looked_for(W_nk: Matrix, scale_n: Tensor, f: core.Factor, step_k: Tensor, bits: float) -> float:
     """The base of the steps at which a code takes so many bits, by some of the rows."""
-    step = max(1, len(W_nk) // SAMPLED)
-    base, some = first_base(W_nk, scale_n, step_k, bits), (W_nk[::step], scale_n[::step])
+    step = max(1, min(len(W_nk) // SAMPLED, SHARE))
+    some = every(W_nk, step, rows_of(W_nk)), scale_n[::step]
+    base = first_base(*some, step_k, bits)
     for _ in range(LOOKS):
         found = rounded(*some, f, step_k, base)
         base *= 2.0 ** (found.bits / found.codes.numel() - bits + ROOM)
@@ -125,18 +130,19 @@ def looked_for(W_nk: Tensor, scale_n: Tensor, f: core.Factor, step_k: Tensor, bi
 
 
 def fitting(
-    W_nk: Tensor, scale_n: Tensor, f: core.Factor, step_k: Tensor, base: float, room: float, words: int
+    W_nk: Matrix, scale_n: Tensor, f: core.Factor, step_k: Tensor, base: float, room: float, words: int
 ) -> tuple[Found, Tensor]:
     """Codes that take nearly `room` bits, and them coded, into `words` words at most. FormatError where no step does that."""
     best: tuple[Found, Tensor] | None = None
+    numel = math.prod(W_nk.shape)
     for _ in range(TRIES):
         found = rounded(W_nk, scale_n, f, step_k, base)
-        over = (found.bits - room) / W_nk.numel()
+        over = (found.bits - room) / numel
         if over <= 0 and (best is None or found.base < best[0].base):
             coded = entropy.encode(found.codes, found.spread_k)
             if len(coded) <= words:
                 best = found, coded
-            over = max(over, 32 * (len(coded) - words) / W_nk.numel())
+            over = max(over, 32 * (len(coded) - words) / numel)
         if best is not None and over >= -4 * ROOM:
             break
         base *= 2.0 ** (over + ROOM)
@@ -160,18 +166,19 @@ def first_base(W_nk: Tensor, scale_n: Tensor, step_k: Tensor, wanted: float) -> 
     return float(2.0 ** (bits.mean() - wanted))
 
 
-def rounded(W_nk: Tensor, scale_n: Tensor, f: core.Factor, step_k: Tensor, base: float) -> Found:
+def rounded(W_nk: Matrix, scale_n: Tensor, f: core.Factor, step_k: Tensor, base: float) -> Found:
     """GPTQ's feedback on steps of some base."""
     a_k = entropy.stepped(base, step_k)
-    parts = zip(*(x.split(rows_of(W_nk)) for x in (W_nk, scale_n)), strict=True)
-    codes = torch.cat([_codes(W, scale, f, a_k) for W, scale in parts])
+    codes = torch.empty(tuple(W_nk.shape), dtype=torch.int8, device=W_nk.device)
+    for at in parts(W_nk, rows_of(W_nk)):
+        codes[at] = _codes(W_nk[at], scale_n[at], f, a_k)
     spread_k, bits = entropy.spreads(codes)
     return Found(codes, base, step_k, spread_k, bits)
 
 
-def rows_of(W_nk: Tensor) -> int:
+def rows_of(W_nk: Matrix) -> int:
     """How many outputs are in hand at once: they are independent."""
-    return max(64, core.CHUNK // W_nk.shape[1])
+    return max(1, core.CHUNK // W_nk.shape[1] // WHOLE) * WHOLE
 
 
 def _codes(W_nk: Tensor, scale_n: Tensor, f: core.Factor, a_k: Tensor) -> Tensor:
@@ -186,7 +193,7 @@ def _codes(W_nk: Tensor, scale_n: Tensor, f: core.Factor, a_k: Tensor) -> Tensor
     return torch.empty_like(codes_kn).index_copy_(0, f.order_k, codes_kn).T
 
 
-def refitted(W_nk: Tensor, found: Found, scale_n: Tensor, f: core.Factor) -> Fitted:
+def refitted(W_nk: Matrix, found: Found, scale_n: Tensor, f: core.Factor) -> Fitted:
     """The best scales of outputs."""
 
     def ones(rows: slice) -> Tensor:

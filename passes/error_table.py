@@ -213,8 +213,8 @@ class Meter(Solver):
         W_nk = self.state.rows(site, rows.tolist()).float()
         H_kk = self.head_kk.cpu() if shared.factor else torch.eye(site.shape[1])
         energy = float((stands * ((W_nk @ H_kk) * W_nk).sum(1)).sum()) or 1.0
-        whole = W_nk.to(self.ctx.device)
-        for fmt, made in self.tries(whole, shared.factor, self.wanted[site.name], Case(site, self.state, self.ctx)):
+        whole, asked, first = W_nk.to(self.ctx.device), self.wanted[site.name], len(self.records)
+        for fmt, made in self.tries(whole, shared.factor, rates.ends(asked), Case(site, self.state, self.ctx)):
             D_nk = made.cpu() - W_nk
             loss_n = ((D_nk @ H_kk) * D_nk).sum(1)
             kl = 0.0
@@ -226,6 +226,7 @@ class Meter(Solver):
                 "site": site.name, "format": str(fmt), "output": float((stands * loss_n).sum()) / energy,
                 "weight": float((stands * D_nk.square().sum(1)).sum()), "kl": kl if self.tables else None,
             })  # fmt: skip
+        self.records += rates.between(asked, self.records[first:])
 
     def _rows_of(self, site: Site) -> tuple[Tensor, Tensor, Tensor]:
         """The rows to look at, how many rows each stands for, and how often each was looked up."""

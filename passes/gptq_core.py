@@ -48,6 +48,7 @@ from torch import Tensor
 
 from compress.formats.grid import Grid, Quantized, Rounds, in_groups, join, refuse_nan
 from compress.passes import clip_core
+from compress.passes.rows import Matrix
 
 ORDERS = ("activation", "natural")
 # Where nothing else is said: at least the first, and the second times inputs per token (see `damp_for`); benchmarks/damping.py
@@ -206,9 +207,9 @@ def _identity(H_kk: Tensor, *notes: str) -> Factor:
     return Factor(I_kk, I_kk, one_k, 0.0, torch.arange(len(H_kk), device=H_kk.device), one_k, notes)
 
 
-def nothing_seen(W_nk: Tensor) -> Factor:
+def nothing_seen(W_nk: Matrix) -> Factor:
     """What stands for a Hessian where nothing streams: losses are those of the weights, and no K×K matrix is made."""
-    none, one_k = W_nk.new_empty(0, 0, dtype=torch.float32), torch.ones(W_nk.shape[1], device=W_nk.device)
+    none, one_k = torch.empty(0, 0, device=W_nk.device), torch.ones(W_nk.shape[1], device=W_nk.device)
     return Factor(none, none, one_k, 0.0, torch.arange(len(one_k), device=W_nk.device), one_k)
 
 

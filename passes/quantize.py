@@ -45,6 +45,7 @@ from compress.model.speed import computing
 from compress.model.work import advancing_bytes, block_bytes, per_token, waiting_bytes
 from compress.passes import costs, entropy_core, factored, lattice_core, learned, rotated, trellis_core
 from compress.passes import gptq_core as core
+from compress.passes.rows import Matrix
 from compress.passes.solver import TABLE, Answer, Case
 from compress.passes.walk import Walk
 from compress.state import Aspect, Fact, State
@@ -193,8 +194,10 @@ class Quantize(Pass):
             if isinstance(numbers_of(fmt), Ecq):
                 yield fmt, tried(self, W_nk, factor, fmt, case)
                 continue
-            answer = self.solve(W_nk, factor, fmt, case)
-            yield fmt, fmt.dequantize(answer.pack(slice(0, len(W_nk))), torch.float32).to(W_nk.device)
+            asked = W_nk[torch.arange(whole_words(len(W_nk), fmt)) % len(W_nk)] if isinstance(numbers_of(fmt), Tcq) else W_nk
+            answer = self.solve(asked, factor, fmt, case)
+            made = fmt.dequantize(answer.pack(slice(0, len(asked))), torch.float32)
+            yield fmt, made[: len(W_nk)].to(W_nk.device)
 
     def cost(self, state: State, tokens: int) -> Cost:
         sites = state.plan.quantized(state.graph) if state.plan else []
@@ -212,7 +215,7 @@ class Quantize(Pass):
         factoring = sum(costs.FACTORING * k**3 for k in hessians)
         entries = self._loads(state, tokens) * total(state.graph.linear) + costs.ORDERING * sum(k * k for k in hessians)
         peaks = [self._block_memory(state, tokens, matrices), *(self._table_memory(state, tokens, s) for s in tables)]
-        seconds, held = self._coding(state, matrices)
+        seconds, held = self._coding(state, sites)
         return self._learning(state, tokens, matrices) + Cost(
             forward, tokens * work.squares + solved.flops + moved + factoring, sum(s.numel for s in sites), max(peaks) + held,
             numbers=passes * work.numbers + entries, steps=solved.steps, seconds=seconds,
@@ -277,6 +280,8 @@ class Quantize(Pass):
         before that: then its matrix is there, as it computes, and its Hessian."""
         formats = state.plan.formats if state.plan else {}
         solved = costs.matrix_bytes(min(table.numel, TABLE)) + 2 * formats[table.name].nbytes(table.shape)
+        if isinstance(numbers_of(formats[table.name]), Ecq):
+            solved += entropy_core.HELD * table.numel
         if not tokens or not self._watches(state, table):
             return solved
         number, hessian = computing(state.dtype).itemsize, 4 * table.shape[1] ** 2
@@ -287,6 +292,13 @@ class Quantize(Pass):
 
     def run(self, state: State, ctx: Context) -> State:
         return Walk(self, ctx, self.steps if self.method == "learned" else 0).run(self.planned(state))
+
+
+def whole_words(rows: int, fmt: Format) -> int:
+    """The least number of outputs, `rows` or more, that fill whole words of a trellis code."""
+    numbers = numbers_of(fmt)
+    assert isinstance(numbers, Tcq)
+    return -(-rows // numbers.whole) * numbers.whole
 
 
 # --- encoders: what makes of a matrix one that is in a format --------------------------------------------------------
@@ -302,11 +314,11 @@ def on_grid(options: Quantize, W_nk: Tensor, factor: core.Factor | None, fmt: An
     return Answer.of(solved, fmt)
 
 
-def coded(options: Quantize, W_nk: Tensor, factor: core.Factor | None, fmt: Any, case: Case) -> Answer:
+def coded(options: Quantize, W_nk: Matrix, factor: core.Factor | None, fmt: Any, case: Case) -> Answer:
     """Entropy-coded, by GPTQ on steps of each input; on one step for all where nothing was seen or asked for."""
     known = factor if options.by_inputs else None
     found = entropy_core.solve(W_nk, known or core.nothing_seen(W_nk), fmt, case.scale_dtype)
-    return Answer(lambda _: found.tensors, found.loss_n, None, found.energy_n, found.notes)
+    return Answer(lambda _: found.tensors, found.loss_n, None, found.energy_n, found.notes, found.off_n)
 
 
 def in_words(options: Quantize, W_nk: Tensor, factor: core.Factor | None, fmt: Any, case: Case) -> Answer:
@@ -320,11 +332,11 @@ def in_words(options: Quantize, W_nk: Tensor, factor: core.Factor | None, fmt: A
     return Answer(pack, found.loss_n, found.rounding_loss_n, found.energy_n, found.notes)
 
 
-def searched(options: Quantize, W_nk: Tensor, factor: core.Factor | None, fmt: Any, case: Case) -> Answer:
+def searched(options: Quantize, W_nk: Matrix, factor: core.Factor | None, fmt: Any, case: Case) -> Answer:
     """Trellis-coded, under GPTQ's feedback; without it where nothing was seen or asked for."""
     known = factor if options.by_inputs else None
     found = trellis_core.solve(W_nk, known or core.nothing_seen(W_nk), fmt, case.scale_dtype)
-    return Answer(lambda _: found.tensors, found.loss_n, None, found.energy_n, ())
+    return Answer(lambda _: found.tensors, found.loss_n, None, found.energy_n, (), found.off_n)
 
 
 def tried(options: Quantize, W_nk: Tensor, factor: core.Factor | None, fmt: Any, case: Case) -> Tensor:
@@ -342,7 +354,7 @@ def served(options: Quantize, W_nk: Tensor, factor: core.Factor | None, fmt: Any
     return replace(found, pack=lambda rows: fmt.held(found.pack(rows), case.largest))
 
 
-Encoder = Callable[[Any, Tensor, core.Factor | None, Any, Case], Answer]
+Encoder = Callable[[Any, Any, core.Factor | None, Any, Case], Answer]
 ENCODERS: Mapping[type, Encoder] = {
     Factored: factored.solve,
     Rotated: rotated.solve,

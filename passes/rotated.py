@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from compress.formats import Rotated
 from compress.passes import gptq_core
+from compress.passes.rows import Rows
 from compress.passes.solver import Answer, Case
 
 
@@ -37,8 +38,11 @@ def solve(options: Solves, W_nk: Tensor, factor: gptq_core.Factor | None, fmt: R
     return options.solve(turned_rows(W_nk, fmt, case.outputs), turned, fmt.base, case)  # type: ignore[arg-type]
 
 
-def turned_rows(W_nk: Tensor, fmt: Rotated, outputs: Sequence[int]) -> Tensor:
-    """C of W: one matrix, some whole blocks of its rows, or several below each other, of so many `outputs`; none: as it is."""
+def turned_rows(W_nk: Any, fmt: Rotated, outputs: Sequence[int]) -> Any:
+    """C of W: one matrix, as a tensor or by its rows, some whole blocks of these, or several matrices below each other, of
+    so many `outputs`; none: as it is."""
+    if isinstance(W_nk, Rows):
+        return W_nk.through(lambda part: fmt.turn(part, len(W_nk)))
     if len(outputs) < 2:
         return fmt.turn(W_nk, outputs[0] if outputs else len(W_nk))
     return torch.cat([fmt.turn(part, len(part)) for part in W_nk.split(list(outputs))])

@@ -15,12 +15,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from compress.formats import Blocks, Dense, Format, Ggml, Int, Lattice, Packed, Rotated
+from compress.formats import Blocks, Coded, Dense, Format, Ggml, Int, Lattice, Packed, Rotated, numbers_of
 from compress.formats.codebooks import NF, Lut
 from compress.formats.grid import Quantized, Storage
 from compress.formats.served import Rounding
@@ -28,6 +28,7 @@ from compress.manager import Context, Record
 from compress.model.lockstep import Inputs
 from compress.model.speed import precision
 from compress.passes import gptq_core as core
+from compress.passes.rows import Rows
 from compress.state import State
 from compress.state.graph import Site
 
@@ -87,13 +88,15 @@ class Case:
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of a matrix: its packed tensors, by rows, and what each output lost (see `gptq_core.Solved`)."""
+    """What became of a matrix: its packed tensors, by rows, and what each output lost (see `gptq_core.Solved`). off_n: the
+    squared change of its weights, where they are coded."""
 
     pack: Callable[[slice], dict[str, Tensor]]
     loss_n: Tensor
     rounding_loss_n: Tensor | None  # None where rounding is nothing to compare with
     energy_n: Tensor
     notes: tuple[str, ...]
+    off_n: Tensor | None = None
 
     @classmethod
     def of(cls, solved: core.Solved, fmt: Quantized) -> Answer:
@@ -288,6 +291,9 @@ class Solver:
         if len(sites) == 1 and is_table(sites[0]) and isinstance(fmt, Int | NF | Lut | Ggml | Rotated) and not fmt.joint:
             self._solve_table(sites[0], fmt, shared)
             return
+        if len(sites) == 1 and is_table(sites[0]) and isinstance(numbers_of(fmt), Coded):
+            self._solve_coded_table(sites[0], fmt, shared)
+            return
         weights = [self.state.reference(s) for s in sites]
         if isinstance(fmt, Dense):
             for site, weight in zip(sites, weights, strict=True):
@@ -336,6 +342,27 @@ class Solver:
         self._keep(site, Packed(fmt, site.shape, joined(fmt, site, parts, self.state.scale_dtype)), {
             "error": float(sums[0]) / energy, "rounding": float(sums[1]) / energy, "damping": damping(shared.factor),
             "tokens": shared.tokens, "seconds": shared.seconds + time.perf_counter() - start, "notes": [*notes, *looked_up],
+        })  # fmt: skip
+
+    def _solve_coded_table(self, site: Site, fmt: Format, shared: Shared) -> None:
+        """The same in a format whose steps belong to the whole matrix: it is solved as one, and read some rows at a time."""
+        start, case, W_nk = time.perf_counter(), Case(site, self.state, self.ctx, (site.shape[0],)), self.state.reference(site)
+
+        def read(rows: slice) -> Tensor:
+            self.ctx.progress(rows.start, len(W_nk), site.module)
+            return W_nk[rows].to(self.ctx.device, torch.float32)
+
+        rows: Any = Rows(site.shape, read, torch.device(self.ctx.device))  # which coded formats take in place of a tensor
+        answer = self.options.solve(rows, shared.factor, fmt, case)
+        notes = (*shared.notes, *answer.notes)
+        if shared.factor is not None and site.role == "embed":
+            assert answer.off_n is not None
+            square = sum(float(part.float().square().sum(dtype=torch.float64)) for part in W_nk.split(ROWS * ROWS))
+            notes += (f"rows looked up are off by {float(answer.off_n.sum(dtype=torch.float64)) / square:.2e}",)
+        energy = float(answer.energy_n.sum()) or 1.0
+        self._keep(site, Packed(fmt, site.shape, answer.pack(slice(0, len(W_nk)))), {
+            "error": float(answer.loss_n.sum()) / energy, "rounding": None, "damping": damping(shared.factor),
+            "tokens": shared.tokens, "seconds": shared.seconds + time.perf_counter() - start, "notes": [*notes],
         })  # fmt: skip
 
     def _keep(self, site: Site, packed: Packed, measured: Record) -> None:

@@ -33,6 +33,8 @@ from compress.formats.trellis import RING, Tcq
 from compress.formats.viterbi import SEEN, Trellis
 from compress.passes import gptq_core as core
 from compress.passes import scales_core
+from compress.passes.rows import WHOLE, Matrix, parts
+from compress.passes.scales_core import Fitted
 
 BLOCK = 32
 # By bits of a state, and by half bits a weight: what is left of a normal source, as a share of its variance, at the best scale.
@@ -45,37 +47,49 @@ DISTORTION = {
 
 @dataclass(frozen=True)
 class Coded:
-    """Packed tensors, and what each output lost, as `gptq_core.Solved` has it."""
+    """Packed tensors, and what each output lost, as `gptq_core.Solved` has it; off_n: the squared change of its weights."""
 
     tensors: dict[str, Tensor]
     loss_n: Tensor
     energy_n: Tensor
+    off_n: Tensor
 
 
 @torch.no_grad()
-def solve(W_nk: Tensor, f: core.Factor, fmt: Tcq, scale_dtype: torch.dtype) -> Coded:
-    """W [N, K] in the format, under the Hessian that was factored. FormatError where W is not finite."""
+def solve(W_nk: Matrix, f: core.Factor, fmt: Tcq, scale_dtype: torch.dtype) -> Coded:
+    """W [N, K] in the format, under the Hessian that was factored; of a large one no more is held at once than some outputs and
+    what they became. FormatError where W is not finite."""
     fmt.check(tuple(W_nk.shape))
+    search = _Search(fmt, W_nk.shape[1], W_nk.device, torch.get_num_threads())
+    made = [_part(W_nk[at], search, f, scale_dtype) for at in parts(W_nk, rows_of(W_nk))]
+    tensors, fitted = [packed for packed, _ in made], [one for _, one in made]
+    whole = {
+        "weight_trellis": torch.cat([packed["weight_trellis"] for packed in tensors], 1),
+        "weight_step": tensors[0]["weight_step"],
+        "weight_scale": torch.cat([packed["weight_scale"] for packed in tensors]),
+        "weight_shape": torch.tensor(tuple(W_nk.shape), dtype=torch.int64),
+    }
+    return Coded(whole, *(torch.cat(x) for x in zip(*((one.loss_n, one.energy_n, one.off_n) for one in fitted), strict=True)))
+
+
+def _part(W_nk: Tensor, search: _Search, f: core.Factor, scale_dtype: torch.dtype) -> tuple[dict[str, Tensor], Fitted]:
+    """Some outputs, packed, with what was lost."""
     refuse_nan(W_nk)
-    size_n = W_nk.square().mean(1).sqrt()
-    scale_n = round_scale(size_n.clamp(min=torch.finfo(torch.float32).tiny), scale_dtype)
-    search, states = _Search(fmt, W_nk.shape[1], W_nk.device, torch.get_num_threads()), list[Tensor]()
-    for part, scale in zip(W_nk.split(rows_of(W_nk)), scale_n.split(rows_of(W_nk)), strict=True):
-        states.append(search.through(part, scale, f))
-    states_kn = torch.cat(states, 1)
+    scale_n = round_scale(W_nk.square().mean(1).sqrt().clamp_(min=torch.finfo(torch.float32).tiny), scale_dtype)
+    states_kn = search.through(W_nk, scale_n, f)
     step_k = torch.empty_like(search.step_k).index_copy_(0, f.order_k.cpu(), search.step_k)
     a_k = trellis.steps(step_k).to(W_nk.device)
 
     def ones(rows: slice) -> Tensor:
         return (search.code[states_kn[:, rows].long()] * a_k[:, None]).T
 
-    fitted = scales_core.refitted(W_nk, ones, scale_n, f, rows_of(W_nk))
-    return Coded(fmt.pack(states_kn, step_k, fitted.scale_n), fitted.loss_n, fitted.energy_n)
+    fitted = scales_core.refitted(W_nk, ones, scale_n, f, len(W_nk))
+    return search.fmt.pack(states_kn, step_k, fitted.scale_n), fitted
 
 
-def rows_of(W_nk: Tensor) -> int:
+def rows_of(W_nk: Matrix) -> int:
     """How many outputs are in hand at once: whole rings."""
-    return max(1, core.CHUNK // W_nk.shape[1] // RING) * RING
+    return max(1, core.CHUNK // W_nk.shape[1] // WHOLE) * WHOLE
 
 
 def takes(shape: tuple[int, int], fmt: Tcq) -> tuple[float, int]:

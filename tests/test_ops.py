@@ -124,7 +124,7 @@ def test_rows_of_an_embedding(text: str) -> None:
     tensors, parts = made(text, n, k)
     for ids in (torch.randint(0, n, (2, 7)), torch.tensor(3), torch.zeros(0, 2, dtype=torch.int64)):
         for dtype in FLOATS:
-            found = torch.ops.compress.embedding(ids, parts, text, n, k, dtype)
+            found = torch.ops.compress.embedding(ids, parts, text, n, k, "canonical", dtype)
             wanted = parse(text).dequantize(tensors, dtype)[ids]
             assert (
                 torch.equal(found, wanted)

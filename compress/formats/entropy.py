@@ -100,7 +100,12 @@ class Ecq:
 
     def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """The weight [N, K] in `dtype`: products in fp32, rounded once."""
-        return restored(self.codes(tensors), steps(tensors), tensors["weight_scale"], dtype)
+        codes_nk, step_k, scale_n = self.codes(tensors), steps(tensors), tensors["weight_scale"]
+        out = torch.empty(codes_nk.shape, dtype=dtype, device=codes_nk.device)
+        rows = max(1, _CHUNK // codes_nk.shape[1])
+        for codes, scale, part in zip(*(x.split(rows) for x in (codes_nk, scale_n, out)), strict=True):
+            part.copy_(restored(codes, step_k, scale, dtype))
+        return out
 
     def codes(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The codes, int8 [N, K]."""
@@ -198,7 +203,7 @@ def _in_lanes(codes_nk: Tensor) -> lanes.Bytes:
     n, k = codes_nk.shape
     count, rows = lanes_of(n, k)
     filled = np.full((count * rows, k), LARGEST, np.uint8)
-    filled[:n] = (codes_nk.cpu().numpy().astype(np.int16) + LARGEST).astype(np.uint8)
+    np.add(codes_nk.cpu().contiguous().numpy().view(np.uint8), np.uint8(LARGEST), out=filled[:n])  # of a byte, around the end
     return np.ascontiguousarray(filled.reshape(count, rows * k).T)
 
 
@@ -222,5 +227,6 @@ def decode(coded: Tensor, spread_k: Tensor, n: int, k: int) -> Tensor:
         raise FormatError(DAMAGED) from None
     if (ended != ONE).any() or words[read:].any():
         raise FormatError(DAMAGED)
-    codes = symbols.T.reshape(count * rows, k)[:n].astype(np.int16) - LARGEST
-    return torch.from_numpy(codes.astype(np.int8))
+    codes = symbols.T.reshape(count * rows, k)[:n]
+    codes -= np.uint8(LARGEST)  # of a byte, around the end
+    return torch.from_numpy(codes.view(np.int8))

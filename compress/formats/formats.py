@@ -10,6 +10,7 @@ A format has a text form that round-trips, `parse(str(f)) == f`:
     tcq2.5             a trellis code of 2.5 bits a weight, see trellis.py; tcq2:l8 has fewer states
     q4_k iq4_xs        the types of llama.cpp's blocks, see superblocks.py; iq2_xs and its kin in lattice.py
     int2:g64:r128      any of int, nf, lut, ecq and tcq in rotated coordinates, inputs in blocks of 128, see rotated.py
+    tcq3:ri128         the same of inputs alone, which is what an embedding takes
     int3:g64+r16       int, nf or lut, not rotated, plus a product of two factors of rank 16
     lr64 lr64:int4:g32 a product of two factors of rank 64 in place of the matrix, in bf16 or in int, nf or lut; see factors.py
     fp8:channel nvfp4 mxfp4 mxfp8   small floating-point numbers, see floats.py
@@ -48,7 +49,7 @@ from compress.formats.superblocks import Blocks
 from compress.formats.trellis import HALVES, SIZES, Tcq
 
 Ggml = Blocks | Lattice  # types of llama.cpp's files
-Coded = Ecq | Tcq  # without a grid: the codes of a matrix are found, and can be read, as a whole
+Coded = Ecq | Tcq  # without a grid: steps of inputs belong to the whole matrix
 Numbers = Int | NF | Lut | Float | Coded | Ggml | Dense
 Format = Numbers | LowRank | Factored | Rotated | Served
 
@@ -68,6 +69,13 @@ def numbers_of(fmt: Format) -> Numbers:
     if isinstance(fmt, Served):
         return fmt.weight
     return fmt.base if isinstance(fmt, LowRank | Rotated) else fmt.factors if isinstance(fmt, Factored) else fmt
+
+
+def by_rows(fmt: Format) -> bool:
+    """Whether some rows of a matrix can be read without all others."""
+    if isinstance(fmt, Rotated):
+        return fmt.inputs_only and by_rows(fmt.base)
+    return isinstance(fmt, Int | Tcq | Ggml)
 
 
 def integers(formats: Mapping[str, Format]) -> dict[str, Int]:
@@ -98,9 +106,14 @@ class Packed:
         return self.format.dequantize(self.tensors, dtype)
 
     def rows(self, rows: slice | list[int], dtype: torch.dtype) -> Tensor:
-        """Some rows of the weight in `dtype`; of integers no others are decoded."""
+        """Some rows of the weight in `dtype`; no others are decoded where the format stands `by_rows`."""
         if isinstance(self.format, Ggml):
             return self.format.dequantize({"weight_blocks": self.tensors["weight_blocks"][rows]}, dtype)
+        if isinstance(self.format, Rotated) and by_rows(self.format):
+            turned = Packed(self.format.base, self.shape, self.tensors).rows(rows, torch.float32)
+            return self.format.turn_back(turned, dtype)
+        if isinstance(self.format, Tcq):
+            return self.format.picked(self.tensors, torch.arange(self.shape[0])[rows], dtype)
         if not isinstance(self.format, Int):
             return self.dequantize(dtype)[rows]
         fmt, (n, k) = self.format, self.shape
@@ -114,7 +127,7 @@ class Packed:
 _INT = re.compile(r"int(\d+):(?:g(\d+)|channel)(:asym)?", re.ASCII)
 _NF = re.compile(r"nf(\d+):g(\d+)(?::dq(\d+)x(\d+)(?::(bf16|fp16|fp32))?)?", re.ASCII)
 _LUT = re.compile(r"lut(\d+):g(\d+)(:shared)?", re.ASCII)
-_ROTATED = re.compile(r"([^+]+):r(\d+)", re.ASCII)
+_ROTATED = re.compile(r"([^+]+):r(i?)(\d+)", re.ASCII)
 _ECQ = re.compile(r"ecq(\d(?:\.\d{1,2})?)", re.ASCII)
 _TCQ = re.compile(r"tcq(\d+(?:\.[05])?)(?::l(\d+))?", re.ASCII)
 _LOW_RANK = re.compile(r"([^+]+)\+r(\d+)(?::([^+]+))?", re.ASCII)
@@ -124,8 +137,8 @@ _USUAL = [
     *(f"nf{b}:g64{d}" for b in NF.WIDTHS for d in ("", ":dq8x256", ":dq8x256:fp32")),
     *(f"lut{b}:g64{s}" for b in Lut.WIDTHS for s in ("", ":shared")),
     *(f"{kind}:g64:r{r}" for kind in ("int2", "int3", "int4", "int8", "lut2", "lut3", "lut4", "nf3", "nf4") for r in BLOCKS),
-    *(f"ecq{rate}{r}" for rate in ("2", "2.25", "2.5", "3", "3.5", "4") for r in ("", ":r128")),
-    *(f"tcq{halves / 2:g}{r}" for halves in HALVES for r in ("", ":r128")),
+    *(f"ecq{rate}{r}" for rate in ("2", "2.25", "2.5", "3", "3.5", "4") for r in ("", ":r128", ":ri128")),
+    *(f"tcq{halves / 2:g}{r}" for halves in HALVES for r in ("", ":r128", ":ri128")),
     *(f"{base}+r{r}" for base in ("int3:g64", "int4:g64", "nf3:g64:dq8x256") for r in (16, 64)),
     *(f"lr{r}{f}" for r in (16, 64, 256) for f in ("", ":int8:channel", ":int4:g64")),
     *KINDS,
@@ -136,7 +149,7 @@ _USUAL = [
 ]
 _ALLOWED = (
     "int<2..8>:g<16..256>[:asym], int<2..8>:channel[:asym], nf<2,3,4,8>:g<16..256>[:dq<2,3,4,8>x<16..4096>[:fp16|:fp32]], "
-    "lut<2..4>:g<16..256>[:shared], ecq<1.00..6.00>, tcq<1..5>[:l10|:l8], <any of these six>:r<16,32,64,128,256>, "
+    "lut<2..4>:g<16..256>[:shared], ecq<1.00..6.00>, tcq<1..5>[:l10|:l8], <any of these six>:r[i]<16,32,64,128,256>, "
     "<int, nf or lut>+r<rank>[:<format of factors>], lr<rank>[:<format of factors>], "
     + ", ".join((*KINDS, *LATTICES, *FLOATS, f"<int without :asym, or any of these four>/<{'|'.join(RULES)}>", *DENSE))
 )
@@ -156,7 +169,7 @@ def parse(text: str) -> Format:
     if found := _FACTORED.fullmatch(text):
         return Factored(int(found[1]), parse(found[2] or "bf16"))  # type: ignore[arg-type]
     if found := _ROTATED.fullmatch(text):
-        return Rotated(parse(found[1]), int(found[2]))  # type: ignore[arg-type]  # Rotated itself refuses others
+        return Rotated(parse(found[1]), int(found[3]), found[2] == "i")  # type: ignore[arg-type]  # Rotated itself refuses others
     if found := _ECQ.fullmatch(text):
         return Ecq(round(100 * float(found[1])))
     if text in KINDS:

@@ -7,6 +7,9 @@ rotation spreads what is large over its block, so that no weight and no input st
 Inputs are turned in blocks of `block`, which divide K; outputs in blocks of the largest power of two, up to `block`, that divides
 N. Signs are a function of the place in the block (see `signs`), so nothing is stored for them, and bytes are those of C.
 
+A matrix whose rows are looked up, an embedding, has its inputs turned alone (`:ri128`): outputs are in blocks of 1, as where N is
+odd, so a row is turned back by itself. All outputs then have the sign of the first place of a block.
+
 Where weights are turned, sums are taken by butterflies in one order, so the bits are the same on any device and in any number of
 threads; activations are multiplied by a small matrix, which is faster where they are few.
 """
@@ -37,10 +40,11 @@ _MIX, _WORD = 0x45D9F3B, (1 << 32) - 1
 @dataclass(frozen=True)
 class Rotated:
     """A format whose matrix is stored in rotated coordinates, inputs in blocks of `block`. It has no grid of its own: who solves
-    it turns the weights and what they are weighed by (`turn`), and solves `base`."""
+    it turns the weights and what they are weighed by (`turn`), and solves `base`. inputs_only: outputs are not mixed."""
 
     base: Int | NF | Lut | Ecq | Tcq
     block: int
+    inputs_only: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.base, Int | NF | Lut | Ecq | Tcq):
@@ -49,7 +53,7 @@ class Rotated:
             raise FormatError(f"a rotation has blocks of {', '.join(map(str, BLOCKS))} inputs, not {self.block}")
 
     def __str__(self) -> str:
-        return f"{self.base}:r{self.block}"
+        return f"{self.base}:r{'i' * self.inputs_only}{self.block}"
 
     @property
     def joint(self) -> bool:
@@ -58,13 +62,13 @@ class Rotated:
 
     def outputs(self, n: int) -> int:
         """The side of the blocks in which `n` outputs are turned; 1: they are not."""
-        return min(self.block, n & -n)
+        return 1 if self.inputs_only else min(self.block, n & -n)
 
     def check(self, shape: Shape) -> None:
         """Raise FormatError unless a weight of `shape` [N, K] can have this format."""
         self.base.check(shape)
         if shape[1] % self.block:
-            fitting = [f"r{b}" for b in BLOCKS if shape[1] % b == 0]
+            fitting = [f"r{'i' * self.inputs_only}{b}" for b in BLOCKS if shape[1] % b == 0]
             hint = f"blocks that do: {', '.join(fitting)}" if fitting else f"none does, use {self.base}"
             raise FormatError(f"{self}: blocks of {self.block} do not divide {shape[1]} inputs; {hint}")
 
@@ -92,7 +96,7 @@ class Rotated:
         return _by_parts(W_nk, 1, lambda W: turned(W.T, INPUTS, self.block).T)
 
     def turn_back(self, C_nk: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """W of a whole matrix C, the inverse of `turn`, rounded to `dtype`."""
+        """W of a whole matrix C, or, where inputs alone are turned, of any rows: the inverse of `turn`, rounded to `dtype`."""
         side = self.outputs(len(C_nk))
         return _by_parts(C_nk, side, lambda C: turned_back(turned_back(C, OUTPUTS, side).T, INPUTS, self.block).T, dtype)
 

@@ -115,6 +115,23 @@ class Tcq:
         values_kn = values_kn[:, start - first : stop - first].mul_(steps(tensors["weight_step"])[:, None])
         return values_kn.mul_(tensors["weight_scale"][start:stop].float()).T.to(dtype)
 
+    def picked(self, tensors: Mapping[str, Tensor], outputs: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weights [m, K] of any outputs [m], int64, in `dtype`: a window of every input's ring each."""
+        trellis, ring = tensors["weight_trellis"], RING * self.halves // 64
+        step, scale = steps(tensors["weight_step"])[:, None], tensors["weight_scale"]
+        found = torch.empty(len(outputs), len(trellis), dtype=dtype, device=trellis.device)
+        for part, out in zip(
+            *(x.split(max(1, _CHUNK // len(trellis))) for x in (outputs.to(trellis.device), found)), strict=True
+        ):
+            at = part // 2 * self.halves + part % 2 * self.bits[0]
+            word = at // 32
+            begin = word // ring * ring
+            following = torch.where(word + 1 < (begin + ring).clamp(max=trellis.shape[1]), word + 1, begin)
+            wide = (trellis[:, word].long() & _WORD) | trellis[:, following].long() << 32
+            states = (wide >> at % 32) & ((1 << self.size) - 1)
+            out.copy_((values(self.size, trellis.device)[states] * step * scale[part].float()).T)
+        return found
+
     def windows(self, trellis: Tensor, first: int, last: int, outputs: Iterable[int], bits: int) -> Tensor:
         """The `bits` bits from where those of an output begin, int32 [K, ...]: of certain outputs of every `whole` from `first`
         to `last`, which are multiples of that."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
 from compress.errors import CompressError, FormatError
-from compress.formats import Coded, Dense, Factored, Format, LowRank, Rotated, Served, numbers_of, parse
+from compress.formats import Dense, Factored, Format, LowRank, Rotated, Served, parse
 from compress.state.graph import Graph, Site
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -215,12 +215,9 @@ def check_fits(site: Site, fmt: Format, at: tuple[str, ...]) -> None:
                           f"to: pin it to {fmt.base}", at)  # fmt: skip
     if site.role == "embed" and isinstance(fmt, Factored):
         raise FormatError(f"'{site.name}' is a token embedding, whose rows are looked up and multiply nothing; leave it out", at)
-    if site.block is None and isinstance(numbers_of(fmt), Coded):
-        raise FormatError(f"'{site.name}' has a row for every token, and {fmt} codes a matrix whole: pin it to another format, "
-                          "such as int4:g64 or lut3:g64", at)  # fmt: skip
-    if site.role == "embed" and isinstance(fmt, Rotated):
-        raise FormatError(f"'{site.name}' is a token embedding, whose rows are looked up one by one, and a rotation mixes rows: "
-                          f"pin it to {fmt.base}", at)  # fmt: skip
+    if site.role == "embed" and isinstance(fmt, Rotated) and not fmt.inputs_only:
+        raise FormatError(f"'{site.name}' is a token embedding, whose rows are looked up one by one, and a rotation of outputs "
+                          f"mixes rows: pin it to {replace(fmt, inputs_only=True)}", at)  # fmt: skip
     if isinstance(fmt, Served) and (site.block is None or site.expert is not None):
         what = "lies outside the blocks" if site.block is None else "is an expert's"
         raise FormatError(f"'{site.name}' {what}, and inputs are rounded for the other matrices inside the blocks: pin it to "

@@ -129,14 +129,15 @@ class CodedRows:
 
 
 class TrellisRows:
-    """Of a trellis-coded matrix: outputs that lie one after the other."""
+    """Of a trellis-coded matrix: outputs that lie one after the other, or any that are looked up."""
 
     def __init__(self, fmt: Tcq, shape: Shape, tensors: Mapping[str, Tensor], dtype: torch.dtype):
         self.fmt, self.outputs, self.tensors, self.dtype = fmt, shape[0], tensors, dtype
 
     def at(self, rows: slice | Tensor) -> Tensor:
         """The weights [rows, K] in the dtype."""
-        assert isinstance(rows, slice), "tables, whose rows are looked up, have no trellis codes"
+        if not isinstance(rows, slice):
+            return self.fmt.picked(self.tensors, rows, self.dtype)
         start, stop, _ = rows.indices(self.outputs)
         return self.fmt.rows(self.tensors, start, stop, self.dtype)
 

@@ -229,11 +229,13 @@ class PackedEmbedding(Packed, nn.Embedding):  # type: ignore[override]
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] -> [..., embedding_dim] in the module's dtype, times what the architecture scales rows by."""
-        rows: Tensor = torch.ops.compress.embedding(ids, self.parts, self.format, *self.shape, self.dtype)
+        rows: Tensor = torch.ops.compress.embedding(ids, self.parts, self.format, *self.shape, self.layout, self.dtype)
         return rows if self.factor == 1 else rows * torch.tensor(self.factor).to(rows.dtype)
 
     def prepare(self) -> None:
-        """Nothing: the kernels multiply, and do not take rows."""
+        """What is entropy-coded is decoded, once; else nothing: the kernels multiply, and do not take rows."""
+        if isinstance(numbers_of(format_of(self.format)), Ecq):
+            super().prepare()
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, format={self.format}"
@@ -244,16 +246,30 @@ class PackedHead(PackedLinear):
 
     def __init__(self, table: PackedEmbedding, bias: nn.Parameter | None = None):
         nn.Module.__init__(self)
+        self._tiles = False
         self._table = (table,)  # in a tuple, since it is a part of the model elsewhere
         self.out_features, self.in_features = self.shape = table.shape
-        self.format, self.layout, self.dtype = table.format, "canonical", table.dtype
+        self.format, self.dtype = table.format, table.dtype
         self.register_parameter("bias", bias)  # the very one, which may be another module's too
         self._is_hf_initialized = True
 
     @property
     def parts(self) -> list[Tensor]:
         """The tensors that the operators take: the table's own, until there are tiles."""
-        return self._table[0].parts if self.layout == "canonical" else super().parts
+        return super().parts if self._tiles else self._table[0].parts
+
+    @property
+    def layout(self) -> str:
+        """The table's own, until there are tiles."""
+        return "tiles" if self._tiles else self._table[0].layout
+
+    @layout.setter
+    def layout(self, layout: str) -> None:
+        self._tiles = layout == "tiles"
+
+    def decode(self, numbers: Ecq) -> None:
+        """The table's codes, which are those of both."""
+        self._table[0].prepare()
 
     def _drop(self) -> None:
         """Nothing: rows are still looked up in the tensors of the format."""

@@ -28,7 +28,7 @@ LAYOUTS = ("canonical", "codes", "tiles")
 _LIBRARY = torch.library.Library("compress", "FRAGMENT")
 _LIBRARY.define("linear(Tensor x, Tensor[] parts, Tensor? bias, str format, int n, int k, str layout) -> Tensor")
 _LIBRARY.define("gradient(Tensor grad, Tensor[] parts, str format, int n, int k, str layout) -> Tensor")
-_LIBRARY.define("embedding(Tensor ids, Tensor[] parts, str format, int n, int k, ScalarType dtype) -> Tensor")
+_LIBRARY.define("embedding(Tensor ids, Tensor[] parts, str format, int n, int k, str layout, ScalarType dtype) -> Tensor")
 _LIBRARY.define("dequantize(Tensor[] parts, str format, int n, int k, str layout, ScalarType dtype) -> Tensor")
 
 
@@ -76,13 +76,16 @@ def by_factors(x: Tensor, tensors: dict[str, Tensor], bias: Tensor | None, fmt: 
     return x
 
 
-def embedding(ids: Tensor, parts: list[Tensor], format: str, n: int, k: int, dtype: torch.dtype) -> Tensor:
-    """The rows `ids` [...] of a matrix in the canonical layout: [..., k] in `dtype`. No other row is decoded."""
-    fmt, tensors, flat = checked(format, LAYOUTS[0]), named(format, (n, k), parts), ids.reshape(-1)
+def embedding(ids: Tensor, parts: list[Tensor], format: str, n: int, k: int, layout: str, dtype: torch.dtype) -> Tensor:
+    """The rows `ids` [...] of a matrix that is not in tiles: [..., k] in `dtype`. No other row is decoded."""
+    fmt, tensors, flat = checked(format, layout), named(format, (n, k), parts, layout), ids.reshape(-1)
     if not len(flat):
         return parts[0].new_empty(*ids.shape, k, dtype=dtype)
     if isinstance(fmt, Rotated):
-        raise FormatError(f"rows of a matrix in {fmt} are not looked up: a rotation mixes them")
+        if not fmt.inputs_only:
+            raise FormatError(f"rows of a matrix in {fmt} are not looked up: a rotation of outputs mixes them")
+        turned = rows_of(fmt.base, (n, k), tensors, torch.float32).at(flat)
+        return fmt.turn_back(turned, dtype).view(*ids.shape, k)
     factors = factors_of(fmt, (n, k), tensors)
     if factors is None:
         return rows_of(fmt, (n, k), tensors, dtype).at(flat).view(*ids.shape, k)
@@ -168,7 +171,7 @@ torch.library.register_fake(
 )
 torch.library.register_fake(
     "compress::embedding",
-    lambda ids, parts, format, n, k, dtype: ids.new_empty(*ids.shape, k, dtype=dtype),
+    lambda ids, parts, format, n, k, layout, dtype: ids.new_empty(*ids.shape, k, dtype=dtype),
     lib=_LIBRARY,
 )
 torch.library.register_fake(

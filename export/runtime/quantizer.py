@@ -284,8 +284,8 @@ def packed(module: nn.Module, matrix: Matrix, stem: str) -> nn.Module:
     weight: Any = module.weight
     shape = tuple(weight.shape[::-1] if isinstance(module, Conv1D) else weight.shape)
     same_shape(stem, shape, matrix)
-    if isinstance(module, nn.Embedding) and isinstance(matrix.format, Rotated):
-        raise ModelError(f"'{one_line(stem)}' is an embedding in {matrix.format}, and rows of rotated matrices are not looked up")
+    if isinstance(module, nn.Embedding) and isinstance(matrix.format, Rotated) and not matrix.format.inputs_only:
+        raise ModelError(f"'{one_line(stem)}' is an embedding in {matrix.format}, and rows that are mixed are not looked up")
     if isinstance(module, nn.Embedding):
         padding = module.padding_idx
         return PackedEmbedding(str(matrix.format), matrix.shape, weight.dtype, padding, matrix.scale_dtype, factor or 1.0)
