@@ -77,6 +77,7 @@ class Allocate(Options):
 
     def check(self, calibrated: bool, following: Sequence[Pass] = ()) -> None:
         self.chain(following)
+        self.refuse_unserved()
         if not calibrated and self.plan is None and (self.metric != "weight" or self.trials):
             todo = "add it, or use metric: weight and trials: 0"
             raise RecipeError(f"to measure damage, 'allocate' needs data.calibration; {todo}", ("metric",))

@@ -10,8 +10,10 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from compress.documents import local_path
-from compress.formats import Dense, Factored, Format, LowRank
+from compress.errors import RecipeError
+from compress.formats import Dense, Factored, Format, LowRank, parse
 from compress.formats.codebooks import paper_grid
+from compress.formats.engines import EngineName, refusal
 from compress.manager import Pass
 from compress.passes import joint
 from compress.passes.choices import Bounds
@@ -50,6 +52,9 @@ class Options(Pass, ABC):
     )
     latency: LatencyTable | None = Field(
         None, description="a file of 'compress bench RECIPE --table FILE': what each choice takes in time on that machine"
+    )
+    engine: EngineName | None = Field(
+        None, description="what is to serve the model, such as vllm:sm90: formats that it does not run as measured are refused"
     )
     together: Literal["engine", "none"] | tuple[tuple[str, ...], ...] = Field(
         "engine", description="what gets one format: what engines join; nothing; or lists of patterns, block by block"
@@ -139,6 +144,15 @@ class Options(Pass, ABC):
                 raise ValueError(f"'{name}' is none of {', '.join(joint.CONSTRAINED)}, {LATENCY}")
             joint.parsed(text, "ms" if name == LATENCY else "")
         return constraints
+
+    def refuse_unserved(self) -> None:
+        """RecipeError for a format that the engine which is to serve the model does not run as it is measured."""
+        if self.engine is None:
+            return
+        pinned = [(("pins", pattern), parse(pin)) for pattern, pin in self.pins.items() if isinstance(pin, str)]
+        for at, fmt in [*((("formats",), fmt) for fmt in self.formats), *pinned]:
+            if why := refusal(self.engine, fmt):
+                raise RecipeError(f"{fmt}: {why}", at)
 
     @property
     def of_shape(self) -> dict[str, str]:

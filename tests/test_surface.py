@@ -40,8 +40,8 @@ QUANTIZE = {"method": "gptq", "format": "int4:g128", "pins": {}, "damp": None, "
             "steps": 150}  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {
     "allocate": {"budget": "4.0 bits", "formats": ["int2:g64", "int3:g64", "int4:g64", "int8:g64"], "ranks": [0],
-                 "factors": "bf16", "pins": {}, "also": [], "beside": 0, "grown": {}, "limits": {}, "together": "engine",
-                 "structure": None, "shapes": "uniform", "constraints": {}, "latency": None,
+                 "factors": "bf16", "pins": {}, "also": [], "beside": 0, "grown": {}, "limits": {}, "engine": None,
+                 "together": "engine", "structure": None, "shapes": "uniform", "constraints": {}, "latency": None,
                  "metric": "kl", "probe": 4096, "trials": 0,
                  "time_limit": 60.0, "plan": None},
     "prune": {"mlp": 1.0, "kv_groups": 1.0, "experts": 1.0, "method": "obs", "compensate": True, "multiple": None, "damp": None,
@@ -57,7 +57,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "factorize": {"rank": 0.5, "pins": {}, "multiple": 64, "spread": "uniform", "method": "whitened", "damp": None, "drift": 0.5},
     "quantize": QUANTIZE,
     "lqlora": {**QUANTIZE, "rank": 16, "factors": "bf16", "init": "closed_form", "rounds": 2, "fisher": False},
-    "compressed_tensors": {"shard_bytes": 5_000_000_000},
+    "compressed_tensors": {"shard_bytes": 5_000_000_000, "engine": None},
     "gptq": {"shard_bytes": 5_000_000_000},
     "gguf": {},
     "native": {"shard_bytes": 5_000_000_000},

@@ -52,6 +52,7 @@ from compress.export.compressed_tensors.engines import (
 )
 from compress.export.compressed_tensors.reader import read
 from compress.formats import Dense, Float, Format, Int, Served
+from compress.formats.engines import EngineName, refusal
 from compress.model.model import Model, open_model
 from compress.model.skeleton import auto_class, base_prefix
 from compress.state import State
@@ -89,6 +90,9 @@ class CompressedTensors(Exporter):
     name: ClassVar[str] = "compressed_tensors"
 
     shard_bytes: int = Field(5_000_000_000, ge=1_000_000, description="largest size of one safetensors file")
+    engine: EngineName | None = Field(
+        None, description="what is to serve it, such as vllm:sm90: formats that it does not run as measured are refused"
+    )
 
     def check(self, state: State) -> None:
         refuse_free_shapes("compressed_tensors", state)
@@ -97,6 +101,8 @@ class CompressedTensors(Exporter):
         for name, fmt in formats.items():
             refuse_packed_table("compressed_tensors", state, name, fmt)
             way_for(CHECKS, "compressed_tensors", name, fmt)(state.graph[name], fmt)
+            if self.engine and (why := refusal(self.engine, fmt)):
+                raise ExportError(f"compressed_tensors: '{name}' has {fmt}, and {why}")
         for group in state.graph.fused():
             kinds = {str(formats.get(s.name, "as it is")) for s in group}
             if len(kinds) > 1:
