@@ -24,7 +24,7 @@ LAYERS = (
     ("model",),
     ("shapes",),
     ("state",),
-    ("formats",),
+    ("formats", "cache"),
     ("nodes",),
     ("documents",),
     ("errors",),
@@ -41,7 +41,7 @@ TRANSFORMERS = {
     "export.runtime",
 }
 # All that an artifact needs of the rest to be run.
-RUNTIME = ("formats", "errors", "state.checkpoint", "export.artifact.files", "export.artifact.config", "export.artifact.schemes",
+RUNTIME = ("formats", "cache", "errors", "state.checkpoint", "export.artifact.files", "export.artifact.config", "export.artifact.schemes",
            "export.artifact.checks", "shapes")  # fmt: skip
 FOLDERS = {"compress": ROOT / "compress", "passes": ROOT / "passes", "export": ROOT / "export"}
 

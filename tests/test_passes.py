@@ -85,6 +85,10 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # at least one set for every pass,
         {"format": "int2:g32", "rank": 4, "rounds": 0, "method": "learned", "steps": 6},
     ],
     "importance": [{}],
+    "kv_policy": [
+        {"budget": "60 %", "context": 64, "continuation": 8, "dtype": ["bf16", "int8"]},
+        {"budget": "50 %", "context": 64, "method": "uniform", "rules": ["snap"]},
+    ],
     "rotate": [{}, {"kind": "random", "heads": False}],
     "allocate": [
         {"budget": "3.5 bits", "formats": SOME, "trials": 2, "pins": {"lm_head": "int8:g32", "layers.1.*": {"min": "int3:g32"}}},

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from compress.formats import by_rows
+from compress.model.attention import See, attention_by
 from compress.model.lockstep import Batch
 from compress.model.stream import Stream
 from compress.state import State
@@ -100,13 +101,16 @@ class Streamed:
     pieces: list[Piece]
 
     @classmethod
-    def of(cls, state: State, ids: Sequence[Tensor], device: str, causal: bool, exact: bool = False) -> Streamed:
+    def of(
+        cls, state: State, ids: Sequence[Tensor], device: str, causal: bool, exact: bool = False, see: See | None = None
+    ) -> Streamed:
         """Pass batches of token ids [b, t], as the state numbers them, through its blocks, one block's weights in memory.
-        `causal`: see `cut`; `exact`: see `Stream`."""
+        `causal`: see `cut`; `exact`: see `Stream`; `see`: what is asked at every attention (attention.py)."""
         stream = Stream(state, device, exact)
         batches = stream.start(state, ids)
-        for block in state.graph.blocks:
-            stream.advance(state, block.index, batches)
+        with attention_by(stream, see) if see else nullcontext():
+            for block in state.graph.blocks:
+                stream.advance(state, block.index, batches)
         return cls(Head(stream, state), cut(batches, causal))
 
     @contextmanager

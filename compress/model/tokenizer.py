@@ -67,6 +67,11 @@ class Tokenizer:
         found: dict[str, int] = self._ask("the tokenizer cannot tell its tokens", 0, "ids")
         return found
 
+    def special(self) -> list[int]:
+        """The ids of its special tokens."""
+        found: list[int] = self._ask("the tokenizer cannot tell its special tokens", 0, "special")
+        return found
+
     def _ask(self, failure: str, length: int, *request: Any) -> Any:
         try:
             return self.apart.ask(ENCODING + length / SPEED, *request)
@@ -110,6 +115,9 @@ class Server:
 
     def _ids(self) -> dict[str, int]:
         return dict(self.tokenizer.get_vocab())
+
+    def _special(self) -> list[int]:
+        return [int(i) for i in self.tokenizer.all_special_ids]
 
     def _encode(self, text: str) -> bytes:
         found = self.tokenizer(text, add_special_tokens=False, verbose=False, return_attention_mask=False)

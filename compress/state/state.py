@@ -96,9 +96,9 @@ class State:
     graph: structure. config: transformers' config, as it now is; never changed in place. dtype: what the model computes in.
     specs: every dense tensor as it is to be, in the order of a checkpoint. dense: where the dense tensors lie: the source's
     checkpoint, overlaid by the files of steps. codes: site -> its tensors in a format, for encoded sites only. serving: site or
-    "model" -> JSON that an engine must know besides weights. vocabulary: the source's ids of the tokens that are still there, in
-    the order of their new ids; None where all are. plan: what each site is meant to become. facts: what holds.
-    history: the text of every pass so far.
+    "cache" -> JSON that an engine or a tool must know besides weights. vocabulary: the source's ids of the tokens that are still
+    there, in the order of their new ids; None where all are. plan: what each site is meant to become. facts: what holds. history:
+    the text of every pass so far.
     """
 
     graph: Graph

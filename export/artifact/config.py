@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from compress.cache import policy
 from compress.errors import FormatError, ModelError, one_line
-from compress.export.artifact.files import json_of
+from compress.export.artifact.files import document, json_of
 from compress.export.artifact.patterns import matches, parsed
 from compress.formats import Format, parse
 
@@ -47,6 +48,16 @@ def formats_in(config: Mapping[str, Any], path: Path = Path("config.json")) -> d
         except ValueError:
             raise ModelError(f"{path}: '{one_line(module)}': '{one_line(text)[:40]}…' is no format") from None
     return found
+
+
+def policy_of(folder: Path) -> policy.Policy | None:
+    """The policy of the KV cache that an artifact is to be run with; None where its config says of none. ModelError where there
+    should be one, or there is one that the config does not know."""
+    path = folder / policy.FILE
+    if (declared(folder).get(policy.DECLARED) is True) != path.is_file():
+        why = "is not asked for by" if path.is_file() else "is missing, and asked for by"
+        raise ModelError(f"{path}: {why} config.json; they do not belong together, copy or export the folder again")
+    return policy.read(document(path), str(path)) if path.is_file() else None
 
 
 def check_patterns(config: Mapping[str, Any], path: Path = Path("config.json")) -> None:

@@ -103,7 +103,7 @@ def check_marks(folder: Path) -> None:
 
 
 def is_compared(name: str) -> bool:
-    return name == "config.json" or name.startswith("tokenizer") or Path(name).suffix in WEIGHTS
+    return name in ("config.json", "kv_policy.json") or name.startswith("tokenizer") or Path(name).suffix in WEIGHTS
 
 
 def note_of(folder: Path) -> dict[str, Any] | None:

@@ -24,6 +24,7 @@ from compress.export.artifact.engines import Engine, EngineError, greedy
 from compress.export.artifact.exporter import Job, Proof
 from compress.formats import Served
 from compress.formats.served import Rounding
+from compress.model.attention import See
 from compress.model.head import Streamed, parts
 from compress.state import State
 
@@ -83,9 +84,10 @@ def prove(job: Job, engine: Engine, tolerance: float = TOLERANCE, remark: str = 
     return Proof(engine.name, difference, remark, int((steps.argmax(-1) == said[0]).sum()))
 
 
-def logits(state: State, batches: list[Tensor], device: str) -> list[Tensor]:
-    """The logits of a state, streamed, fp32 [b, t, vocabulary] on CPU, for each of the batches [b, t]."""
-    found = Streamed.of(state, batches, device, causal=False, exact=True)
+def logits(state: State, batches: list[Tensor], device: str, see: See | None = None) -> list[Tensor]:
+    """The logits of a state, streamed, fp32 [b, t, vocabulary] on CPU, for each of the batches [b, t]; `see`: see
+    `Streamed.of`."""
+    found = Streamed.of(state, batches, device, causal=False, exact=True, see=see)
     made: list[list[Tensor]] = [[] for _ in found.pieces]
     with torch.no_grad():
         for rows in parts(found.head.size):

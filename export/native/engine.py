@@ -9,14 +9,14 @@ from pathlib import Path
 import psutil
 
 from compress.errors import ModelError, first_line
-from compress.export.artifact.engines import Engine, EngineError, Transformers
+from compress.export.artifact.engines import EngineError, Transformers
 from compress.export.artifact.place import sizes
 from compress.state import State
 
 ENGINE = "compress runtime"
 
 
-def engine(folder: Path, state: State, device: str) -> Engine:
+def engine(folder: Path, state: State, device: str) -> Transformers:
     """The artifact in our runtime, in the state's dtype; EngineError where that cannot load it."""
     from compress.export.runtime import load
 

@@ -11,6 +11,7 @@ config.json is the source's, with a `quantization_config`:
     format_version   1; a reader refuses a newer one
     formats          module -> text of its format, for every matrix that is not as the source has it
     others           tensors that belong to no matrix and no parameter, such as buffers; absent where there are none
+    kv_policy        true where kv_policy.json says which entries the KV cache keeps (compress/cache/policy.py); else absent
 
 The reader asks for every tensor by name and shape, and for no tensor more; the runtime and it share their checks of a folder
 (artifact/files.py). No path comes from a file: the weights are what lies in the folder under the names above. Hashes (see
@@ -20,21 +21,26 @@ artifact/place.py) are compared up to `HASHED_BYTES` of weights, which takes sec
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from pydantic import Field
 
+from compress.cache.policy import DECLARED, FILE, SERVED
+from compress.errors import ExportError
 from compress.export.artifact.config import METHOD, VERSION
+from compress.export.artifact.engines import Transformers
 from compress.export.artifact.exporter import Exporter, Job, Proof
 from compress.export.artifact.place import carry_over
-from compress.export.artifact.proof import FP32_TOLERANCE, TOLERANCE, prove, proven
+from compress.export.artifact.proof import FP32_TOLERANCE, TOLERANCE, logits, mismatch, prove, proven
 from compress.export.artifact.tensors import same_tensors, tensors, write_config
 from compress.export.native.engine import engine
 from compress.export.native.reader import belonging, read
 from compress.formats import Dense, Factored, Float, LowRank, Rotated, Served, numbers_of
+from compress.model.attention import Following
 from compress.model.model import Model
 from compress.model.skeleton import auto_class
 from compress.shapes import ATTENTION, layers_without
@@ -58,6 +64,7 @@ class Native(Exporter):
     """Every format, as safetensors files that our runtime loads in transformers and vLLM."""
 
     name: ClassVar[str] = "native"
+    tells: ClassVar[frozenset[str]] = frozenset({SERVED})
 
     shard_bytes: int = Field(5_000_000_000, ge=1_000_000, description="largest size of one safetensors file")
 
@@ -76,6 +83,8 @@ class Native(Exporter):
         self.layout(job.model, job.state).write(folder, tensors(job.state))
         write_config(job, folder, quantization_config(job.state))
         carry_over(job.model.folder, folder, job.state.vocabulary)
+        if SERVED in job.state.serving:
+            (folder / FILE).write_text(json.dumps(job.state.serving[SERVED]) + "\n", encoding="utf-8")
         use = USE.format(auto=auto_class(job.state.config))
         facts = {"library": "transformers", "tag": METHOD, "loads in": "transformers with compress-pipeline", "use": use}
         if for_vllm(job.state):
@@ -86,13 +95,17 @@ class Native(Exporter):
     def prove(self, job: Job, folder: Path) -> Proof:
         written = read(folder)
         same_tensors(job.state, written)
+        if dict(written.serving) != dict(job.state.serving):
+            raise ExportError(f"{FILE} on disk is not what was decided; please report this")
         return proven(job, written, lambda: in_runtime(job, folder), 0.0 if job.device == "cpu" else TOLERANCE)
 
 
 def for_vllm(state: State) -> bool:
-    """Whether our plug-in serves it in vLLM: not masked models, not experts, not a packed embedding; nor small floats and rounded
-    inputs, for which vLLM has kernels of its own."""
+    """Whether our plug-in serves it in vLLM: not masked models, not experts, not a packed embedding, not a policy of the cache;
+    nor small floats and rounded inputs, for which vLLM has kernels of its own."""
     formats = state.formats
+    if SERVED in state.serving:
+        return False
     if any(isinstance(fmt, Served) or isinstance(numbers_of(fmt), Float) for fmt in formats.values()):
         return False
     served = isinstance(formats.get("embed"), Dense | None)
@@ -109,6 +122,8 @@ def in_runtime(job: Job, folder: Path) -> Proof:
     multiply by the matrix that these make, and in 16 bits the two round differently: a CPU compares in fp32, for which the
     kernels of a GPU have no code."""
     state = job.state
+    if SERVED in state.serving:
+        return through_cache(job, engine(folder, replace(state, dtype=torch.float32), job.device))
     if not any(isinstance(f, LowRank | Factored | Rotated) for f in state.formats.values()):
         return prove(job, engine(folder, state, job.device))
     if job.device != "cpu":
@@ -117,10 +132,35 @@ def in_runtime(job: Job, folder: Path) -> Proof:
     return prove(job, engine(folder, state, job.device), FP32_TOLERANCE, "compared in fp32", state)
 
 
+def through_cache(job: Job, served: Transformers) -> Proof:
+    """The proof where the cache has a policy: of the weights with a plain cache; then bytes of the cache after a prompt, to the
+    byte, and logits of what follows, which our stream computes with masks in place of a cache. In fp32: in 16 bits what attention
+    gives is summed up otherwise, and the entry that is kept last may be another."""
+    assert job.tokens is not None
+    state, model = replace(job.state, dtype=torch.float32), cast(Any, served.model)
+    policy, model.kv_policy = model.kv_policy, None
+    proof = prove(job, served, FP32_TOLERANCE, "compared in fp32", state)
+    model.kv_policy = policy
+    prompt = job.tokens.shape[1] // 2
+    _, cache = served.prefill(job.tokens[:, :prompt])
+    wanted = len(job.tokens) * policy.nbytes(prompt)
+    if cache.nbytes != wanted:
+        raise ExportError(
+            f"the cache takes {cache.nbytes:,} bytes after {prompt} tokens, not the {wanted:,} of its policy; please report"
+        )
+    theirs, _ = served.step(job.tokens[:, prompt:], cache)
+    (ours,) = logits(state, [job.tokens], job.device, Following(policy, prompt, [job.tokens]))
+    difference = float((ours[:, prompt:] - theirs).abs().max())
+    if not difference <= FP32_TOLERANCE * float(ours.abs().max()):
+        raise mismatch(served.name, difference, ours, " behind a prompt, through the cache")
+    return replace(proof, difference=max(proof.difference, difference))
+
+
 def quantization_config(state: State) -> dict[str, Any]:
     """The `quantization_config` of config.json."""
     formats = {state.graph[name].stem: str(fmt) for name, fmt in state.formats.items()}
     config: dict[str, Any] = {"quant_method": METHOD, "format_version": VERSION, "formats": formats}
     known = belonging(state.graph)
     others = [spec.name for spec, site, _ in state.entries() if site is None and spec.name not in known]
+    config |= {DECLARED: True} if SERVED in state.serving else {}
     return config | ({"others": others} if others else {})

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+from compress.cache.policy import SERVED
 from compress.errors import FormatError, ModelError
 from compress.export.artifact import files
-from compress.export.artifact.config import METHOD, declared, formats
+from compress.export.artifact.config import METHOD, declared, formats, policy_of
 from compress.export.artifact.tensors import Placed, state_of
 from compress.formats import Format
 from compress.model.model import Model, open_model
@@ -51,7 +53,9 @@ def read(folder: Path) -> State:
             raise ModelError(f"{folder / 'config.json'}: gives a format to '{module}', which is no matrix of this model")
         stored[by_stem[module].name] = placed(by_stem[module], fmt, model, folder)
     check_names(folder, model, stored)
-    return state_of(model, stored)
+    found = state_of(model, stored)
+    policy = policy_of(folder)
+    return replace(found, serving={SERVED: policy.json()}) if policy else found
 
 
 def placed(site: Site, fmt: Format, model: Model, folder: Path) -> Placed:

@@ -25,7 +25,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compress.errors import ModelError, one_line
 from compress.export.artifact import files as artifact_files
+from compress.export.artifact.config import policy_of
 from compress.export.runtime import reading
+from compress.export.runtime.cache import follow
 from compress.export.runtime.experts import ROLES, PackedExperts
 from compress.export.runtime.linear import PackedEmbedding, PackedHead, PackedLinear, leaf_of, prepare
 from compress.export.runtime.reading import Artifact, Matrix
@@ -124,7 +126,14 @@ class NativeQuantizer(PackedQuantizer):
         if several and not (self.artifact.folder / OWN_INDEX).exists():
             raise ModelError(f"{self.artifact.folder}: has several weight files and no {OWN_INDEX}; export it again")
         config.transformers_weights = OWN_INDEX if several else self.artifact.paths[0].name
+        self.policy = policy_of(self.artifact.folder)
         return config
+
+    def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
+        model = super()._process_model_after_weight_loading(model, **options)
+        if self.policy:
+            follow(model, self.policy)
+        return model
 
 
 class IntegerQuantizer(PackedQuantizer):

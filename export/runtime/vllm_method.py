@@ -19,6 +19,7 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
+from compress.cache.policy import DECLARED
 from compress.errors import ModelError
 from compress.export.artifact import config as artifact_config
 from compress.export.runtime import reading, vllm_shapes
@@ -52,6 +53,10 @@ class NativeConfig(QuantizationConfig):  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> NativeConfig:
+        if config.get(DECLARED):
+            raise ModelError(
+                "this artifact has a policy of the KV cache by head, which vLLM's paged cache cannot follow; use transformers"
+            )
         return cls(artifact_config.formats_in(config))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:

@@ -1,0 +1,1 @@
+"""What stays of a KV cache: policies, and the rules that they are made of."""

@@ -1,0 +1,245 @@
+"""The pass `kv_policy`: which entries of the KV cache each head keeps, so that a model's text changes least within the bytes.
+
+Weights stay as they are; what is decided goes along as `kv_policy.json`, which our runtime follows. compress/cache/rules.py has
+the rules, kv_policy_core.py how their damage is measured and the budget spent.
+
+1. One pass over the calibration windows, block by block: of each window the last `continuation` tokens are what is read through
+   the cache, the rest is the prompt. Every option of every KV head is measured on what attention is given there.
+2. The budget: bytes of all entries after `context` tokens, exact. `method: ilp` chooses rule, share and storage of every head;
+   `method: uniform` gives all heads the one rule that is named, at the largest share that fits: StreamingLLM, SnapKV or H2O.
+
+Shares are shares of the tokens seen, so what was measured on windows of one length is used at others. What is measured is kept
+under the state and the windows: another budget or context measures nothing. Calibrate on the kind of text that will be served:
+which heads retrieve shows only where there is something to retrieve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor
+
+from compress.cache.policy import SERVED, Layer, Policy, Unit
+from compress.cache.rules import DTYPES, MARKS
+from compress.errors import FormatError, RecipeError
+from compress.manager import Context, Cost, Pass, Record
+from compress.model.attention import Attended, Heads, attention_by, heads, plain
+from compress.model.marks import marked
+from compress.model.speed import precision
+from compress.model.work import block_bytes, per_token, waiting_bytes
+from compress.passes import kv_policy_core as core
+from compress.passes.allocate_core import Infeasible
+from compress.passes.importance import changes
+from compress.state import Aspect, State
+from compress.state.plan import Budget, size
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+Rule = Literal["stream", "snap", "h2o", "punct", "frequent", "full"]
+
+
+class KvPolicy(Pass):
+    """Choose which entries of the KV cache each head keeps, within a budget of bytes."""
+
+    name: ClassVar[str] = "kv_policy"
+    writes: ClassVar[Aspect] = Aspect.SERVING
+
+    budget: str = Field("50 %", description="of the cache at `context` tokens: a share of what it takes now, or bytes (40 MiB)")
+    context: int = Field(2048, ge=16, le=2**31, description="tokens at which the budget counts; shares are of the tokens seen")
+    rules: tuple[Rule, ...] = Field(
+        ("stream", "snap", "h2o", "punct", "frequent", "full"), description="what a head may keep, of these the best is chosen"
+    )
+    dtype: tuple[Literal["bf16", "fp16", "fp32", "int8"], ...] = Field(
+        (),
+        description="what entries may be stored in: numbers as they are, or int8 with a scale each; the model's own where empty",
+    )
+    method: Literal["ilp", "uniform"] = Field("ilp", description="rule and share of every head, or one rule at one share for all")
+    continuation: int = Field(64, ge=4, le=4096, description="tokens of each window that are read through the cache, to measure")
+
+    @field_validator("budget", mode="after")
+    @classmethod
+    def _budget(cls, text: str) -> str:
+        try:
+            if Budget.parse(text).average:
+                raise ValueError(f"'{text}' counts bits a weight, and a cache has none; write '50 %' or '40 MiB'")
+        except FormatError as e:
+            raise ValueError(str(e)) from None
+        return text
+
+    @model_validator(mode="after")
+    def _of_use(self) -> KvPolicy:
+        if not self.rules or len(set(self.rules)) < len(self.rules) or len(set(self.dtype)) < len(self.dtype):
+            raise ValueError("rules and dtype are lists without repetition, and at least one rule is needed")
+        if self.method == "uniform" and (len(self.rules) != 1 or len(self.dtype) > 1 or self.rules == ("full",)):
+            raise ValueError("method: uniform gives all heads one rule other than 'full', and one dtype; name one of each")
+        return self
+
+    def check(self, calibrated: bool, following: Sequence[Pass] = ()) -> None:
+        if not calibrated and self.method == "ilp":
+            raise RecipeError("'kv_policy' needs data.calibration, on which it measures heads; add it, or use method: uniform")
+        later = next((p for p in following if changes(p) or p.name == self.name), None)
+        if later:
+            raise RecipeError(f"'kv_policy' decides for the model as it stands here, and '{later.name}' behind it changes that; "
+                              f"move it behind '{later.name}', or leave one out")  # fmt: skip
+
+    def foresee(self, state: State) -> State:
+        found = heads(state)
+        budget = self._bytes(state, found)
+        least = int(self._bytes_of(found, core.options_of(self.rules, self._dtypes(state))).min(1).sum())
+        if self.method == "ilp" and least > budget:
+            raise RecipeError(f"'kv_policy': no choice of these rules fits {size(budget)}; the smallest takes {size(least)} at "
+                              f"{self.context:,} tokens: raise the budget, or allow rules of small shares, or int8")  # fmt: skip
+        return replace(state, serving={**state.serving, SERVED: {}})
+
+    def remarks(self, state: State, foreseen: State) -> Iterable[str]:
+        found = heads(state)
+        whole = plain(found, self.context, state.dtype.itemsize)
+        most = size(self._bytes(state, found))
+        yield f"kv_policy: at {self.context:,} tokens the cache takes at most {most} a row, without it {size(whole)}"
+
+    def cost(self, state: State, tokens: int) -> Cost:
+        if self.method == "uniform":
+            return Cost()
+        work, options = per_token(state), len(core.options_of(self.rules, self._dtypes(state)))
+        layers = heads(state)
+        inputs = sum(each.reader.shape[1] for each in layers)
+        exact = 2.0 * tokens * self.continuation * inputs * options
+        peak = waiting_bytes(state, tokens) + block_bytes(state) + 8 * max(each.reader.numel for each in layers)
+        return Cost(2.0 * tokens * work.weights, exact, 0, peak, numbers=tokens * work.numbers)
+
+    def run(self, state: State, ctx: Context) -> State:
+        found, dtypes = heads(state), self._dtypes(state)
+        marks = marked(state.dense.folder, state.vocabulary) if set(self.rules) & set(MARKS) else ()
+        budget, whole = self._bytes(state, found), plain(found, self.context, state.dtype.itemsize)
+        if self.method == "uniform":
+            layers, records = self._uniform(found, dtypes[0], budget), list[Record]()
+        else:
+            options = core.options_of(self.rules, dtypes)
+            layers, records = self._chosen(found, options, self._measured(state, ctx, found, options, marks), budget)
+        policy = Policy(tuple(layers), marks, self.context, whole)
+        policy = policy if policy.marks else replace(policy, marked=())
+        told: list[Record] = [*records, _summary(policy)]
+        for record in told:
+            ctx.say(record)
+        done = ctx.store.commit("policy", serving={SERVED: policy.json()}, records=told)
+        return state.with_part(done)
+
+    # --- the budget ---
+
+    def _dtypes(self, state: State) -> tuple[str, ...]:
+        return self.dtype or (NAMES[state.dtype],)
+
+    def _bytes(self, state: State, found: Sequence[Heads]) -> int:
+        return Budget.parse(self.budget).bytes(1, plain(list(found), self.context, state.dtype.itemsize))
+
+    def _bytes_of(self, found: Sequence[Heads], options: Sequence[Unit]) -> np.ndarray:
+        """Bytes [units, options] at `context` tokens, of all units in order."""
+        rows = [[o.nbytes(self.context, each.width, each.sliding) for o in options] for each in found for _ in range(each.units)]
+        return np.array(rows, dtype=np.int64)
+
+    def _uniform(self, found: Sequence[Heads], dtype: str, budget: int) -> list[Layer]:
+        """All heads with one rule and the largest share that fits; RecipeError where none does."""
+        low, high = 0, 1000
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = int(self._bytes_of(found, [Unit(self.rules[0], middle, dtype)]).sum()) <= budget
+            low, high = (middle, high) if fits else (low, middle - 1)
+        if not low:
+            raise RecipeError(
+                f"'kv_policy': no share of '{self.rules[0]}' fits {size(budget)} at {self.context:,} tokens; raise it"
+            )
+        return [_layer(each, [Unit(self.rules[0], low, dtype)] * each.units) for each in found]
+
+    # --- what is measured, and chosen ---
+
+    def _measured(
+        self, state: State, ctx: Context, found: Sequence[Heads], options: Sequence[Unit], marks: Sequence[int]
+    ) -> list[np.ndarray]:
+        """Damage [units, options] of every layer in order, each layer found in the run's analyses or measured now."""
+        assert ctx.calibration is not None, "`check` asks for calibration data"
+        length = ctx.calibration.ids.shape[1]
+        if length < 2 * self.continuation:
+            raise RecipeError(f"'kv_policy' reads the last {self.continuation} tokens of each window through the cache, and "
+                              f"windows have {length}; ask for longer ones, or lower 'continuation'")  # fmt: skip
+        texts = [[o.rule, o.share, o.dtype] for o in options]
+        store = ctx.store.analysis("cache", {"version": 1, "continuation": self.continuation, "options": texts})
+        parts = {each.layer: f"block-{each.layer:04}" for each in found}
+        if any(store.committed(part) is None for part in parts.values()):
+            self._measure(state, ctx, store, found, options, torch.tensor(list(marks), dtype=torch.int64))
+        by_layer = {record["layer"]: np.array(record["damage"]) for record in store.records}
+        return [by_layer[each.layer] for each in found]
+
+    def _measure(
+        self, state: State, ctx: Context, store: Any, found: Sequence[Heads], options: Sequence[Unit], marks: Tensor
+    ) -> None:
+        by_layer = {each.layer: each for each in found}
+        with precision("bf16"):
+            stream, batches = ctx.stream(state)
+            for block in state.graph.blocks:
+                ctx.progress(block.index, len(state.graph.blocks), block.module)
+                layer, part = by_layer.get(block.index), f"block-{block.index:04}"
+                if layer is None or store.committed(part) is not None:
+                    stream.advance(state, block.index, batches)
+                    continue
+                meter = _Meter(layer, state.weight(layer.reader), options, self.continuation, marks, [b.tokens for b in batches])
+                with attention_by(stream, meter):
+                    stream.advance(state, block.index, batches)
+                damage = (meter.found / max(meter.whole, 1e-30)).tolist()
+                store.commit(part, records=[{"site": layer.reader.name, "layer": layer.layer, "damage": damage}])
+
+    def _chosen(
+        self, found: Sequence[Heads], options: Sequence[Unit], measured: Sequence[np.ndarray], budget: int
+    ) -> tuple[list[Layer], list[Record]]:
+        """The layers as the integer program has them, and what is to be said of each."""
+        names = [f"layer {each.layer} head {u}" for each in found for u in range(each.units)]
+        damage, nbytes = np.concatenate(measured), self._bytes_of(found, options)
+        try:
+            solution = core.choose(names, damage, nbytes, budget)
+        except Infeasible as e:
+            raise RecipeError(f"'kv_policy': {e}; raise the budget") from None
+        layers, records, at = list[Layer](), list[Record](), 0
+        for each in found:
+            mine = solution.choice[at : at + each.units]
+            units, cost = [options[i] for i in mine], float(sum(damage[at + u, i] for u, i in enumerate(mine)))
+            layers.append(_layer(each, units))
+            records.append({"site": f"layers.{each.layer}.attn", "damage": cost, "notes": [f"{_told(units)}; damage {cost:.2g}"]})
+            at += each.units
+        return layers, records
+
+
+class _Meter:
+    """Sees the attention of one block: damages summed over all windows."""
+
+    def __init__(
+        self, layer: Heads, weight: Tensor, options: Sequence[Unit], behind: int, marks: Tensor, tokens: Sequence[Tensor]
+    ):
+        self.layer, self.weight, self.options, self.behind = layer, weight, options, behind
+        self.marked, self.whole = iter([torch.isin(ids, marks) for ids in tokens]), 0.0
+        self.found = torch.zeros(layer.units, len(options), dtype=torch.float64)
+
+    def __call__(self, a: Attended, out: Tensor) -> Tensor:
+        assert a.layer == self.layer.layer, "attention counts layers as the graph does"
+        with precision("ieee"):
+            split = a.q.shape[2] - self.behind
+            found, whole = core.damages(a, self.layer, self.weight, split, self.options, next(self.marked))
+        self.found, self.whole = self.found + found, self.whole + whole
+        return out
+
+
+def _layer(each: Heads, units: Sequence[Unit]) -> Layer:
+    return Layer(each.layer, each.width, each.sliding, tuple(units))
+
+
+def _told(units: Sequence[Unit]) -> str:
+    return ", ".join(u.rule + (f" {u.share / 10:g} %" if u.rule != "full" else "") + (" int8" if u.dtype == "int8" else "")
+                     for u in units)  # fmt: skip
+
+
+def _summary(policy: Policy) -> Record:
+    took = policy.nbytes(policy.context)
+    return {"site": "cache", "bytes": took, "full": policy.full,
+            "notes": [f"{size(took)} at {policy.context:,} tokens, {took / policy.full:.1%} of {size(policy.full)}"]}  # fmt: skip
