@@ -89,7 +89,9 @@ def compare(
 def finite(found: list[Compared]) -> None:
     """ModelError where logits are not finite: a mean over them would be NaN, and a comparison with it nothing at all."""
     if not all(bool(each.q.log_total.isfinite().all()) for each in found):
-        raise ModelError("the logits to be judged are not finite: a weight or a scale is NaN, or too large for the activations' dtype")
+        raise ModelError(
+            "the logits to be judged are not finite: a weight or a scale is NaN, or too large for the activations' dtype"
+        )
 
 
 def told(of: Callable[[list[Compared], int], Scores], found: list[Compared], tokens: Tokens) -> Scores:

@@ -15,7 +15,9 @@ from compress.passes.prune import Prune
 from compress.passes.quantize import Quantize
 from compress.passes.rotate import Rotate
 from compress.passes.smooth import Smooth
+from compress.passes.sparsify import Sparsify
 
 PASSES: dict[str, type[Pass]] = {
-    p.name: p for p in (Edit, Depth, Prune, Rotate, Smooth, Allocate, Factorize, Quantize, LqLora, Distill, Importance, KvPolicy)
+    p.name: p
+    for p in (Edit, Depth, Prune, Rotate, Smooth, Allocate, Factorize, Quantize, LqLora, Distill, Sparsify, Importance, KvPolicy)
 }

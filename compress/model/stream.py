@@ -35,6 +35,7 @@ from compress.model.lockstep import Batch, Inputs, Lockstep
 from compress.model.probe import Probe, Stop
 from compress.model.rounding import Rounds
 from compress.model.skeleton import skeleton, stand_on
+from compress.model.skips import skipping
 from compress.model.speed import computing
 from compress.state import State
 from compress.state.graph import Site
@@ -226,7 +227,7 @@ class Stream:
             self._names.load_buffers(state, self.blocks[index], self.graph.blocks[index].module)
             _move_buffers(self.blocks[index], self.device)
             try:
-                with self._rounds.within(state, index, self.holders):
+                with skipping(state, index, self.holders), self._rounds.within(state, index, self.holders):
                     yield self.blocks[index]
             finally:
                 for name, module in self._modules(index):

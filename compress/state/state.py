@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from compress.errors import ModelError
 from compress.formats import Dense, Format, Packed, Served
 from compress.formats.served import Rounding
+from compress.formats.sparsity import Sparsity
 from compress.state.checkpoint import Spec
 from compress.state.graph import Graph, Site
 from compress.state.overlay import Overlay, Written
@@ -96,9 +97,10 @@ class State:
     graph: structure. config: transformers' config, as it now is; never changed in place. dtype: what the model computes in.
     specs: every dense tensor as it is to be, in the order of a checkpoint. dense: where the dense tensors lie: the source's
     checkpoint, overlaid by the files of steps. codes: site -> its tensors in a format, for encoded sites only. serving: site or
-    "cache" -> JSON that an engine or a tool must know besides weights. vocabulary: the source's ids of the tokens that are still
-    there, in the order of their new ids; None where all are. plan: what each site is meant to become. facts: what holds. history:
-    the text of every pass so far.
+    "cache" -> JSON that an engine or a tool must know besides weights. sparsity: site -> how it is found which of its neurons a
+    token needs; thresholds and predictors are dense tensors beside the matrix. vocabulary: the source's ids of the tokens that
+    are still there, in the order of their new ids; None where all are. plan: what each site is meant to become. facts: what
+    holds. history: the text of every pass so far.
     """
 
     graph: Graph
@@ -108,6 +110,7 @@ class State:
     dense: Overlay
     codes: Mapping[str, Promised] = field(default_factory=dict)
     serving: Mapping[str, Any] = field(default_factory=dict)
+    sparsity: Mapping[str, Sparsity] = field(default_factory=dict)
     vocabulary: tuple[int, ...] | None = None
     plan: BitPlan | None = None
     facts: Fact = Fact.DENSE
@@ -160,6 +163,12 @@ class State:
     def inputs(self, site: Site) -> Rounding | None:
         """What the inputs of a site are rounded by where its matrix multiplies; None where they are taken as they are."""
         return self.codes[site.name].load().inputs if isinstance(self.format(site), Served) else None
+
+    def skips(self, site: Site) -> dict[str, torch.Tensor]:
+        """The thresholds, and a predictor's factors, of a site that has a sparsity, by their suffixes."""
+        return {
+            suffix: self.dense.read_finite(f"{site.stem}.{suffix}") for suffix in self.sparsity[site.name].tensors(site.shape)
+        }
 
     def rows(self, site: Site, rows: slice | list[int]) -> torch.Tensor:
         """Some rows of the matrix of a site that is no expert's, in the model's dtype: no others are read, nor decoded."""
@@ -237,7 +246,7 @@ def site_entries(site: Site, fmt: Format | None, dtype: torch.dtype, scale: torc
 def changed(before: State, after: State) -> Aspect:
     """What really differs between two states."""
     aspect = Aspect.NONE
-    structure = [(state.graph, state.specs, state.vocabulary) for state in (before, after)]
+    structure = [(state.graph, state.specs, state.vocabulary, dict(state.sparsity)) for state in (before, after)]
     if structure[0] != structure[1] or config_of(before) != config_of(after):
         aspect |= Aspect.STRUCTURE
     if before.dense != after.dense or dict(before.codes) != dict(after.codes):
@@ -260,7 +269,7 @@ def config_of(state: State) -> dict[str, Any]:
 def broken_promises(foreseen: State, made: State) -> list[str]:
     """In words, where a state is not what was foreseen of it: structure, config, the tensors that are there and their shapes,
     formats. Empty where it is."""
-    found = [f"{name} is not what it foresaw" for name in ("graph", "specs", "dtype", "vocabulary") if
+    found = [f"{name} is not what it foresaw" for name in ("graph", "specs", "dtype", "vocabulary", "sparsity") if
              getattr(foreseen, name) != getattr(made, name)]  # fmt: skip
     ours, theirs = config_of(foreseen), config_of(made)
     found += [f"config.{k} is not what it foresaw" for k in sorted(ours.keys() | theirs.keys()) if ours.get(k) != theirs.get(k)]
