@@ -10,9 +10,10 @@ from pathlib import Path
 from compress import manager
 from compress.errors import CompressError, DataError, ExportError, MatchError, RecipeError
 from compress.export.artifact.carried import carried
-from compress.export.artifact.exporter import Exporter
+from compress.export.artifact.exporter import INPUTS, Exporter
 from compress.export.table import EXPORTERS
 from compress.formats import Format
+from compress.formats.caches import CACHE
 from compress.model import data
 from compress.model.gguf_source import Say, silent
 from compress.model.model import Model, open_model
@@ -203,10 +204,18 @@ def check_exports(recipe: Recipe, state: State) -> None:
     """ExportError, with its place in the recipe, where an exporter cannot hold a state."""
     for i, exporter in enumerate(recipe.exports):
         try:
-            if state.serving and not exporter.tells:  # nothing is left out in silence
-                name = next(iter(state.serving))
-                raise ExportError(f"{exporter.name} has no place for what an engine must know of '{name}', nor a tool of "
-                                  "llama.cpp's, as 'importance' measures it; export gguf, or leave that step out")  # fmt: skip
+            for name in state.serving:  # nothing is left out in silence
+                refuse_untold(exporter, name)
             exporter.check(state)
         except CompressError as e:
             raise recipe.located(e, "export", i) from None
+
+
+def refuse_untold(exporter: Exporter, name: str) -> None:
+    """ExportError where an exporter has no place for what an engine, or a tool, must know beside weights."""
+    if name == CACHE and CACHE not in exporter.tells:
+        raise ExportError(f"{exporter.name} has no place for the scales of a cache, and no engine of its layout takes them; "
+                          "export compressed_tensors, or leave 'kv_cache' out")  # fmt: skip
+    if name != CACHE and INPUTS not in exporter.tells:
+        raise ExportError(f"{exporter.name} has no place for what an engine must know of '{name}', nor a tool of "
+                          "llama.cpp's, as 'importance' measures it; export gguf, or leave that step out")  # fmt: skip

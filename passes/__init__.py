@@ -9,6 +9,7 @@ from compress.passes.distill import Distill
 from compress.passes.edit import Edit
 from compress.passes.factorize import Factorize
 from compress.passes.importance import Importance
+from compress.passes.kv_cache import KvCache
 from compress.passes.lqlora import LqLora
 from compress.passes.prune import Prune
 from compress.passes.quantize import Quantize
@@ -16,5 +17,5 @@ from compress.passes.rotate import Rotate
 from compress.passes.smooth import Smooth
 
 PASSES: dict[str, type[Pass]] = {
-    p.name: p for p in (Edit, Depth, Prune, Rotate, Smooth, Allocate, Factorize, Quantize, LqLora, Distill, Importance)
+    p.name: p for p in (Edit, Depth, Prune, Rotate, Smooth, Allocate, Factorize, Quantize, LqLora, Distill, Importance, KvCache)
 }

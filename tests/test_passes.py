@@ -85,6 +85,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # at least one set for every pass,
         {"format": "int2:g32", "rank": 4, "rounds": 0, "method": "learned", "steps": 6},
     ],
     "importance": [{}],
+    "kv_cache": [{}, {"format": "fp8:head"}],
     "rotate": [{}, {"kind": "random", "heads": False}],
     "allocate": [
         {"budget": "3.5 bits", "formats": SOME, "trials": 2, "pins": {"lm_head": "int8:g32", "layers.1.*": {"min": "int3:g32"}}},

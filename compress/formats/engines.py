@@ -107,7 +107,8 @@ def refusal(engine: EngineName, fmt: Format) -> str | None:
 
 def by_engine(formats: Iterable[Format]) -> dict[str, str]:
     """Engine -> what it makes of a model in these formats: the worst of what it makes of each."""
-    found, known = {}, dict.fromkeys(formats)
+    found: dict[str, str] = {}
+    known = dict.fromkeys(formats)
     for engine in ENGINES:
         said = {str(fmt): made_of(engine, fmt) for fmt in known}
         odd = next((f"{text}: {made}" for text, made in said.items() if made not in (AS_MEASURED, WEIGHTS_ONLY)), None)

@@ -26,6 +26,7 @@ from compress.state.graph import Graph, total
 from compress.state.plan import size
 
 Way = TypeVar("Way")
+INPUTS = "inputs"  # what `State.serving` says of the inputs of sites, under their names
 PASSES = 18  # of a proof: two for windows, and a token each
 SECONDS_PER_WEIGHT = 1.7e-9  # that a pass of few tokens takes: read, unpacked, multiplied, on one core of a server CPU
 
@@ -135,7 +136,7 @@ class Exporter(BaseModel, ABC):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: ClassVar[str]
-    tells: ClassVar[bool] = False  # whether it has a place for what an engine, or a tool, is to know besides: `State.serving`
+    tells: ClassVar[frozenset[str]] = frozenset()  # of `State.serving`, what it has a place for: INPUTS, or that of a name
 
     @abstractmethod
     def check(self, state: State) -> None:

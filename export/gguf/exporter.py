@@ -23,7 +23,17 @@ from typing import Any, ClassVar
 import torch
 
 from compress.errors import ExportError
-from compress.export.artifact.exporter import Exporter, Files, Job, Proof, headless, refuse_free_shapes, state_bytes, way_for
+from compress.export.artifact.exporter import (
+    INPUTS,
+    Exporter,
+    Files,
+    Job,
+    Proof,
+    headless,
+    refuse_free_shapes,
+    state_bytes,
+    way_for,
+)
 from compress.export.artifact.place import carry_over
 from compress.export.artifact.proof import prove, proven
 from compress.export.artifact.tensors import same_site, write_config
@@ -61,7 +71,7 @@ class Gguf(Exporter):
     """One GGUF file for llama.cpp, holding exactly the run's weights."""
 
     name: ClassVar[str] = "gguf"
-    tells: ClassVar[bool] = True
+    tells: ClassVar[frozenset[str]] = frozenset({INPUTS})
 
     def check(self, state: State) -> None:
         if state.config.get_text_config() is not state.config:
