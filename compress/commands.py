@@ -27,7 +27,9 @@ from compress.export.artifact.engines import Engine, EngineError, dense
 from compress.export.artifact.files import check_marks
 from compress.export.artifact.tensors import bytes_on_disk
 from compress.export.compressed_tensors import adapter
+from compress.export.compressed_tensors import reader as compressed_reader
 from compress.export.compressed_tensors.exporter import CompressedTensors
+from compress.export.compressed_tensors.lint import faults
 from compress.export.native.exporter import Native
 from compress.export.table import EXPORTERS, KINDS, Kind
 from compress.formats import Format
@@ -307,10 +309,16 @@ def inspect_command(options: argparse.Namespace) -> None:
         print(f"… {len(rows) - len(shown)} more; name a site or a pattern to see it")
     counts = f"{len(state.graph.blocks)} blocks, {len(state.graph.sites)} sites"
     print(f"\n{state.graph.family}, {counts}, {size(bytes_on_disk(model, state))} of tensors")
-    for remark in model.remarks:
+    for remark in [*model.remarks, *map("for vLLM: {}".format, said_by_lint(state))]:
         print(f"note: {remark}")
     if len(sites) == 1:
         print(histogram(state, sites[0]))
+
+
+def said_by_lint(state: State) -> list[str]:
+    """What the check of a compressed-tensors folder finds; nothing of others."""
+    folder = state.dense.folder
+    return list(faults(folder, {s.stem: s.module for s in state.graph})) if compressed_reader.is_artifact(folder) else []
 
 
 def histogram(state: State, site: Any, bins: int = 21, width: int = 50) -> str:

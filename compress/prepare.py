@@ -14,6 +14,7 @@ from compress.export.artifact.carried import carried
 from compress.export.artifact.exporter import INPUTS, Exporter
 from compress.export.table import EXPORTERS
 from compress.formats import Format
+from compress.formats.caches import CACHE
 from compress.model import data
 from compress.model.gguf_source import Say, silent
 from compress.model.model import Model, open_model
@@ -211,11 +212,20 @@ def check_exports(recipe: Recipe, state: State) -> None:
             raise recipe.located(e, "export", i) from None
 
 
+# What `State.serving` may say under a name of its own: why other exporters cannot hold it, and what to do. All other names are sites.
+TOLD = {
+    SERVED: ("a policy of the KV cache, and no engine of its layout follows one", "export native, or leave 'kv_policy' out"),
+    CACHE: (
+        "the scales of a cache, and no engine of its layout takes them",
+        "export compressed_tensors, or leave 'kv_cache' out",
+    ),
+}
+SITES = ("what an engine must know of '{name}', nor a tool of llama.cpp's, as 'importance' measures it",
+         "export gguf, or leave that step out")  # fmt: skip
+
+
 def refuse_untold(exporter: Exporter, name: str) -> None:
-    """ExportError where an exporter has no place for what an engine must know beside weights."""
-    if name == SERVED and SERVED not in exporter.tells:
-        raise ExportError(f"{exporter.name} has no place for a policy of the KV cache, and no engine of its layout follows one; "
-                          "export native, or leave 'kv_policy' out")  # fmt: skip
-    if name != SERVED and INPUTS not in exporter.tells:
-        raise ExportError(f"{exporter.name} has no place for what an engine must know of '{name}', nor a tool of "
-                          "llama.cpp's, as 'importance' measures it; export gguf, or leave that step out")  # fmt: skip
+    """ExportError where an exporter has no place for what an engine, or a tool, must know beside weights."""
+    if (name if name in TOLD else INPUTS) not in exporter.tells:
+        what, todo = TOLD.get(name, SITES)
+        raise ExportError(f"{exporter.name} has no place for {what.format(name=name)}; {todo}")

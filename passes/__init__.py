@@ -10,6 +10,7 @@ from compress.passes.edit import Edit
 from compress.passes.factorize import Factorize
 from compress.passes.importance import Importance
 from compress.passes.kv_policy import KvPolicy
+from compress.passes.kv_cache import KvCache
 from compress.passes.lqlora import LqLora
 from compress.passes.prune import Prune
 from compress.passes.quantize import Quantize
@@ -19,5 +20,20 @@ from compress.passes.sparsify import Sparsify
 
 PASSES: dict[str, type[Pass]] = {
     p.name: p
-    for p in (Edit, Depth, Prune, Rotate, Smooth, Allocate, Factorize, Quantize, LqLora, Distill, Sparsify, Importance, KvPolicy)
+    for p in (
+        Edit,
+        Depth,
+        Prune,
+        Rotate,
+        Smooth,
+        Allocate,
+        Factorize,
+        Quantize,
+        LqLora,
+        Distill,
+        Sparsify,
+        Importance,
+        KvCache,
+        KvPolicy,
+    )
 }

@@ -89,6 +89,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # at least one set for every pass,
         {"budget": "60 %", "context": 64, "continuation": 8, "dtype": ["bf16", "int8"]},
         {"budget": "50 %", "context": 64, "method": "uniform", "rules": ["snap"]},
     ],
+    "kv_cache": [{}, {"format": "fp8:head"}],
     "rotate": [{}, {"kind": "random", "heads": False}],
     "allocate": [
         {"budget": "3.5 bits", "formats": SOME, "trials": 2, "pins": {"lm_head": "int8:g32", "layers.1.*": {"min": "int3:g32"}}},

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from compress.errors import ModelError
 from compress.formats.served import Rounding
 from compress.model.binding import Binding, get_matrix, put_matrix, within
+from compress.model.caching import rounding
 from compress.model.experts import run_experts_one_by_one
 from compress.model.known import key_of
 from compress.model.lockstep import Batch, Inputs, Lockstep
@@ -227,7 +228,11 @@ class Stream:
             self._names.load_buffers(state, self.blocks[index], self.graph.blocks[index].module)
             _move_buffers(self.blocks[index], self.device)
             try:
-                with skipping(state, index, self.holders), self._rounds.within(state, index, self.holders):
+                with (
+                    skipping(state, index, self.holders),
+                    self._rounds.within(state, index, self.holders),
+                    rounding(state, index, self.blocks[index]),
+                ):
                     yield self.blocks[index]
             finally:
                 for name, module in self._modules(index):

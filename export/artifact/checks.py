@@ -15,7 +15,7 @@ Kind = tuple[torch.dtype | str, tuple[int, ...]]  # a type, as the file's own ki
 SCALES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def require(place: Path, fmt: Format, wanted: Mapping[str, Kind], held: Callable[[str], Kind | None]) -> None:
+def require(place: Path, fmt: Format | str, wanted: Mapping[str, Kind], held: Callable[[str], Kind | None]) -> None:
     """ModelError unless every tensor of a matrix is there with the type and shape that its format asks for."""
     for name, kind in wanted.items():
         found = held(name)

@@ -23,6 +23,7 @@ from compress.errors import ExportError
 from compress.export.artifact.engines import Engine, EngineError, greedy
 from compress.export.artifact.exporter import Job, Proof
 from compress.formats import Served
+from compress.formats.caches import CACHE
 from compress.formats.served import Rounding
 from compress.model.attention import See
 from compress.model.head import Streamed, parts
@@ -75,7 +76,7 @@ def prove(job: Job, engine: Engine, tolerance: float = TOLERANCE, remark: str = 
     if not math.isfinite(difference) or difference > allowed:
         raise mismatch(engine.name, difference, ours, where(engine, state, job.tokens))
     steps = path[0, prompt.shape[1] - 1 : -1]
-    rounded = any(isinstance(fmt, Served) for fmt in state.formats.values())
+    rounded = CACHE in state.serving or any(isinstance(fmt, Served) for fmt in state.formats.values())
     allowed = max(allowed, MOVED * float(ours.abs().max())) if rounded else allowed
     wrong = (steps.amax(-1) - steps.gather(-1, said.T)[:, 0] > allowed).nonzero()
     if len(wrong):

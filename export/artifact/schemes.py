@@ -79,8 +79,8 @@ def schemes(config: Mapping[str, Any], path: Path = Path("config.json")) -> list
     pattern which is not. `path` is for messages."""
     check_patterns(config, path)
     try:
-        if config.get("transform_config") or config.get("kv_cache_scheme"):
-            raise ModelError(f"{path}: has a transform or a quantized cache, which is not read here")
+        if config.get("transform_config"):
+            raise ModelError(f"{path}: has a transform, which is not read here")
         return [(list(group["targets"]), scheme(group, config, path)) for group in config["config_groups"].values()]
     except (LookupError, TypeError, AttributeError, FormatError) as e:
         why = f"{type(e).__name__}: {one_line(str(e))}"
@@ -105,6 +105,25 @@ def scheme(group: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> S
         found = Served(weight, Activation(known))
     if layout != layout_of(found):
         raise ModelError(f"{path}: has {found} as '{one_line(str(layout))}', and only '{layout_of(found)}' is read here")
+    return found
+
+
+CACHES = {"fp8": "tensor", "fp8:head": "attn_head"}  # the strategy of each kind of cache
+
+
+def cache_args(kind: str) -> Args:
+    """A cache as QuantizationArgs spell it."""
+    return args("float", 8, CACHES[kind], None, dynamic=False)
+
+
+def cache_in(config: Mapping[str, Any], path: Path = Path("config.json")) -> str | None:
+    """The kind of cache that a config asks for; None where it asks for none, ModelError where for one that is none of ours."""
+    said = config.get("kv_cache_scheme")
+    if said is None:
+        return None
+    found = next((kind for kind in CACHES if isinstance(said, dict) and same(said, cache_args(kind))), None)
+    if found is None:
+        raise ModelError(f"{path}: has a quantized cache in a form that is not read here; {', '.join(CACHES)} are")
     return found
 
 

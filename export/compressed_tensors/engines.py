@@ -19,7 +19,7 @@ import transformers
 
 from compress.errors import CompressError, first_line
 from compress.export.artifact.engines import LOCAL, EngineError, Transformers
-from compress.export.compressed_tensors import adapter
+from compress.export.compressed_tensors import adapter, cache
 from compress.export.compressed_tensors.serving import schemes
 from compress.formats import Int
 from compress.model.skeleton import base_class, model_class, with_logits
@@ -85,6 +85,7 @@ def stock_engine(folder: Path, state: State, device: str) -> Transformers:
     try:
         with redirect_stderr(io.StringIO()):  # progress bars
             model = model_class(config).from_pretrained(folder, dtype=state.dtype, **LOCAL, **options)
+            cache.leave_alone(model, state)
             model = with_logits(model)
             model = adapter.apply(model.to(device), folder, sites) if sites else model.to(device)
     except EngineError:

@@ -39,7 +39,7 @@ from compress.export.artifact.place import carry_over
 from compress.export.artifact.proof import FP32_TOLERANCE, TOLERANCE, prove, proven
 from compress.export.artifact.schemes import Scheme, group_of
 from compress.export.artifact.tensors import same_tensors, tensors, write_config
-from compress.export.compressed_tensors import adapter, serving
+from compress.export.compressed_tensors import adapter, cache, serve, serving
 from compress.export.compressed_tensors.engines import (
     RUNTIME,
     STOCK,
@@ -50,8 +50,10 @@ from compress.export.compressed_tensors.engines import (
     lost_without_head,
     stock_obstacles,
 )
+from compress.export.compressed_tensors.lint import faults
 from compress.export.compressed_tensors.reader import read
 from compress.formats import Dense, Float, Format, Int, Served
+from compress.formats.caches import CACHE
 from compress.formats.engines import EngineName, refusal
 from compress.model.model import Model, open_model
 from compress.model.skeleton import auto_class, base_prefix
@@ -61,7 +63,7 @@ from compress.state.graph import Site
 
 VLLM_PREFIX = "model"  # what vLLM calls the model in a model whose own name for it is another; it renames names, not patterns
 NUMBERED = re.compile(r"(.+?)\.(\d+)\.(.+)")  # the path of a module in a numbered block
-USE_VLLM = "```bash\nvllm serve THIS_FOLDER\n```"
+USE_VLLM = "```bash\nvllm serve THIS_FOLDER{flags}\n```"
 USE_TRANSFORMERS = """\
 ```python
 from transformers import {auto}
@@ -88,6 +90,7 @@ class CompressedTensors(Exporter):
     """A safetensors checkpoint that vLLM serves and transformers loads; a plain one where nothing is quantized."""
 
     name: ClassVar[str] = "compressed_tensors"
+    tells: ClassVar[frozenset[str]] = frozenset({CACHE})
 
     shard_bytes: int = Field(5_000_000_000, ge=1_000_000, description="largest size of one safetensors file")
     engine: EngineName | None = Field(
@@ -126,7 +129,8 @@ class CompressedTensors(Exporter):
         return said + beside(state) + serving.remarks(state)
 
     def layout(self, model: Model, state: State) -> Layout:
-        layout = Layout.of([spec for spec, _, _ in adapter.base_of(state).entries()], self.shard_bytes)
+        specs = [spec for spec, _, _ in adapter.base_of(state).entries()]
+        layout = Layout.of([*specs, *cache.specs(state)], self.shard_bytes)
         return Layout((*layout.files, adapter.weights_file(state))) if adapter.corrected(state) else layout
 
     def proof_bytes(self, state: State, layout: Files) -> int:
@@ -137,17 +141,23 @@ class CompressedTensors(Exporter):
         self.check(job.state)
         base = adapter.base_of(job.state)
         serving.check_shared(base)
-        self.layout(job.model, job.state).write(folder, chain(tensors(base), adapter.tensors(job.state)))
-        config = quantization_config(base, base_prefix(job.state.config)) if base.codes else None
+        beside = chain(cache.tensors(job.state), adapter.tensors(job.state))
+        self.layout(job.model, job.state).write(folder, chain(tensors(base), beside))
+        config = quantization_config(base, base_prefix(job.state.config)) if base.codes or CACHE in base.serving else None
         write_config(job, folder, config)
         if adapter.corrected(job.state):
             adapter.write_config(job.state, folder)
         carry_over(job.model.folder, folder, job.state.vocabulary)
+        serve.write(job.state, folder)
         write_card(job, folder, USE_RUNTIME if stock_obstacles(job.state) else stock_use(job))
 
     def prove(self, job: Job, folder: Path) -> Proof:
-        written = read(folder) if job.state.codes else open_model(str(folder), leave=None).state
+        quantized = job.state.codes or CACHE in job.state.serving
+        written = read(folder) if quantized else open_model(str(folder), leave=None).state
         same_tensors(job.state, written)
+        cache.same(job.state, written)
+        if quantized and (fault := next(faults(folder, {s.stem: s.module for s in written.graph}), None)):
+            raise ExportError(f"compressed_tensors: {fault}; the artifact is not kept, please report this")
         return proven(job, written, lambda: in_engine(job, folder))
 
 
@@ -197,9 +207,10 @@ def quantization_config(state: State, prefix: str) -> dict[str, Any]:
         mine = [state.graph[n] for n, f in formats.items() if f == fmt]
         groups[f"group_{i}"] = {"targets": targets(mine, prefix), **group_of(fmt)}
     layouts = dict.fromkeys(group["format"] for group in groups.values())
-    layout = next(iter(layouts)) if len(layouts) == 1 else "mixed-precision"
-    return {"quant_method": "compressed-tensors", "format": layout, "quantization_status": "compressed",
-            "config_groups": groups, "ignore": ignored(state, formats)}  # fmt: skip
+    layout = next(iter(layouts)) if len(layouts) == 1 else "mixed-precision" if layouts else "dense"
+    found = {"quant_method": "compressed-tensors", "format": layout, "quantization_status": "compressed",
+             "config_groups": groups, "ignore": ignored(state, formats)}  # fmt: skip
+    return found | ({"kv_cache_scheme": cache.scheme(state)} if CACHE in state.serving else {})
 
 
 def targets(sites: list[Site], prefix: str) -> list[str]:
@@ -275,7 +286,8 @@ def stock_use(job: Job) -> str:
 def write_card(job: Job, folder: Path, use: str | None) -> None:
     """The model card, with vLLM and one way to load the artifact in transformers that is known to work, if there is one."""
     causal = job.state.graph.causal
-    first = USE_ADAPTER if adapter.corrected(job.state) else USE_VLLM if causal else None
+    flags = "".join(f" {flag}" for flag in serve.flags(job.state))
+    first = USE_ADAPTER if adapter.corrected(job.state) else USE_VLLM.format(flags=flags) if causal else None
     engines = {USE_RUNTIME: (VLLM, RUNTIME), None: (VLLM,)}.get(use, (STOCK, VLLM))
     loads = ", ".join(engine for engine in engines if engine != VLLM or causal) or "compress"
     facts = {"library": "transformers", "tag": "compressed-tensors", "loads in": loads,

@@ -10,7 +10,7 @@ from compress.export.artifact.files import check_marks, contained
 from compress.export.artifact.schemes import Scheme, scheme_of
 from compress.export.artifact.schemes import schemes as schemes_in
 from compress.export.artifact.tensors import Placed, state_of
-from compress.export.compressed_tensors import adapter
+from compress.export.compressed_tensors import adapter, cache
 from compress.model.model import Model, open_model
 from compress.state import State
 from compress.state.graph import Site
@@ -33,7 +33,7 @@ def read(folder: Path) -> State:
                   if f"{site.stem}.weight_scale" in model.checkpoint}  # fmt: skip
     except (LookupError, TypeError, AttributeError) as e:
         raise ModelError(f"{folder / 'config.json'}: its quantization_config is broken ({type(e).__name__}: {e})") from None
-    state = state_of(model, stored)
+    state = cache.read(folder, state_of(model, stored))
     return adapter.read(folder, state) if adapter.present(folder) else state
 
 

@@ -17,7 +17,7 @@ from compress.formats import Float, Format, Int, Served, weight_of
 from compress.state import State
 from compress.state.graph import Site
 
-MULTIPLE = 16  # of inputs and outputs that the kernels for e4m3 want
+MULTIPLE = 16  # of inputs and outputs that the kernels for small floats want
 SCALES = ("weight_global_scale", "input_global_scale")
 
 
@@ -34,9 +34,9 @@ def check(site: Site, fmt: Float | Served) -> None:
     if site.block is None:
         raise ExportError(f"compressed_tensors: '{site.name}' has {fmt}, and engines take only int formats outside the blocks; "
                           "pin it to int8:channel or bf16")  # fmt: skip
-    if fmt_of(fmt) == "fp8:channel" and any(n % MULTIPLE for n in site.shape):
+    if isinstance(weight_of(fmt), Float) and any(n % MULTIPLE for n in site.shape):
         raise ExportError(f"compressed_tensors: '{site.name}' has {fmt} and {site.shape[0]} x {site.shape[1]} weights, and "
-                          f"kernels for e4m3 want multiples of {MULTIPLE}; pin it to int8:channel or bf16")  # fmt: skip
+                          f"kernels for it want multiples of {MULTIPLE}; pin it to int8:channel or bf16")  # fmt: skip
 
 
 def fmt_of(fmt: Format) -> str:

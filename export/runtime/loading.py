@@ -36,11 +36,20 @@ class ChosenConfig:
     def from_dict(declared: Mapping[str, Any], **options: Any) -> QuantizationConfigMixin:
         artifact_config.check_patterns(declared)
         try:
+            refuse_cache(declared)
             schemes.schemes(declared)
         except ModelError:
             found: QuantizationConfigMixin = STOCK[0].from_dict(declared, **options)
             return found
         return DeclaredConfig(**declared)
+
+
+def refuse_cache(declared: Mapping[str, Any], path: Path = Path("config.json")) -> None:
+    """ModelError where a folder asks for a cache of fewer bits, which packed modules know nothing of."""
+    if declared.get("kv_cache_scheme"):
+        raise ModelError(
+            f"{path}: asks for a quantized cache, which this runtime does not keep; load it with transformers or vLLM"
+        )
 
 
 def chosen_quantizer(config: Any, **options: Any) -> Any:
@@ -90,7 +99,9 @@ def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dt
     kind = auto_class(config.get("architectures"))
     with keep_packed():
         if method == INTEGERS:
-            schemes.schemes(artifact_config.declared(folder), folder / "config.json")
+            declared = artifact_config.declared(folder)
+            refuse_cache(declared, folder / "config.json")
+            schemes.schemes(declared, folder / "config.json")
         try:
             model: Any = kind.from_pretrained(
                 folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False, use_safetensors=True
