@@ -53,8 +53,8 @@ VERBS = ("plan", "run", "eval", "bench", "inspect", "passes")
          "(see compress eval --help)"),
         (["run", "none.yaml"], "none.yaml: No such file or directory"),
         (["passes", "quantise"], "no pass 'quantise'; did you mean 'quantize'?   known: edit, depth, prune, "
-         "rotate, smooth, allocate, factorize, quantize, lqlora, distill, importance, compressed_tensors, "
-         "gptq, gguf, native, onnx"),
+         "rotate, smooth, allocate, factorize, quantize, lqlora, distill, sparsify, importance, "
+         "compressed_tensors, gptq, gguf, native, onnx"),
         (["inspect", "none"], "none: no such folder"),
     ],
 )  # fmt: skip

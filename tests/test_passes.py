@@ -85,6 +85,10 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # at least one set for every pass,
         {"format": "int2:g32", "rank": 4, "rounds": 0, "method": "learned", "steps": 6},
     ],
     "importance": [{}],
+    "sparsify": [
+        {"windows": 2},
+        {"kind": "teal", "allocate": False, "keep": "60 %"},
+    ],
     "rotate": [{}, {"kind": "random", "heads": False}],
     "allocate": [
         {"budget": "3.5 bits", "formats": SOME, "trials": 2, "pins": {"lm_head": "int8:g32", "layers.1.*": {"min": "int3:g32"}}},

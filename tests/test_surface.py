@@ -52,6 +52,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
                 "tokens": None, "batch": 8, "rate": 0.001, "warmup": 0.05, "checks": 10,
                 "memory": {"optimizer": None, "gradients": None, "activations": None, "weights": "kept", "limit": None}},
     "importance": {},
+    "sparsify": {"keep": 0.5, "kind": "cats", "allocate": True, "rank": None, "windows": 8},
     "rotate": {"kind": "hadamard", "stream": True, "heads": True},
     "smooth": {"strength": "search", "pairs": "all"},
     "factorize": {"rank": 0.5, "pins": {}, "multiple": 64, "spread": "uniform", "method": "whitened", "damp": None, "drift": 0.5},

@@ -23,7 +23,17 @@ from typing import Any, ClassVar
 import torch
 
 from compress.errors import ExportError
-from compress.export.artifact.exporter import Exporter, Files, Job, Proof, headless, refuse_free_shapes, state_bytes, way_for
+from compress.export.artifact.exporter import (
+    Exporter,
+    Files,
+    Job,
+    Proof,
+    headless,
+    refuse_free_shapes,
+    refuse_sparse,
+    state_bytes,
+    way_for,
+)
 from compress.export.artifact.place import carry_over
 from compress.export.artifact.proof import prove, proven
 from compress.export.artifact.tensors import same_site, write_config
@@ -64,6 +74,7 @@ class Gguf(Exporter):
     tells: ClassVar[bool] = True
 
     def check(self, state: State) -> None:
+        refuse_sparse("gguf", state)
         if state.config.get_text_config() is not state.config:
             raise ExportError(f"gguf: '{state.graph.family}' is a language model within another, whose towers the file would "
                               "leave out; export native or compressed_tensors")  # fmt: skip

@@ -19,7 +19,7 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-from compress.errors import ModelError
+from compress.errors import ModelError, one_line
 from compress.export.artifact import config as artifact_config
 from compress.export.runtime import reading, vllm_shapes
 from compress.export.runtime.linear import PackedLinear
@@ -52,6 +52,9 @@ class NativeConfig(QuantizationConfig):  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> NativeConfig:
+        if sparse := artifact_config.sparsities_in(config):
+            raise ModelError(f"tokens leave out a part of '{one_line(next(iter(sparse)))}', which the vLLM plug-in does not do; "
+                             "use transformers")  # fmt: skip
         return cls(artifact_config.formats_in(config))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
