@@ -1,4 +1,4 @@
-"""What a token need not read: KL on held-out text by share left out, by kind, at one share for all layers and at shares of their own.
+"""What a token need not read: KL on held-out text by what is left out, for one share in all layers and for shares of their own.
 
 python benchmarks/sparsify.py --model MODEL --calibration TEXT --evaluation TEXT [--dropped 0.25 0.5 0.7] [--bos] [--save DIR]
 

@@ -212,7 +212,7 @@ def check_exports(recipe: Recipe, state: State) -> None:
             raise recipe.located(e, "export", i) from None
 
 
-# What `State.serving` may say under a name of its own: why other exporters cannot hold it, and what to do. All other names are sites.
+# What `State.serving` may say under a name of its own: why other exporters cannot hold it, and what to do. Other names are sites.
 TOLD = {
     SERVED: ("a policy of the KV cache, and no engine of its layout follows one", "export native, or leave 'kv_policy' out"),
     CACHE: (

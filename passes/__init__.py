@@ -9,8 +9,8 @@ from compress.passes.distill import Distill
 from compress.passes.edit import Edit
 from compress.passes.factorize import Factorize
 from compress.passes.importance import Importance
-from compress.passes.kv_policy import KvPolicy
 from compress.passes.kv_cache import KvCache
+from compress.passes.kv_policy import KvPolicy
 from compress.passes.lqlora import LqLora
 from compress.passes.prune import Prune
 from compress.passes.quantize import Quantize

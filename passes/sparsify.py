@@ -7,7 +7,8 @@ quantizers, and block by block on inputs that carry what the blocks before leave
 
 Layers differ in how much they can be silent. With `allocate` each gets its own share: the KL of the model with one layer sparse
 is measured for every layer and a few shares (perturbed.py), with straight lines of its logarithm in between, and the exact solver
-of `allocate` spends the bytes that the share asked for would read. KLs of single layers are taken to add up, and are only compared.
+of `allocate` spends the bytes that the share asked for would read. KLs of single layers are taken to add up, for they are only
+compared.
 
 Alternatives not taken. Top K instead of thresholds: a sort for every token, and the same K for all. TEAL's greedy search over the
 matrices of a layer: each step measures every matrix anew; the program over layers has the same aim and a bound. A predictor for

@@ -53,7 +53,7 @@ VERBS = ("plan", "run", "eval", "bench", "inspect", "passes")
          "(see compress eval --help)"),
         (["run", "none.yaml"], "none.yaml: No such file or directory"),
         (["passes", "quantise"], "no pass 'quantise'; did you mean 'quantize'?   known: edit, depth, prune, "
-         "rotate, smooth, allocate, factorize, quantize, lqlora, distill, importance, kv_policy, "
+         "rotate, smooth, allocate, factorize, quantize, lqlora, distill, sparsify, importance, kv_cache, kv_policy, "
          "compressed_tensors, gptq, gguf, native, onnx"),
         (["inspect", "none"], "none: no such folder"),
     ],

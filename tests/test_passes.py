@@ -90,6 +90,10 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # at least one set for every pass,
         {"budget": "50 %", "context": 64, "method": "uniform", "rules": ["snap"]},
     ],
     "kv_cache": [{}, {"format": "fp8:head"}],
+    "sparsify": [
+        {"windows": 2},
+        {"kind": "teal", "allocate": False, "keep": "60 %"},
+    ],
     "rotate": [{}, {"kind": "random", "heads": False}],
     "allocate": [
         {"budget": "3.5 bits", "formats": SOME, "trials": 2, "pins": {"lm_head": "int8:g32", "layers.1.*": {"min": "int3:g32"}}},

@@ -55,6 +55,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "kv_policy": {"budget": "50 %", "context": 2048, "rules": ["stream", "snap", "h2o", "punct", "frequent", "full"], "dtype": [],
                   "method": "ilp", "continuation": 64},
     "kv_cache": {"format": "fp8", "layers": "all"},
+    "sparsify": {"keep": 0.5, "kind": "cats", "allocate": True, "rank": None, "windows": 8},
     "rotate": {"kind": "hadamard", "stream": True, "heads": True},
     "smooth": {"strength": "search", "pairs": "all"},
     "factorize": {"rank": 0.5, "pins": {}, "multiple": 64, "spread": "uniform", "method": "whitened", "damp": None, "drift": 0.5},

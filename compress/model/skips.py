@@ -123,18 +123,21 @@ def mlp_bytes(state: State, mlp: Mlp, how: Sparsity | None, share: float) -> flo
     sites = [site for site in (mlp.first, mlp.up, mlp.down) if site is not None]
     if how is None:
         return sum(whole_bytes(own_format(state, site), site.shape) for site in sites)
-    rows, columns = share * mlp.neurons, column_bytes(own_format(state, mlp.down), mlp.down.shape, share * mlp.neurons)
-    own, shape = own_format(state, mlp.first), mlp.first.shape
-    read = mlp.neurons if how.kind == "cats" else rows
-    first = row_bytes(own, shape, read + rows * mlp.joined)
-    up = row_bytes(own_format(state, mlp.up), mlp.up.shape, rows) if mlp.up else 0.0
-    return first + up + columns + how.nbytes(shape)
+    rows = share * mlp.neurons
+    first = mlp.neurons if how.kind == "cats" else rows
+    read = [(mlp.first, first + rows * mlp.joined), (mlp.up, rows)]
+    found = sum(some_bytes(state, site, count, row_bytes) for site, count in read if site is not None)
+    return found + some_bytes(state, mlp.down, rows, column_bytes) + how.nbytes(mlp.first.shape)
 
 
 def input_bytes(state: State, sites: Iterable[Site], how: Sparsity | None, share: float) -> float:
     """Bytes of matrices that are read for a token of which a share of the inputs is kept."""
-    total = 0.0
-    for site in sites:
-        fmt = own_format(state, site)
-        total += whole_bytes(fmt, site.shape) if how is None else column_bytes(fmt, site.shape, share * site.shape[1])
-    return total
+    if how is None:
+        return sum(whole_bytes(own_format(state, site), site.shape) for site in sites)
+    return sum(some_bytes(state, s, share * s.shape[1], column_bytes) + how.nbytes(s.shape) for s in sites)
+
+
+def some_bytes(state: State, site: Site, count: float, of: Callable[[Any, tuple[int, int], float], float]) -> float:
+    """Bytes of some rows or columns of a site; of all where its module keeps a dense matrix the other way round."""
+    fmt = own_format(state, site)
+    return whole_bytes(fmt, site.shape) if site.transposed and isinstance(fmt, Dense) else of(fmt, site.shape, count)

@@ -9,13 +9,14 @@ import torch
 
 from compress.errors import ModelError, one_line
 from compress.formats import Factored, Format, LowRank
+from compress.formats.sparsity import Sparsity
 from compress.state.checkpoint import Spec
 
 Kind = tuple[torch.dtype | str, tuple[int, ...]]  # a type, as the file's own kind names it, and a shape
 SCALES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def require(place: Path, fmt: Format | str, wanted: Mapping[str, Kind], held: Callable[[str], Kind | None]) -> None:
+def require(place: Path, fmt: Format | Sparsity | str, wanted: Mapping[str, Kind], held: Callable[[str], Kind | None]) -> None:
     """ModelError unless every tensor of a matrix is there with the type and shape that its format asks for."""
     for name, kind in wanted.items():
         found = held(name)

@@ -97,6 +97,13 @@ def refuse_packed_table(exporter: str, state: State, name: str, fmt: Format) -> 
     raise ExportError(f"{exporter}: '{name}' has {fmt}, and engines of this layout look rows up in dense tables only; {todo}")
 
 
+def refuse_sparse(exporter: str, state: State) -> None:
+    """ExportError where tokens are to leave neurons out, which no engine but our runtime does."""
+    if state.sparsity:
+        raise ExportError(f"{exporter}: tokens leave out a part of '{next(iter(state.sparsity))}', and engines of this layout "
+                          "read all of it; export native, or leave 'sparsify' out")  # fmt: skip
+
+
 def refuse_free_shapes(exporter: str, state: State) -> None:
     """ExportError for layers that differ in shape, where stock engines are to load what is written."""
     if free(state.config):

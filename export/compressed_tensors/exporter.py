@@ -32,6 +32,7 @@ from compress.export.artifact.exporter import (
     headless,
     refuse_free_shapes,
     refuse_packed_table,
+    refuse_sparse,
     unpacked_bytes,
     way_for,
 )
@@ -99,6 +100,7 @@ class CompressedTensors(Exporter):
 
     def check(self, state: State) -> None:
         refuse_free_shapes("compressed_tensors", state)
+        refuse_sparse("compressed_tensors", state)
         adapter.check(state)
         formats = adapter.base_of(state).formats
         for name, fmt in formats.items():

@@ -31,6 +31,7 @@ from compress.export.artifact.exporter import (
     Proof,
     headless,
     refuse_free_shapes,
+    refuse_sparse,
     state_bytes,
     way_for,
 )
@@ -74,6 +75,7 @@ class Gguf(Exporter):
     tells: ClassVar[frozenset[str]] = frozenset({INPUTS})
 
     def check(self, state: State) -> None:
+        refuse_sparse("gguf", state)
         if state.config.get_text_config() is not state.config:
             raise ExportError(f"gguf: '{state.graph.family}' is a language model within another, whose towers the file would "
                               "leave out; export native or compressed_tensors")  # fmt: skip

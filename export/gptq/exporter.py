@@ -31,6 +31,7 @@ from compress.export.artifact.exporter import (
     headless,
     refuse_free_shapes,
     refuse_packed_table,
+    refuse_sparse,
     unpacked_bytes,
     way_for,
 )
@@ -65,6 +66,7 @@ class Gptq(Exporter):
 
     def check(self, state: State) -> None:
         refuse_free_shapes("gptq", state)
+        refuse_sparse("gptq", state)
         formats = state.formats
         if headless(state.graph):
             raise ExportError("gptq: the model predicts no tokens, and engines of this layout load such models with a head only; "

@@ -12,6 +12,9 @@ config.json is the source's, with a `quantization_config`:
     formats          module -> text of its format, for every matrix that is not as the source has it
     others           tensors that belong to no matrix and no parameter, such as buffers; absent where there are none
     kv_policy        true where kv_policy.json says which entries the KV cache keeps (compress/cache/policy.py); else absent
+    sparsity         module -> what a token leaves out by it: `by`, a text of formats/sparsity.py; `rows` and `columns`, the
+                     modules of which it does not read these; absent where every token reads all. Thresholds and predictors are
+                     tensors `M.<suffix>` too
 
 The reader asks for every tensor by name and shape, and for no tensor more; the runtime and it share their checks of a folder
 (artifact/files.py). No path comes from a file: the weights are what lies in the folder under the names above. Hashes (see
@@ -31,14 +34,14 @@ from pydantic import Field
 
 from compress.cache.policy import DECLARED, FILE, SERVED
 from compress.errors import ExportError
-from compress.export.artifact.config import METHOD, VERSION
+from compress.export.artifact.config import METHOD, VERSION, Skipped
 from compress.export.artifact.engines import Transformers
 from compress.export.artifact.exporter import Exporter, Job, Proof
 from compress.export.artifact.place import carry_over
 from compress.export.artifact.proof import FP32_TOLERANCE, TOLERANCE, logits, mismatch, prove, proven
 from compress.export.artifact.tensors import same_tensors, tensors, write_config
 from compress.export.native.engine import engine
-from compress.export.native.reader import belonging, read
+from compress.export.native.reader import belonging, beside, read
 from compress.formats import Dense, Factored, Float, LowRank, Rotated, Served, numbers_of
 from compress.model.attention import Following
 from compress.model.model import Model
@@ -97,14 +100,16 @@ class Native(Exporter):
         same_tensors(job.state, written)
         if dict(written.serving) != dict(job.state.serving):
             raise ExportError(f"{FILE} on disk is not what was decided; please report this")
+        if dict(written.sparsity) != dict(job.state.sparsity):
+            raise ExportError("config.json says of other matrices what tokens leave out, than the run does; please report this")
         return proven(job, written, lambda: in_runtime(job, folder), 0.0 if job.device == "cpu" else TOLERANCE)
 
 
 def for_vllm(state: State) -> bool:
-    """Whether our plug-in serves it in vLLM: not masked models, not experts, not a packed embedding, not a policy of the cache;
-    nor small floats and rounded inputs, for which vLLM has kernels of its own."""
+    """Whether our plug-in serves it in vLLM: not masked models, not experts, not a packed embedding, not a policy of the cache,
+    not models of which tokens leave out a part; nor small floats and rounded inputs, for which vLLM has kernels of its own."""
     formats = state.formats
-    if SERVED in state.serving:
+    if SERVED in state.serving or state.sparsity:
         return False
     if any(isinstance(fmt, Served) or isinstance(numbers_of(fmt), Float) for fmt in formats.values()):
         return False
@@ -160,7 +165,23 @@ def quantization_config(state: State) -> dict[str, Any]:
     """The `quantization_config` of config.json."""
     formats = {state.graph[name].stem: str(fmt) for name, fmt in state.formats.items()}
     config: dict[str, Any] = {"quant_method": METHOD, "format_version": VERSION, "formats": formats}
-    known = belonging(state.graph)
+    known = belonging(state.graph) | beside(state.graph, state.sparsity)
     others = [spec.name for spec, site, _ in state.entries() if site is None and spec.name not in known]
     config |= {DECLARED: True} if SERVED in state.serving else {}
-    return config | ({"others": others} if others else {})
+    skipped = {state.graph[name].stem: said.text() for name, said in left_out(state).items()}
+    return config | ({"others": others} if others else {}) | ({"sparsity": skipped} if skipped else {})
+
+
+def left_out(state: State) -> dict[str, Skipped]:
+    """Site -> what a token leaves out by it, in the modules on disk."""
+    found = {}
+    for name, how in state.sparsity.items():
+        site = state.graph[name]
+        mates = {s.role: s.stem for s in state.graph.of_block(site.block or 0)}
+        if how.kind == "teal":
+            found[name] = Skipped(how, (), (site.stem,))
+            continue
+        rows = [site.stem] if how.kind == "predictor" or how.joined else []
+        rows += [mates["up"]] if site.role == "gate" else []
+        found[name] = Skipped(how, tuple(rows), (mates["down"],))
+    return found

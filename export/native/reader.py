@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from compress.cache.policy import SERVED
-from compress.errors import FormatError, ModelError
-from compress.export.artifact import files
-from compress.export.artifact.config import METHOD, declared, formats, policy_of
+from compress.errors import FormatError, ModelError, one_line
+from compress.export.artifact import checks, files
+from compress.export.artifact.config import METHOD, declared, formats, policy_of, sparsities
 from compress.export.artifact.tensors import Placed, state_of
 from compress.formats import Format
+from compress.formats.sparsity import Sparsity
 from compress.model.model import Model, open_model
 from compress.state import State
 from compress.state.graph import Graph, Site
@@ -23,6 +25,11 @@ def belonging(graph: Graph) -> set[str]:
     """The names of all tensors of a checkpoint in which nothing is quantized."""
     joined = {s.joined for s in graph if s.expert is not None}
     return joined | {s.weight for s in graph if not s.tied} | graph.parameters.keys()
+
+
+def beside(graph: Graph, sparsity: Mapping[str, Sparsity]) -> set[str]:
+    """The names of all thresholds and predictors."""
+    return {f"{graph[name].stem}.{suffix}" for name, how in sparsity.items() for suffix in how.tensors(graph[name].shape)}
 
 
 def is_artifact(folder: Path) -> bool:
@@ -52,10 +59,26 @@ def read(folder: Path) -> State:
         if module not in by_stem:
             raise ModelError(f"{folder / 'config.json'}: gives a format to '{module}', which is no matrix of this model")
         stored[by_stem[module].name] = placed(by_stem[module], fmt, model, folder)
-    check_names(folder, model, stored)
-    found = state_of(model, stored)
-    policy = policy_of(folder)
+    sparsity = sparsity_of(folder, model, by_stem)
+    check_names(folder, model, stored, sparsity)
+    found, policy = replace(state_of(model, stored), sparsity=sparsity), policy_of(folder)
     return replace(found, serving={SERVED: policy.json()}) if policy else found
+
+
+def sparsity_of(folder: Path, model: Model, by_stem: Mapping[str, Site]) -> dict[str, Sparsity]:
+    """Site -> how it is found what a token needs of it; ModelError where its tensors are not there."""
+    found = {}
+    for module, said in sparsities(folder).items():
+        strange = next((stem for stem in (module, *said.rows, *said.columns) if stem not in by_stem), None)
+        if strange is not None:
+            raise ModelError(
+                f"{folder / 'config.json'}: leaves out a part of '{one_line(strange)}', which is no matrix of this model"
+            )
+        site = by_stem[module]
+        wanted = {f"{module}.{suffix}": kind for suffix, kind in said.how.tensors(site.shape).items()}
+        checks.require(folder, said.how, wanted, checks.in_specs(model.checkpoint.specs))
+        found[site.name] = said.how
+    return {site.name: found[site.name] for site in model.graph if site.name in found}
 
 
 def placed(site: Site, fmt: Format, model: Model, folder: Path) -> Placed:
@@ -68,10 +91,11 @@ def placed(site: Site, fmt: Format, model: Model, folder: Path) -> Placed:
     return Placed.of(site, fmt, model.checkpoint, names, model.scale_dtype)
 
 
-def check_names(folder: Path, model: Model, stored: dict[str, Placed]) -> None:
+def check_names(folder: Path, model: Model, stored: dict[str, Placed], sparsity: Mapping[str, Sparsity]) -> None:
     """ModelError for a tensor that neither the model nor config.json knows, or a matrix that is there twice or not at all."""
     known = belonging(model.graph) - {model.graph[n].weight for n in stored}
     known |= {name for site in stored.values() for name in site.names.values()}
+    known |= beside(model.graph, sparsity)
     others = declared(folder).get("others", [])
     extra = sorted(model.checkpoint.specs.keys() - known - set(others if isinstance(others, list) else []))
     if extra:

@@ -13,7 +13,17 @@ from pydantic import Field
 from compress.errors import ExportError, FormatError
 from compress.export.artifact import proof
 from compress.export.artifact.engines import EngineError
-from compress.export.artifact.exporter import Exporter, Files, Job, Proof, headless, refuse_blocks, refuse_ours, state_bytes
+from compress.export.artifact.exporter import (
+    Exporter,
+    Files,
+    Job,
+    Proof,
+    headless,
+    refuse_blocks,
+    refuse_ours,
+    refuse_sparse,
+    state_bytes,
+)
 from compress.export.artifact.place import carry_over
 from compress.export.artifact.tensors import same_site, write_config
 from compress.export.onnx import datafile
@@ -45,6 +55,7 @@ class Onnx(Exporter):
 
     def check(self, state: State) -> None:
         refuse(state)
+        refuse_sparse("onnx", state)
         for name, fmt in state.formats.items():
             refuse_ours("onnx", name, fmt)
             refuse_blocks("onnx", name, fmt)

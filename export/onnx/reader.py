@@ -65,7 +65,7 @@ def read(folder: Path) -> State:
             what = one_line(module)
             raise ModelError(f"{folder / 'config.json'}: gives a format to '{what}', which is no matrix of this model")
         stored[by_stem[module].name] = native_reader.placed(by_stem[module], fmt, model, folder)
-    native_reader.check_names(folder, model, stored)
+    native_reader.check_names(folder, model, stored, {})
     return state_of(model, stored)
 
 

@@ -49,11 +49,20 @@ def format_of(text: str) -> Format:
 DECODED = ("weight_codes", "weight_step", "weight_base", "weight_scale")  # the parts of the layout "codes"
 
 
+def turned_names(fmt: Format) -> tuple[str, ...]:
+    """The parts of the layout "neurons", of which neurons.py says more."""
+    assert isinstance(fmt, Int | NF | Lut)
+    more = () if fmt.symmetric else ("neuron_zero",)
+    return ("neuron_packed", "neuron_scale", *more, *(("weight_table",) if fmt.learned else ()))
+
+
 @lru_cache(maxsize=4096)
 def part_names(text: str, n: int, k: int, layout: str = "canonical") -> tuple[str, ...]:
-    """The suffixes of a matrix's tensors in order, without shapes: what the parts of the layouts "canonical" and "codes" are."""
+    """The suffixes of a matrix's tensors in order, without shapes: what the parts of all layouts but tiles are."""
     if layout == "codes":
         return DECODED
+    if layout == "neurons":
+        return turned_names(format_of(text))
     return tuple(name for name in format_of(text).tensors((n, k)) if not name.endswith("weight_shape"))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from compress.errors import FormatError, ModelError
 from compress.export.runtime import ops
 from compress.export.runtime.decode import DECODED, Shape, decoded, format_of, named, part_names, with_shapes
+from compress.export.runtime.neurons import turned
 from compress.formats import Dense, Ecq, numbers_of
 
 assert ops.LAYOUTS  # the operators are registered
@@ -94,7 +95,7 @@ class Packed(nn.Module):
                 self.decode(numbers)
             return
         plain = isinstance(numbers_of(format_of(self.format)), Dense)  # factors that torch multiplies by as they are
-        if self.layout != "tiles" and self.parts[0].device.type == "cuda" and not plain:
+        if self.layout == "canonical" and self.parts[0].device.type == "cuda" and not plain:
             self.repack()
 
     def decode(self, numbers: Ecq) -> None:
@@ -124,6 +125,14 @@ class Packed(nn.Module):
         for i, tile in enumerate(tiles):
             self.register_buffer(f"tile_{i}", tile, persistent=False)
         self._places, self.layout = [("", f"tile_{i}") for i in range(len(tiles))], "tiles"
+
+    def turn(self) -> None:
+        """Hold the matrix turned over, so that its columns are read alone."""
+        found = turned(format_of(self.format), self.shape, named(self.format, self.shape, self.parts))
+        self._drop()
+        for name, tensor in found.items():
+            self.register_buffer(name, tensor, persistent=False)
+        self._places, self.layout = [("", name) for name in found], "neurons"
 
     def _drop(self) -> None:
         for suffix in format_of(self.format).tensors(self.shape):

@@ -5,6 +5,7 @@ A matrix is a list of tensors, the text of its format, its shape (n outputs, k i
 
     canonical   the tensors of `format.tensors((n, k))` in that order, without the `weight_shape` entries; any device
     codes       of entropy-coded matrices: the codes themselves, a byte each, and what they are multiplied by; any device
+    neurons     turned over, so that columns lie together (neurons.py); any device
     tiles       what `cuda.repack` made of them; CUDA
 
 They are plain registrations in a library: the decorator `torch.library.custom_op` costs four times as much a call. They can be
@@ -22,9 +23,10 @@ from torch import Tensor
 
 from compress.errors import FormatError
 from compress.export.runtime.decode import Shape, blocks, format_of, named, rows_of, with_shapes
+from compress.export.runtime.neurons import Neurons
 from compress.formats import Dense, Factored, Format, LowRank, Rotated, Served, base_of
 
-LAYOUTS = ("canonical", "codes", "tiles")
+LAYOUTS = ("canonical", "codes", "neurons", "tiles")
 _LIBRARY = torch.library.Library("compress", "FRAGMENT")
 _LIBRARY.define("linear(Tensor x, Tensor[] parts, Tensor? bias, str format, int n, int k, str layout) -> Tensor")
 _LIBRARY.define("gradient(Tensor grad, Tensor[] parts, str format, int n, int k, str layout) -> Tensor")
@@ -39,6 +41,9 @@ def linear(x: Tensor, parts: list[Tensor], bias: Tensor | None, format: str, n: 
         from compress.export.runtime.cuda import launch as cuda
 
         out = cuda.linear(flat.contiguous(), parts, bias, fmt, (n, k))
+    elif layout == "neurons":
+        held = Neurons(fmt, (n, k), named(format, (n, k), parts, layout), x.dtype)
+        out = held.product(flat, torch.arange(k, device=x.device), bias)
     else:
         out = by_blocks(flat, named(format, (n, k), parts, layout), bias, fmt, (n, k))
     return out.view(*x.shape[:-1], n)
@@ -103,6 +108,8 @@ def dequantize(parts: list[Tensor], format: str, n: int, k: int, layout: str, dt
         from compress.export.runtime.cuda import launch as cuda
 
         return cuda.dequantize(parts, fmt, (n, k), dtype)
+    if layout == "neurons":
+        return Neurons(fmt, (n, k), named(format, (n, k), parts, layout), dtype).at(slice(None)).T.contiguous()
     if layout == "codes":
         return whole(fmt, (n, k), named(format, (n, k), parts, layout), dtype)
     return fmt.dequantize(with_shapes(fmt, (n, k), named(format, (n, k), parts)), dtype)
@@ -131,7 +138,7 @@ def checked(format: str, layout: str) -> Format:
 def gradient(grad: Tensor, parts: list[Tensor], format: str, n: int, k: int, layout: str) -> Tensor:
     """grad [m, n] times the matrix: [m, k], summed in fp32 over the blocks."""
     fmt = format_of(format)
-    if layout == "tiles":
+    if layout in ("tiles", "neurons"):
         return grad @ dequantize(parts, format, n, k, layout, grad.dtype)
     tensors = named(format, (n, k), parts, layout)
     if isinstance(fmt, Factored):

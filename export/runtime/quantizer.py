@@ -26,7 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from compress.errors import ModelError, one_line
 from compress.export.artifact import files as artifact_files
 from compress.export.artifact.config import policy_of
-from compress.export.runtime import reading
+from compress.export.runtime import reading, sparse
 from compress.export.runtime.cache import follow
 from compress.export.runtime.experts import ROLES, PackedExperts
 from compress.export.runtime.linear import PackedEmbedding, PackedHead, PackedLinear, leaf_of, prepare
@@ -74,7 +74,9 @@ class PackedQuantizer(HfQuantizer):
         names = Names(model)
         self.open([Path(file) for file in options["checkpoint_files"]], names)
         self.table = replace(model, self.artifact, names)
-        self.kept = {name for matrix in self.artifact.matrices.values() for name in matrix.names.values()}
+        beside, self.sparse = sparse.hold(model, self.artifact.skipped, lambda stem: path_of(names, stem))
+        self.table |= beside
+        self.kept = {name for matrix in self.artifact.matrices.values() for name in matrix.names.values()} | beside.keys()
         check_names(model, self.artifact, self.table)
         tied = [name for name in model.all_tied_weights_keys if name.endswith(".weight")]
         packed_heads = [name for name in tied if isinstance(holder(model, name), PackedHead)]
@@ -93,9 +95,10 @@ class PackedQuantizer(HfQuantizer):
         return None if kept else super().get_new_dtype(converter, param, dtype)
 
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
-        if not self.artifact.matrices:  # nothing in it is packed: from here on a model like any other, to be trained and saved
+        if not self.artifact.matrices and not self.artifact.skipped:  # a model like any other from here on, to be trained
             self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
         prepare(model)
+        sparse.arrange(model, self.sparse)
         return model
 
     def is_serializable(self) -> bool:
@@ -247,6 +250,14 @@ def replace(model: Any, artifact: Artifact, names: Names) -> dict[str, str]:
     for path, held in experts.items():
         model.set_submodule(path, complete(model.get_submodule(path), path, held, artifact, names, table))
     return table
+
+
+def path_of(names: Names, stem: str) -> str:
+    """The module that a stem on disk names."""
+    found, _ = names.of(f"{stem}.weight")
+    if found not in names.held:
+        raise ModelError(f"config.json leaves out a part of '{one_line(stem)}', which is no matrix of this model")
+    return found.removesuffix(".weight")
 
 
 def holder(model: Any, name: str) -> nn.Module:

@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from compress.errors import CompressError, ModelError, one_line
 from compress.export.artifact import checks
-from compress.export.artifact.config import declared, formats
+from compress.export.artifact.config import Skipped, declared, formats, sparsities
 from compress.export.artifact.files import check_index, check_marks, contained, headers, plain_files, shards
 from compress.export.artifact.schemes import scheme_of
 from compress.export.artifact.schemes import schemes as schemes_in
@@ -43,7 +43,7 @@ class Artifact:
     """A folder whose config and headers agree.
 
     specs and files: every tensor, and where it is. matrices: those that are packed, by the name of their module on disk. others:
-    tensors that belong to no module, such as buffers of older versions.
+    tensors that belong to no module, such as buffers of older versions. skipped: what tokens leave out, by modules on disk.
     """
 
     folder: Path
@@ -52,6 +52,7 @@ class Artifact:
     files: Mapping[str, Path] = field(repr=False)
     matrices: Mapping[str, Matrix] = field(repr=False)
     others: frozenset[str] = frozenset()
+    skipped: Mapping[str, Skipped] = field(default_factory=dict, repr=False)
 
 
 def open_native(folder: Path) -> Artifact:
@@ -67,7 +68,7 @@ def open_native(folder: Path) -> Artifact:
             raise ModelError(f"{folder}: '{stem}.weight' is not {fmt}, as config.json says; they do not belong together")
     others = declared(folder).get("others", [])
     known = frozenset(o for o in others if isinstance(o, str)) if isinstance(others, list) else frozenset[str]()
-    return Artifact(folder, paths, specs, files, matrices(folder, packed, specs, files), known)
+    return Artifact(folder, paths, specs, files, matrices(folder, packed, specs, files), known, sparsities(folder))
 
 
 def open_packed(folder: Path, module_of: Callable[[str], str] = str) -> Artifact:

@@ -20,7 +20,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from compress.cache.policy import DECLARED
-from compress.errors import ModelError
+from compress.errors import ModelError, one_line
 from compress.export.artifact import config as artifact_config
 from compress.export.runtime import reading, vllm_shapes
 from compress.export.runtime.linear import PackedLinear
@@ -57,6 +57,9 @@ class NativeConfig(QuantizationConfig):  # type: ignore[misc]
             raise ModelError(
                 "this artifact has a policy of the KV cache by head, which vLLM's paged cache cannot follow; use transformers"
             )
+        if sparse := artifact_config.sparsities_in(config):
+            raise ModelError(f"tokens leave out a part of '{one_line(next(iter(sparse)))}', which the vLLM plug-in does not do; "
+                             "use transformers")  # fmt: skip
         return cls(artifact_config.formats_in(config))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
