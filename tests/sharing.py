@@ -1,4 +1,4 @@
-"""An architecture in which one matrix serves two modules of a block: Llama whose v_proj and k_proj share one weight."""
+"""Architectures in which one matrix serves two modules: Llama whose v_proj and k_proj share one weight, or whose blocks do."""
 
 from __future__ import annotations
 
@@ -20,3 +20,18 @@ class SharingForCausalLM(transformers.LlamaForCausalLM):
 
 transformers.AutoConfig.register(SharingConfig.model_type, SharingConfig, exist_ok=True)
 transformers.AutoModelForCausalLM.register(SharingConfig, SharingForCausalLM, exist_ok=True)
+
+
+class AcrossConfig(transformers.LlamaConfig):
+    model_type = "across_llama"
+
+
+class AcrossForCausalLM(transformers.LlamaForCausalLM):
+    """One matrix serves two blocks."""
+
+    config_class = AcrossConfig
+    _tied_weights_keys = {"model.layers.1.mlp.up_proj.weight": "model.layers.0.mlp.up_proj.weight"}
+
+
+transformers.AutoConfig.register(AcrossConfig.model_type, AcrossConfig, exist_ok=True)
+transformers.AutoModelForCausalLM.register(AcrossConfig, AcrossForCausalLM, exist_ok=True)

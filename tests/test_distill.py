@@ -321,12 +321,16 @@ def test_more_rows_than_a_model_has_positions(family: Any, tmp_path: Path, name:
 
 
 @pytest.mark.parametrize("rate", [1e2, 1e6])
-@pytest.mark.parametrize(("words", "rank"), [("all", None), ("norms", None), ("lora", 4)])
-def test_a_loss_that_is_no_number_ends_it(family: Any, tmp_path: Path, rate: float, words: str, rank: int | None) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{"train": "all"}, {"train": "norms"}, {"train": "lora", "rank": 4}, {"memory": {"activations": "wta_crs"}}],
+    ids=str,
+)
+def test_a_loss_that_is_no_number_ends_it(family: Any, tmp_path: Path, rate: float, options: Any) -> None:
     """The start is what is left, and every figure of the record is one that JSON has."""
     source, state = pruned(family, tmp_path / "p")
     records: list[Any] = []
-    after = trained(Distill(train=words, rank=rank, rate=rate, batch=4), source, state, tmp_path / "d", records)
+    after = trained(Distill(rate=rate, batch=4, **options), source, state, tmp_path / "d", records)
     text = json.dumps(records[0], allow_nan=False)
     for spec in state.specs:
         assert torch.equal(state.dense.read(spec.name), after.dense.read(spec.name)), spec.name

@@ -28,8 +28,9 @@ from compress.training.options import OPTIMIZERS, Block, Lomo, Memory, ZerothOrd
 from compress.training.student import Student
 from compress.training.teacher import Live, Nobody
 from compress.training.zeroth import Directions
-from tests.conftest import covered
+from tests.conftest import GROUPED, IDS, SMALL, covered, make_model
 from tests.pass_laws import TEXT, KilledError, attempt, killed_after
+from tests.sharing import AcrossConfig
 from tests.test_distill import pruned, trained
 
 
@@ -73,6 +74,17 @@ def test_fused_gradients_come_to_the_same_bits(family: Any, by: str) -> None:
             assert torch.equal(kept[name], fused[name]), name
     start = training(state, Memory()).student.learns
     assert any(not torch.equal(kept[n], start[n]) for n in kept)
+
+
+def test_a_matrix_of_two_blocks_moves_when_both_are_done(tmp_path: Path) -> None:
+    """Used up as it comes from each, its gradient would move it twice; and it learns where nothing else does."""
+    config = AcrossConfig(**SMALL, **GROUPED, **IDS, tie_word_embeddings=True)
+    state = open_model(str(make_model(tmp_path, config, torch.float32))).state
+    kept, fused = (after(training(state, Memory(gradients=way)), 2) for way in ("kept", "fused"))
+    assert all(torch.equal(kept[name], fused[name]) for name in kept)
+    alone = training(state, Memory(), ("layers.0.mlp.up",))
+    assert alone.student.learns.keys() == {"layers.0.mlp.up:W_nk"}
+    assert not torch.equal(after(alone, 1)["layers.0.mlp.up:W_nk"], state.reference(state.graph["layers.0.mlp.up"]))
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])

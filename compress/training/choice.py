@@ -50,12 +50,13 @@ class Choice:
 @dataclass(frozen=True)
 class Learnt:
     """One tensor that learns. name: as a student has it. block: whose it is, None outside of them, or of several. matrix: whether
-    it is a matrix of weights in a block, whose gradient can be projected."""
+    it is a matrix of weights in a block, whose gradient can be projected. first: the first block that it is used in."""
 
     name: str
     shape: tuple[int, ...]
     block: int | None
     matrix: bool = False
+    first: int | None = None
 
     @property
     def numel(self) -> int:
@@ -64,16 +65,29 @@ class Learnt:
 
 def learnt(state: State, choice: Choice) -> list[Learnt]:
     """Every tensor that learns."""
-    shared = {s.tied for s in state.graph if s.tied and s.block != state.graph[s.tied].block}
     found = []
     for site in (s for s in state.graph if not s.tied):
-        block = None if site.name in shared else site.block
-        found += [Learnt(f"{site.name}:{name}", shape, block, name == "W_nk" and block is not None)
+        used = blocks_of(state, site)
+        block, first = used[0] if len(used) == 1 else None, min((b for b in used if b is not None), default=None)
+        found += [Learnt(f"{site.name}:{name}", shape, block, name == "W_nk" and block is not None, first)
                   for name, shape in numbers(state, choice, site).items()]  # fmt: skip
     stack = stack_of(state)
     layers = {spec.name: in_layer(spec.name, stack) for spec in state.specs if spec.name in choice.tensors}
-    return found + [Learnt(spec.name, tuple(spec.shape), int(m[1]) if (m := layers[spec.name]) else None)
+    blocks = {name: int(m[1]) if m else None for name, m in layers.items()}
+    return found + [Learnt(spec.name, tuple(spec.shape), blocks[spec.name], first=blocks[spec.name])
                     for spec in state.specs if spec.name in layers]  # fmt: skip
+
+
+def blocks_of(state: State, site: Site) -> list[int | None]:
+    """The blocks whose modules use a site's matrix, None for what lies outside of them."""
+    users = [site, *(s for s in state.graph if s.tied == site.name)]
+    found = {block_of(state, path) for user in users for path in user.aliases} | {user.block for user in users}
+    return sorted(found, key=lambda b: -1 if b is None else b)
+
+
+def block_of(state: State, path: str) -> int | None:
+    """The block that a module lies in."""
+    return next((b.index for b in state.graph.blocks if path.startswith(f"{b.module}.")), None)
 
 
 def numbers(state: State, choice: Choice, site: Site) -> dict[str, tuple[int, ...]]:

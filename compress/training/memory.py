@@ -132,6 +132,7 @@ def gradients(state: State, what: Sequence[Learnt], memory: Memory) -> int:
         return sum(one.numel for one in awake(what, memory))
     moving, heads = awake(what, memory), [s for s in state.graph if s.role == "head"]
     whole = sum(one.numel for one in moving if one.name.startswith(TABLE)) if any(s.tied for s in heads) else 0
+    whole += sum(one.numel for one in moving if one.block is None and one.first is not None)
     return whole + max((one.numel for one in moving if not whole or one.block is not None), default=0)
 
 
@@ -215,7 +216,7 @@ def first_block(state: State, choice: Choice) -> int:
     what = learnt(state, choice)
     if any(one.name.startswith(TABLE) for one in what):
         return 0
-    return min((one.block for one in what if one.block is not None), default=len(state.graph.blocks))
+    return min((one.first for one in what if one.first is not None), default=len(state.graph.blocks))
 
 
 def logits(state: State, choice: Choice, setting: Setting) -> int:

@@ -5,8 +5,7 @@ estimated.
                one direction v [s] is kept, and x̂ = z v stands for x in  ∂W = scale · ∂yᵀ x̂. N G numbers, 1/s of x.
                v is the mean of all groups in the first batch, of length 1, and stays (section 3.2): it is state, kept on disk.
     wta_crs    (2305.15265, algorithm 1)  ∂W = Σ ∂y_i x_iᵀ over N tokens is estimated from k of them. With p_i the share that
-    |x_i|
-               has in their sum (|∂y_i| is not known yet; the paper remembers it from an earlier epoch, and a long text has
+               |x_i| has in their sum (|∂y_i| is not known yet; the paper remembers it from an earlier epoch, and a long text has
                one), the c likeliest are kept as they are, c minimising (1 - Σ_C p) / (k - c) (theorem 2), and k - c drawn from
                the others in proportion to p, each weighed with (1 - Σ_C p) / ((k - c) p_j). Its mean is ∂W.
 
@@ -77,7 +76,8 @@ class SomeTokens:
         self.generator: torch.Generator | None = None
 
     def keep(self, name: str, x_nd: Tensor) -> tuple[Tensor, ...]:
-        which, weights = winners(x_nd.norm(dim=1), few(self.ratio, len(x_nd)), self.generator)
+        sizes = torch.linalg.vector_norm(x_nd, dim=1, dtype=torch.float64)
+        which, weights = winners(sizes, few(self.ratio, len(x_nd)), self.generator)
         return x_nd[which] * weights[:, None].to(x_nd.dtype), which
 
     def slope(self, dy: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
@@ -95,8 +95,11 @@ def few(ratio: float, count: int) -> int:
 
 
 def winners(sizes: Tensor, k: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """Which k of N tokens are kept, and the weights of what they give, [k] each, so that the sum over all is met in the mean."""
+    """Which k of N tokens are kept, and the weights of what they give, [k] each, so that the sum over all is met in the mean.
+    Where a size is no number, the first k: a loss is none either then, and the training ends."""
     p = (sizes.double() + 1e-30).cpu()
+    if not bool(p.isfinite().all()):
+        return torch.arange(k, device=sizes.device), torch.ones(k, dtype=p.dtype, device=sizes.device)
     p = p / p.sum()
     order = p.argsort(descending=True, stable=True)
     left = (1 - torch.cat([p.new_zeros(1), p[order[: k - 1]].cumsum(0)])).clamp(min=0)

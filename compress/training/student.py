@@ -67,7 +67,7 @@ class Student(Stream):
     @property
     def _first(self) -> int:
         """The first block that learns now."""
-        blocks = [what.block for n, what in self._learnt.items() if self.learns[n].requires_grad]
+        blocks = [what.first for n, what in self._learnt.items() if self.learns[n].requires_grad]
         return min((b for b in blocks if b is not None), default=len(self.blocks))
 
     # --- what it is made of ---
