@@ -18,22 +18,6 @@ from compress.passes.rotate import Rotate
 from compress.passes.smooth import Smooth
 from compress.passes.sparsify import Sparsify
 
-PASSES: dict[str, type[Pass]] = {
-    p.name: p
-    for p in (
-        Edit,
-        Depth,
-        Prune,
-        Rotate,
-        Smooth,
-        Allocate,
-        Factorize,
-        Quantize,
-        LqLora,
-        Distill,
-        Sparsify,
-        Importance,
-        KvCache,
-        KvPolicy,
-    )
-}
+PASSES: dict[str, type[Pass]] = {p.name: p for p in (
+    Edit, Depth, Prune, Rotate, Smooth, Allocate, Factorize, Quantize, LqLora, Distill, Sparsify, Importance, KvCache, KvPolicy,
+)}  # fmt: skip
