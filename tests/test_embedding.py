@@ -257,8 +257,8 @@ def test_a_scaled_embedding_is_looked_up_too(text: Path, tmp_path: Path) -> None
 # --- a matrix that embedding and head share ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "kind"), [("qwen2", "native"), ("gemma3", "native"), ("gpt2", "native"), ("qwen2", "onnx"),
-                                            ("qwen2", "gguf"),
+@pytest.mark.parametrize(("name", "kind"), [("qwen2", "native"), ("gemma3", "native"), ("gpt2", "native"),
+                                            pytest.param("qwen2", "onnx", marks=pytest.mark.slow), ("qwen2", "gguf"),
                                             pytest.param("gemma3", "onnx", marks=pytest.mark.slow)])  # fmt: skip
 def test_a_tied_table_is_held_once_and_serves_both(family: Any, text: Path, tmp_path: Path, name: str, kind: str) -> None:
     options = {"pins": {"lm_head": "int4:g32"}, "format": "int4:g32"}

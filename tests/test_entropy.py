@@ -259,7 +259,9 @@ def test_other_exporters_name_native(family: Any, exporter: str, form: str) -> N
 # --- allocation -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("formats", [["ecq2.5", "ecq3", "ecq3.5", "ecq3:r64", "int4:g32"], ["ecq", "ecq:r64"]])
+@pytest.mark.parametrize(
+    "formats", [["ecq2.5", "ecq3:r64", "int4:g32"], pytest.param(["ecq", "ecq:r64"], marks=pytest.mark.slow)]
+)
 def test_an_allocation_chooses_among_rates(family: Any, text: Path, tmp_path: Path, formats: list[str]) -> None:
     path = recipe(tmp_path, family("llama"), text, exports=False)
     passes = [{"allocate": {"budget": "3.25 bits", "formats": formats, "trials": 1}}, {"quantize": {}}]

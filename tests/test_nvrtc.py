@@ -15,7 +15,7 @@ from compress.export.runtime.cuda import launch as cuda
 from compress.export.runtime.cuda import nvrtc
 from compress.formats import LowRank, parse
 from tests import emulator
-from tests.conftest import ROOT
+from tests.conftest import ROOT, covered
 from tests.test_kernel import CASES, GRID
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -73,7 +73,7 @@ def compiles_without_spills(arch: str, variants: set[emulator.Variant]) -> None:
 
 @needs_nvcc
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", covered(ARCHS, ARCHS[0], ARCHS[-1]))
 def test_kernels_compile_without_spills(arch: str, whole: bool) -> None:
     """In part: a product of packed weights for each kind of GPU, and one other kernel, so that each kernel has its turn."""
     needs = [

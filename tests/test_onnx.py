@@ -139,6 +139,7 @@ def run(session: Session, tokens: Tensor, mask: Tensor, positions: Tensor, past:
     return found
 
 
+@pytest.mark.slow
 def test_gpt2_computes_what_transformers_does(small: Any, family: Any) -> None:
     as_transformers(small("gpt2"), family("gpt2", blocks=1))
 
@@ -238,6 +239,7 @@ def test_the_size_is_known_beforehand(mixed: pipeline.Outcome, tmp_path: Path) -
     assert reader.read(artifact_of(mixed)).dense.base.nbytes == layout.tensor_bytes
 
 
+@pytest.mark.slow
 def test_the_graph_is_the_same_every_time_and_made_without_weights(
     small: Any, family: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

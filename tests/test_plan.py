@@ -136,6 +136,7 @@ def test_a_config_alone_is_enough(project: Project):
     assert project.plan().out == bare.out
 
 
+@pytest.mark.slow
 def test_seventy_billion_weights_in_a_minute_and_two_gigabytes(tmp_path: Path, nursery: Nursery):
     """Nothing but the config is there, and none of the 140 GB is ever allocated."""
     transformers.LlamaConfig(**BIG, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path / "model")

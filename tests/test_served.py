@@ -30,6 +30,7 @@ from compress.passes import clip_core, gptq_core
 from compress.passes.quantize import Quantize
 from compress.passes.rounding_core import Sample
 from compress.passes.smooth import Smooth
+from tests.conftest import covered
 from tests.cooking import bake, refused
 from tests.laws import bound, encode, packed_tensors
 from tests.pass_laws import TOKENS, step_of
@@ -188,7 +189,7 @@ def served(family: Any, text: Path, tmp_path_factory: pytest.TempPathFactory) ->
 ENDS = ["int8:channel/int8:token", "fp8:channel/fp8:token", "int4:g32/fp8:token", "nvfp4/nvfp4", "mxfp4", "mxfp8/mxfp8"]
 
 
-@pytest.mark.parametrize("form", ENDS)
+@pytest.mark.parametrize("form", covered(ENDS, ENDS[0], ENDS[1], "nvfp4/nvfp4"))
 def test_stock_transformers_and_our_runtime_compute_what_the_run_measured(served: Any, form: str) -> None:
     done = served(form)
     folder, proof = done.artifacts["compressed_tensors"]

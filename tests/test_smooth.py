@@ -179,6 +179,7 @@ def test_smoothed_and_quantized_artifacts_prove_themselves(model: Any, tmp_path:
         assert not torch.equal(done.state.dense.read(norm), source.checkpoint.read(norm))
 
 
+@pytest.mark.slow
 def test_smoothing_helps_a_small_trained_model(assets: Path, tmp_path: Path) -> None:
     from tests.cooking import stories
 
