@@ -158,16 +158,23 @@ def validated(cls: type[BaseModel], raw: dict[str, Any], loc: Loc, what: str, dr
     try:
         return cls.model_validate(raw, context={"base": draft.base})
     except ValidationError as e:
-        first = e.errors(include_url=False)[0]
-        raise RecipeError(f"{draft.place((*loc, *first['loc']))}  {explain(first, cls, what)}") from None
+        first, *others = ({**error, "loc": untagged(error["loc"])} for error in e.errors(include_url=False))
+        alike = [first, *(error for error in others if error["loc"] == first["loc"])]
+        raise RecipeError(f"{draft.place((*loc, *first['loc']))}  {explain(first, cls, what, alike)}") from None
+
+
+def untagged(loc: Loc) -> Loc:
+    """A location without the type that pydantic tried, where an option may have several."""
+    return loc[:-1] if len(loc) > 1 and re.fullmatch(r"(str|int|float|bool|(tuple|list|dict)\[.*\])", str(loc[-1])) else loc
 
 
 WANTED = {"int": "a whole number", "float": "a number", "string": "text", "bool": "true or false", "list": "a list",
           "tuple": "a list", "dict": "a mapping", "model": "a mapping"}  # fmt: skip
 
 
-def explain(error: Any, cls: type[BaseModel], what: str) -> str:
-    """What pydantic dislikes about one value, in our words: where, what, and what would be right."""
+def explain(error: Any, cls: type[BaseModel], what: str, alike: Sequence[Any] = ()) -> str:
+    """What pydantic dislikes about one value, in our words: where, what, and what would be right. alike: the same of all types
+    that the value could have."""
     kind, loc, given = str(error["type"]), error["loc"], error["input"]
     if kind == "invalid_key" or loc[-1:] == ("[key]",):
         return f"a key is text, not {describe(given)}; put it in quotes"
@@ -186,9 +193,14 @@ def explain(error: Any, cls: type[BaseModel], what: str) -> str:
         return f"{name} is {error['ctx']['expected']}, not {describe(given)}{near}"
     if loc[:1] in (("passes",), ("export",)) and len(loc) == 2:
         return f"{name} is written 'NAME: {{OPTION: VALUE}}'" + (f", here '{given}: {{}}'" if isinstance(given, str) else "")
-    wanted = WANTED.get(kind.partition("_")[0]) if kind.endswith(("_type", "_parsing", "_from_float")) else None
-    text = f"needs {wanted}" if wanted else error["msg"].replace("Input should be", "must be")
+    wanted = list(dict.fromkeys(filter(None, (wanted_of(str(other["type"])) for other in alike or [error]))))
+    text = f"needs {' or '.join(wanted)}" if wanted_of(kind) else error["msg"].replace("Input should be", "must be")
     return f"{name} {text}, not {describe(given)}"
+
+
+def wanted_of(kind: str) -> str | None:
+    """What a value should have been, by the kind of pydantic's error."""
+    return WANTED.get(kind.partition("_")[0]) if kind.endswith(("_type", "_parsing", "_from_float")) else None
 
 
 def label(loc: Sequence[Any]) -> str:

@@ -25,6 +25,7 @@ from compress.model.model import open_model
 from compress.model.stream import Stream
 from compress.passes.depth import Depth
 from compress.passes.distill import Distill
+from compress.passes.factorize import Factorize
 from compress.passes.lqlora import LqLora
 from compress.passes.prune import Prune
 from compress.passes.quantize import Quantize
@@ -513,6 +514,8 @@ def test_memory_of_every_family_is_foretold(family: Any, name: str) -> None:
         ({"train": "scales"}, "no matrix has scales"),
         ({"train": "lora"}, "needs the rank"),
         ({"train": "nothing.*"}, "matches no matrix"),
+        ({"tokens": 1500.5}, "'tokens' needs text or a whole number, not '1500.5'"),
+        ({"train": 5}, "'train' needs text or a list, not '5'"),
         ({"rank": 4}, "is about train: lora"),
         ({"loss": {"hidden_cosine": 1.0}}, "have no part in it"),
         ({"loss": {"mse": 1.0}}, "is none of kl"),
@@ -524,6 +527,21 @@ def test_memory_of_every_family_is_foretold(family: Any, name: str) -> None:
 )
 def test_what_makes_no_sense_is_refused(project: Project, step: dict[str, Any], says: str) -> None:
     assert says in project.refused(json.dumps({"distill": step}))
+
+
+def test_why_nothing_learns(family: Any) -> None:
+    """Of a table that two share one name is to be used; what is in a format that does not learn, whichever step made it so."""
+    tied, plain = (open_model(str(family(name))).state for name in ("qwen2", "llama"))
+    step = Quantize(format=parse("int3:g32"))
+    for state, words, says in (
+        (tied, "lm_head", "'lm_head' shares the matrix of 'embed'.*write 'embed'"),
+        (plain.promising({"lm_head": parse("fp16")}), "all", "'lm_head' is in fp16.*in front of 'quantize'"),
+        (Quantize(format=parse("fp16")).foresee(plain), "lora", "could train: 'layers.0.attn.q' is in fp16; train norms"),
+        (Factorize(rank=8).foresee(plain), "scales", "is in lr8; train norms"),
+        (step.foresee(plain), "lm_hed", "did you mean 'lm_head'"),
+    ):
+        with pytest.raises(CompressError, match=says):
+            choose(state, (words,), 2)
 
 
 def test_quantized_factors_stay_as_they_are(family: Any, tmp_path: Path) -> None:

@@ -183,8 +183,9 @@ def learning(state: State, site: Site, word: str) -> Kind:
         return Kind.FACTORS
     if fmt is None or isinstance(fmt, Quantized):
         return Kind.WEIGHTS
-    raise RecipeError(f"'{site.name}' is in {fmt}; what stands in place of a matrix is not trained. Train before 'factorize', or "
-                      "name other matrices", ("train",))  # fmt: skip
+    step = "factorize" if isinstance(fmt, Factored) else "quantize"
+    raise RecipeError(f"'{site.name}' is in {fmt}, which is not trained; put this step in front of '{step}', or name other "
+                      "matrices", ("train",))  # fmt: skip
 
 
 def takes_factors(fmt: Format | None) -> bool:
@@ -196,9 +197,18 @@ def takes_factors(fmt: Format | None) -> bool:
 
 def nothing(state: State, word: str) -> Exception:
     """That a word means nothing here, and why."""
-    if word == "scales":
+    made = next(((s.name, fmt) for s in state.graph if (fmt := state.format(s)) is not None and s.block is not None), None)
+    if word == "scales" and made is None:
         return RecipeError("no matrix has scales that could learn; put 'quantize' before it, or train: all", ("train",))
+    if word in WORDS and made is not None:
+        why = f"'{made[0]}' is in {made[1]}"
+        return RecipeError(f"there is nothing that '{word}' could train: {why}; train norms, or put this step in front of the "
+                           "one that made it so", ("train",))  # fmt: skip
     if word in WORDS:
         return RecipeError(f"there is nothing that '{word}' could train", ("train",))
-    names = [s.name for s in state.graph] + other_tensors(state)
+    shared = next((s for s in state.graph if s.tied and fnmatchcase(s.name, word)), None)
+    if shared is not None:
+        return MatchError(f"'{shared.name}' shares the matrix of '{shared.tied}', and both learn by that name; write "
+                          f"'{shared.tied}'", ("train",))  # fmt: skip
+    names = [s.name for s in state.graph if not s.tied] + other_tensors(state)
     return MatchError(f"'{word}' matches no matrix and no other tensor{did_you_mean(word, names)}", ("train",))

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from compress.errors import did_you_mean
 from compress.training.limits import parsed
 
 
@@ -218,13 +219,25 @@ def plain(given: object, ways: Ways) -> Named | None:
         (given, options), = given.items()  # fmt: skip
     if not isinstance(given, str) or given not in ways:
         raise ValueError(f"'{str(given)[:40]}' is none of {', '.join(ways)}")
+    if options is not None and not isinstance(options, Mapping):
+        raise ValueError(f"the options of '{given}' are a mapping, not '{str(options)[:40]}'")
     try:
-        found = ways[given].model_validate({} if options is None else options).model_dump(mode="json")
+        found = ways[given].model_validate(options or {}).model_dump(mode="json")
     except ValidationError as e:
-        first = e.errors()[0]
-        where = f"{given}.{first['loc'][0]}" if first["loc"] else given
-        raise ValueError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from None
+        raise ValueError(disliked(e, given, ways[given])) from None
     return {given: found} if found else given
+
+
+def disliked(e: ValidationError, name: str, way_: type[Way]) -> str:
+    """What is wrong with the options of a way."""
+    first, known = e.errors()[0], list(way_.model_fields)
+    if not first["loc"]:
+        return f"{name}: {first['msg'].removeprefix('Value error, ')}"
+    option = str(first["loc"][0])
+    if first["type"] == "extra_forbidden":
+        has = f"options: {', '.join(known)}" if known else f"it has none; write {name} alone"
+        return f"'{name}' has no option '{option[:40]}'{did_you_mean(option, known)}   {has}"
+    return f"'{option}' of '{name}' {first['msg'].replace('Input should be', 'must be')}, not '{str(first['input'])[:40]}'"
 
 
 def named(given: object) -> str:

@@ -9,14 +9,15 @@ does, and rounds; sketches, and directions in place of gradients, are never take
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from compress.errors import RecipeError
 from compress.state import State
 from compress.state.plan import size
 from compress.training import memory
-from compress.training.choice import Choice, learnt
+from compress.training.choice import Choice, Learnt, learnt
 from compress.training.limits import parsed
 from compress.training.memory import Setting, Split
 from compress.training.options import Block, Fused, Galore, Lomo, Memory, Named, Velora, WtaCrs, ZerothOrder, named
@@ -37,15 +38,24 @@ def refusal(state: State, choice: Choice, setting: Setting) -> tuple[str, str] |
     if isinstance(chosen.slopes, Fused) and setting.batch > setting.together:
         return (f"a step of {setting.batch} windows of {setting.length} tokens adds up the gradients of parts, and fused ones "
                 f"are used up at once; use batch: {setting.together}, or gradients: kept", "gradients")  # fmt: skip
-    if isinstance(chosen.by, Galore) and not any(one.matrix for one in what):
-        return ("'galore' projects the gradients of whole matrices, and no matrix of a block learns its weights; use optimizer: "
-                "adamw8bit", "optimizer")  # fmt: skip
+    if isinstance(chosen.by, Galore) and (why := _of_subspaces(what, chosen.by)):
+        return why, "optimizer"
     if isinstance(chosen.by, Block):
         return _of_blocks(state, choice, chosen.by)
     if any(isinstance(way, Velora | WtaCrs) for way in chosen.keeps) and not layers:
         return "no matrix of a linear layer learns, so none keeps its input; use activations: checkpoint", "activations"
     if chosen.weights == "streamed" and all(not memory.reads(state, choice, s) for s in state.graph):
         return "every matrix learns, and those stay in memory; leave weights: streamed out", "weights"
+    return None
+
+
+def _of_subspaces(what: Sequence[Learnt], by: Galore) -> str | None:
+    most = max((min(one.shape) for one in what if one.matrix), default=None)
+    if most is None:
+        return ("'galore' projects the gradients of whole matrices, and no matrix of a block learns its weights; use optimizer: "
+                "adamw8bit")  # fmt: skip
+    if by.rank is not None and by.rank > most:
+        return f"'galore': rank {by.rank} is more than any matrix has; ask for {most} or less"
     return None
 
 
@@ -112,17 +122,34 @@ def candidates(setting: Setting) -> Iterator[Setting]:
 
 def too_much(state: State, choice: Choice, setting: Setting, most: int) -> RecipeError:
     """That nothing that a recipe allows fits its limit, and what else would."""
+
+    def fits(other: Setting) -> bool:
+        return refusal(state, choice, other) is None and memory.split(state, choice, other).total <= most
+
     found = memory.split(state, choice, setting)
-    free = replace(setting, memory=Memory(weights=setting.memory.weights, limit=setting.memory.limit))
-    todo = "no other setting would fit, unless less is trained (train: lora, scales, patterns)"
-    for other in (other for start in (free, replace(free, teacher="cached")) for other in candidates(start)):
-        if refusal(state, choice, other) is None and memory.split(state, choice, other).total <= most:
-            words = [f"teacher: {other.teacher}"] * (other.teacher != setting.teacher)
-            todo = f"{'; '.join([*words, said(other.memory, setting.memory)])} would fit"
-            break
+    todo = next((f"{'; '.join(words)} would fit" for words, other in others(setting) if fits(other)),
+                "no other setting would fit; train less (lora, scales, norms, patterns), or from shorter windows")  # fmt: skip
     return RecipeError(
         f"training takes {memory.told(found)}, above the limit of {setting.memory.limit}; {todo}", ("memory", "limit")
     )
+
+
+def others(setting: Setting) -> Iterator[tuple[list[str], Setting]]:
+    """Settings that a recipe could have instead, those that change least first, and what it would say."""
+    given, batches = setting.memory, [setting.batch]
+    while batches[-1] > 1:
+        batches.append(batches[-1] // 2)
+    teachers = (setting.teacher,) if "hidden_cosine" in setting.loss else tuple(dict.fromkeys((setting.teacher, "cached")))
+    for weights, batch, teacher in itertools.product(dict.fromkeys((given.weights, "streamed")), batches, teachers):
+        free = Memory(weights=weights, limit=given.limit)
+        start = replace(
+            setting, memory=free, teacher=teacher, batch=batch, together=min(setting.together, batch or setting.together)
+        )
+        words = [f"teacher: {teacher}"] * (teacher != setting.teacher) + [f"batch: {batch}"] * (batch != setting.batch)
+        words += [f"weights: {weights}"] * (weights != given.weights)
+        for other in candidates(start):
+            differs = said(other.memory, given)
+            yield [*words, *([differs] if differs else [])], other
 
 
 def said(chosen: Memory, instead: Memory | None = None) -> str:
