@@ -53,7 +53,7 @@ VERBS = ("plan", "run", "eval", "bench", "inspect", "passes")
          "(see compress eval --help)"),
         (["run", "none.yaml"], "none.yaml: No such file or directory"),
         (["passes", "quantise"], "no pass 'quantise'; did you mean 'quantize'?   known: edit, depth, prune, "
-         "rotate, smooth, allocate, factorize, quantize, lqlora, distill, importance, compressed_tensors, "
+         "rotate, smooth, allocate, factorize, quantize, lqlora, distill, importance, kv_cache, compressed_tensors, "
          "gptq, gguf, native, onnx"),
         (["inspect", "none"], "none: no such folder"),
     ],
