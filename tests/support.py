@@ -38,6 +38,16 @@ SHAPED = ("llama", "qwen3", "gemma3", "phi3", "gpt2", "opt")
 REFUSED = "-"
 
 
+TAIL = """\
+## Not run here
+
+No GPU was at hand. So of what `compressed_tensors` writes, this is known from vLLM's sources (0.32) and not from a run: small
+floats (`fp8`, `nvfp4`, `mxfp4`, `mxfp8`), rounded inputs other than `int8:token`, a cache of 8 bits, experts, integers of other
+widths than 4 bits outside our plug-in, and any kernel of any GPU. Their numbers are proven in stock transformers on a CPU, and
+each folder is held against what vLLM's loader asks for (`export/compressed_tensors/lint.py`). Which engine runs what is in the
+table of [Export](export.md#engines)."""
+
+
 @cache
 def opened(source: Path) -> State:
     return open_model(str(source)).state
@@ -111,7 +121,8 @@ def page(folder: Path) -> str:
     by_layer = rows(names, ((shaped(name), models[name], COMMON) for name in SHAPED), text, free=True)
     return "\n\n".join([HEAD, "## Formats, on Llama", pipes(by_format, ["format", *names]),
                         f"## Families, in `{COMMON}`", pipes(by_family, ["family", *names]),
-                        f"## Layers of different shapes, in `{COMMON}`", pipes(by_layer, ["family", *names])]) + "\n"  # fmt: skip
+                        f"## Layers of different shapes, in `{COMMON}`", pipes(by_layer, ["family", *names]),
+                        TAIL]) + "\n"  # fmt: skip
 
 
 if __name__ == "__main__":

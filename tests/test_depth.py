@@ -323,8 +323,9 @@ def test_more_layers_measure_only_the_rounds_that_are_new(tmp_path: Path, monkey
     assert rounds == [0, 1, 2, 0]
 
 
-@pytest.mark.parametrize("options", [{"drop": 2}, pytest.param({"drop": 2, **ZEROS}, marks=pytest.mark.slow), {"drop": 2, **GONE}],
-                         ids=["layers", "zeros", "gone"])  # fmt: skip
+@pytest.mark.parametrize("options", [
+    {"drop": 2}, pytest.param({"drop": 2, **ZEROS}, marks=pytest.mark.slow), {"drop": 2, **GONE},
+], ids=["layers", "zeros", "gone"])  # fmt: skip
 def test_a_run_that_was_stopped_at_any_commit_leaves_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:

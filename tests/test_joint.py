@@ -281,7 +281,8 @@ def test_plan_and_report_say_what_is_left(project: Project) -> None:
     ({"structure": {"mlp": [0.25]}}, {"parameters": "70 %"}),  # a quarter of what is left is all of it
     pytest.param({"structure": {"kv_groups": [0.5]}}, {"kv_cache": "50 %"}, marks=pytest.mark.slow),
     ({"structure": SHAPES, "shapes": "free"}, {"parameters": "80 %"}),  # layers differ
-    pytest.param({"structure": {"mlp": [0.75], "kv_groups": "all"}, "shapes": "free"}, {"kv_cache": "75 %"}, marks=pytest.mark.slow),
+    pytest.param({"structure": {"mlp": [0.75], "kv_groups": "all"}, "shapes": "free"}, {"kv_cache": "75 %"},
+                 marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_plan_estimates_from_the_model_that_was_decided_on(
     project: Project, options: dict[str, Any], constraint: dict[str, str]

@@ -17,11 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from compress.errors import ExportError
+from compress.cli import main
+from compress.errors import ExportError, ModelError
 from compress.export.artifact.proof import logits
 from compress.export.artifact.schemes import cache_args
 from compress.export.compressed_tensors.lint import faults
 from compress.export.compressed_tensors.reader import read
+from compress.export.runtime import load
 from compress.export.table import EXPORTERS
 from compress.formats import parse
 from compress.formats.caches import kept, scales
@@ -212,3 +214,33 @@ def test_a_broken_folder_has_its_fault(folder: Path, tmp_path: Path, name: str) 
     found = list(faults(broken))
     assert any(re.search(says, line) for line in found), found
     assert all("\n" not in line for line in found)
+
+
+def test_inspect_prints_what_engines_would_not_take(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    assert main(["inspect", str(folder)]) == 0
+    assert "for vLLM" not in capsys.readouterr().out
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    BREAKS["global"][0](tensors, {})
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    (broken / "compress.json").unlink()  # as another tool would have written it
+    assert main(["inspect", str(broken)]) == 0
+    assert f"note: for vLLM: '{Q}': 'weight_global_scale' differs" in capsys.readouterr().out
+
+
+def test_our_runtime_says_that_it_keeps_no_rounded_cache(folder: Path) -> None:
+    with pytest.raises(ModelError, match="asks for a quantized cache, which this runtime does not keep"):
+        load(folder)
+
+
+def test_a_folder_whose_scales_are_gone_is_not_read(folder: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    (broken / "compress.json").unlink()
+    tensors = load_file(broken / "model.safetensors")
+    scale = tensors.pop(f"{AT}.self_attn.k_scale")
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="k_scale' is missing, fp8 needs bfloat16"):
+        read(broken)
+    save_file({**tensors, f"{AT}.self_attn.k_scale": -scale}, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="has a scale of its cache that is not above 0"):
+        read(broken)
