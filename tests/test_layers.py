@@ -18,7 +18,7 @@ from tests.conftest import ROOT
 LAYERS = (
     ("cli", "commands", "planning", "pipeline", "stages", "prepare", "bench", "timing", "calibration", "sampling", "terminal",
      "__main__"),
-    ("recipe", "run", "parts", "report", "evaluate"),
+    ("recipe", "run", "parts", "report", "evaluate", "cached"),
     ("passes", "export"),
     ("manager", "training"),
     ("model",),
@@ -41,8 +41,8 @@ TRANSFORMERS = {
     "export.runtime",
 }
 # All that an artifact needs of the rest to be run.
-RUNTIME = ("formats", "cache", "errors", "state.checkpoint", "export.artifact.files", "export.artifact.config", "export.artifact.schemes",
-           "export.artifact.checks", "shapes")  # fmt: skip
+RUNTIME = ("formats", "cache", "errors", "state.checkpoint", "export.artifact.files", "export.artifact.config",
+           "export.artifact.schemes", "export.artifact.checks", "shapes")  # fmt: skip
 FOLDERS = {"compress": ROOT / "compress", "passes": ROOT / "passes", "export": ROOT / "export"}
 
 
