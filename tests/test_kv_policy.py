@@ -320,32 +320,37 @@ def made(family: Any, text: Path, tmp_path_factory: pytest.TempPathFactory) -> p
     return pipeline.run(path)
 
 
-def test_the_artifact_brings_its_policy(made: pipeline.Outcome, capsys: Any) -> None:
-    """from_pretrained and generate as ever; what `eval` finds through the artifact's cache is what the run found by masks."""
-    artifact, proof = made.artifacts["native"] assert proof.remark == "compared in fp32" policy = read(json.loads((artifact /
-    FILE).read_text()), "file") assert reader.read(artifact).serving == {SERVED: policy.json()} == made.state.serving assert
-    policy.nbytes(64) <= 0.6 * policy.full model, ids = transformers.AutoModelForCausalLM.from_pretrained(artifact,
-    dtype=torch.float32), text_of(1, 40) out = model.generate(ids, max_new_tokens=6, do_sample=False,
-    return_dict_in_generate=True) assert isinstance(out.past_key_values, runtime.PolicyCache) assert out.past_key_values.nbytes ==
-    policy.nbytes(40) told = made.scores["cache"] assert told["kl"] > 0 assert told["bytes"] == policy.nbytes(told["prompt"]) <
-    told["full"] assert "KL of the cache (nats)" in made.report.summary() main(["eval", str(artifact), "--text",
-    str(made.state.dense.folder.parent / "words.txt"), "--sequences", "4", "--length", "64", "--json"]) assert
-    json.loads(capsys.readouterr().out)["cache"]["tokens"] == told["tokens"]
+def test_the_artifact_brings_its_policy(made: pipeline.Outcome) -> None:
+    """from_pretrained and generate as ever."""
+    artifact, proof = made.artifacts["native"]
+    assert proof.remark == "compared in fp32"
+    policy = read(json.loads((artifact / FILE).read_text()), "file")
+    assert reader.read(artifact).serving == {SERVED: policy.json()} == made.state.serving
+    assert policy.nbytes(64) <= 0.6 * policy.full
+    model, ids = transformers.AutoModelForCausalLM.from_pretrained(artifact, dtype=torch.float32), text_of(1, 40)
+    out = model.generate(ids, max_new_tokens=6, do_sample=False, return_dict_in_generate=True)
+    assert isinstance(out.past_key_values, runtime.PolicyCache)
+    assert out.past_key_values.nbytes == policy.nbytes(40)
+    told = made.scores["cache"]
+    assert told["kl"] > 0
+    assert told["bytes"] == policy.nbytes(told["prompt"]) < told["full"]
+    assert "KL of the cache (nats)" in made.report.summary()
+
+
+def test_eval_tells_of_the_cache(made: pipeline.Outcome, text: Path, capsys: Any) -> None:
+    main(["eval", str(made.artifacts["native"][0]), "--text", str(text), "--sequences", "4", "--length", "64", "--json"])
+    assert json.loads(capsys.readouterr().out)["cache"]["tokens"] == made.scores["cache"]["tokens"]
 
 
 def test_our_engine_and_our_stream_agree_on_the_cache(made: pipeline.Outcome) -> None:
     state, tokens = replace(made.state, dtype=torch.float32), Tokens(text_of(3, 64), "drawn")
-    engine = load_engine(made.artifacts["native"][0])
+    engine = Transformers(load(made.artifacts["native"][0], dtype=torch.float32), "runtime")
     ours, theirs = (cached.through_cache(state, tokens, 1, "cpu", e) for e in (None, engine))
     assert ours.kl == pytest.approx(theirs.kl, rel=1e-3)
     assert (ours.tokens, ours.prompt, ours.bytes) == (theirs.tokens, theirs.prompt, theirs.bytes)
 
 
-def load_engine(folder: Path) -> Any:
-    return Transformers(load(folder, dtype=torch.float32), "runtime")
-
-
-def test_another_budget_measures_nothing(made: pipeline.Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_budget_measures_nothing(made: pipeline.Outcome, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(core, "damages", lambda *_: pytest.fail("is measured again"))
     path = made.out.parent / "recipe.yaml"
     other = path.with_name("other.yaml")
@@ -357,25 +362,34 @@ def test_policies_are_for_native_alone_and_for_models_with_heads(family: Any, te
     for exporter in ("compressed_tensors", "gguf", "gptq", "onnx"):
         with pytest.raises(CompressError, match=rf"{exporter} has no place for a policy of the KV cache.* export native"):
             bake(tmp_path / exporter, family("llama"), text, exporter, STEP)
-    refused(tmp_path / "twice", family("llama"), text, [STEP, STEP], "'kv_policy' behind it changes that") refused(tmp_path /
-    "later", family("llama"), text, [STEP, {"prune": {"mlp": 0.5}}], "'prune' behind it changes that") refused(tmp_path / "small",
-    family("llama"), text, [{"kv_policy": {**STEP["kv_policy"], "budget": "2 %"}}], "no choice of these rules fits")
-    refused(tmp_path / "soft", family("gemma2"), text, [STEP], "chunked or soft-capped") refused(tmp_path / "masked",
-    family("roberta"), text, [STEP], "has no cache") refused(tmp_path / "short", family("llama"), text, [{"kv_policy":
-    {"continuation": 40}}], "windows have 32")
+    cases = [
+        ("llama", [STEP, STEP], "'kv_policy' behind it changes that"),
+        ("llama", [STEP, {"prune": {"mlp": 0.5}}], "'prune' behind it changes that"),
+        ("llama", [{"kv_policy": {**STEP["kv_policy"], "budget": "2 %"}}], "no choice of these rules fits"),
+        ("gemma2", [STEP], "chunked or soft-capped"),
+        ("roberta", [STEP], "has no cache"),
+    ]
+    for i, (name, passes, says) in enumerate(cases):
+        refused(tmp_path / str(i), family(name), text, passes, says)
+    with pytest.raises(CompressError, match="windows have 32; ask for longer ones, or lower 'continuation'"):
+        bake(tmp_path / "short", family("llama"), text, "native", {"kv_policy": {"continuation": 40}})
 
 
 def test_a_damaged_or_missing_policy_is_refused(made: pipeline.Outcome, tmp_path: Path) -> None:
     held = json.loads((made.artifacts["native"][0] / FILE).read_text())
-    for change, says in (({"version": 2}, "upgrade compress-pipeline"), ({"layers": []}, "names a layer twice, or none"),
-                         ({"layers": [{"layer": 0}]}, "is damaged"), ({"marked": ["a"]}, "is damaged"), ({"context": -1}, "is
-                         damaged"), ({"layers": [{**held["layers"][0], "units": [["snap", 2.0, "bf16"]]}]}, "is damaged")):  #
-                         fmt: skip
+    changes = [
+        ({"version": 2}, "upgrade compress-pipeline"),
+        ({"layers": []}, "names a layer twice, or none"),
+        ({"layers": [{"layer": 0}]}, "is damaged"),
+        ({"marked": ["a"]}, "is damaged"),
+        ({"context": -1}, "is damaged"),
+        ({"layers": [{**held["layers"][0], "units": [["snap", 2.0, "bf16"]]}]}, "is damaged"),
+    ]
+    for change, says in changes:
         with pytest.raises(ModelError, match=says):
             read({**held, **change}, "here")
     folder = Path(shutil.copytree(made.artifacts["native"][0], tmp_path / "copy"))
     (folder / FILE).unlink()
-    with pytest.raises(ModelError, match="is missing, and asked for by config"):
-        reader.read(folder)
-    with pytest.raises(ModelError, match="is missing, and asked for by config"):
-        load(folder)
+    for way in (reader.read, load):
+        with pytest.raises(ModelError, match="is missing, and asked for by config"):
+            way(folder)
