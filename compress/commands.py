@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from compress import bench, evaluate, pipeline, timing
+from compress import bench, cached, evaluate, pipeline, timing
 from compress.documents import json_mapping
 from compress.errors import CompressError, MatchError, ModelError, RecipeError, RunError, did_you_mean
 from compress.export.artifact.engines import Engine, EngineError, dense
@@ -131,10 +131,11 @@ def eval_command(options: argparse.Namespace) -> None:
     engine, said = engine_of(kind, model, state, options.device)
     ask = (lambda ids: engine.prefill(ids)[0]) if engine else None
     _, scores = evaluate.compare(original.state if original else None, state, tokens, options.device, ask)
+    through = pipeline.cache_scores(state, tokens, options.device, engine) if cached.policy_of(state) else None
     figures = evaluate.sizes(state, bytes_on_disk(model, state))
     known = list(dict.fromkeys((*model.remarks, *(original.remarks if original else ()))))
     if options.json:
-        remarks = {"remarks": known} if known else {}
+        remarks = ({"cache": through.json()} if through else {}) | ({"remarks": known} if known else {})
         print(json.dumps({**scores.json(), **figures.json(), "text": tokens.place, "engine": said, **remarks}, indent=1))
         return
     rows = [["perplexity", shown(scores.perplexity, ".4f")],
@@ -142,7 +143,8 @@ def eval_command(options: argparse.Namespace) -> None:
             ["same top token", shown(scores.agreement, ".2%")],
             ["weights on disk", size(figures.tensor_bytes)],
             ["bits per weight, linear layers", f"{figures.linear_bits:.3f}"],
-            ["bits per weight, whole file", f"{figures.file_bits:.3f}"]]  # fmt: skip
+            ["bits per weight, whole file", f"{figures.file_bits:.3f}"],
+            *(cached.rows(through.json()) if through else [])]  # fmt: skip
     print(page.columns(rows, right=(1,)))
     by_source, head = source_rows({"compressed": scores.json()})
     if by_source:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 
-from compress import calibration, evaluate, manager
+from compress import cached, calibration, evaluate, manager
+from compress.cached import policy_of
 from compress.documents import json_mapping
 from compress.errors import RecipeError, RunError, first_line
 from compress.export.artifact.carried import carried
@@ -24,6 +25,7 @@ from compress.export.artifact.files import sha256
 from compress.export.artifact.place import place, refuse_foreign
 from compress.manager import Context, Pass
 from compress.model import data
+from compress.model.attention import heads, plain
 from compress.model.speed import computing
 from compress.prepare import Prepared, check_exports, prepare, proof_tokens
 from compress.recipe import Recipe
@@ -332,14 +334,23 @@ def scored(start: State, made: Folded, tokens: data.Tokens, out: Path, device: s
     mark = digest(made.key, tokens.hash, [windows for _, windows in tokens.sources])
     file = out / "evaluation.json"
     known = scores_of(file)
-    if known.get("key") == mark:
+    policy = policy_of(made.state)
+    if known.get("key") == mark and ("cache" in known) == (policy is not None):
         return known
     console.note("evaluating the original and the result")
     before, after = evaluate.compare(start, made.state, tokens, device)
     assert before is not None, "there is an original to compare with"
     scores = {"key": mark, "text": tokens.place, "original": before.json(), "compressed": after.json()}
+    if policy:
+        scores["cache"] = cache_scores(made.state, tokens, device).json()
     write_atomic(file, json.dumps(scores, indent=1).encode())
     return scores
+
+
+def cache_scores(state: State, tokens: data.Tokens, device: str, engine: cached.Asked | None = None) -> cached.CacheScores:
+    """Figures of a state's cache, against a plain one of the same model."""
+    full = plain(heads(state), cached.prompt_of(tokens.ids.shape[1]), state.dtype.itemsize)
+    return cached.through_cache(state, tokens, full, device, engine)
 
 
 def scores_of(file: Path) -> dict[str, Any]:
@@ -350,6 +361,7 @@ def scores_of(file: Path) -> dict[str, Any]:
         pairs = [(before, after), *zip(before.sources, after.sources, strict=True)]
         compared = all(None not in (a.kl, a.agreement) and (b.perplexity is None) == (a.perplexity is None)
                        and b.source == a.source for b, a in pairs)  # fmt: skip
+        TypeAdapter(cached.CacheScores | None).validate_python(known.get("cache"))
         return known if compared and isinstance(known["text"], str) else {}
     except (ValueError, LookupError, TypeError):
         return {}

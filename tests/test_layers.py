@@ -18,7 +18,7 @@ from tests.conftest import ROOT
 LAYERS = (
     ("cli", "commands", "planning", "pipeline", "stages", "prepare", "bench", "timing", "calibration", "sampling", "terminal",
      "__main__"),
-    ("recipe", "run", "parts", "report", "evaluate"),
+    ("recipe", "run", "parts", "report", "evaluate", "cached"),
     ("passes", "export"),
     ("manager", "training"),
     ("model",),

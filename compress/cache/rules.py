@@ -136,7 +136,7 @@ SCALE = torch.float16
 
 def codes(x_nd: Tensor) -> tuple[Tensor, Tensor]:
     """Vectors as int8 [N, D] and a scale each, fp16 [N, 1]: the largest number of a vector becomes 127."""
-    scale = (x_nd.float().abs().amax(-1, keepdim=True) / 127).clamp(6e-5, 65504.0).to(SCALE)
+    scale = (x_nd.float().abs().amax(-1, keepdim=True) / 127).clamp(6e-8, 65504.0).to(SCALE)
     return (x_nd.float() / scale.float()).round().clamp(-127, 127).to(torch.int8), scale
 
 

@@ -70,14 +70,14 @@ class Head:
         return found.reshape(-1, found.shape[-1]).float()
 
 
-def cut(batches: Sequence[Batch], causal: bool) -> list[Piece]:
-    """The predictions of batches, `PIECE` of them at once; of a causal model without the last place of each window, which has
-    nothing to predict."""
+def cut(batches: Sequence[Batch], causal: bool, first: int = 0) -> list[Piece]:
+    """The predictions of batches from a place in each window on, `PIECE` of them at once; of a causal model without the last,
+    which has nothing to predict."""
     found = []
     for batch in batches:
         length = batch.tokens.shape[1] - causal
         for tokens, hidden in zip(batch.tokens.split(1), batch.hidden.split(1), strict=True):
-            for start in range(0, length, PIECE):
+            for start in range(first, length, PIECE):
                 end = min(start + PIECE, length)
                 targets = tokens[0, start + 1 : end + 1].to(hidden.device) if causal else None
                 found.append(Piece(tokens[:, start:end], hidden[:, start:end], targets))
@@ -102,16 +102,24 @@ class Streamed:
 
     @classmethod
     def of(
-        cls, state: State, ids: Sequence[Tensor], device: str, causal: bool, exact: bool = False, see: See | None = None
+        cls,
+        state: State,
+        ids: Sequence[Tensor],
+        device: str,
+        causal: bool,
+        exact: bool = False,
+        see: See | None = None,
+        start: int = 0,
     ) -> Streamed:
         """Pass batches of token ids [b, t], as the state numbers them, through its blocks, one block's weights in memory.
-        `causal`: see `cut`; `exact`: see `Stream`; `see`: what is asked at every attention (attention.py)."""
+        `causal`: see `cut`; `exact`: see `Stream`; `see`: what is asked at every attention (attention.py); `start`: the
+        place in each window from which on there are predictions."""
         stream = Stream(state, device, exact)
         batches = stream.start(state, ids)
         with attention_by(stream, see) if see else nullcontext():
             for block in state.graph.blocks:
                 stream.advance(state, block.index, batches)
-        return cls(Head(stream, state), cut(batches, causal))
+        return cls(Head(stream, state), cut(batches, causal, start))
 
     @contextmanager
     def part(self, rows: slice, known: list[int] | None = None) -> Iterator[Callable[[int], Tensor]]:

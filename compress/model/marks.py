@@ -8,7 +8,7 @@ from pathlib import Path
 from compress.model.tokenizer import tokenizer_of
 
 SPACES = str.maketrans("", "", "\u0120\u2581\u010a \n")  # how vocabularies write a space or the end of a line
-ENDS = ("\u010a", "\n", "<0x0A>")  # tokens that are, or begin with, the end of a line
+ENDS = ("<0x0A>",)  # other ways to write the end of a line
 
 
 def marked(folder: Path, vocabulary: tuple[int, ...] | None = None) -> tuple[int, ...]:
@@ -23,7 +23,7 @@ def marked(folder: Path, vocabulary: tuple[int, ...] | None = None) -> tuple[int
 
 def punctuation(text: str) -> bool:
     """Whether a token, as a vocabulary writes it, is punctuation or an end of a line and nothing else."""
-    if text.startswith(ENDS) and not text.translate(SPACES):
+    if text in ENDS or (text and set(text) <= set("\u010a\n")):
         return True
     bare = text.translate(SPACES)
     return bool(bare) and all(unicodedata.category(c).startswith("P") for c in bare)

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from compress import cached
 from compress.evaluate import Sizes, sizes
 from compress.model.model import Model
 from compress.recipe import Recipe
@@ -67,7 +68,7 @@ def score_rows(scores: Mapping[str, Any], before: Sizes, after: Sizes) -> list[R
         rows.append([f"perplexity, context {a['length']}", f"{a['perplexity']:.4f}", f"{b['perplexity']:.4f}"])
     rows.append(["KL from the original (nats)", "0", f"{b['kl']:.5f}"])
     rows.append(["same top token as the original", "100 %", f"{b['agreement']:.2%}".replace("%", " %")])
-    return rows
+    return rows + [[what, "-", figure] for what, figure in (cached.rows(scores["cache"]) if "cache" in scores else [])]
 
 
 def source_rows(scores: Mapping[str, Any]) -> tuple[list[Row], Row]:

@@ -1,0 +1,191 @@
+"""What a policy of the KV cache costs: KL of text behind a prompt, and planted facts that are asked for after the prompt was
+compressed.
+
+Policies of equal bytes: `kv_policy` as it chooses by head, and one rule at one share for all heads, which is what StreamingLLM
+(stream), H2O and SnapKV are. Half of the calibration windows have a planted fact that is asked for at their end, as the prompts
+that are judged have, with other codes and other text around.
+
+Text: windows of the evaluation text, the last 64 tokens of each read through the cache (compress/cached.py). Facts: "The secret
+code of the blue house is dddddd." at some place in a prompt of the same length; the question comes behind the prompt. Digits
+right: of the digits, each asked for behind the right ones before it, those that are the likeliest token. All policies get the
+same keys, values and queries: the prompt is read once, in fp32, by the artifact's own cache (export/runtime/cache.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from report import line
+from torch import Tensor
+from variants import parser, publish, texts
+
+from compress import pipeline
+from compress.cache.policy import SERVED, Policy, read
+from compress.export.runtime.cache import PolicyCache, PolicyLayer, follow
+from compress.model.model import open_model
+
+COLOURS = ("blue", "red", "green", "white", "yellow", "black", "brown", "grey")
+THINGS = ("house", "boat", "car", "school", "garden", "bridge", "tower", "shop")
+POLICIES: dict[str, dict[str, Any]] = {
+    "kv_policy": {},
+    **{name: {"method": "uniform", "rules": [name]} for name in ("stream", "h2o", "snap")},
+}
+
+
+def facts(draw: random.Random) -> tuple[str, str]:
+    """A question, which is the beginning of the fact, and its answer."""
+    code = "".join(draw.choice("0123456789") for _ in range(6))
+    return f" The secret code of the {draw.choice(COLOURS)} {draw.choice(THINGS)} is", f" {code}."
+
+
+def filler(text: str, seed: int) -> Iterator[str]:
+    """Words of a text from some place on."""
+    words = text.split(" ")
+    start = random.Random(seed).randrange(len(words) // 2)
+    yield from (f" {word}" for word in words[start:])
+
+
+def filled(tokenizer: Any, text: str, words: Iterator[str], count: int) -> str:
+    """The text, longer by words until it has so many tokens."""
+    while (short := count - length(tokenizer, text)) > 0:
+        for _ in range(max(1, short // 2)):
+            text += next(words)
+    return text
+
+
+def length(tokenizer: Any, text: str) -> int:
+    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def planted(options: argparse.Namespace, tokenizer: Any) -> str:
+    """A text to calibrate on: every second window of it has a fact, and at its end asks for it."""
+    draw, words = random.Random(1), filler(options.calibration.read_text(encoding="utf-8"), 1)
+    text, each = "", options.length - options.bos
+    for window in range(options.sequences):
+        start = window * each
+        if window % 2:
+            question, answer = facts(draw)
+            text = filled(tokenizer, text, words, start + draw.randrange(each // 16, each // 2)) + question + answer
+            text = filled(tokenizer, text, words, start + each - 2 - length(tokenizer, question + answer)) + question + answer
+        text = filled(tokenizer, text, words, start + each)
+    return filled(tokenizer, text, words, options.sequences * each + 600)  # behind the windows a reader wants some text more
+
+
+def policies(options: argparse.Namespace, folder: Path, tokenizer: Any) -> Iterator[tuple[str, str, Any]]:
+    """(budget, name, state) of every policy; they share what was measured."""
+    text = folder / "calibration.txt"
+    text.write_text(planted(options, tokenizer), encoding="utf-8")
+    windows = {"text": str(text), "sequences": options.sequences, "length": options.length, "bos": options.bos}
+    for budget in options.budgets:
+        for name, chosen in POLICIES.items():
+            step = {"budget": budget, "context": options.length - 64, **chosen}
+            content = {"model": str(options.model.resolve()), "out": str(folder / "run"), "data": {"calibration": windows},
+                       "passes": [{"kv_policy": step}], "export": []}  # fmt: skip
+            (folder / "recipe.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+            yield budget, name, pipeline.run(folder / "recipe.yaml").state
+
+
+class Reader:
+    """A model whose prompts are read once for several policies."""
+
+    def __init__(self, folder: Path, several: dict[Any, Policy]):
+        self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self.several = several
+        follow(self.model, next(iter(several.values())))
+
+    @torch.no_grad()
+    def answers(self, prompt: Tensor, rest: Tensor) -> dict[Any, Tensor]:
+        """Logits [t, vocabulary] of what comes behind a prompt, by policy; under None with a plain cache."""
+        caches = {name: PolicyCache(policy) for name, policy in self.several.items()}
+        first = next(iter(caches.values()))
+        for cache in caches.values():
+            cache.see(prompt)
+        for index, layer in enumerate(first.layers):
+            others: list[Any] = [cache.layers[index] for cache in caches.values()]
+            layer.read_prompt = read_by(others)  # type: ignore[union-attr,method-assign]
+        self.model(prompt, past_key_values=first, logits_to_keep=1)
+        found = {name: self.model(rest, past_key_values=cache).logits[0] for name, cache in caches.items()}
+        self.model.kv_policy, held = None, self.model.kv_policy
+        whole = torch.cat([prompt, rest], 1)
+        found[None] = self.model(whole, logits_to_keep=rest.shape[1], use_cache=False).logits[0]
+        self.model.kv_policy = held
+        return found
+
+
+def read_by(layers: list[PolicyLayer]) -> Any:
+    """Reads a prompt into the layers of several caches."""
+
+    def read_prompt(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> None:
+        for layer in layers:
+            layer.seen, layer.is_initialized = key.shape[2], True
+            PolicyLayer.read_prompt(layer, query, key, value, mask, scale)
+
+    return read_prompt
+
+
+def asked(options: argparse.Namespace, tokenizer: Any, several: dict[Any, Policy]) -> dict[Any, tuple[float, float]]:
+    """Of every policy: the share of digits that are right, and KL of the answers."""
+    reader, draw = Reader(options.model, several), random.Random(2)
+    text = options.evaluation.read_text(encoding="utf-8")
+    sums = {name: [0.0, 0.0, 0.0] for name in (None, *several)}
+    for number in range(options.facts):
+        question, answer = facts(draw)
+        words, total = filler(text, 100 + number), options.length - 64
+        prompt = filled(tokenizer, "", words, draw.randrange(total // 16, total // 2)) + question + answer
+        prompt = filled(tokenizer, prompt, words, total)
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        first = [tokenizer.bos_token_id] if options.bos else []
+        before, after = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (question, answer.rstrip(".")))
+        rest, answers = torch.tensor([[*before, *after]]), torch.tensor(after)
+        found = reader.answers(torch.tensor([[*first, *ids]]), rest)
+        p = found[None][len(before) - 1 : -1].log_softmax(-1)
+        for name, logits in found.items():
+            q = logits[len(before) - 1 : -1].log_softmax(-1)
+            sums[name][0] += float((q.argmax(-1) == answers).sum())
+            sums[name][1] += float((p.exp() * (p - q)).sum())
+            sums[name][2] += len(after)
+    return {name: (right / count, kl / count) for name, (right, kl, count) in sums.items()}
+
+
+def rows(options: argparse.Namespace) -> list[str]:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
+    model = open_model(str(options.model))
+    judged = texts(options, model, options.evaluation, options.judged)
+    found, kl = dict[Any, Policy](), dict[Any, Any]()
+    with tempfile.TemporaryDirectory() as place:
+        folder = options.work or Path(place)
+        folder.mkdir(parents=True, exist_ok=True)
+        for budget, name, state in policies(options, folder, tokenizer):
+            found[budget, name] = read(state.serving[SERVED], "policy")
+            kl[budget, name] = pipeline.cache_scores(state, judged, "cpu")
+            print(budget, name, f"{kl[budget, name].kl:.4f}", flush=True)
+    facts_right = asked(options, tokenizer, found) if options.facts else {}
+    head = ["budget", "policy", "bytes", "KL of text", "same top token", "digits right", "KL of answers"]
+    lines = [line(head), line(["---:", "---", *["---:"] * 5])]
+    for key, scores in kl.items():
+        right, apart = (f"{x:.{n}f}" for x, n in zip(facts_right.get(key, (float("nan"),) * 2), (2, 3), strict=True))
+        lines.append(line([*key, scores.share, f"{scores.kl:.4f}", f"{scores.agreement:.1%}", right, apart]))
+    if facts_right:
+        lines += ["", f"With a plain cache {facts_right[None][0]:.2f} of the digits are right; {options.facts} prompts."]
+    return lines
+
+
+def main() -> None:
+    options = parser(__doc__, judged=16)
+    options.add_argument("--budgets", nargs="+", default=["50 %", "25 %"])
+    options.add_argument("--facts", type=int, default=50, help="prompts with a planted fact")
+    options.add_argument("--work", type=Path, help="a folder that keeps what was measured for the next time")
+    given = options.parse_args()
+    publish("kv-policy", "Policies of the KV cache, at equal bytes", given, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""What a policy of the KV cache does to a model's text: figures of the same model with it and without.
+
+Evaluation reads whole windows at once, where no cache has a part. So here the last `BEHIND` tokens of each window are read
+through the cache of what comes before them: the prompt is attended to in full, then each head has what its rule keeps. KL is that
+of the next token behind each of those, of the model with a plain cache from the same model with this one; whatever else was done
+to the model is in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from compress.cache.policy import SERVED, Policy, read
+from compress.model.attention import Following
+from compress.model.data import Tokens
+from compress.model.head import Compared, Streamed, both, parts
+from compress.state import State
+
+BEHIND = 64
+
+
+class Asked(Protocol):
+    """An engine (export/artifact/engines.py): logits [b, t, vocabulary] of windows, and of what comes behind them."""
+
+    def prefill(self, tokens: Tensor) -> tuple[Tensor, Any]: ...
+    def step(self, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]: ...
+
+
+@dataclass(frozen=True)
+class CacheScores:
+    """kl (nats) and agreement (share of equal top tokens), to a plain cache, over `tokens` predictions behind prompts of `prompt`
+    tokens. bytes: of the cache after such a prompt, one row; full: of a plain one."""
+
+    kl: float
+    agreement: float
+    tokens: int
+    prompt: int
+    bytes: int
+    full: int
+
+    def json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def share(self) -> str:
+        return f"{self.bytes / self.full:.1%}".replace("%", " %")
+
+
+def policy_of(state: State) -> Policy | None:
+    """The policy that goes along with a state."""
+    held = state.serving.get(SERVED)
+    return read(held, "the policy of the cache") if held else None
+
+
+def prompt_of(length: int) -> int:
+    """How many tokens of a window are its prompt."""
+    return length - min(BEHIND, length // 2)
+
+
+def through_cache(state: State, tokens: Tokens, full: int, device: str = "cpu", engine: Asked | None = None) -> CacheScores:
+    """The figures of a state with a policy, on windows in the source's ids; of an engine that has loaded it, where one is given.
+    full: bytes of a plain cache after `prompt_of` tokens."""
+    policy, prompt = policy_of(state), prompt_of(tokens.ids.shape[1])
+    assert policy is not None, "whoever asks has seen that there is a policy"
+    with torch.no_grad():
+        if engine is None:
+            ids = [state.ids(batch) for batch in tokens.batches()]
+            see = Following(policy, prompt, ids)
+            plain = Streamed.of(state, ids, device, True, start=prompt)
+            found = both(plain, Streamed.of(state, ids, device, True, see=see, start=prompt))
+        else:
+            found = [_asked(engine, window, prompt) for window in state.ids(tokens.ids).split(1)]
+    count = sum(len(each.q.total) for each in found)
+    kl = sum(float(each.kl.sum()) for each in found) / count
+    agree = sum(int((each.p.best == each.q.best).sum()) for each in found) / count
+    return CacheScores(kl, agree, count, prompt, policy.nbytes(prompt), full)
+
+
+def _asked(engine: Asked, window: Tensor, prompt: int) -> Compared:
+    """One window [1, t] whole, and through the engine's cache."""
+    whole, _ = engine.prefill(window)
+    _, cache = engine.prefill(window[:, :prompt])
+    behind, _ = engine.step(window[:, prompt:], cache)
+    p_nv, q_nv = whole[0, prompt:-1], behind[0, :-1]
+    found = Compared(len(q_nv), window[0, prompt + 1 :])
+    for rows in parts(q_nv.shape[1]):
+        found.add(rows.start, p_nv[:, rows].float(), q_nv[:, rows].float())
+    return found
+
+
+def rows(scores: Mapping[str, Any]) -> list[list[str]]:
+    """What a table of figures says of them, in two columns."""
+    found = CacheScores(**scores)
+    return [["KL of the cache (nats)", f"{found.kl:.5f}"],
+            ["same top token through the cache", f"{found.agreement:.2%}".replace("%", " %")],
+            [f"cache of {found.prompt:,} tokens, of a plain one", found.share]]  # fmt: skip

@@ -1,0 +1,395 @@
+"""A policy of the KV cache: which entries stay, that what goes is freed, and that what is computed is what a mask would give."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from compress import cached, pipeline
+from compress.cache import rules
+from compress.cache.policy import FILE, SERVED, Layer, Policy, Unit, read
+from compress.cli import main
+from compress.errors import CompressError, ModelError
+from compress.export.artifact.engines import Transformers
+from compress.export.native import reader
+from compress.export.runtime import cache as runtime
+from compress.export.runtime import load
+from compress.model import attention
+from compress.model.data import Tokens
+from compress.model.marks import marked, punctuation
+from compress.model.model import open_model
+from compress.passes import kv_policy_core as core
+from tests.conftest import covered
+from tests.cooking import bake, recipe, refused, steps
+
+PROMPT, NEW = 60, 45  # tokens; enough for one eviction while a model decodes
+MARKED = (256, 257, 258, *map(ord, ".,;:!?\n"))
+RULES = [("stream", 250), ("snap", 300), ("h2o", 400), ("punct", 350), ("frequent", 500), ("full", 1000)]
+
+
+def policy_for(folder: Path, dtype: str = "fp32") -> Policy:
+    """Every rule on some head, at shares of their own."""
+    found, layers, number = attention.heads(open_model(str(folder)).state), [], 0
+    for each in found:
+        units = [Unit(*RULES[(number + u) % len(RULES)], dtype) for u in range(each.units)]
+        layers.append(Layer(each.layer, each.width, each.sliding, tuple(units)))
+        number += each.units
+    return Policy(tuple(layers), MARKED, 2048, 1)
+
+
+def model_of(folder: Path, policy: Policy | None = None) -> Any:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if policy:
+        runtime.follow(model, policy)
+    return model.eval()
+
+
+def text_of(rows: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, 256, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def places(cache: runtime.PolicyCache) -> dict[tuple[int, int], list[int]]:
+    """(layer, head) -> the places that it holds in row 0, those that wait beside included."""
+    found = {}
+    for i, layer in enumerate(cache.layers):
+        waiting = layer.tail["k"].shape[2] if layer.tail else 0
+        for h, entries in enumerate(layer.entries[0]):
+            found[i, h] = [*entries.held["place"].tolist(), *range(layer.seen - waiting, layer.seen)]
+    return found
+
+
+# --- rules ------------------------------------------------------------------------------------------------------------
+
+
+@given(st.sampled_from(rules.RULES), st.integers(1, 1000), st.integers(1, 200), st.integers(0, 3))
+@settings(max_examples=40, deadline=None)
+def test_a_rule_keeps_so_many_entries_the_first_and_the_latest_among_them(rule: str, share: int, tokens: int, seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    many, place = rules.count(share, tokens), torch.arange(tokens)
+    kept = rules.kept(rule, many, place, tokens, 0, torch.rand(tokens, generator=draw), torch.rand(tokens, generator=draw) > 0.8)
+    assert kept.tolist() == sorted(set(kept.tolist()))
+    assert len(kept) == many >= min(tokens, rules.LEAST)
+    assert many >= share * tokens / 1000
+    assert {0, tokens - 1} <= set(kept.tolist()), "a sink, and the latest"
+
+
+def test_rules_keep_what_they_are_named_for() -> None:
+    place = torch.arange(100)
+    score, mark = torch.zeros(100), torch.zeros(100, dtype=torch.bool)
+    score[[30, 50]], mark[[40, 41]] = 5.0, True
+    keep = lambda rule: set(rules.kept(rule, 20, place, 100, 0, score, mark).tolist())  # noqa: E731
+    assert keep("stream") == {0, 1, 2, 3, *range(84, 100)}
+    assert {30, 50} <= keep("h2o")
+    assert {28, 29, 30, 31, 32} <= keep("snap"), "neighbours of what is looked at"
+    assert {40, 41} <= keep("punct") - keep("h2o")
+    assert {30, 40, 41, 50} <= keep("frequent")
+
+
+@pytest.mark.parametrize("last", [None, 7])
+def test_mass_is_the_sum_of_attention(last: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "BLOCK", 16)
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 50, 8), torch.randn(50, 8)
+    logits = (q @ k.T * 0.3).masked_fill(torch.ones(50, 50).triu(1).bool(), -torch.inf)
+    wanted = logits.softmax(-1)[:, 0 if last is None else -last :].sum((0, 1))
+    assert torch.allclose(rules.mass(q, k, 0.3, None, last), wanted, atol=1e-6)
+
+
+def test_codes_are_as_near_as_eight_bits_allow() -> None:
+    x = torch.randn(40, 32) * torch.logspace(-3, 2, 40)[:, None]
+    off = (rules.stored(x, "int8") - x).abs().amax(-1) / x.abs().amax(-1)
+    assert float(off.max()) < 0.005
+    assert rules.entry_bytes("int8", "stream", 32) == 2 * 32 + 4 + 4
+
+
+def test_punctuation_is_told_as_vocabularies_write_it(family: Any) -> None:
+    assert all(map(punctuation, ["Ġ.", "▁,", "!?", "Ċ", "\n", "<0x0A>"]))
+    assert not any(map(punctuation, ["Ġ", "a.", "▁the", "<s>", ""]))
+    assert {256, 257, 258} <= set(marked(family("llama")))
+    assert marked(family("llama"), (3, 257, 258)) == (1, 2)
+
+
+# --- the cache, against masks -------------------------------------------------------------------------------------------
+
+_SEEN: dict[tuple[int, int], Tensor] = {}  # (layer, KV head) -> which places each place looks at
+
+
+def masked_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
+    """Attention over all keys, each head by a mask of its own."""
+    group = query.shape[1] // key.shape[1]
+    allowed = torch.stack([_SEEN[module.layer_idx, h // group] for h in range(query.shape[1])])
+    scale = query.shape[-1] ** -0.5 if options.get("scaling") is None else options["scaling"]
+    logits = query @ key.repeat_interleave(group, 1).mT * scale
+    p = logits.masked_fill(~allowed, -torch.inf).softmax(-1)
+    return (p @ value.repeat_interleave(group, 1)).transpose(1, 2), None
+
+
+AttentionInterface.register("compress_oracle", masked_attention)
+AttentionMaskInterface.register("compress_oracle", lambda **_: None)
+
+
+@contextmanager
+def looking(seen: dict[tuple[int, int], Tensor]) -> Iterator[None]:
+    _SEEN.update(seen)
+    yield
+    _SEEN.clear()
+
+
+def causal(total: int, sliding: int | None) -> Tensor:
+    i, j = torch.arange(total)[:, None], torch.arange(total)
+    return (j <= i) & (j > i - (sliding or total + 1))
+
+
+def by_hand(model: Any, ids: Tensor, steps_of: list[int]) -> tuple[Tensor, Tensor, dict[tuple[int, int], Tensor], Any]:
+    """Text and logits of a greedy continuation, in passes of so many tokens (more than one: the same tokens again), and what each
+    place looked at."""
+    total = ids.shape[1] + sum(steps_of)
+    out = model(ids)
+    cache, made, logits = out.past_key_values, ids, [out.logits[:, -1:]]
+    layers = {i: layer.policy.sliding for i, layer in enumerate(cache.layers)}
+    seen = {(i, h): causal(total, layers[i]) for i, h in places(cache)}
+    for count in steps_of:
+        new = logits[-1][:, -1:].argmax(-1).repeat(1, count)
+        there, start = places(cache), made.shape[1]
+        for unit, mask in seen.items():
+            dropped = torch.ones(total, dtype=torch.bool)
+            dropped[[*there[unit], *range(start, total)]] = False
+            mask[start : start + count, dropped] = False
+        made, out = torch.cat([made, new], 1), model(new, past_key_values=cache)
+        logits.append(out.logits)
+    return made, torch.cat(logits, 1)[:, :-1], seen, cache
+
+
+@pytest.mark.parametrize(
+    "name", covered(["llama", "gemma3", "gpt2", "phi3", "opt", "mistral", "qwen3", "mixtral"], "llama", "gemma3")
+)
+def test_the_cache_computes_what_masks_would(family: Any, name: str) -> None:
+    """Logits through the cache, token by token and in longer passes, are those of the whole text with a mask for each head; and
+    `generate` writes this text."""
+    policy = policy_for(family(name))
+    model, ids = model_of(family(name), policy), text_of(1, PROMPT)
+    with torch.no_grad():
+        made, logits, seen, _ = by_hand(model, ids, [1] * NEW)
+        assert torch.equal(model.generate(ids, max_new_tokens=NEW, do_sample=False, eos_token_id=None), made)
+        longer = by_hand(model, ids, [1, 20, 7, 15, 2])
+        plain = model_of(family(name))
+        plain.set_attn_implementation("compress_oracle")
+        for text, found, looked in ((made, logits, seen), (longer[0], longer[1], longer[2])):
+            with looking(looked):
+                wanted = plain(text, use_cache=False).logits[:, PROMPT - 1 : -1]
+            assert float((found - wanted).abs().max()) < 1e-4 * float(wanted.abs().max())
+            assert any(not torch.equal(mask, causal(len(mask), None)) for mask in looked.values())
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+def test_the_cache_takes_the_bytes_that_were_foretold(family: Any, dtype: str) -> None:
+    policy = policy_for(family("llama"), dtype)
+    model, ids = model_of(family("llama"), policy), text_of(2, PROMPT)
+    cache = model(ids).past_key_values
+    assert cache.nbytes == 2 * policy.nbytes(PROMPT)
+    for token in range(1, 2 * rules.STEP + 2):
+        model(ids[:, :1], past_key_values=cache)
+        ranked = PROMPT + token - token % rules.STEP
+        assert cache.nbytes == 2 * policy.nbytes(ranked), "after every step what is foretold, and in between no more"
+        assert all((layer.tail["k"].shape[2] if layer.tail else 0) == token % rules.STEP for layer in cache.layers)
+    assert cache.get_seq_length() == PROMPT + 2 * rules.STEP + 1
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_row_that_is_padded_reads_as_it_does_alone(family: Any, name: str) -> None:
+    model = model_of(family(name), policy_for(family(name)))
+    for side in ("left", "none"):
+        ids = text_of(2, PROMPT)
+        mask = torch.ones_like(ids)
+        if side == "left":
+            ids[0, :17], mask[0, :17] = 258, 0
+        both = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=258)
+        for row in range(2):
+            mine = ids[row : row + 1, mask[row].bool()]
+            alone = model.generate(mine, max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=258)
+            assert torch.equal(alone[0, mine.shape[1] :], both[row, PROMPT:])
+
+
+def test_what_would_need_dropped_entries_is_refused(family: Any) -> None:
+    model, ids = model_of(family("llama"), policy_for(family("llama"))), text_of(1, 20)
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"num_beams": 2}, "use num_beams=1"),
+        ({"assistant_model": model_of(family("llama"))}, "no assistant"),
+        ({"prompt_lookup_num_tokens": 3}, "no assistant"),
+        ({"cache_implementation": "static"}, "leave cache_implementation out"),
+        ({"past_key_values": transformers.DynamicCache()}, "not a DynamicCache; leave past_key_values out"),
+    ]
+    for options, says in cases:
+        with pytest.raises(ModelError, match=says) as caught:
+            model.generate(ids, max_new_tokens=4, do_sample=False, **options)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ModelError, match="give input_ids"):
+        model(inputs_embeds=model.get_input_embeddings()(ids))
+    cache = model(ids).past_key_values
+    for call in (lambda: cache.crop(-1), lambda: cache.reorder_cache(torch.tensor([0])), cache.activate_past_recording,
+                 lambda: cache.batch_repeat_interleave(2), lambda: cache.batch_select_indices(torch.tensor([0]))):  # fmt: skip
+        with pytest.raises(ModelError, match=r"kv_policy\.json"):
+            call()
+    with pytest.raises(ModelError, match="was given 2"):
+        model(ids.repeat(2, 1), past_key_values=cache)
+    with pytest.raises(ModelError, match="load it without that option"):
+        runtime.follow(
+            transformers.AutoModelForCausalLM.from_pretrained(family("llama"), attn_implementation="eager"), model.kv_policy
+        )
+
+
+def test_without_a_policy_again_it_is_the_model_that_it_was(family: Any) -> None:
+    model, ids = model_of(family("llama"), policy_for(family("llama"))), text_of(1, PROMPT)
+    wanted = model_of(family("llama")).generate(ids, max_new_tokens=20, do_sample=False)
+    model.kv_policy = None
+    assert torch.equal(model.generate(ids, max_new_tokens=20, do_sample=False), wanted)
+    assert isinstance(model(ids).past_key_values, transformers.DynamicCache)
+
+
+# --- what is measured, and chosen -----------------------------------------------------------------------------------------
+
+
+def test_damage_is_the_error_of_the_outputs_of_a_layer() -> None:
+    """Against attention by a mask, head by head, and the output matrix."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 4, 40, 8), torch.randn(1, 2, 40, 8), torch.randn(1, 2, 40, 8)
+    W, columns = torch.randn(24, 32), torch.arange(32).view(2, 16)
+    a = attention.Attended(0, q, k, v, None, 0.4)
+    layer = attention.Heads(0, 2, 8, None, None, columns)  # type: ignore[arg-type]
+    options = core.options_of(["snap", "stream", "full"], ["fp32", "int8"])
+    found, whole = core.damages(a, layer, W, 30, options, torch.zeros(1, 40, dtype=torch.bool))
+
+    def outputs(unit: int | None, option: Unit | None) -> Tensor:
+        heads = []
+        for h in range(4):
+            keys, values, allowed = k[0, h // 2], v[0, h // 2], torch.ones(40, 40).tril().bool()
+            if unit == h // 2 and option:
+                mine = q[0, 2 * unit : 2 * unit + 2, :30]
+                scores = rules.scores({option.rule}, mine, keys[:30], 0.4, None)
+                kept = rules.after_prompt(option.rule, rules.count(option.share, 30), torch.arange(30), 30, scores, None)
+                gone = torch.ones(40, dtype=torch.bool)
+                gone[[*kept.tolist(), *range(30, 40)]] = False
+                allowed[30:, gone] = False
+                keys, values = (torch.cat([rules.stored(x[:30], option.dtype), x[30:]]) for x in (keys, values))
+            heads.append((q[0, h] @ keys.T * 0.4).masked_fill(~allowed, -torch.inf).softmax(-1) @ values)
+        return torch.cat(heads, -1)[30:] @ W.T
+
+    exact = outputs(None, None)
+    assert whole == pytest.approx(float(exact.square().sum()), rel=1e-4)
+    for unit in range(2):
+        wanted = [float((outputs(unit, o) - exact).square().sum()) for o in options]
+        assert np.allclose(found[unit].numpy(), wanted, rtol=1e-3, atol=1e-4 * whole)
+    assert float(found[:, options.index(Unit("full", 1000, "fp32"))].abs().max()) < 1e-8 * whole
+
+
+def test_the_choice_is_the_best_of_all() -> None:
+    draw = np.random.default_rng(0)
+    damage, nbytes = draw.random((3, 4)), draw.integers(1, 20, (3, 4))
+    every = np.stack(np.meshgrid(*[range(4)] * 3), -1).reshape(-1, 3)
+    cost = lambda choice, table: sum(table[i, c] for i, c in enumerate(choice))  # noqa: E731
+    best = min(cost(c, damage) for c in every if cost(c, nbytes) <= 25)
+    assert cost(core.choose(list("abc"), damage, nbytes, 25).choice, damage) == pytest.approx(best)
+
+
+STEP = {"kv_policy": {"budget": "60 %", "context": 64, "continuation": 8}}
+
+
+@pytest.fixture(scope="module")
+def made(family: Any, text: Path, tmp_path_factory: pytest.TempPathFactory) -> pipeline.Outcome:
+    """A quantized llama with a policy, evaluated."""
+    folder = tmp_path_factory.mktemp("cache")
+    path = recipe(folder, family("llama"), text)
+    content = yaml.safe_load(path.read_text()) | {"passes": [steps("int8:g32"), STEP], "export": [{"native": {}}]}
+    content["data"]["evaluation"] = {"text": str(text), "sequences": 4, "length": 64}
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return pipeline.run(path)
+
+
+def test_the_artifact_brings_its_policy(made: pipeline.Outcome) -> None:
+    """from_pretrained and generate as ever."""
+    artifact, proof = made.artifacts["native"]
+    assert proof.remark == "compared in fp32"
+    policy = read(json.loads((artifact / FILE).read_text()), "file")
+    assert reader.read(artifact).serving == {SERVED: policy.json()} == made.state.serving
+    assert policy.nbytes(64) <= 0.6 * policy.full
+    model, ids = transformers.AutoModelForCausalLM.from_pretrained(artifact, dtype=torch.float32), text_of(1, 40)
+    out = model.generate(ids, max_new_tokens=6, do_sample=False, return_dict_in_generate=True)
+    assert isinstance(out.past_key_values, runtime.PolicyCache)
+    assert out.past_key_values.nbytes == policy.nbytes(40)
+    told = made.scores["cache"]
+    assert told["kl"] > 0
+    assert told["bytes"] == policy.nbytes(told["prompt"]) < told["full"]
+    assert "KL of the cache (nats)" in made.report.summary()
+
+
+def test_eval_tells_of_the_cache(made: pipeline.Outcome, text: Path, capsys: Any) -> None:
+    main(["eval", str(made.artifacts["native"][0]), "--text", str(text), "--sequences", "4", "--length", "64", "--json"])
+    assert json.loads(capsys.readouterr().out)["cache"]["tokens"] == made.scores["cache"]["tokens"]
+
+
+def test_our_engine_and_our_stream_agree_on_the_cache(made: pipeline.Outcome) -> None:
+    state, tokens = replace(made.state, dtype=torch.float32), Tokens(text_of(3, 64), "drawn")
+    engine = Transformers(load(made.artifacts["native"][0], dtype=torch.float32), "runtime")
+    ours, theirs = (cached.through_cache(state, tokens, 1, "cpu", e) for e in (None, engine))
+    assert ours.kl == pytest.approx(theirs.kl, rel=1e-3)
+    assert (ours.tokens, ours.prompt, ours.bytes) == (theirs.tokens, theirs.prompt, theirs.bytes)
+
+
+def test_another_budget_measures_nothing(made: pipeline.Outcome, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core, "damages", lambda *_: pytest.fail("is measured again"))
+    path = made.out.parent / "recipe.yaml"
+    other = path.with_name("other.yaml")
+    other.write_text(path.read_text().replace("60 %", "40 %"))
+    assert pipeline.run(other, until="kv_policy").state.serving[SERVED]["bytes"] <= 0.4 * made.state.serving[SERVED]["full"]
+
+
+def test_policies_are_for_native_alone_and_for_models_with_heads(family: Any, text: Path, tmp_path: Path) -> None:
+    for exporter in ("compressed_tensors", "gguf", "gptq", "onnx"):
+        with pytest.raises(CompressError, match=rf"{exporter} has no place for a policy of the KV cache.* export native"):
+            bake(tmp_path / exporter, family("llama"), text, exporter, STEP)
+    cases = [
+        ("llama", [STEP, STEP], "'kv_policy' behind it changes that"),
+        ("llama", [STEP, {"prune": {"mlp": 0.5}}], "'prune' behind it changes that"),
+        ("llama", [{"kv_policy": {**STEP["kv_policy"], "budget": "2 %"}}], "no choice of these rules fits"),
+        ("gemma2", [STEP], "chunked or soft-capped"),
+        ("roberta", [STEP], "has no cache"),
+    ]
+    for i, (name, passes, says) in enumerate(cases):
+        refused(tmp_path / str(i), family(name), text, passes, says)
+    with pytest.raises(CompressError, match="windows have 32; ask for longer ones, or lower 'continuation'"):
+        bake(tmp_path / "short", family("llama"), text, "native", {"kv_policy": {"continuation": 40}})
+
+
+def test_a_damaged_or_missing_policy_is_refused(made: pipeline.Outcome, tmp_path: Path) -> None:
+    held = json.loads((made.artifacts["native"][0] / FILE).read_text())
+    changes = [
+        ({"version": 2}, "upgrade compress-pipeline"),
+        ({"layers": []}, "names a layer twice, or none"),
+        ({"layers": [{"layer": 0}]}, "is damaged"),
+        ({"marked": ["a"]}, "is damaged"),
+        ({"context": -1}, "is damaged"),
+        ({"layers": [{**held["layers"][0], "units": [["snap", 2.0, "bf16"]]}]}, "is damaged"),
+    ]
+    for change, says in changes:
+        with pytest.raises(ModelError, match=says):
+            read({**held, **change}, "here")
+    folder = Path(shutil.copytree(made.artifacts["native"][0], tmp_path / "copy"))
+    (folder / FILE).unlink()
+    for way in (reader.read, load):
+        with pytest.raises(ModelError, match="is missing, and asked for by config"):
+            way(folder)
