@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,21 @@ def multiplies_as_its_matrices_do(folder: Path, tolerance: float) -> None:
         x = torch.randn(3, W.shape[1])
         y = torch.nn.functional.linear(x.double(), W.double())
         assert float((module(x) - y).abs().max()) <= tolerance * float(y.abs().max())
+
+
+def table_is_served(folder: Path, done: pipeline.Outcome) -> dict[str, Any]:
+    """The embedding of a native artifact, which is its head too, gives the rows of its matrix, and logits by it. Its record."""
+    state, model = reader.read(folder), load(folder, dtype=torch.float32)
+    site, packed = state.graph["embed"], state.codes["embed"].load()
+    assert packed.nbytes == packed.format.nbytes(site.shape)
+    W, ids = packed.dequantize(torch.float32), torch.tensor([[1, 5, 5, site.shape[0] - 1]])
+    table, head, x = model.get_input_embeddings(), model.get_output_embeddings(), torch.randn(3, site.shape[1])
+    assert torch.equal(table(ids), W[ids])
+    assert torch.equal(packed.rows(ids[0].tolist(), torch.float32), W[ids[0]])
+    torch.testing.assert_close(head(x), x @ W.T, rtol=0, atol=1e-5 * float((x @ W.T).abs().max()))
+    assert [p.data_ptr() for p in head.parts] == [p.data_ptr() for p in table.parts]
+    (step,) = (done.out / "steps").iterdir()
+    return next(r for r in json.loads((step / "record.json").read_text())["sites"] if r["site"] == "embed")
 
 
 def steps(text: str, **options: Any) -> dict[str, Any]:

@@ -18,14 +18,15 @@ from torch import Tensor
 
 from compress import pipeline
 from compress.errors import FormatError
+from compress.export.runtime import load
 from compress.export.runtime.linear import PackedLinear
 from compress.export.table import EXPORTERS
 from compress.formats import Ecq, Packed, entropy, lanes, parse
 from compress.model.model import open_model
-from compress.passes import entropy_core, gptq_core, rates
+from compress.passes import entropy_core, gptq_core, rates, rows
 from compress.passes.quantize import Quantize
 from compress.passes.solver import Case
-from tests.cooking import bake, multiplies_as_its_matrices_do, recipe, refused
+from tests.cooking import bake, multiplies_as_its_matrices_do, recipe, refused, table_is_served
 from tests.support import refusal
 
 
@@ -247,6 +248,28 @@ def test_experts_and_transposed_matrices_are_coded(family: Any, text: Path, tmp_
     assert done.artifacts["native"][1].greedy > 0
 
 
+@pytest.mark.parametrize("form", ["ecq4", "ecq4:ri32"])
+def test_a_tied_table_is_decoded_once_for_both(family: Any, text: Path, tmp_path: Path, form: str) -> None:
+    done = bake(tmp_path, family("qwen2"), text, "native", {"quantize": {"format": "int4:g32", "pins": {"embed": form}}})
+    folder = done.artifacts["native"][0]
+    first, model = table_is_served(folder, done), load(folder)
+    assert any(note.startswith("rows looked up are off by ") for note in first["notes"])
+    assert model.get_input_embeddings().layout == model.get_output_embeddings().layout == "codes"
+    assert sum(b.nbytes for b in model.get_input_embeddings().buffers()) < 1.1 * done.state.graph["embed"].numel
+    layout = pipeline.plan(done.out.parent / "recipe.yaml").layouts["native"]
+    assert {f.name: f.nbytes for f in layout.files} == {f.name: (folder / f.name).stat().st_size for f in layout.files}
+
+
+def test_a_table_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    W, f = problem(1024, 64)
+    whole = entropy_core.solve(W, f, fmt_of("ecq3"), torch.bfloat16).tensors
+    monkeypatch.setattr(gptq_core, "CHUNK", 256 * 64)
+    read = rows.Rows((1024, 64), lambda at: W[at].clone(), W.device)
+    tensors = entropy_core.solve(read, f, fmt_of("ecq3"), torch.bfloat16).tensors
+    one, two = (fmt_of("ecq3").dequantize(t, torch.float32) for t in (whole, tensors))
+    assert float((one - two).norm()) < 0.05 * float((one - W).norm())
+
+
 @pytest.mark.parametrize("exporter", [name for name in EXPORTERS if name != "native"])
 @pytest.mark.parametrize("form", ["ecq3", "ecq3:r32"])
 def test_other_exporters_name_native(family: Any, exporter: str, form: str) -> None:
@@ -305,8 +328,7 @@ FIRST = {"quantize": {"format": "ecq3"}}
 
 
 @pytest.mark.parametrize(("passes", "says"), [
-    ([{"quantize": {"pins": {"embed": "ecq3"}}}], "'embed' has a row for every token, .* pin it to another format"),
-    ([{"quantize": {"format": "int4:g32", "pins": {"lm_head": "ecq3:r32"}}}], "'lm_head' has a row for every token"),
+    ([{"quantize": {"format": "int4:g32", "pins": {"embed": "ecq3:r32"}}}], "outputs mixes rows: pin it to ecq3:ri32"),
     ([{"quantize": {"method": "learned", "format": "ecq3"}}], "is to be ecq3, which is not learned"),
     ([FIRST, {"lqlora": {"rank": 4}}], "low-rank factors go with a quantized matrix"),
     ([{"factorize": {"rank": 0.5}}, FIRST], "give its factors a format with a grid"),

@@ -131,7 +131,9 @@ def test_rows_of_an_embedding(text: str) -> None:
                 if "+r" not in text and "lr" not in text
                 else torch.allclose(found, wanted, atol=ROUNDING[dtype])
             )
-    torch.library.opcheck(torch.ops.compress.embedding.default, (torch.randint(0, n, (2, 7)), parts, text, n, k, torch.bfloat16))
+    torch.library.opcheck(
+        torch.ops.compress.embedding.default, (torch.randint(0, n, (2, 7)), parts, text, n, k, "canonical", torch.bfloat16)
+    )
 
 
 @pytest.mark.parametrize("text", [

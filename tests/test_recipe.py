@@ -24,7 +24,7 @@ LAYERS = 2  # of a project
 
 FORMATS = (
     "int<2..8>:g<16..256>[:asym], int<2..8>:channel[:asym], nf<2,3,4,8>:g<16..256>[:dq<2,3,4,8>x<16..4096>[:fp16|:fp32]], "
-    "lut<2..4>:g<16..256>[:shared], ecq<1.00..6.00>, tcq<1..5>[:l10|:l8], <any of these six>:r<16,32,64,128,256>, "
+    "lut<2..4>:g<16..256>[:shared], ecq<1.00..6.00>, tcq<1..5>[:l10|:l8], <any of these six>:r[i]<16,32,64,128,256>, "
     "<int, nf or lut>+r<rank>[:<format of factors>], lr<rank>[:<format of factors>], "
     "q2_k, q3_k, q4_k, q5_k, q6_k, iq4_xs, iq4_nl, q4_1, q5_1, iq2_xxs, iq2_xs, iq2_s, iq3_xxs, iq3_s, "
     "fp8:channel, nvfp4, mxfp4, mxfp8, "

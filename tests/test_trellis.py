@@ -24,7 +24,7 @@ from compress.model.model import open_model
 from compress.passes import gptq_core, rates, trellis_core
 from compress.passes.quantize import Quantize
 from compress.passes.solver import Case
-from tests.cooking import bake, multiplies_as_its_matrices_do, recipe, refused
+from tests.cooking import bake, multiplies_as_its_matrices_do, recipe, refused, table_is_served
 from tests.support import refusal
 
 FEW = ("tcq1", "tcq2", "tcq2.5", "tcq3:l8", "tcq4.5:l10", "tcq5")
@@ -79,8 +79,12 @@ def test_any_words_are_weights_by_the_definition(text: str, n: int) -> None:
     assert {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()} == fmt.tensors((n, k))
     wanted = by_definition(fmt, tensors)
     torch.testing.assert_close(fmt.dequantize(tensors, torch.float32).double(), wanted, rtol=3e-7, atol=0)
+    whole = fmt.dequantize(tensors, torch.float32)
     for start, stop in ((0, n), (5, 6), (n - 61, n - 1)):
-        assert torch.equal(fmt.rows(tensors, start, stop, torch.float32), fmt.dequantize(tensors, torch.float32)[start:stop])
+        assert torch.equal(fmt.rows(tensors, start, stop, torch.float32), whole[start:stop])
+    some = torch.tensor([n - 1, 0, 7, 7, n // 2 - 1])
+    assert torch.equal(fmt.picked(tensors, some, torch.float32), whole[some])
+    assert torch.equal(Packed(fmt, (n, k), tensors).rows(slice(3, 20), torch.bfloat16), whole[3:20].bfloat16())
 
 
 @pytest.mark.parametrize("size", trellis.SIZES)
@@ -247,6 +251,12 @@ def test_experts_and_transposed_matrices_are_coded(family: Any, text: Path, tmp_
     assert done.artifacts["native"][1].greedy > 0
 
 
+@pytest.mark.parametrize("form", ["tcq4:l8", "tcq4:l8:ri32"])
+def test_rows_of_a_tied_table_are_looked_up_one_by_one(family: Any, text: Path, tmp_path: Path, form: str) -> None:
+    done = bake(tmp_path, family("qwen2"), text, "native", {"quantize": {"format": "int4:g32", "pins": {"embed": form}}})
+    table_is_served(done.artifacts["native"][0], done)
+
+
 @pytest.mark.parametrize("exporter", [name for name in EXPORTERS if name != "native"])
 @pytest.mark.parametrize("form", ["tcq3", "tcq3:r32"])
 def test_other_exporters_name_native(family: Any, exporter: str, form: str) -> None:
@@ -260,8 +270,8 @@ FIRST = {"quantize": {"format": "tcq3"}}
 
 
 @pytest.mark.parametrize(("passes", "says"), [
-    ([{"quantize": {"pins": {"embed": "tcq3"}}}], "'embed' has a row for every token, .* pin it to another format"),
-    ([{"quantize": {"format": "int4:g32", "pins": {"lm_head": "tcq3:r32"}}}], "'lm_head' has a row for every token"),
+    ([{"quantize": {"format": "int4:g32", "pins": {"embed": "tcq3:r32"}}}], "outputs mixes rows: pin it to tcq3:ri32"),
+    ([{"quantize": {"format": "int4:g32", "pins": {"embed": "tcq2.5"}}}], "'embed': tcq2.5: .* outputs do not fill whole words"),
     ([{"quantize": {"method": "learned", "format": "tcq3"}}], "is to be tcq3, which is not learned"),
     ([FIRST, {"lqlora": {"rank": 4}}], "low-rank factors go with a quantized matrix"),
     ([{"factorize": {"rank": 0.5}}, FIRST], "give its factors a format with a grid"),

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import FormatError
+from compress.export.runtime import fused
 from compress.export.runtime.decode import Shape, blocks, format_of, named, rows_of, with_shapes
 from compress.export.runtime.neurons import Neurons
 from compress.formats import Dense, Factored, Format, LowRank, Rotated, Served, base_of
@@ -59,9 +60,13 @@ def by_blocks(x: Tensor, tensors: dict[str, Tensor], bias: Tensor | None, fmt: F
         return (y if bias is None else y + bias.float()).to(x.dtype)
     if isinstance(fmt, Served):
         x = fmt.inputs(tensors)(x)
-    out, factors = x.new_empty(len(x), shape[0]), factors_of(fmt, shape, tensors)
-    for start, stop, W_rk in blocks(fmt, shape, tensors, x.dtype):
-        out[:, start:stop] = torch.nn.functional.linear(x, W_rk, None if bias is None or factors else bias[start:stop])
+    factors = factors_of(fmt, shape, tensors)
+    inner = None if factors else bias
+    out = fused.linear(x, tensors, inner, base_of(fmt), shape)
+    if out is None:
+        out = x.new_empty(len(x), shape[0])
+        for start, stop, W_rk in blocks(fmt, shape, tensors, x.dtype):
+            out[:, start:stop] = torch.nn.functional.linear(x, W_rk, None if inner is None else inner[start:stop])
     if factors is None:
         return out
     A_rk, B_nr = factors
