@@ -93,7 +93,7 @@ EDITS = [
     ("compressed_tensors", "compressed-tensors", ":12:5  no exporter 'compressed-tensors'; did you mean "
      "'compressed_tensors'?   known: compressed_tensors, gptq, gguf, native, onnx"),
     ("tensors: {}", "tensors: {shard: 1}", ":12:26  exporter 'compressed_tensors' has no option 'shard'; did you mean "
-     "'shard_bytes'?   options: shard_bytes"),
+     "'shard_bytes'?   options: shard_bytes, engine"),
     ("tensors: {}\n", "tensors: {}\n  - compressed_tensors: {}\n", ":13:5  exporter 'compressed_tensors' is given twice; "
      "keep one"),
 ]  # fmt: skip
@@ -218,7 +218,7 @@ def test_a_spoilt_recipe_is_a_recipe_or_a_recipe_error(tmp_path_factory: Any, at
         ("data.calibration.sequences=many", "data.calibration.sequences  'sequences' needs a whole number, not 'many'"),
         ("data.sequences=3", "data.sequences  'data' has no option 'sequences'   options: calibration, training, evaluation"),
         ("compressed_tensors.shards=1", "compressed_tensors.shards  exporter 'compressed_tensors' has no option 'shards'; "
-         "did you mean 'shard_bytes'?   options: shard_bytes"),
+         "did you mean 'shard_bytes'?   options: shard_bytes, engine"),
     ],
 )  # fmt: skip
 def test_a_bad_override_is_refused_like_a_bad_recipe(recipe: Path, text: str, expected: str):
