@@ -39,7 +39,7 @@ from compress.state import Aspect, State
 from compress.state.plan import Budget, size
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-Rule = Literal["stream", "snap", "h2o", "punct", "frequent", "full"]
+Rule = Literal["stream", "snap", "h2o", "heavy", "punct", "frequent", "full"]
 
 
 class KvPolicy(Pass):
@@ -51,7 +51,8 @@ class KvPolicy(Pass):
     budget: str = Field("50 %", description="of the cache at `context` tokens: a share of what it takes now, or bytes (40 MiB)")
     context: int = Field(2048, ge=16, le=2**31, description="tokens at which the budget counts; shares are of the tokens seen")
     rules: tuple[Rule, ...] = Field(
-        ("stream", "snap", "h2o", "punct", "frequent", "full"), description="what a head may keep, of these the best is chosen"
+        ("stream", "snap", "h2o", "heavy", "punct", "frequent", "full"),
+        description="what a head may keep, of these the best is chosen",
     )
     dtype: tuple[Literal["bf16", "fp16", "fp32", "int8"], ...] = Field(
         (),
