@@ -25,7 +25,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from compress.cache.policy import SERVED, Layer, Policy, Unit
-from compress.cache.rules import DTYPES, MARKS
+from compress.cache.rules import DTYPES, MARKS, STEP
 from compress.errors import FormatError, RecipeError
 from compress.manager import Context, Cost, Pass, Record
 from compress.model.attention import Attended, Heads, attention_by, heads, plain
@@ -100,7 +100,9 @@ class KvPolicy(Pass):
         found = heads(state)
         whole = plain(found, self.context, state.dtype.itemsize)
         most = size(self._bytes(state, found))
-        yield f"kv_policy: at {self.context:,} tokens the cache takes at most {most} a row, without it {size(whole)}"
+        more = size(plain(found, STEP, state.dtype.itemsize))
+        yield (f"kv_policy: at {self.context:,} tokens the cache takes at most {most} a row, without it {size(whole)}; "
+               f"{more} more wait while it decodes")  # fmt: skip
 
     def cost(self, state: State, tokens: int) -> Cost:
         if self.method == "uniform":
