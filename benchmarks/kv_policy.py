@@ -2,8 +2,8 @@
 compressed.
 
 Policies of equal bytes: `kv_policy` as it chooses by head, and one rule at one share for all heads, which is what StreamingLLM
-(stream), H2O and SnapKV are. Half of the calibration windows have a planted fact that is asked for at their end, as the prompts
-that are judged have, with other codes and other text around.
+(stream), H2O and SnapKV are; `heavy` is H2O with a recent part of eight tokens instead of a half. Half of the calibration windows
+have a planted fact that is asked for at their end, as the prompts that are judged have, with other codes and other text around.
 
 Text: windows of the evaluation text, the last 64 tokens of each read through the cache (compress/cached.py). Facts: "The secret
 code of the blue house is dddddd." at some place in a prompt of the same length; the question comes behind the prompt. Digits
@@ -17,6 +17,7 @@ import argparse
 import random
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,16 @@ from torch import Tensor
 from variants import parser, publish, texts
 
 from compress import pipeline
-from compress.cache.policy import SERVED, Policy, read
+from compress.cache.policy import SERVED, Policy, Unit, read
+from compress.cached import prompt_of
 from compress.export.runtime.cache import PolicyCache, PolicyLayer, follow
-from compress.model.model import open_model
+from compress.model.model import Model, open_model
 
 COLOURS = ("blue", "red", "green", "white", "yellow", "black", "brown", "grey")
 THINGS = ("house", "boat", "car", "school", "garden", "bridge", "tower", "shop")
 POLICIES: dict[str, dict[str, Any]] = {
     "kv_policy": {},
-    **{name: {"method": "uniform", "rules": [name]} for name in ("stream", "h2o", "snap")},
+    **{name: {"method": "uniform", "rules": [name]} for name in ("stream", "h2o", "snap", "heavy")},
 }
 
 
@@ -98,12 +100,14 @@ class Reader:
 
     def __init__(self, folder: Path, several: dict[Any, Policy]):
         self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        self.several = several
-        follow(self.model, next(iter(several.values())))
+        first = next(iter(several.values()))
+        everything = [replace(layer, units=(Unit("full", 1000, "fp32"),) * len(layer.units)) for layer in first.layers]
+        self.several = {None: replace(first, layers=tuple(everything)), **several}
+        follow(self.model, first)
 
     @torch.no_grad()
-    def answers(self, prompt: Tensor, rest: Tensor) -> dict[Any, Tensor]:
-        """Logits [t, vocabulary] of what comes behind a prompt, by policy; under None with a plain cache."""
+    def answers(self, prompt: Tensor, rest: Tensor, keep: int) -> dict[Any, Tensor]:
+        """The last `keep` logits [keep, vocabulary] of what comes behind a prompt, by policy; under None with all entries."""
         caches = {name: PolicyCache(policy) for name, policy in self.several.items()}
         first = next(iter(caches.values()))
         for cache in caches.values():
@@ -112,12 +116,7 @@ class Reader:
             others: list[Any] = [cache.layers[index] for cache in caches.values()]
             layer.read_prompt = read_by(others)  # type: ignore[union-attr,method-assign]
         self.model(prompt, past_key_values=first, logits_to_keep=1)
-        found = {name: self.model(rest, past_key_values=cache).logits[0] for name, cache in caches.items()}
-        self.model.kv_policy, held = None, self.model.kv_policy
-        whole = torch.cat([prompt, rest], 1)
-        found[None] = self.model(whole, logits_to_keep=rest.shape[1], use_cache=False).logits[0]
-        self.model.kv_policy = held
-        return found
+        return {name: self.model(rest, past_key_values=cache, logits_to_keep=keep).logits[0] for name, cache in caches.items()}
 
 
 def read_by(layers: list[PolicyLayer]) -> Any:
@@ -131,51 +130,65 @@ def read_by(layers: list[PolicyLayer]) -> Any:
     return read_prompt
 
 
-def asked(options: argparse.Namespace, tokenizer: Any, several: dict[Any, Policy]) -> dict[Any, tuple[float, float]]:
-    """Of every policy: the share of digits that are right, and KL of the answers."""
-    reader, draw = Reader(options.model, several), random.Random(2)
-    text = options.evaluation.read_text(encoding="utf-8")
-    sums = {name: [0.0, 0.0, 0.0] for name in (None, *several)}
+Sums = dict[Any, list[float]]  # by policy: predictions, right ones, KL
+
+
+def add(sums: Sums, found: dict[Any, Tensor], targets: Tensor | None = None) -> None:
+    """Count logits [n, vocabulary]: right are those whose likeliest token is the target, or that of the plain cache."""
+    p_nv = found[None].log_softmax(-1)
+    for name, logits in found.items():
+        q_nv = logits.log_softmax(-1)
+        right = q_nv.argmax(-1) == (p_nv.argmax(-1) if targets is None else targets)
+        for i, more in enumerate((len(q_nv), float(right.sum()), float((p_nv.exp() * (p_nv - q_nv)).sum()))):
+            sums.setdefault(name, [0.0, 0.0, 0.0])[i] += more
+
+
+def of_text(options: argparse.Namespace, reader: Reader, model: Model) -> Sums:
+    """The last 64 tokens of every window."""
+    sums: Sums = {}
+    for window in texts(options, model, options.evaluation, options.judged).ids:
+        prompt = prompt_of(len(window))
+        found = reader.answers(window[None, :prompt], window[None, prompt:], len(window) - prompt)
+        add(sums, {name: logits[:-1] for name, logits in found.items()})
+        print("text", {name: f"{kl / count:.4f}" for name, (count, _, kl) in sums.items()}, flush=True)
+    return sums
+
+
+def of_facts(options: argparse.Namespace, reader: Reader, tokenizer: Any) -> Sums:
+    """The digits of every planted fact."""
+    sums, draw, text = Sums(), random.Random(2), options.evaluation.read_text(encoding="utf-8")
     for number in range(options.facts):
         question, answer = facts(draw)
-        words, total = filler(text, 100 + number), options.length - 64
+        words, total = filler(text, 100 + number), prompt_of(options.length) - options.bos
         prompt = filled(tokenizer, "", words, draw.randrange(total // 16, total // 2)) + question + answer
-        prompt = filled(tokenizer, prompt, words, total)
-        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(filled(tokenizer, prompt, words, total), add_special_tokens=False)["input_ids"]
         first = [tokenizer.bos_token_id] if options.bos else []
         before, after = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (question, answer.rstrip(".")))
-        rest, answers = torch.tensor([[*before, *after]]), torch.tensor(after)
-        found = reader.answers(torch.tensor([[*first, *ids]]), rest)
-        p = found[None][len(before) - 1 : -1].log_softmax(-1)
-        for name, logits in found.items():
-            q = logits[len(before) - 1 : -1].log_softmax(-1)
-            sums[name][0] += float((q.argmax(-1) == answers).sum())
-            sums[name][1] += float((p.exp() * (p - q)).sum())
-            sums[name][2] += len(after)
-    return {name: (right / count, kl / count) for name, (right, kl, count) in sums.items()}
+        found = reader.answers(torch.tensor([[*first, *ids]]), torch.tensor([[*before, *after]]), len(after) + 1)
+        add(sums, {name: logits[:-1] for name, logits in found.items()}, torch.tensor(after))
+        print("facts", number, {name: f"{right / count:.2f}" for name, (count, right, _) in sums.items()}, flush=True)
+    return sums
 
 
 def rows(options: argparse.Namespace) -> list[str]:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
-    model = open_model(str(options.model))
-    judged = texts(options, model, options.evaluation, options.judged)
-    found, kl = dict[Any, Policy](), dict[Any, Any]()
+    tokenizer, model = transformers.AutoTokenizer.from_pretrained(options.model), open_model(str(options.model))
     with tempfile.TemporaryDirectory() as place:
         folder = options.work or Path(place)
         folder.mkdir(parents=True, exist_ok=True)
-        for budget, name, state in policies(options, folder, tokenizer):
-            found[budget, name] = read(state.serving[SERVED], "policy")
-            kl[budget, name] = pipeline.cache_scores(state, judged, "cpu")
-            print(budget, name, f"{kl[budget, name].kl:.4f}", flush=True)
-    facts_right = asked(options, tokenizer, found) if options.facts else {}
+        found: dict[Any, Policy] = {
+            (budget, name): read(state.serving[SERVED], name) for budget, name, state in policies(options, folder, tokenizer)
+        }
+    reader = Reader(options.model, found)
+    text, planted = of_text(options, reader, model), of_facts(options, reader, tokenizer)
+    prompt = prompt_of(options.length)
     head = ["budget", "policy", "bytes", "KL of text", "same top token", "digits right", "KL of answers"]
     lines = [line(head), line(["---:", "---", *["---:"] * 5])]
-    for key, scores in kl.items():
-        right, apart = (f"{x:.{n}f}" for x, n in zip(facts_right.get(key, (float("nan"),) * 2), (2, 3), strict=True))
-        lines.append(line([*key, scores.share, f"{scores.kl:.4f}", f"{scores.agreement:.1%}", right, apart]))
-    if facts_right:
-        lines += ["", f"With a plain cache {facts_right[None][0]:.2f} of the digits are right; {options.facts} prompts."]
-    return lines
+    for key, policy in reader.several.items():
+        (count, same, kl), (digits, right, apart) = text[key], planted.get(key, [float("nan")] * 3)
+        share = 1 if key is None else policy.nbytes(prompt) / policy.full
+        lines.append(line([*(key or ("", "plain cache")), f"{share:.1%}", f"{kl / count:.4f}", f"{same / count:.1%}",
+                           f"{right / digits:.2f}", f"{apart / digits:.3f}"]))  # fmt: skip
+    return [*lines, "", f"{options.judged} windows and {options.facts} prompts with a fact, of {prompt} tokens each."]
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ import psutil
 import torch
 
 from compress import calibration
+from compress.cache.policy import SERVED
 from compress.export.artifact.exporter import Exporter, Files
 from compress.formats import Dense, by_rows
 from compress.manager import Cost
@@ -78,6 +79,8 @@ def stages(ready: Prepared, layouts: Mapping[str, Files]) -> list[Stage]:
     found += [Stage(p.name, cost) for p, cost in zip(ready.recipe.passes, costs, strict=True)]
     if data.evaluation:
         found.append(Stage("evaluation", evaluation(ready.foreseen, data.evaluation)))
+        if SERVED in ready.foreseen.serving:
+            found.append(Stage("evaluation of the cache", evaluation(ready.foreseen, data.evaluation)))
     run = windows is not None or data.evaluation is not None  # without text, tensors are compared and no logits
     return found + [Stage(e.name, proof(e, ready.foreseen, layouts[e.name], run)) for e in ready.exports]
 

@@ -25,7 +25,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from compress.cache.policy import SERVED, Layer, Policy, Unit
-from compress.cache.rules import DTYPES, MARKS
+from compress.cache.rules import DTYPES, MARKS, STEP
 from compress.errors import FormatError, RecipeError
 from compress.manager import Context, Cost, Pass, Record
 from compress.model.attention import Attended, Heads, attention_by, heads, plain
@@ -39,7 +39,7 @@ from compress.state import Aspect, State
 from compress.state.plan import Budget, size
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-Rule = Literal["stream", "snap", "h2o", "punct", "frequent", "full"]
+Rule = Literal["stream", "snap", "h2o", "heavy", "punct", "frequent", "full"]
 
 
 class KvPolicy(Pass):
@@ -51,7 +51,8 @@ class KvPolicy(Pass):
     budget: str = Field("50 %", description="of the cache at `context` tokens: a share of what it takes now, or bytes (40 MiB)")
     context: int = Field(2048, ge=16, le=2**31, description="tokens at which the budget counts; shares are of the tokens seen")
     rules: tuple[Rule, ...] = Field(
-        ("stream", "snap", "h2o", "punct", "frequent", "full"), description="what a head may keep, of these the best is chosen"
+        ("stream", "snap", "h2o", "heavy", "punct", "frequent", "full"),
+        description="what a head may keep, of these the best is chosen",
     )
     dtype: tuple[Literal["bf16", "fp16", "fp32", "int8"], ...] = Field(
         (),
@@ -99,7 +100,9 @@ class KvPolicy(Pass):
         found = heads(state)
         whole = plain(found, self.context, state.dtype.itemsize)
         most = size(self._bytes(state, found))
-        yield f"kv_policy: at {self.context:,} tokens the cache takes at most {most} a row, without it {size(whole)}"
+        more = size(plain(found, STEP, state.dtype.itemsize))
+        yield (f"kv_policy: at {self.context:,} tokens the cache takes at most {most} a row, without it {size(whole)}; "
+               f"{more} more wait while it decodes")  # fmt: skip
 
     def cost(self, state: State, tokens: int) -> Cost:
         if self.method == "uniform":

@@ -34,7 +34,7 @@ from compress.cache.rules import RULES, after_prompt, count, scores, stored
 from compress.model.attention import Attended, Heads
 from compress.passes.allocate_core import Item, Limit, Problem, Solution, solve
 
-SHARES = (50, 100, 150, 200, 250, 300, 350, 400, 450, 500, 550, 600, 650, 700, 750, 800, 850, 900, 950)  # thousandths
+SHARES = (50, 100, 150, 200, 250, 300, 350, 400, 450, 500, 600, 700, 800, 900)  # thousandths
 AT_ONCE = 1 << 24  # numbers that options which are measured together take
 
 

@@ -39,7 +39,7 @@ from tests.cooking import bake, recipe, refused, steps
 
 PROMPT, NEW = 60, 45  # tokens; enough for one eviction while a model decodes
 MARKED = (256, 257, 258, *map(ord, ".,;:!?\n"))
-RULES = [("stream", 250), ("snap", 300), ("h2o", 400), ("punct", 350), ("frequent", 500), ("full", 1000)]
+RULES = [("stream", 250), ("snap", 300), ("h2o", 400), ("heavy", 300), ("punct", 350), ("frequent", 500), ("full", 1000)]
 
 
 def policy_for(folder: Path, dtype: str = "fp32") -> Policy:
@@ -95,6 +95,7 @@ def test_rules_keep_what_they_are_named_for() -> None:
     keep = lambda rule: set(rules.kept(rule, 20, place, 100, 0, score, mark).tolist())  # noqa: E731
     assert keep("stream") == {0, 1, 2, 3, *range(84, 100)}
     assert {30, 50} <= keep("h2o")
+    assert {30, 50} <= keep("heavy") - keep("stream")
     assert {28, 29, 30, 31, 32} <= keep("snap"), "neighbours of what is looked at"
     assert {40, 41} <= keep("punct") - keep("h2o")
     assert {30, 40, 41, 50} <= keep("frequent")

@@ -8,6 +8,7 @@ whatever the text, so that the bytes of a policy are known before anything runs.
     stream    the latest (StreamingLLM, arXiv 2309.17453)
     snap      those that the last `WINDOW` queries look at, pooled over neighbours, and that window (SnapKV, arXiv 2404.14469)
     h2o       half the latest, half those with most attention in sum (H2O, arXiv 2306.14048)
+    heavy     those with most attention in sum, and only the last few besides
     punct     special tokens and punctuation, then the latest (the second rung of FastGen, arXiv 2310.01801)
     frequent  special tokens and punctuation, then those with most attention per query that could see them (its third rung)
     full      all of them
@@ -15,8 +16,8 @@ whatever the text, so that the bytes of a policy are known before anything runs.
 All keep the first tokens too (attention sinks), and the latest: a token just read is about to be needed.
 
 While a model decodes, new entries wait beside until there are `STEP` of them; then the same rule ranks old and new together. What
-`snap` looks at is then the attention of these very queries, what `h2o` and `frequent` look at has been summed up since the start.
-So a unit holds `count` entries after the prompt and after every step, and up to `STEP` more in between.
+`snap` looks at is then the attention of these very queries, what `h2o`, `heavy` and `frequent` look at has been summed up since
+the start. So a unit holds `count` entries after the prompt and after every step, and up to `STEP` more in between.
 
 Letters: T tokens of a prompt, N entries, G query heads that share the KV head, D its width.
 
@@ -33,12 +34,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
-RULES = ("stream", "snap", "h2o", "punct", "frequent", "full")
+RULES = ("stream", "snap", "h2o", "heavy", "punct", "frequent", "full")
 SINKS, WINDOW, POOL = 4, 32, 7
 STEP = 32  # tokens that wait beside the entries while a model decodes
 LEAST = 8  # entries that stay of any prompt that has them
 BLOCK = 256  # queries whose attention is there at once
-SUMMED = {"snap": "window", "h2o": "all", "frequent": "all"}  # rule -> which queries' attention it goes by
+SUMMED = {"snap": "window", "h2o": "all", "heavy": "all", "frequent": "all"}  # rule -> which queries' attention it goes by
 MARKS = ("punct", "frequent")  # rules that ask which tokens are special or punctuation
 
 
@@ -89,7 +90,7 @@ def kept(
         return torch.arange(n, device=place_n.device)
     order_n = torch.arange(n, device=place_n.device, dtype=torch.float32)
     rank_n = _rank(rule, order_n, place_n, seen, score_n, marked_n)
-    latest = {"stream": many, "snap": min(WINDOW, many // 2), "h2o": many // 2}.get(rule, max(1, many // 4))
+    latest = {"stream": many, "snap": min(WINDOW, many // 2), "h2o": many // 2, "heavy": min(8, many // 4)}.get(rule, many // 8)
     certain_n = (order_n >= n - latest) & (rule != "stream")
     certain_n |= place_n - first < min(SINKS, many // 4)
     best = rank_n.masked_fill(certain_n, torch.inf).sort(descending=True, stable=True).indices
@@ -106,7 +107,7 @@ def _rank(rule: str, order_n: Tensor, place_n: Tensor, seen: int, score_n: Tenso
     assert score_n is not None, f"{rule} goes by attention"
     if rule == "snap":
         return avg_pool1d(score_n[None], POOL, 1, POOL // 2, count_include_pad=False)[0]
-    if rule == "h2o":
+    if rule in ("h2o", "heavy"):
         return score_n
     assert marked_n is not None
     each_n = score_n / (seen - place_n)
