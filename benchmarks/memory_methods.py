@@ -59,7 +59,7 @@ def child(recipe: Path, said_to: Any) -> None:
     give_back_at_once()
 
     def trained(self: Distill, state: Any, choice: Any, ctx: Any, tokens: Any, kept: Any) -> Any:
-        setting, expected = settled(state, choice, self.setting(tokens.ids.shape[1]))
+        setting, expected = settled(state, choice, self.setting(tokens.ids.shape[1], len(tokens.ids)))
         before, meter, begun = anonymous(), Meter(), time.thread_time()
         after = real(self, state, choice, ctx, tokens, kept)
         took = meter.said()

@@ -138,14 +138,17 @@ class Distill(Pass):
         found = choose(state, self.words, self.rank)
         if self.scope == "block":
             blockwise.check(state, found)
-        small = next((state.graph[n] for n in found.sites if (self.rank or 0) > min(state.graph[n].shape)), None)
+        factors = [state.graph[n] for n, kind in found.sites.items() if Kind.FACTORS in kind]
+        given = [site for site in factors if not isinstance(state.format(site), LowRank)]
+        small = next((site for site in given if (self.rank or 0) > min(site.shape)), None)
         if small is not None:
             (n, k), most = small.shape, min(small.shape)
             raise RecipeError(f"rank {self.rank} is more than '{small.name}' of {n} x {k} has; ask for {most} or less", ("rank",))
-        if "lora" in self.words and self.rank is None and any(
-            Kind.FACTORS in kind and not isinstance(state.format(state.graph[n]), LowRank) for n, kind in found.sites.items()
-        ):  # fmt: skip
+        if given and self.rank is None:
             raise RecipeError("'lora' needs the rank of the factors that matrices are to be given; add rank: 16", ("rank",))
+        if self.rank is not None and not given:
+            raise RecipeError("every matrix that 'lora' trains has factors already, which keep their rank; leave 'rank' out",
+                              ("rank",))  # fmt: skip
         return found
 
     def check_text(self, tokens: Tokens) -> None:
@@ -159,10 +162,11 @@ class Distill(Pass):
         choice = self.choice(state)
         return planned(state.promising(choice.formats), choice)
 
-    def setting(self, length: int) -> needs.Setting:
-        """How it is trained on windows of this length, as far as the recipe says."""
+    def setting(self, length: int, windows: int = 0) -> needs.Setting:
+        """How it is trained on windows of this length, as far as the recipe says; a cached teacher is asked about `windows`."""
+        together = min(self.batch, max(1, MICRO // length))
         return needs.Setting(
-            self.memory, self.teacher, min(self.batch, max(1, MICRO // length)), length, batch=self.batch, loss=tuple(self.loss)
+            self.memory, self.teacher, together, length, batch=self.batch, loss=tuple(self.loss), windows=windows
         )
 
     # --- running it ---
@@ -184,7 +188,7 @@ class Distill(Pass):
         learning, held = halves(len(tokens.ids), tokens.ids.shape[1], tokens.sources)
         schedule = self.schedule(*tokens.ids.shape)
         teacher = self._teacher(state, ctx, tokens)
-        memory = settled(state, choice, self.setting(tokens.ids.shape[1]))[0].memory
+        memory = settled(state, choice, self.setting(tokens.ids.shape[1], len(tokens.ids)))[0].memory
         student = Student(
             state, choice, ctx.seed, ctx.device, memory.keeps, memory.weights == "streamed", ctx.store.partial.parent
         )
@@ -231,7 +235,8 @@ class Distill(Pass):
         if self.loss.keys() == {"ce"}:
             return Nobody()
         if self.teacher != "cached":
-            return (Live if self.teacher == "live" else Streamed)(ctx.source, tokens, state.vocabulary, ctx.device)
+            kind = Live if self.teacher == "live" else Streamed
+            return kind(ctx.source, tokens, state.vocabulary, ctx.device, "hidden_cosine" in self.loss)
         read = replace(tokens, learnt=None)  # what is learnt from makes no difference to what it says
         store = ctx.store.of_source("teacher", {"tokens": read.hash, "k": self.top_k, "vocabulary": state.vocabulary})
 
@@ -261,7 +266,8 @@ class Distill(Pass):
                 else:
                     codes[name] = Packed(packed.format, packed.shape, {n: t.cpu() for n, t in packed.tensors.items()})
             state = state.with_part(ctx.store.commit(part, codes=codes, dense=state.stored(dense)))
-        chosen, expected = settled(student.state, student.choice, self.setting(training.tokens.ids.shape[1]))
+        windows, length = training.tokens.ids.shape
+        chosen, expected = settled(student.state, student.choice, self.setting(length, windows))
         notes = [
             *told(training.curve, training.judged_by, training.lost),
             *learnt_from(training.tokens),
@@ -284,7 +290,7 @@ class Distill(Pass):
         choice = self.choice(state)
         if self.scope == "block":
             return blockwise.cost(self, state, choice, windows, length)
-        setting, found = settled(state, choice, self.setting(length))
+        setting, found = settled(state, choice, self.setting(length, windows))
         schedule = self.schedule(windows, length)
         taught = schedule.steps * schedule.batch * length
         judged = (schedule.checks + 1) * len(halves(windows, length)[1]) * length

@@ -542,6 +542,10 @@ def test_why_nothing_learns(family: Any) -> None:
     ):
         with pytest.raises(CompressError, match=says):
             choose(state, (words,), 2)
+    corrected = LqLora(format=parse("int3:g32"), rank=4).foresee(plain)
+    assert not Distill(train="lora").choice(corrected).formats
+    with pytest.raises(RecipeError, match="has factors already"):
+        Distill(train="lora", rank=100).choice(corrected)
 
 
 def test_quantized_factors_stay_as_they_are(family: Any, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from compress.training.choice import choose, learnt
 from compress.training.loop import Schedule, Training
 from compress.training.options import ACTIVATIONS, OPTIMIZERS, Memory
 from compress.training.student import Student
-from compress.training.teacher import Look
+from compress.training.teacher import Look, Streamed, most_likely
 from tests.conftest import GROUPED, IDS, SMALL, Project, covered, make_model
 from tests.pass_laws import attempt
 from tests.test_distill import trained
@@ -112,6 +112,18 @@ def test_the_peak_of_a_training_is_foretold(wide: State, number: int) -> None:
         for step in range(2):
             one.step(step)
     assert split.parameters + most(seen) == pytest.approx(split.total - split.checkpoint, rel=0.1)
+
+
+def test_a_teacher_that_is_asked_before_is_foretold(wide: State) -> None:
+    """It does not keep what each block put out; where the student is small, it is the peak, and within the limit."""
+    ids = torch.randint(0, 2048, (64, 64))
+    setting_, choice = Distill().setting(64, len(ids)), choose(wide, ("norms",), None)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        most_likely(Streamed(wide, Tokens(ids, "numbers"), None, "cpu"), range(len(ids)), 8)
+    assert 0.7 * memory.asking(wide, setting_) < most(seen) < 1.02 * memory.asking(wide, setting_)
+    few = replace(setting_, together=1, batch=1)
+    assert memory.split(wide, choice, few).total == memory.asking(wide, few)
+    assert memory.split(wide, choice, replace(few, loss=("ce",))).asking == 0
 
 
 def most(seen: Any) -> int:

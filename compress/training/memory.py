@@ -23,7 +23,8 @@ from compress.formats import LowRank
 from compress.model.experts import foreseeable
 from compress.model.probe import Probe
 from compress.model.skeleton import skeleton
-from compress.model.work import block_bytes
+from compress.model.speed import computing
+from compress.model.work import advancing_bytes, block_bytes
 from compress.state import State
 from compress.state.graph import Site
 from compress.state.plan import size
@@ -35,9 +36,11 @@ from compress.training.optimizers import nbytes
 from compress.training.options import Block, Checkpoint, Fused, Int8, Kept, Memory, Velora, Way, WtaCrs, ZerothOrder
 from compress.training.saved import anew, smaller, worth
 from compress.training.sketches import Foreseen, install
+from compress.training.windows import ASKED, MICRO
 
 FP32 = 4
 WIDE = {"kl": 5.25, "reverse_kl": 6.25, "js": 8.5}  # numbers beside each of the teacher's, as torch's allocator counts them
+ASKED_LOGITS = 3  # numbers beside each logit of a teacher that is asked once: its own, log-softmax, and what is between them
 TABLE = "embed:"  # what the name of a table that a head may share begins with
 
 
@@ -57,7 +60,8 @@ _KNOWN: dict[Any, tuple[int, ...]] = {}  # asked of one model in several setting
 
 @dataclass(frozen=True)
 class Setting:
-    """How a model is trained: windows of `length` tokens, `together` at once, `batch` in a step (0: no more than that)."""
+    """How a model is trained: windows of `length` tokens, `together` at once, `batch` in a step (0: no more than that). windows:
+    how many a cached teacher is asked about before."""
 
     memory: Memory
     teacher: str
@@ -66,6 +70,7 @@ class Setting:
     numbers: Numbers = OURS
     batch: int = 0
     loss: tuple[str, ...] = ("kl",)
+    windows: int = 0
 
     @property
     def again(self) -> bool:
@@ -82,7 +87,8 @@ class Setting:
 class Split:
     """Bytes at the highest point of a step. parameters: of the student. teacher: of its teacher. activations: what is kept for
     the way back, and matrices that are made for the block in hand. logits: of the rows in hand, with the matrix of the head.
-    checkpoint: by how much writing one, when nothing else is there, takes more than a step."""
+    checkpoint: by how much writing one, when nothing else is there, takes more than a step. asking: by how much a cached teacher,
+    before there is a student, takes more than all of that."""
 
     parameters: int = 0
     gradients: int = 0
@@ -91,6 +97,7 @@ class Split:
     logits: int = 0
     teacher: int = 0
     checkpoint: int = 0
+    asking: int = 0
 
     @property
     def total(self) -> int:
@@ -112,7 +119,8 @@ def split(state: State, choice: Choice, setting: Setting) -> Split:
     at_end = replace(held_, activations=block + (kept if parts else 0), gradients=slopes)
     found = max(at_head, at_end, key=lambda moment: moment.total)
     passing = found.gradients + found.activations + found.logits
-    return replace(found, checkpoint=max(0, writing(what, found.optimizer) - passing))
+    found = replace(found, checkpoint=max(0, writing(what, found.optimizer) - passing))
+    return replace(found, asking=max(0, asking(state, setting) - found.total))
 
 
 def writing(what: Sequence[Learnt], remembered_: int) -> int:
@@ -174,13 +182,34 @@ def reads(state: State, choice: Choice, site: Site) -> bool:
 
 
 def teacher(state: State, setting: Setting) -> int:
-    """Bytes of the weights of a teacher: of the source's, whatever has become of its student; streamed, of one block of as many
-    as the student has layers."""
+    """Bytes of a teacher that is there in a step: of the source's weights, whatever has become of its student; streamed, of one
+    block; and of what all of its blocks put out, where that is learnt from."""
+    if setting.teacher == "cached":
+        return 0
+    tokens, number = setting.together * setting.length, FP32 if setting.teacher == "live" else computing(state.dtype).itemsize
+    seen = number * tokens * state.graph["embed"].shape[1] * len(state.graph.blocks) if "hidden_cosine" in setting.loss else 0
     whole = sum(spec.nbytes for spec in state.dense.base.specs.values())
-    if setting.teacher == "live":
-        return whole
-    now = sum(spec.nbytes for spec in state.specs)
-    return round(block_bytes(state) * max(1.0, whole / now)) if setting.teacher == "streamed" else 0
+    return seen + (whole if setting.teacher == "live" else whole_block(state))
+
+
+def asking(state: State, setting: Setting) -> int:
+    """Bytes of a cached teacher while it is asked: a block, what some windows are between blocks, and fewer inside of one; then
+    the head's matrix and the logits of some rows, with what is made of them."""
+    if setting.teacher != "cached" or not DIVERGENCES.keys() & set(setting.loss):
+        return 0
+    tokens, once = min(ASKED, setting.windows * setting.length), max(MICRO, setting.length)
+    base, embed = state.dense.base.specs, state.graph["embed"]
+    vocabulary = base[embed.weight].shape[0] if embed.weight in base and not embed.transposed else embed.shape[0]
+    number, rows = computing(state.dtype).itemsize, min(tokens, MICRO, max(1, NUMBERS // vocabulary))
+    held_ = number * tokens * embed.shape[1]
+    block = whole_block(state) + advancing_bytes(state, tokens, once)
+    return max(block, held_ + vocabulary * (number * embed.shape[1] + ASKED_LOGITS * FP32 * rows))
+
+
+def whole_block(state: State) -> int:
+    """Bytes of a block of the source, as large against the student's as the whole is."""
+    whole, now = (sum(spec.nbytes for spec in specs) for specs in (state.dense.base.specs.values(), state.specs))
+    return round(block_bytes(state) * max(1.0, whole / now))
 
 
 # --- what is kept -----------------------------------------------------------------------------------------------------

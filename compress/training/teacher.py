@@ -25,8 +25,8 @@ from compress.state.state import Part
 from compress.training.choice import Choice
 from compress.training.loss import NUMBERS, Known, Rows
 from compress.training.student import Student
+from compress.training.windows import ASKED, MICRO
 
-TOGETHER = 1 << 14  # tokens that are cached at once: a block's weights are read once for them
 KEPT = 6  # bytes of a log-probability and its token, cached
 
 Keep = Callable[[str, dict[str, Tensor] | None], Part | None]  # a part by its name: kept where tensors are given, else looked for
@@ -43,21 +43,24 @@ class Look:
 
 
 class Present:
-    """A teacher that is asked when it is needed; `vocabulary`: the tokens that the student knows."""
+    """A teacher that is asked when it is needed; `vocabulary`: the tokens that the student knows; `seen`: whether what blocks put
+    out is asked for too, which is kept for as long as a look lasts."""
 
-    def __init__(self, state: State, tokens: Tokens, vocabulary: Sequence[int] | None, stream: Stream):
-        self.state, self.tokens, self.stream = state, tokens, stream
+    def __init__(self, state: State, tokens: Tokens, vocabulary: Sequence[int] | None, stream: Stream, seen: bool = False):
+        self.state, self.tokens, self.stream, self.seen = state, tokens, stream, seen
         self.which = None if vocabulary is None else torch.tensor(vocabulary)
 
-    def through(self, ids: Tensor) -> tuple[Batch, list[Tensor]]:
+    def through(self, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """What windows [b, t] come to behind all blocks [b, t, d], and behind each, where that is asked for."""
         raise NotImplementedError
 
     @contextmanager
     def look(self, numbers: Sequence[int]) -> Iterator[Look]:
+        tokens = self.tokens.ids[list(numbers)]
         with torch.no_grad():
-            batch, hidden = self.through(self.tokens.ids[list(numbers)])
-        flat = batch.hidden.reshape(-1, batch.hidden.shape[-1])
-        ids = batch.tokens.reshape(-1)
+            last, hidden = self.through(tokens)
+        flat = last.reshape(-1, last.shape[-1])
+        ids = tokens.reshape(-1).to(last.device)
 
         def known(rows: Rows) -> Known:
             with torch.no_grad():
@@ -94,12 +97,13 @@ class Live(Present):
 
     stream: Student
 
-    def __init__(self, state: State, tokens: Tokens, vocabulary: Sequence[int] | None, device: str):
-        super().__init__(state, tokens, vocabulary, Student(state, Choice({}, frozenset(), {}, 0), 0, device))
+    def __init__(self, state: State, tokens: Tokens, vocabulary: Sequence[int] | None, device: str, seen: bool = False):
+        super().__init__(state, tokens, vocabulary, Student(state, Choice({}, frozenset(), {}, 0), 0, device), seen)
 
-    def through(self, ids: Tensor) -> tuple[Batch, list[Tensor]]:
+    def through(self, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
         hidden: list[Tensor] = []
-        return self.stream.forward(ids, lambda _, h: hidden.append(h)), hidden
+        batch = self.stream.forward(ids, (lambda _, h: hidden.append(h)) if self.seen else None)
+        return batch.hidden, hidden
 
     @contextmanager
     def heading(self) -> Iterator[None]:
@@ -108,18 +112,19 @@ class Live(Present):
 
 
 class Streamed(Present):
-    """A teacher of which one block is in memory."""
+    """A teacher of which one block is in memory, and inside of that as many tokens as pass a student at once."""
 
-    def __init__(self, state: State, tokens: Tokens, vocabulary: Sequence[int] | None, device: str):
-        super().__init__(state, tokens, vocabulary, Stream(state, device))
+    def __init__(self, state: State, tokens: Tokens, vocabulary: Sequence[int] | None, device: str, seen: bool = False):
+        super().__init__(state, tokens, vocabulary, Stream(state, device), seen)
 
-    def through(self, ids: Tensor) -> tuple[Batch, list[Tensor]]:
+    def through(self, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
         hidden = []
-        (batch,) = self.stream.start(self.state, [ids])
+        batches = self.stream.start(self.state, ids.split(max(1, MICRO // ids.shape[1])))
         for block in self.state.graph.blocks:
-            self.stream.advance(self.state, block.index, [batch])
-            hidden.append(batch.hidden)
-        return batch, hidden
+            self.stream.advance(self.state, block.index, batches)
+            if self.seen:
+                hidden.append(torch.cat([batch.hidden for batch in batches]))
+        return torch.cat([batch.hidden for batch in batches]), hidden
 
 
 class Cached:
@@ -129,7 +134,7 @@ class Cached:
         self, state: State, tokens: Tokens, vocabulary: Sequence[int] | None, device: str, k: int, keep: Keep, progress: Progress
     ):
         length = tokens.ids.shape[1]
-        self.each, self.length = max(1, TOGETHER // length), length
+        self.each, self.length = max(1, ASKED // length), length
         self.parts: list[Part] = []
         asked: Streamed | None = None
         starts = range(0, len(tokens.ids), self.each)
@@ -172,7 +177,7 @@ def most_likely(teacher: Present, numbers: Sequence[int], k: int) -> dict[str, T
     found = []
     with teacher.look(numbers) as look:
         total = len(numbers) * teacher.tokens.ids.shape[1]
-        step = max(1, NUMBERS // teacher.state.graph["embed"].shape[0])
+        step = min(MICRO, max(1, NUMBERS // teacher.state.graph["embed"].shape[0]))
         for start in range(0, total, step):
             assert look.known is not None
             log_p = look.known(slice(start, min(start + step, total))).log_p
