@@ -13,6 +13,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -99,22 +100,14 @@ def times() -> list[str]:
             _, plan = sparse.hold(mlp, {"gate_proj": names}, str)
             mlp.gate_proj._buffers[THRESHOLD] = t.contiguous()
             sparse.arrange(mlp, plan)
-            took = [alternately(lambda: plain(x), lambda: mlp(x))]
+            all_read, some = alternately(partial(plain, x), partial(mlp, x))
             sparse.bytes_read(mlp)
             mlp(x)
-            read = sparse.bytes_read(mlp) / whole_bytes(plain)
-            ((all_read, some),) = took
-            found.append(
-                line(
-                    [fmt, f"{dropped:.0%}", f"{1e3 * all_read:.1f}", f"{1e3 * some:.1f}", f"{some / all_read:.2f}", f"{read:.0%}"]
-                )
-            )
+            read = sparse.bytes_read(mlp) / sum(t.nbytes for t in (*plain.parameters(), *plain.buffers()))
+            ms = [f"{1e3 * seconds:.1f}" for seconds in (all_read, some)]
+            found.append(line([fmt, f"{dropped:.0%}", *ms, f"{some / all_read:.2f}", f"{read:.0%}"]))
             print(found[-1], flush=True)
     return found
-
-
-def whole_bytes(mlp: Any) -> int:
-    return sum(t.nbytes for t in (*mlp.parameters(), *mlp.buffers()))
 
 
 def alternately(one: Callable[[], Any], other: Callable[[], Any]) -> tuple[float, float]:

@@ -198,9 +198,8 @@ class Sparsify(Pass):
                 recalls.append(core.recall(active, rule.y_held))
                 densities.append(float((rule.y_held > 0).float().mean()))
         record["kept"] = sum(kept) / len(kept)
-        notes = [
-            f"keeps {keep:.0%} of its {layers.noun}, {record['kept']:.1%} on tokens held out, and reads {read / whole:.0%} of its bytes"
-        ]
+        said = f"keeps {keep:.0%} of its {layers.noun}, {record['kept']:.1%} on tokens held out"
+        notes = [f"{said}, and reads {read / whole:.0%} of its bytes"]
         if recalls:
             record |= {"recall": recalls[0], "density": densities[0]}
             notes.append(f"{densities[0]:.1%} are positive, of which {recalls[0]:.1%} are read")
