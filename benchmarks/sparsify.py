@@ -44,7 +44,7 @@ def rows(options: argparse.Namespace) -> list[str]:
                 for allocate in (False, True):
                     step = {"sparsify": {"keep": round(1 - dropped, 4), "kind": kind, "allocate": allocate}}
                     made = outcome(options, [step], Path(place))
-                    kl, records = made.scores["compressed"]["kl"], made.report.steps[-1]["records"]
+                    kl, records = made.scores["compressed"]["kl"], made.report.records
                     first = first or kl
                     kept = sum(r["kept"] for r in records) / len(records)
                     read = sum(r["read"] for r in records) / sum(r["whole"] for r in records)

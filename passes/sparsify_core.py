@@ -38,10 +38,10 @@ HELD = 8  # the last of so many parts of the tokens is kept to choose by
 
 
 def level(score_tm: Tensor, keep: float) -> float:
-    """The score that a share `keep` of all scores reaches; minus infinity where all are kept."""
+    """The score that a share `keep` of all scores reaches, and one of them at least."""
     flat = score_tm.flatten().float()
-    kept = round(keep * len(flat))
-    return float(flat.kthvalue(max(1, len(flat) - kept + 1)).values) if kept < len(flat) else -torch.inf
+    kept = max(1, round(keep * len(flat)))
+    return float(flat.kthvalue(len(flat) - kept + 1).values)
 
 
 def contribution(up_tm: Tensor | None, W_nm: Tensor) -> Tensor:
