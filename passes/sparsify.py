@@ -184,7 +184,8 @@ class Sparsify(Pass):
 
     def _fitted(self, layers: Layers, block: int, rules: Sequence[Rule], keep: float) -> tuple[dict[str, Tensor], Record]:
         """The tensors of a layer that keeps a share, and what came of it on tokens that it was not made of."""
-        record: Record = {"site": layers.name(block), "block": block, "keep": keep}
+        read, whole = (round(layers.bytes(block, share)) for share in (keep, 1.0))
+        record: Record = {"site": layers.name(block), "block": block, "keep": keep, "read": read, "whole": whole}
         if keep >= 1:
             return {}, record | {"kept": 1.0, "notes": ["reads all"]}
         found, kept, recalls, densities = dict[str, Tensor](), [], [], []
@@ -197,7 +198,8 @@ class Sparsify(Pass):
                 recalls.append(core.recall(active, rule.y_held))
                 densities.append(float((rule.y_held > 0).float().mean()))
         record["kept"] = sum(kept) / len(kept)
-        notes = [f"keeps {keep:.0%} of its {layers.noun}, {record['kept']:.1%} on tokens held out"]
+        said = f"keeps {keep:.0%} of its {layers.noun}, {record['kept']:.1%} on tokens held out"
+        notes = [f"{said}, and reads {read / whole:.0%} of its bytes"]
         if recalls:
             record |= {"recall": recalls[0], "density": densities[0]}
             notes.append(f"{densities[0]:.1%} are positive, of which {recalls[0]:.1%} are read")

@@ -34,13 +34,14 @@ EXTRA = 0.005  # of a negative's weight, as Deja Vu's code has it
 LEAST = 1e-9  # nats: KL below that is rounding
 RATE, DECAY = 3e-3, 0.01  # AdamW
 DRAWN = 256  # tokens of a step
+HELD = 8  # the last of so many parts of the tokens is kept to choose by
 
 
 def level(score_tm: Tensor, keep: float) -> float:
-    """The score that a share `keep` of all scores reaches; minus infinity where all are kept."""
+    """The score that a share `keep` of all scores reaches, and one of them at least."""
     flat = score_tm.flatten().float()
-    kept = round(keep * len(flat))
-    return float(flat.kthvalue(max(1, len(flat) - kept + 1)).values) if kept < len(flat) else -torch.inf
+    kept = max(1, round(keep * len(flat)))
+    return float(flat.kthvalue(len(flat) - kept + 1).values)
 
 
 def contribution(up_tm: Tensor | None, W_nm: Tensor) -> Tensor:
@@ -72,15 +73,23 @@ def low_rank(X_tk: Tensor, W_mk: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return (U_mr.T @ W_mk).float(), U_mr.float()
 
 
-def predictor(
-    X_tk: Tensor, Y_tm: Tensor, W_mk: Tensor, bias_m: Tensor, rank: int, steps: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A [r, k], B [m, r] and b [m], fp32, that foretell which of the pre-activations Y are positive."""
-    X_tk, labels_tm = X_tk.float(), (Y_tm > 0).float()
+Way = tuple[Tensor, Tensor, Tensor]  # A, B and b of a predictor
+
+
+def predictor(X_tk: Tensor, Y_tm: Tensor, W_mk: Tensor, bias_m: Tensor, rank: int, steps: int, generator: torch.Generator) -> Way:
+    """A [r, k], B [m, r] and b [m], fp32, that foretell which of the pre-activations Y are positive: trained ones, or, where
+    these catch no more on the last tokens, those that training began with."""
+    X_tk, count = X_tk.float(), max(1, len(X_tk) - len(X_tk) // HELD)
     A_rk, B_mr = low_rank(X_tk, W_mk, rank)
     unit = Y_tm.float().std().clamp(min=1e-6) / 2  # logits of a size that the loss can tell apart
-    held = [A_rk, B_mr / unit, bias_m.float() / unit]
-    A_rk, B_mr, b_m = (p.clone().requires_grad_() for p in held)
+    start = A_rk, B_mr / unit, bias_m.float() / unit
+    ways = [start, trained(start, X_tk[:count], (Y_tm[:count] > 0).float(), steps, generator)]
+    return max(reversed(ways), key=lambda way: caught(way, X_tk[-(len(X_tk) // HELD) :], Y_tm[-(len(X_tk) // HELD) :]))
+
+
+def trained(start: Way, X_tk: Tensor, labels_tm: Tensor, steps: int, generator: torch.Generator) -> Way:
+    """A, B and b after some steps of AdamW on the weighted cross-entropy of the labels."""
+    A_rk, B_mr, b_m = (p.clone().requires_grad_() for p in start)
     optimizer = torch.optim.AdamW([A_rk, B_mr, b_m], RATE, weight_decay=DECAY)
     weak = float(labels_tm.mean()) + EXTRA
     with torch.enable_grad():
@@ -93,6 +102,13 @@ def predictor(
             loss.backward()
             optimizer.step()
     return A_rk.detach(), B_mr.detach(), b_m.detach()
+
+
+def caught(way: Way, X_tk: Tensor, Y_tm: Tensor) -> float:
+    """The recall of a predictor that reads as many neurons as are positive."""
+    A_rk, B_mr, b_m = way
+    logits = X_tk @ A_rk.T @ B_mr.T + b_m
+    return recall(logits >= level(logits, float((Y_tm > 0).float().mean())), Y_tm)
 
 
 def recall(active_tm: Tensor, Y_tm: Tensor) -> float:

@@ -51,7 +51,8 @@ class Neurons(Rows):
 
     def at(self, rows: slice | Tensor) -> Tensor:
         """The weights [columns, N], turned over, in the dtype."""
-        levels, group = self._levels(self.packed[rows])[:, : self.shape[1]], self.group[rows]
+        levels = self._levels(self.packed[rows])[:, : self.shape[1]]
+        group = self.group[rows] if len(self.scale) > 1 else slice(None)
         if self.zero is not None:
             levels -= self.zero[group].to(self.inner)
         levels *= self.scale[group].to(self.inner)

@@ -69,6 +69,7 @@ class Matrix:
         """Have columns lie together; what has none is left as it is."""
         if not self.has_columns or not self.here:
             return
+        self._held = None
         if isinstance(self.module, PackedLinear):
             self.module.turn()
         else:
