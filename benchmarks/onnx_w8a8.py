@@ -1,10 +1,10 @@
-"""Products of bytes in onnxruntime, as the onnx exporter writes `int8:channel/int8:token`: time beside fp32, and 8-bit weights alone.
+"""Products of bytes in onnxruntime, as the onnx exporter writes `int8:channel/int8:token`, beside fp32: time and error.
 
     python benchmarks/onnx_w8a8.py [--shape 4096x1024] [--rows 1 32] [--save DIR]
 
 One thread, one matrix, all graphs by turns; each figure is the median of `--repeats` calls after one that does not count, of
-processor time. The error is that of the outputs relative to fp32, with products added in 32 bits (`session.x64quantprecision`), and
-as CPUs without VNNI do it by themselves.
+processor time. The error is that of the outputs relative to fp32, with products added in 32 bits (`session.x64quantprecision`),
+and as CPUs without VNNI do it by themselves.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def session(graph: Graph, n: int, k: int, precise: bool = True) -> Any:
 def cpu() -> str:
     """Whether the processor has instructions that multiply bytes and add in 32 bits."""
     place = Path("/proc/cpuinfo")
-    known = place.read_text() if place.exists() else ""
+    known = place.read_text(encoding="utf-8") if place.exists() else ""
     return "with VNNI" if "vnni" in known else "without VNNI"
 
 

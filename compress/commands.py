@@ -33,6 +33,7 @@ from compress.export.compressed_tensors.lint import faults
 from compress.export.native.exporter import Native
 from compress.export.table import EXPORTERS, KINDS, Kind
 from compress.formats import Format
+from compress.formats.caches import CACHE
 from compress.model import data
 from compress.model.gguf_source import SUFFIX
 from compress.model.model import Model, open_model
@@ -311,6 +312,9 @@ def inspect_command(options: argparse.Namespace) -> None:
         print(f"… {len(rows) - len(shown)} more; name a site or a pattern to see it")
     counts = f"{len(state.graph.blocks)} blocks, {len(state.graph.sites)} sites"
     print(f"\n{state.graph.family}, {counts}, {size(bytes_on_disk(model, state))} of tensors")
+    if CACHE in state.serving:
+        said = state.serving[CACHE]
+        print(f"cache: {said['format']}, {said['layers']} layers, scales of {len(said['scales'])} attentions")
     for remark in [*model.remarks, *map("for vLLM: {}".format, said_by_lint(state))]:
         print(f"note: {remark}")
     if len(sites) == 1:

@@ -153,6 +153,7 @@ def test_serve_json_says_what_to_start_and_what_engines_make_of_it(family: Any, 
     assert any("older ones multiply by the inputs as they are" in note for note in said["notes"])
     card = (folder / "README.md").read_text()
     assert "vllm serve THIS_FOLDER --kv-cache-dtype fp8 --kv-cache-dtype-skip-layers sliding_window" in card
+    assert "with its cache in 8 bits" in card
 
 
 def test_an_exporter_with_an_engine_refuses_what_any_pass_may_make(family: Any, text: Path, tmp_path: Path) -> None:
@@ -218,7 +219,9 @@ def test_a_broken_folder_has_its_fault(folder: Path, tmp_path: Path, name: str) 
 
 def test_inspect_prints_what_engines_would_not_take(folder: Path, tmp_path: Path, capsys: Any) -> None:
     assert main(["inspect", str(folder)]) == 0
-    assert "for vLLM" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "cache: fp8, all layers, scales of 1 attentions" in out
+    assert "for vLLM" not in out
     broken = shutil.copytree(folder, tmp_path / "broken")
     tensors = load_file(broken / "model.safetensors")
     BREAKS["global"][0](tensors, {})

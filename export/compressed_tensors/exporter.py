@@ -75,6 +75,7 @@ USE_RUNTIME = """\
 from compress.export import runtime  # pip install compress-pipeline
 model = runtime.load("THIS_FOLDER")
 ```"""
+CACHED = "The figures are those of the model with its cache in 8 bits, as `serve.json` says."
 USE_ADAPTER = "The low-rank corrections are a PEFT adapter in `adapter/`; without it the folder is the model uncorrected."
 USE_PEFT = """\
 ```python
@@ -292,6 +293,7 @@ def write_card(job: Job, folder: Path, use: str | None) -> None:
     first = USE_ADAPTER if adapter.corrected(job.state) else USE_VLLM.format(flags=flags) if causal else None
     engines = {USE_RUNTIME: (VLLM, RUNTIME), None: (VLLM,)}.get(use, (STOCK, VLLM))
     loads = ", ".join(engine for engine in engines if engine != VLLM or causal) or "compress"
+    kept = CACHED if CACHE in job.state.serving else None
     facts = {"library": "transformers", "tag": "compressed-tensors", "loads in": loads,
-             "use": "\n\n".join(filter(None, (first, use)))}  # fmt: skip
+             "use": "\n\n".join(filter(None, (first, use, kept)))}  # fmt: skip
     (folder / "README.md").write_text(job.card(facts), encoding="utf-8")
