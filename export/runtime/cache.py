@@ -329,14 +329,16 @@ def follow(model: Any, policy: Policy) -> None:
 
     `model.kv_policy = None` gives it plain ones again, until the policy is put back.
     """
-    model.kv_policy, model.plain_cache = policy, model._prepare_cache_for_generation
     way = model.config.get_text_config()._attn_implementation
     if way not in ("sdpa", NAME):
         raise ModelError(
             f"{HERE}, which replaces attn_implementation='sdpa'; this model has '{way}': load it without that option"
         )
     model.set_attn_implementation(NAME)
-    model._prepare_cache_for_generation = MethodType(_for_generation, model)
+    model.kv_policy = policy
+    if hasattr(model, "_prepare_cache_for_generation"):  # a model without a head does not generate
+        model.plain_cache = model._prepare_cache_for_generation
+        model._prepare_cache_for_generation = MethodType(_for_generation, model)
     model.register_forward_pre_hook(_before, with_kwargs=True, prepend=True)
 
 
