@@ -259,6 +259,12 @@ def test_without_a_policy_again_it_is_the_model_that_it_was(family: Any) -> None
     assert isinstance(model(ids).past_key_values, transformers.DynamicCache)
 
 
+def test_a_model_without_a_head_follows_a_policy_too(family: Any) -> None:
+    policy, base = policy_for(family("llama")), transformers.AutoModel.from_pretrained(family("llama"))
+    runtime.follow(base, policy)
+    assert base(text_of(1, PROMPT)).past_key_values.nbytes == policy.nbytes(PROMPT)
+
+
 # --- what is measured, and chosen -----------------------------------------------------------------------------------------
 
 
@@ -329,7 +335,6 @@ def test_the_artifact_brings_its_policy(made: pipeline.Outcome) -> None:
     out = model.generate(ids, max_new_tokens=6, do_sample=False, return_dict_in_generate=True)
     assert isinstance(out.past_key_values, runtime.PolicyCache)
     assert out.past_key_values.nbytes == policy.nbytes(40)
-    assert transformers.AutoModel.from_pretrained(artifact)(ids).past_key_values.nbytes == policy.nbytes(40)
     told = made.scores["cache"]
     assert told["kl"] > 0
     assert told["bytes"] == policy.nbytes(told["prompt"]) < told["full"]
