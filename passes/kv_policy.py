@@ -27,6 +27,7 @@ from torch import Tensor
 from compress.cache.policy import SERVED, Layer, Policy, Unit
 from compress.cache.rules import DTYPES, MARKS, STEP
 from compress.errors import FormatError, RecipeError
+from compress.formats.caches import CACHE
 from compress.manager import Context, Cost, Pass, Record
 from compress.model.attention import Attended, Heads, attention_by, heads, plain
 from compress.model.marks import marked
@@ -88,6 +89,9 @@ class KvPolicy(Pass):
                               f"move it behind '{later.name}', or leave one out")  # fmt: skip
 
     def foresee(self, state: State) -> State:
+        if CACHE in state.serving:
+            raise RecipeError("'kv_policy' stores entries by its own 'dtype', and an earlier 'kv_cache' rounds them for another "
+                              "engine; leave one of them out")  # fmt: skip
         found = heads(state)
         budget = self._bytes(state, found)
         least = int(self._bytes_of(found, core.options_of(self.rules, self._dtypes(state))).min(1).sum())

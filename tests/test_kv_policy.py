@@ -366,12 +366,13 @@ def test_policies_are_for_native_alone_and_for_models_with_heads(family: Any, te
     for exporter in ("compressed_tensors", "gguf", "gptq", "onnx"):
         with pytest.raises(CompressError, match=rf"{exporter} has no place for a policy of the KV cache.* export native"):
             bake(tmp_path / exporter, family("llama"), text, exporter, STEP)
-    cases = [
+    cases: list[tuple[str, list[dict[str, Any]], str]] = [
         ("llama", [STEP, STEP], "'kv_policy' behind it changes that"),
         ("llama", [STEP, {"prune": {"mlp": 0.5}}], "'prune' behind it changes that"),
         ("llama", [{"kv_policy": {**STEP["kv_policy"], "budget": "2 %"}}], "no choice of these rules fits"),
         ("gemma2", [STEP], "chunked or soft-capped"),
         ("roberta", [STEP], "has no cache"),
+        ("llama", [{"kv_cache": {}}, STEP], "an earlier 'kv_cache' rounds them"),
     ]
     for i, (name, passes, says) in enumerate(cases):
         refused(tmp_path / str(i), family(name), text, passes, says)
