@@ -1,9 +1,9 @@
 """Products with packed matrices on a CPU: milliseconds of processor time beside torch's product with the dense matrix.
 
-    python benchmarks/runtime_cpu.py [--shape 4096x4096] [--rows 1 64] [--save DIR]
+    python benchmarks/runtime_cpu.py [--shape 4096x4096] [--rows 1 4 64] [--save DIR]
 
-One thread; each figure is the median of `--repeats` calls by turns, dense and packed, after one that does not count. What a CPU
-saves by packing is memory; this says what it pays.
+One thread; each figure is the median of `--repeats` calls by turns, dense and packed, after one that does not count, and behind
+it the share of the dense product's. What a CPU saves by packing is memory; this says what it pays, or gains.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import torch
 from report import line, machine
 
 from compress.export.runtime import ops
-from compress.formats import base_of, parse
+from compress.formats import numbers_of, parse
 from compress.formats.grid import plain
 
-FORMATS = ("int2:g64", "int3:g128", "int4:g128", "int6:g128", "int8:g128", "nf4:g64")
+FORMATS = ("int2:g64", "int3:g128", "int4:g128", "int6:g128", "int8:g128", "int4:g64:asym", "int4:g128:r128", "nf4:g64")
 
 
 def main() -> None:
@@ -46,7 +46,9 @@ def main() -> None:
                     start = time.process_time()
                     run()
                     times[name] += [time.process_time() - start] if turn else []
-            page.append(line([f"{str(dtype)[6:]}, M = {rows}", *(f"{1000 * median(t):.1f}" for t in times.values())]))
+            taken = {name: median(t) for name, t in times.items()}
+            cells = [f"{1000 * t:.1f}" + f" ({t / taken['dense']:.2f})" * (name != "dense") for name, t in taken.items()]
+            page.append(line([f"{str(dtype)[6:]}, M = {rows}", *cells]))
     print("\n".join(page))
     if args.save:
         (args.save / f"{date.today()}-runtime-cpu.md").write_text("\n".join(page) + "\n", "utf-8")
@@ -56,7 +58,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="4096x4096", help="outputs x inputs")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 64])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 64])
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--save", type=Path, metavar="DIR", help="also write DIR/DATE-runtime-cpu.md")
     return parser.parse_args()
@@ -64,7 +66,7 @@ def arguments() -> argparse.Namespace:
 
 def parts_of(W_nk: torch.Tensor, form: str) -> list[torch.Tensor]:
     """The tensors of W in a format, as the operators take them."""
-    fmt = base_of(parse(form))
+    fmt = numbers_of(parse(form))
     tensors = fmt.pack(*plain(W_nk, fmt))  # type: ignore[union-attr, arg-type]
     return [t for name, t in tensors.items() if name != "weight_shape"]
 

@@ -297,6 +297,17 @@ def test_an_allocation_chooses_among_rates(family: Any, text: Path, tmp_path: Pa
     assert sum(done.state.formats[s.name].nbytes(s.shape) for s in sites) * 8 <= 3.25 * sum(s.numel for s in sites)
 
 
+def test_an_allocation_takes_tables_too(family: Any, text: Path, tmp_path: Path) -> None:
+    path = recipe(tmp_path, family("qwen2"), text, exports=False)
+    formats = ["tcq4:l8", "ecq:ri32", "ecq4:r32"]
+    allocate = {"budget": "4.2 bits", "formats": formats, "also": ["embed"], "trials": 1}
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"passes": [{"allocate": allocate}, {"quantize": {}}]}))
+    done = pipeline.run(path)
+    sites = [*done.state.graph.linear, done.state.graph["embed"]]
+    assert str(done.state.formats["embed"]).startswith(("tcq4", "ecq"))
+    assert sum(done.state.formats[s.name].nbytes(s.shape) for s in sites) * 8 <= 4.2 * sum(s.numel for s in sites)
+
+
 def test_rates_between_two_are_on_their_line(family: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within a tenth of what is measured, at the rates that are."""
     formats = [parse(f"ecq{r:g}{t}") for t in ("", ":r64") for r in (2.5, 2.9, 3.4, 4)]
