@@ -165,7 +165,7 @@ def step_states(ready: Prepared, out: Path, device: str) -> list[tuple[str, str,
     """(pass, options that are not default, whether it is cached) for every step."""
     rows = []
     for p, step in zip(ready.recipe.passes, make_steps(ready, out, device), strict=True):
-        chosen = {k: v for k, v in p.model_dump(mode="json").items() if k in p.model_fields_set}
+        chosen = p.model_dump(mode="json", exclude_unset=True)
         options = ", ".join(f"{k} {page.brief(v, OPTION)}" for k, v in chosen.items())
         unknown = "to do" if ready.model.has_weights else "?"  # no step is finished that reads windows yet to be found
         status = unknown if step is None else "cached" if step.finished else "in part" if step.partial.exists() else "to do"

@@ -29,7 +29,7 @@ from compress.training import options
 from compress.training.checkpoints import Checkpoints
 from compress.training.choice import Choice, Kind, choose, learnt
 from compress.training.gradients import Fused, Kept, Slopes
-from compress.training.loop import Point, Schedule, Training, best_of, check_learnt
+from compress.training.loop import EVEN_WORSE, Point, Schedule, Training, best_of, check_learnt
 from compress.training.loss import DIVERGENCES
 from compress.training.moving import Optimizer
 from compress.training.options import Memory, ZerothOrder
@@ -177,7 +177,7 @@ class Distill(Pass):
         choice, tokens = self.choice(state), ctx.training
         if self.scope == "block":
             return blockwise.run(self, state, choice, ctx)
-        kept = Checkpoints(ctx.store.analysis("training", self.text()))
+        kept = Checkpoints(ctx.store.analysis("training", [self.version, self.text()]))
         written = self._committed(state, choice, ctx)
         if written is None:
             written = self._trained(state, choice, ctx, tokens, kept)
@@ -270,6 +270,7 @@ class Distill(Pass):
         chosen, expected = settled(student.state, student.choice, self.setting(length, windows))
         notes = [
             *told(training.curve, training.judged_by, training.lost),
+            *ended(training),
             *learnt_from(training.tokens),
             f"expected to take {needs.told(expected)}, with {said(chosen.memory)}",
         ]
@@ -339,6 +340,14 @@ def size_of(t: Tensor) -> float:
 def learnt_from(tokens: Tokens) -> list[str]:
     """What share of the text is learnt from, where not all of it is."""
     return [] if tokens.learnt is None else [f"learnt from the answers, {tokens.learnt.float().mean():.1%} of the tokens"]
+
+
+def ended(training: Training) -> list[str]:
+    """That steps were left out, where nothing better came any more."""
+    last, steps = training.curve[-1].step, training.schedule.steps
+    if training.lost is not None or last == steps:
+        return []
+    return [f"{EVEN_WORSE} checks in a row were no better, and training ended after {last:,} of {steps:,} steps"]
 
 
 def told(curve: Sequence[Point], by: str, lost: int | None = None) -> list[str]:

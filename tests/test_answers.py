@@ -395,7 +395,8 @@ def test_a_step_is_the_plain_loss_over_what_is_learnt(
     monkeypatch.setattr(loop, "MICRO", micro)
     source, state = pair
     numbers, tokens = list(range(7)), replace(TEXT, learnt=learnt_of(1))
-    training = training_of(state, Live(source.state, tokens, None, "cpu"), tokens, weights, numbers)
+    teacher = Live(source.state, tokens, None, "cpu", "hidden_cosine" in weights)
+    training = training_of(state, teacher, tokens, weights, numbers)
     value = training.step(0)
     parts = plain_loss(training.student, source.folder, tokens, numbers, weights)
     expected = sum(weights[n] * part for n, part in parts.items())

@@ -32,7 +32,7 @@ from compress.passes.quantize import Quantize
 from compress.run import Step, step_inputs
 from compress.state import State
 from compress.training import loss, matrices, memory
-from compress.training.choice import choose
+from compress.training.choice import choose, learnt
 from compress.training.loop import Training
 from compress.training.options import Checkpoint, Memory
 from compress.training.student import Student
@@ -502,6 +502,26 @@ def test_memory_of_every_family_is_foretold(family: Any, name: str) -> None:
     state = state_of(family(name))
     if state.graph.causal and any(s.role == "head" for s in state.graph):
         assert "training takes" in Distill().trained(state, 20, 32)[1]
+
+
+def test_what_is_left_does_not_learn(family: Any, tmp_path: Path) -> None:
+    """Neither what a recipe leaves nor experts in a layout that is not read; routers and tables of positions are no norms."""
+    state = open_model(str(family("llama")), leave=("*.up_proj",)).state
+    for words in (("all",), ("norms",)):
+        assert not any("up_proj" in what.name for what in learnt(state, choose(state, words, None)))
+    with pytest.raises(CompressError, match=r"up_proj.weight' is left as it is"):
+        choose(state, ("*.up_proj.*",), None)
+    assert not any("experts" in n for n in choose(open_model(str(made(tmp_path, *gpt_oss()))).state, ("all",), None).tensors)
+    for name in ("gpt2", "mixtral"):
+        state = open_model(str(family(name))).state
+        norms, everything = (choose(state, (word,), None).tensors for word in ("norms", "all"))
+        assert all("wpe" in n or "gate" in n for n in everything - norms)
+        assert everything > norms
+
+
+def gpt_oss() -> tuple[Any, Any]:
+    kind, config = NAMED["gpt-oss"]
+    return kind, config()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,7 +14,9 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
+from compress.errors import RunError
 from compress.model.model import open_model
 from compress.training import memory
 from compress.training.choice import choose
@@ -87,6 +90,21 @@ def test_masks_and_statistics_are_left() -> None:
     ):
         assert saver.pack(t) is t
     assert isinstance(saver.pack(drawn(2, 256, 64)), View)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full, /dev/full")
+def test_a_disk_that_is_full_is_told(tmp_path: Path) -> None:
+    """Where it happens, within autograd's hook, in a line that names the folder; so is a folder that nobody can write into."""
+    file, x = File(tmp_path), torch.ones(8, 64, 64, requires_grad=True)
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, file.number)
+    os.close(full)
+    saver = Saver(lambda flat, layout: file.write(flat))
+    with pytest.raises(RunError, match=f"{tmp_path}: the disk is full"), saved_tensors_hooks(saver.pack, saver.unpack):
+        x.exp()
+    (tmp_path / "taken").touch()
+    with pytest.raises(RunError, match="taken: cannot write"):
+        File(tmp_path / "taken")
 
 
 def test_an_address_that_is_used_again_is_another_tensor() -> None:

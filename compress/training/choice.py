@@ -13,6 +13,8 @@ from compress.formats import Coded, Dense, Factored, Float, Ggml, LowRank, Rotat
 from compress.formats.formats import Format
 from compress.formats.grid import Quantized
 from compress.model.layers import in_layer, stack_of
+from compress.model.names import places
+from compress.model.skeleton import skeleton
 from compress.state import State
 from compress.state.graph import Site
 from compress.training.matrices import learnt_scale
@@ -123,7 +125,7 @@ def choose(state: State, train: Sequence[str], rank: int | None) -> Choice:
                 formats[site.name] = LowRank(state.format(site), rank or 0)  # type: ignore[arg-type]  # checked by `learning`
             sites[site.name] = sites.get(site.name, Kind.NOTHING) | kind
             matched += bool(kind)
-        named = [n for n in others if word in ("all", "norms") or (word not in WORDS and fnmatchcase(n, word))]
+        named = [n for n in others if word == "all" or (is_norm(state, n) if word == "norms" else fnmatchcase(n, word))]
         tensors |= set(named)
         if not matched and not named:
             raise nothing(state, word)
@@ -136,13 +138,26 @@ def choose(state: State, train: Sequence[str], rank: int | None) -> Choice:
 
 def other_tensors(state: State) -> list[str]:
     """The floating-point parameters of a state's language model that belong to no site: norms, biases and the like. What is a
-    buffer there does not learn, nor does a tower beside it, which text does not pass."""
-    taken = {s.weight for s in state.graph} | {s.joined for s in state.graph if s.expert is not None}
+    buffer there does not learn, nor does a tower beside it, which text does not pass, nor what is left as it is."""
+    taken = {s.weight for s in state.graph} | {s.joined for s in state.graph if s.expert is not None} | left(state)
     beside = {s.weight.rpartition(".")[0] for s in state.graph}  # where the bias of a head lies
     root = language_model(state)
     return [spec.name for spec in state.specs
             if spec.name not in taken and spec.dtype.is_floating_point and spec.name in state.graph.parameters
             and (spec.name.startswith(root) or spec.name.rpartition(".")[0] in beside)]  # fmt: skip
+
+
+def left(state: State) -> set[str]:
+    """The tensors of modules that are no sites: a recipe leaves them, or they are in a layout that is not read."""
+    if not state.graph.left:
+        return set()
+    modules = tuple(f"{path}." for path in state.graph.left)
+    return {name for path, name in places(skeleton(state.config), state.dense.specs).items() if path.startswith(modules)}
+
+
+def is_norm(state: State, name: str) -> bool:
+    """Whether a tensor that belongs to no site is a norm or a bias, and not a router's matrix or a table of positions."""
+    return len(state.dense.specs[name].shape) < 2 or "norm" in name.rpartition(".")[0].rpartition(".")[2]
 
 
 def language_model(state: State) -> str:
@@ -210,5 +225,8 @@ def nothing(state: State, word: str) -> Exception:
     if shared is not None:
         return MatchError(f"'{shared.name}' shares the matrix of '{shared.tied}', and both learn by that name; write "
                           f"'{shared.tied}'", ("train",))  # fmt: skip
+    kept = next((n for n in sorted(left(state)) if fnmatchcase(n, word)), None)
+    if kept is not None:
+        return MatchError(f"'{kept}' is left as it is, and does not learn; name others", ("train",))
     names = [s.name for s in state.graph if not s.tied] + other_tensors(state)
     return MatchError(f"'{word}' matches no matrix and no other tensor{did_you_mean(word, names)}", ("train",))

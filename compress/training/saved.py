@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from compress.state.checkpoint import disk_error
 from compress.training.options import Int8, Offload, Way
 
 GROUP, SMALL, FEW = 256, 1024, 16  # numbers that share a range, at least; of a tensor that is worth it; for each token
@@ -121,17 +122,23 @@ class File:
     """A nameless file in a folder, written from its start anew for every pass."""
 
     def __init__(self, folder: Path | None):
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-        self.number, name = tempfile.mkstemp(dir=folder)
+        self.place = Path(tempfile.gettempdir()) if folder is None else folder
+        try:
+            self.place.mkdir(parents=True, exist_ok=True)
+            self.number, name = tempfile.mkstemp(dir=self.place)
+        except OSError as e:
+            raise disk_error(e, self.place) from None
         os.unlink(name)
         weakref.finalize(self, os.close, self.number)
         self.end = 0
 
     def write(self, flat: Tensor) -> InFile:
         place, data = self.end, memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
-        while self.end - place < len(data):
-            self.end += os.pwrite(self.number, data[self.end - place :], self.end)
+        try:
+            while self.end - place < len(data):
+                self.end += os.pwrite(self.number, data[self.end - place :], self.end)
+        except OSError as e:
+            raise disk_error(e, self.place) from None
         return InFile(self, place, flat.numel(), flat.dtype)
 
 
