@@ -15,7 +15,7 @@ from compress.model.model import open_model
 from compress.passes.allocate import Allocate
 from compress.passes.latency import read_table, visits
 from compress.timing import ALIGNED, Store, Timer, measure
-from tests.conftest import Project
+from tests.conftest import Project, covered
 from tests.test_joint import FORMATS, Drawn, Every, best_of, drawn, drawn_table, takes
 
 MIXED = ["int2:g32", "int3:g32", "int4:g32", "int8:g32"]
@@ -191,7 +191,7 @@ def test_another_machine_is_a_note(project: Project) -> None:
     (lambda t: json.dumps({**t, "entries": [e for e in t["entries"] if e["shape"] != [272, 64]]}), "as 'lm_head' may be"),
     (lambda t: json.dumps({**t, "dtype": "fp32"}), "is of a model in fp32, and this one is in bf16"),
 ])  # fmt: skip
-@pytest.mark.parametrize("shapes", ["uniform", "free"])
+@pytest.mark.parametrize("shapes", covered(["uniform", "free"], "free"))
 def test_a_table_that_will_not_do_is_one_line(project: Project, spoil: Any, line: str, shapes: str) -> None:
     table = tabled(project)
     write(project, {"structure": SHAPED, "shapes": shapes, "constraints": {"latency": "100 %"}, "latency": "table.json"})

@@ -21,7 +21,7 @@ from compress.passes import learned_core as core
 from compress.passes.quantize import Quantize
 from compress.state import State
 from tests import pass_laws
-from tests.conftest import contents
+from tests.conftest import contents, covered
 from tests.cooking import bake, cook, recipe, several
 from tests.pass_laws import attempt, check_pass, tensors_of
 from tests.test_quantize import records
@@ -116,13 +116,13 @@ def test_records_tell_what_became_of_the_block_and_of_each_matrix(family: Any, t
         assert made[name]["rounding"] == gptq[name]["rounding"]
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt2", "qwen2", pytest.param("gemma2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", covered(["mixtral", "gpt2", "qwen2", "gemma2"], "gpt2"))
 def test_the_laws_of_passes_hold(family: Any, much: Tokens, tmp_path: Path, name: str) -> None:
     """Stopped and started again among them."""
     check_pass(Quantize(format=parse("int3:g32:asym"), **QUICK), family(name), tmp_path)
 
 
-@pytest.mark.parametrize("drift", [0.0, 1.0])
+@pytest.mark.parametrize("drift", covered([0.0, 1.0], 1.0))
 def test_two_runs_give_the_same_bytes_and_another_seed_others(family: Any, text: Path, tmp_path: Path, drift: float) -> None:
     made = []
     for i, seed in enumerate((0, 0, 1)):
@@ -137,8 +137,9 @@ def test_two_runs_give_the_same_bytes_and_another_seed_others(family: Any, text:
 
 
 @pytest.mark.parametrize(("form", "exporters"), [
-    ("int4:g32", ("native", "compressed_tensors", "gptq", "onnx", "gguf")), ("lut3:g32", ("native", "onnx")),
-    ("nf3:g32:dq8x16", ("native",)),
+    ("int4:g32", ("native", "compressed_tensors", "gptq", "gguf")), ("nf3:g32:dq8x16", ("native",)),
+    pytest.param("int4:g32", ("onnx",), marks=pytest.mark.slow),
+    pytest.param("lut3:g32", ("native", "onnx"), marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_every_exporter_proves_what_was_learned(
     family: Any, text: Path, tmp_path: Path, form: str, exporters: tuple[str, ...]

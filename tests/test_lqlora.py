@@ -147,7 +147,8 @@ def measured(assets: Path, folder: Path, passes: list[dict[str, Any]]) -> float:
     return kl
 
 
-@pytest.mark.parametrize("fmt", ["nf2:g32:dq2x64", pytest.param("nf3:g64:dq3x256", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("fmt", ["nf2:g32:dq2x64", "nf3:g64:dq3x256"])
 def test_the_paper_beats_plain_normal_floats_and_the_closed_form_beats_the_paper(assets: Path, tmp_path: Path, fmt: str) -> None:
     """At equal bits of the quantized part, as the paper counts."""
     plain = measured(assets, tmp_path, [{"quantize": {"format": fmt, "method": "rtn", "clip": "minmax"}}])

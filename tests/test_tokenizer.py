@@ -23,7 +23,7 @@ from compress.model import apart, data, records, texts
 from compress.model.apart import Apart, Failed
 from compress.model.data import Windows, read
 from compress.model.tokenizer import Tokenizer, open_tokenizer
-from tests.conftest import Project
+from tests.conftest import Project, covered
 
 # --- a child that can be ended ----------------------------------------------------------------------------------------
 
@@ -170,7 +170,7 @@ def made(kind: str, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["bytes", "llama", "unigram", "words", "lines"])
+@pytest.mark.parametrize("kind", covered(["bytes", "llama", "unigram", "words", "lines"], "bytes", "unigram"))
 def test_windows_are_those_of_the_whole_text(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch):
     """For tokenizers of every make, wherever the text that was looked at ends."""
     folder, path = made(kind, tmp_path / "model"), tmp_path / "a.txt"
