@@ -12,9 +12,10 @@ whole words: 8 codes of 4 bits, 32 of 3. Codes in the same place of their period
 loop and periods the inner one, which compilers turn into vectors; the activations are put in that order, [places, periods],
 once for all outputs.
 
-For more than `FEW` rows a block of the matrix is decoded in the same order and multiplied by torch. What is multiplied there is
-`format.dequantize` to the bit, summed in another order. For few rows the codes themselves are multiplied in fp32, whatever the
-activations are in: nothing is rounded to 16 bits but the result.
+For more than `FEW` rows a block of the matrix is decoded in the same order and multiplied by torch. What is decoded is
+`format.dequantize` in fp32 to the bit, rounded to the dtype of the activations where products are taken in that. They are taken
+in fp32 where a processor has no instructions for 16 bits (`WIDE`). For few rows the codes themselves are multiplied in fp32,
+whatever the activations are in: nothing is rounded to 16 bits but the result.
 
 What entropy-coded matrices hold once they are decoded, a byte a weight, is multiplied alike, without shifts.
 
@@ -41,6 +42,7 @@ from compress.formats import Ecq, Format, Int, bitpack, entropy
 FEW = 4  # rows of x, each of which goes through the codes by itself
 LEAST = 1 << 16  # weights of a matrix that loops are compiled for: what is smaller takes no time
 SMALL = 1 << 19  # weights of a matrix that one thread multiplies by sooner than several are woken
+WIDE = ("DEFAULT", "NO AVX", "AVX2")  # processors whose 16-bit products are several times slower than those in fp32
 _BLOCK = 1 << 18  # weights decoded at a time: a megabyte
 Shape = tuple[int, int]
 
@@ -55,7 +57,7 @@ def linear(x_mk: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, fmt
         y_mn = _by_codes(x_mk, tensors, fmt, shape)
     else:
         return None
-    return (y_mn if bias is None else y_mn + bias.to(y_mn.dtype)).to(x_mk.dtype)
+    return (y_mn if bias is None else y_mn.add_(bias)).to(x_mk.dtype)
 
 
 def fits(fmt: Int, inputs: int) -> bool:
@@ -95,7 +97,8 @@ def _by_decoded(x_mk: Tensor, words: Any, scale: Tensor, zero: Tensor, bits: int
     """Of many rows: blocks of the matrix, inputs in the order of places, by torch's product."""
     (m, k), places, run = x_mk.shape, period(bits)[0], compiled(decodes, bits)
     assert run is not None
-    x_mk = x_mk.view(m, k // places, places).transpose(1, 2).reshape(m, k)
+    wide = x_mk if x_mk.dtype == torch.float32 or torch.backends.cpu.get_cpu_capability() not in WIDE else x_mk.float()
+    x_mk = wide.view(m, k // places, places).transpose(1, 2).reshape(m, k)
     y_mn, step = x_mk.new_empty(m, n), max(1, _BLOCK // k)
     block = torch.empty(step, places, k // places)
     for i in range(0, n, step):
