@@ -68,7 +68,7 @@ class Distill(Pass):
     )
     rank: int | None = Field(None, ge=1, description="lora: rank of the factors that matrices without any are given")
     tokens: str | int | None = Field(None, description="how many tokens to learn from, such as 2M; default: every window once")
-    batch: int = Field(8, ge=1, description="windows in a step")
+    batch: int = Field(8, ge=1, description="windows in a step; all, where fewer are learnt from")
     rate: float = Field(
         1e-3, gt=0, le=1e6, description="learning rate: what share of its size (root mean square) a tensor moves by in a step"
     )
@@ -164,10 +164,9 @@ class Distill(Pass):
 
     def setting(self, length: int, windows: int = 0) -> needs.Setting:
         """How it is trained on windows of this length, as far as the recipe says; a cached teacher is asked about `windows`."""
-        together = min(self.batch, max(1, MICRO // length))
-        return needs.Setting(
-            self.memory, self.teacher, together, length, batch=self.batch, loss=tuple(self.loss), windows=windows
-        )
+        batch = self.in_step(windows, length) if windows else self.batch
+        together = min(batch, max(1, MICRO // length))
+        return needs.Setting(self.memory, self.teacher, together, length, batch=batch, loss=tuple(self.loss), windows=windows)
 
     # --- running it ---
 
@@ -207,10 +206,15 @@ class Distill(Pass):
             return optimizer, Directions(optimizer, memory.slopes, self.rate, seed)
         return optimizer, (Fused if isinstance(memory.slopes, options.Fused) else Kept)(optimizer)
 
+    def in_step(self, windows: int, length: int) -> int:
+        """How many windows a step takes: no more than there are to learn from, since none has more to say when taken twice."""
+        return min(self.batch, len(halves(windows, length)[0]))
+
     def schedule(self, windows: int, length: int) -> Schedule:
         wanted = len(halves(windows, length)[0]) * length if self.tokens is None else counted(self.tokens)
-        steps = max(1, round(wanted / (self.batch * length)))
-        return Schedule(steps, self.batch, 1.0, round(self.warmup * steps), min(self.checks, steps))
+        batch = self.in_step(windows, length)
+        steps = max(1, round(wanted / (batch * length)))
+        return Schedule(steps, batch, 1.0, round(self.warmup * steps), min(self.checks, steps))
 
     def rates(self, student: Student) -> list[float]:
         """The rate of everything that learns, in its order: `rate` is a share of a tensor's size, its root mean square (relative

@@ -478,12 +478,18 @@ def test_what_a_block_keeps_is_foretold(family: Any) -> None:
     assert sum(memory.saved_by_block(state, 4, 32, torch.float32)) == pytest.approx(found, rel=0.1)
 
 
+def test_a_step_takes_no_window_twice() -> None:
+    p = Distill(batch=1000)
+    assert (p.schedule(3, 16).batch, p.schedule(3, 16).steps, p.setting(16, 3).batch, p.setting(16, 3).together) == (2, 1, 2, 2)
+    assert (p.schedule(4000, 16).batch, Distill(batch=4).schedule(41, 16).batch) == (1000, 4)
+
+
 def test_a_limit_is_kept_to_or_refused(project: Project) -> None:
     line = project.refused("{distill: {memory: {limit: 1 MiB, activations: kept}, teacher: live}}")
     assert "above the limit of 1 MiB" in line
     assert "no other setting would" in line
     project.edit("1 MiB", "1 GiB")
-    assert "distill: 1 steps of 8 windows; training takes" in project.plan().out
+    assert "distill: 1 steps of 7 windows; training takes" in project.plan().out
 
 
 def test_a_teacher_is_as_large_as_the_source(family: Any) -> None:
