@@ -17,7 +17,7 @@ are gone, or another order of rows (beam search, assisted decoding, crop), is a 
 Alternatives not taken. Masks over a dense cache free nothing. One flat tensor a layer with offsets is the layout that kernels for
 sequences of different lengths want; on a CPU it gains nothing over a list, and every eviction would copy all of it.
 
-Limits. Heads are computed one after the other: on a CPU that costs little, on a GPU it leaves most of it idle. Prompts are not
+Limits. Heads are computed one after the other: that leaves most of a GPU idle. Prompts are not
 compressed while they are read, so the peak of a long prompt is one layer's full cache beyond what stays.
 """
 
