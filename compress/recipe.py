@@ -158,8 +158,8 @@ def validated(cls: type[BaseModel], raw: dict[str, Any], loc: Loc, what: str, dr
     try:
         return cls.model_validate(raw, context={"base": draft.base})
     except ValidationError as e:
-        first, *others = ({**error, "loc": untagged(error["loc"])} for error in e.errors(include_url=False))
-        alike = [first, *(error for error in others if error["loc"] == first["loc"])]
+        errors: list[dict[str, Any]] = [{**error, "loc": untagged(error["loc"])} for error in e.errors(include_url=False)]
+        first, alike = errors[0], [error for error in errors if error["loc"] == errors[0]["loc"]]
         raise RecipeError(f"{draft.place((*loc, *first['loc']))}  {explain(first, cls, what, alike)}") from None
 
 
