@@ -356,9 +356,9 @@ def test_sublayers_that_put_out_zeros_go_whole_and_no_bit_changes(tmp_path: Path
         assert torch.equal(loaded(tmp_path / "again")(input_ids=TOKENS.ids[:2]).logits, ours(input_ids=TOKENS.ids[:2]).logits)
 
 
-@pytest.mark.parametrize(("name", "exporters"), covered(
-    [("llama", "native"), ("llama", "native onnx"), ("gemma3", "native onnx")], ("llama", "native"),
-))  # fmt: skip
+@pytest.mark.parametrize(("name", "exporters"), [
+    ("llama", "native"), *(pytest.param(name, "native onnx", marks=pytest.mark.slow) for name in ("llama", "gemma3")),
+])  # fmt: skip
 def test_models_without_some_sublayers_go_out_and_come_back(
     tmp_path: Path, text: Path, name: str, exporters: str, stock_says: Callable[[Path], str]
 ) -> None:

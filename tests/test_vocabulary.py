@@ -23,7 +23,7 @@ from compress.model.model import open_model
 from compress.model.tokenizer import open_tokenizer
 from compress.model.vocabulary import closed, keep_list, rewritten
 from compress.passes.edit import Edit
-from tests.conftest import FAMILIES, Project, covered, make_model
+from tests.conftest import FAMILIES, Project, make_model
 from tests.cooking import bake, recipe
 from tests.pass_laws import check_pass
 from tests.test_tokenizer import made, prose
@@ -181,11 +181,11 @@ def test_a_smaller_vocabulary_goes_through_every_exporter_and_back(cut: Any, mod
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    covered(
-        [("qwen2", "bytes"), ("gpt2", "bytes"), ("phi3", "unigram"), ("gemma3", "llama"), ("roberta", "words")],
+    [
         ("gemma3", "llama"),
         ("roberta", "words"),
-    ),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("qwen2", "bytes"), ("gpt2", "bytes"), ("phi3", "unigram"))),
+    ],
 )
 def test_rows_are_the_sources_and_logits_those_of_the_tokens_that_are_left(tmp_path: Path, name: str, kind: str) -> None:
     source = spoken(tmp_path / "model", name, kind, **({"pad_token_id": 1, "bos_token_id": 0} if name == "roberta" else {}))
