@@ -8,8 +8,9 @@ PIP := $(VENV)/bin/pip --disable-pip-version-check
 run: $(VENV)/.installed
 	$(VENV)/bin/compress run recipes/quickstart.yaml
 
+# Two processes, each of which takes whole files, so that what the tests of a file share is made once.
 test: $(VENV)/.test
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 slow: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -m slow
