@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from compress.cache.policy import SERVED, Policy, read
+from compress.errors import DataError
 from compress.model.attention import Following
 from compress.model.data import Tokens
 from compress.model.head import Compared, Streamed, both, parts
 from compress.state import State
 
 BEHIND = 64
+SHORTEST = 4  # half of it a prompt, and one token behind that foretells another
 
 
 class Asked(Protocol):
@@ -58,7 +60,10 @@ def policy_of(state: State) -> Policy | None:
 
 
 def prompt_of(length: int) -> int:
-    """How many tokens of a window are its prompt."""
+    """How many tokens of a window are its prompt; DataError where nothing behind it is foretold."""
+    if length < SHORTEST:
+        raise DataError(f"windows of {length} tokens have no prompt with predictions behind it, by which a policy of the cache is "
+                        f"judged; ask for windows of {SHORTEST} tokens or more")  # fmt: skip
     return length - min(BEHIND, length // 2)
 
 

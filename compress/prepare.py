@@ -9,6 +9,7 @@ from pathlib import Path
 
 from compress import manager
 from compress.cache.policy import SERVED
+from compress.cached import prompt_of
 from compress.errors import CompressError, DataError, ExportError, MatchError, RecipeError
 from compress.export.artifact.carried import carried
 from compress.export.artifact.exporter import INPUTS, Exporter
@@ -137,6 +138,8 @@ def prepare(path: Path, overrides: Sequence[str] = (), say: Say = silent) -> Pre
             p.check(
                 bool(recipe.document.data.calibration or (p.trains and recipe.document.data.training)), recipe.passes[i + 1 :]
             )
+            if windows := recipe.document.data.calibration:
+                p.check_windows(windows.length)
         except CompressError as e:
             raise recipe.located(e, "passes", i) from None
         if p.decides and recipe.exports:
@@ -152,7 +155,18 @@ def prepare(path: Path, overrides: Sequence[str] = (), say: Say = silent) -> Pre
         for outcome in outcomes:
             check_exports(recipe, followed(recipe, i + 1, outcome))
     check_exports(recipe, foreseen)
+    check_evaluation(recipe, foreseen)
     return Prepared(recipe, model, start, foreseen, trained=trained)
+
+
+def check_evaluation(recipe: Recipe, state: State) -> None:
+    """DataError, with its place in the recipe, where evaluation windows are too short for what a state is judged by."""
+    windows = recipe.document.data.evaluation
+    if windows and SERVED in state.serving:
+        try:
+            prompt_of(windows.length)
+        except CompressError as e:
+            raise type(e)(f"{recipe.place(('data', 'evaluation', 'length'))}  {e}") from None
 
 
 def followed(recipe: Recipe, first: int, state: State) -> State:

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
+from compress.cache.policy import SERVED
 from compress.errors import ModelError, RecipeError
 from compress.formats.caches import CACHE, CacheName, scales
 from compress.manager import Context, Cost, Pass
@@ -63,6 +64,9 @@ class KvCache(Pass):
             raise ModelError(f"'{state.graph.family}' keeps no keys and values: it does not generate; leave 'kv_cache' out")
         if CACHE in state.serving:
             raise RecipeError("an earlier step has measured the cache already; keep one 'kv_cache'")
+        if SERVED in state.serving:
+            raise RecipeError("an earlier 'kv_policy' decides what entries are stored in, for our runtime, and 'kv_cache' rounds "
+                              "them for another engine; leave one of them out")  # fmt: skip
         heads = heads_of(state)
         if self.layers == "full" and all(slides(state, path) for path in heads):
             raise RecipeError("every layer has a sliding window, so this would round nothing; use layers: all", ("layers",))

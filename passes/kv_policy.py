@@ -88,6 +88,12 @@ class KvPolicy(Pass):
             raise RecipeError(f"'kv_policy' decides for the model as it stands here, and '{later.name}' behind it changes that; "
                               f"move it behind '{later.name}', or leave one out")  # fmt: skip
 
+    def check_windows(self, length: int) -> None:
+        if self.method == "ilp" and length < 2 * self.continuation:
+            raise RecipeError(f"'kv_policy' reads the last {self.continuation} tokens of each window through the cache, and "
+                              f"windows have {length}; ask for {2 * self.continuation} or more, or lower 'continuation'",
+                              ("continuation",))  # fmt: skip
+
     def foresee(self, state: State) -> State:
         if CACHE in state.serving:
             raise RecipeError("'kv_policy' stores entries by its own 'dtype', and an earlier 'kv_cache' rounds them for another "
@@ -98,6 +104,8 @@ class KvPolicy(Pass):
         if self.method == "ilp" and least > budget:
             raise RecipeError(f"'kv_policy': no choice of these rules fits {size(budget)}; the smallest takes {size(least)} at "
                               f"{self.context:,} tokens: raise the budget, or allow rules of small shares, or int8")  # fmt: skip
+        if self.method == "uniform":
+            self._share(found, self._dtypes(state)[0], budget)
         return replace(state, serving={**state.serving, SERVED: {}})
 
     def remarks(self, state: State, foreseen: State) -> Iterable[str]:
@@ -149,17 +157,22 @@ class KvPolicy(Pass):
         return np.array(rows, dtype=np.int64)
 
     def _uniform(self, found: Sequence[Heads], dtype: str, budget: int) -> list[Layer]:
-        """All heads with one rule and the largest share that fits; RecipeError where none does."""
+        """All heads with one rule and the largest share that fits."""
+        unit = Unit(self.rules[0], self._share(found, dtype, budget), dtype)
+        return [_layer(each, [unit] * each.units) for each in found]
+
+    def _share(self, found: Sequence[Heads], dtype: str, budget: int) -> int:
+        """The largest share of the one rule that fits, in thousandths; RecipeError where none does."""
         low, high = 0, 1000
         while low < high:
             middle = (low + high + 1) // 2
             fits = int(self._bytes_of(found, [Unit(self.rules[0], middle, dtype)]).sum()) <= budget
             low, high = (middle, high) if fits else (low, middle - 1)
         if not low:
-            raise RecipeError(
-                f"'kv_policy': no share of '{self.rules[0]}' fits {size(budget)} at {self.context:,} tokens; raise it"
-            )
-        return [_layer(each, [Unit(self.rules[0], low, dtype)] * each.units) for each in found]
+            least = int(self._bytes_of(found, [Unit(self.rules[0], 1, dtype)]).sum())
+            raise RecipeError(f"'kv_policy': no share of '{self.rules[0]}' fits {size(budget)} at {self.context:,} tokens; the "
+                              f"smallest takes {size(least)}: raise the budget", ("budget",))  # fmt: skip
+        return low
 
     # --- what is measured, and chosen ---
 
@@ -168,10 +181,6 @@ class KvPolicy(Pass):
     ) -> list[np.ndarray]:
         """Damage [units, options] of every layer in order, each layer found in the run's analyses or measured now."""
         assert ctx.calibration is not None, "`check` asks for calibration data"
-        length = ctx.calibration.ids.shape[1]
-        if length < 2 * self.continuation:
-            raise RecipeError(f"'kv_policy' reads the last {self.continuation} tokens of each window through the cache, and "
-                              f"windows have {length}; ask for longer ones, or lower 'continuation'")  # fmt: skip
         texts = [[o.rule, o.share, o.dtype] for o in options]
         store = ctx.store.analysis("cache", {"version": 1, "continuation": self.continuation, "options": texts})
         parts = {each.layer: f"block-{each.layer:04}" for each in found}

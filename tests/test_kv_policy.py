@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -373,11 +373,26 @@ def test_policies_are_for_native_alone_and_for_models_with_heads(family: Any, te
         ("gemma2", [STEP], "chunked or soft-capped"),
         ("roberta", [STEP], "has no cache"),
         ("llama", [{"kv_cache": {}}, STEP], "an earlier 'kv_cache' rounds them"),
+        ("llama", [STEP, {"kv_cache": {}}], "an earlier 'kv_policy' decides what entries are stored in"),
+        ("llama", [{"kv_policy": {"continuation": 40}}], "windows have 32; ask for 80 or more, or lower 'continuation'"),
+        (
+            "llama",
+            [{"kv_policy": {"method": "uniform", "rules": ["snap"], "budget": "1 %", "context": 64}}],
+            "no share of 'snap' fits .* smallest",
+        ),
     ]
     for i, (name, passes, says) in enumerate(cases):
         refused(tmp_path / str(i), family(name), text, passes, says)
-    with pytest.raises(CompressError, match="windows have 32; ask for longer ones, or lower 'continuation'"):
-        bake(tmp_path / "short", family("llama"), text, "native", {"kv_policy": {"continuation": 40}})
+
+
+def test_windows_with_nothing_to_foretell_behind_a_prompt_are_refused_by_plan(family: Any, text: Path, tmp_path: Path) -> None:
+    path = recipe(tmp_path, family("llama"), text)
+    content = yaml.safe_load(path.read_text()) | {"passes": [STEP], "export": []}
+    for length, refuses in ((3, True), (4, False)):
+        content["data"]["evaluation"] = {"text": str(text), "sequences": 2, "length": length}
+        path.write_text(yaml.safe_dump(content, sort_keys=False))
+        with pytest.raises(CompressError, match=r"recipe.yaml:\d+:\d+  windows of 3 tokens") if refuses else nullcontext():
+            pipeline.run(path)
 
 
 def test_a_damaged_or_missing_policy_is_refused(made: pipeline.Outcome, tmp_path: Path) -> None:
