@@ -62,7 +62,7 @@ def policy_of(state: State) -> Policy | None:
 def prompt_of(length: int) -> int:
     """How many tokens of a window are its prompt; DataError where nothing behind it is foretold."""
     if length < SHORTEST:
-        raise DataError(f"windows of {length} tokens have no prompt with predictions behind it, by which a policy of the cache is "
+        raise DataError(f"windows of {length} tokens have no prompt with predictions behind it, by which a policy is "
                         f"judged; ask for windows of {SHORTEST} tokens or more")  # fmt: skip
     return length - min(BEHIND, length // 2)
 

@@ -103,8 +103,8 @@ class Rule:
 
     @property
     def made_of(self) -> int:
-        """How many of the tokens are not held out."""
-        return max(1, len(self.x) - len(self.x) // HELD)
+        """How many of the tokens are not held out; one at least is, of the two or more that windows have."""
+        return len(self.x) - max(1, len(self.x) // HELD)
 
     @property
     def y_held(self) -> Tensor:

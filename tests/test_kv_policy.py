@@ -26,6 +26,7 @@ from compress.cache.policy import FILE, SERVED, Layer, Policy, Unit, read
 from compress.cli import main
 from compress.errors import CompressError, ModelError
 from compress.export.artifact.engines import Transformers
+from compress.export.artifact.place import MARK
 from compress.export.native import reader
 from compress.export.runtime import cache as runtime
 from compress.export.runtime import load
@@ -236,8 +237,13 @@ def test_what_would_need_dropped_entries_is_refused(family: Any) -> None:
         with pytest.raises(ModelError, match=says) as caught:
             model.generate(ids, max_new_tokens=4, do_sample=False, **options)
         assert "\n" not in str(caught.value)
+    punct = model_of(family("llama"), replace(model.kv_policy, layers=tuple(
+        replace(layer, units=(Unit("punct", 300, "fp32"),) * len(layer.units)) for layer in model.kv_policy.layers)))  # fmt: skip
     with pytest.raises(ModelError, match="give input_ids"):
-        model(inputs_embeds=model.get_input_embeddings()(ids))
+        punct(inputs_embeds=punct.get_input_embeddings()(ids))
+    punct.set_attn_implementation("sdpa")
+    with pytest.raises(ModelError, match="'sdpa' was put in the place of its attention after loading"):
+        punct.generate(ids, max_new_tokens=1)
     cache = model(ids).past_key_values
     for call in (lambda: cache.crop(-1), lambda: cache.reorder_cache(torch.tensor([0])), cache.activate_past_recording,
                  lambda: cache.batch_repeat_interleave(2), lambda: cache.batch_select_indices(torch.tensor([0]))):  # fmt: skip
@@ -409,6 +415,26 @@ def test_a_damaged_or_missing_policy_is_refused(made: pipeline.Outcome, tmp_path
         with pytest.raises(ModelError, match=says):
             read({**held, **change}, "here")
     folder = Path(shutil.copytree(made.artifacts["native"][0], tmp_path / "copy"))
+    (folder / MARK).unlink()
+    for change, says in (
+        ({"layers": held["layers"][:1]}, "says of layer 1 nothing"),
+        (
+            {"layers": [*held["layers"], {**held["layers"][0], "layer": 10**9}]},
+            "says of layer 1000000000 .* the model has nothing",
+        ),
+        (
+            {"layers": [{**held["layers"][0], "sliding": 8}, held["layers"][1]]},
+            "says of layer 0 .*a window of 8, and .* no window",
+        ),
+        ({"marked": [10**30]}, "is damaged"),
+    ):
+        (folder / FILE).write_text(json.dumps({**held, **change}))
+        for way in (reader.read, load):
+            with pytest.raises(ModelError, match=says):
+                way(folder)
+    (folder / FILE).write_text(json.dumps({**held, "layers": [{**each, "units": each["units"][:1]} for each in held["layers"]]}))
+    with pytest.raises(ModelError, match="says of layer 0 1 heads of 16 and no window, and the model has 2 heads of 16"):
+        reader.read(folder)
     (folder / FILE).unlink()
     for way in (reader.read, load):
         with pytest.raises(ModelError, match="is missing, and asked for by config"):

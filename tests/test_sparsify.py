@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,9 @@ def test_rows_and_columns_alone_are_those_of_the_matrix(text: str) -> None:
     h[:, columns] = torch.randn(2, 4)
     assert torch.allclose(matrix.some_columns(h, columns)[0], nn.functional.linear(h, W, module.bias), atol=1e-5)
     assert torch.allclose(module(x), nn.functional.linear(x, W, module.bias), atol=1e-4)
+    none = torch.arange(0)
+    assert torch.equal(matrix.some_columns(0 * h, none)[0], module.bias.expand(2, n)), "a token may ask for no neuron"
+    assert matrix.some_rows(x, none)[0].shape == (3, 0)
     held = Neurons(parse(text), (n, k), named(text, (n, k), module.parts, "neurons"), torch.float32)
     assert torch.equal(held.at(columns), W[:, columns].T)
     every = torch.arange(k)
@@ -197,6 +201,15 @@ def test_a_threshold_that_takes_nothing_changes_nothing(family: Any, text: Path,
     ids = torch.randint(0, 256, (2, 16))
     a, b = (logits(s, [ids], "cpu")[0] for s in (state, replace(state, sparsity={})))
     assert float((a - b).abs().max()) < 1e-2 * float(b.abs().max())
+
+
+def test_a_window_of_two_tokens_holds_one_out(family: Any, text: Path, tmp_path: Path) -> None:
+    path = recipe(tmp_path, family("llama"), text, exports=False)
+    content = yaml.safe_load(path.read_text()) | {"passes": [{"sparsify": {"allocate": False}}]}
+    content["data"]["calibration"] |= {"sequences": 1, "length": 2}
+    path.write_text(yaml.safe_dump(content))
+    record = next((pipeline.run(path).out / "steps").glob("*/record.json")).read_text()
+    assert all(math.isfinite(site["kept"]) for site in json.loads(record)["sites"])
 
 
 def test_shares_by_layer_read_no_more_than_one_share(family: Any, text: Path, tmp_path: Path) -> None:

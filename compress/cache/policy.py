@@ -11,7 +11,7 @@ As JSON, which `kv_policy.json` of an artifact is:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +86,7 @@ def read(document: Mapping[str, Any], where: str) -> Policy:
                          "upgrade compress-pipeline")  # fmt: skip
     try:
         layers = tuple(_layer(each) for each in document["layers"])
-        marked = tuple(_whole(i) for i in document["marked"])
+        marked = tuple(_whole(i, most=1 << 31) for i in document["marked"])
         found = Policy(layers, marked, _whole(document["context"]), _whole(document["full"]))
     except (LookupError, TypeError, ValueError, AttributeError):
         raise ModelError(f"{where}: is no policy of a cache; it is damaged, copy or export it again") from None
@@ -94,6 +94,26 @@ def read(document: Mapping[str, Any], where: str) -> Policy:
     if numbers != sorted(set(numbers)) or not numbers:
         raise ModelError(f"{where}: names a layer twice, or none; it is damaged, copy or export it again")
     return found
+
+
+def check_belongs(policy: Policy, model: Mapping[int, Sequence[int | None]], where: str) -> None:
+    """ModelError where a policy is of other layers than a model has: layer -> its sliding window, and, where they are known, its
+    KV heads and their width."""
+    layers = {layer.index: layer for layer in policy.layers}
+    for index in sorted(layers.keys() | model.keys()):
+        layer, has = layers.get(index), model.get(index)
+        said = None if layer is None else (layer.sliding, len(layer.units), layer.width)[: None if has is None else len(has)]
+        if has is None or said != tuple(has):
+            raise ModelError(f"{where}: says of layer {index} {_told(said)}, and the model has {_told(has)}; they do not belong "
+                             "together, copy or export the folder again")  # fmt: skip
+
+
+def _told(has: Sequence[int | None] | None) -> str:
+    """What a layer's cache is, in words."""
+    if has is None:
+        return "nothing"
+    window, *heads = has
+    return (f"{heads[0]} heads of {heads[1]} and " if heads else "") + (f"a window of {window}" if window else "no window")
 
 
 def _layer(held: Mapping[str, Any]) -> Layer:
@@ -110,7 +130,7 @@ def _unit(rule: Any, share: Any, dtype: Any) -> Unit:
     return Unit(rule, max(1, round(share * 1000)), dtype)
 
 
-def _whole(value: Any, least: int = 0) -> int:
-    if type(value) is not int or value < least:
+def _whole(value: Any, least: int = 0, most: int = 1 << 62) -> int:
+    if type(value) is not int or not least <= value <= most:
         raise ValueError("no whole number")
     return value

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from compress.cache.policy import SERVED
+from compress.cache.policy import FILE, SERVED, check_belongs
 from compress.errors import FormatError, ModelError, one_line
 from compress.export.artifact import checks, files
 from compress.export.artifact.config import METHOD, declared, formats, policy_of, sparsities
 from compress.export.artifact.tensors import Placed, state_of
 from compress.formats import Format
 from compress.formats.sparsity import Sparsity
+from compress.model.attention import heads
 from compress.model.model import Model, open_model
 from compress.state import State
 from compress.state.graph import Graph, Site
@@ -62,7 +63,10 @@ def read(folder: Path) -> State:
     sparsity = sparsity_of(folder, model, by_stem)
     check_names(folder, model, stored, sparsity)
     found, policy = replace(state_of(model, stored), sparsity=sparsity), policy_of(folder)
-    return replace(found, serving={SERVED: policy.json()}) if policy else found
+    if policy is None:
+        return found
+    check_belongs(policy, {each.layer: (each.sliding, each.units, each.width) for each in heads(found)}, str(folder / FILE))
+    return replace(found, serving={SERVED: policy.json()})
 
 
 def sparsity_of(folder: Path, model: Model, by_stem: Mapping[str, Site]) -> dict[str, Sparsity]:

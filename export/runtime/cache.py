@@ -28,15 +28,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, Cache
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DummyLayer
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from compress.cache.policy import Layer, Policy, Unit
+from compress.cache.policy import FILE, Layer, Policy, Unit, check_belongs
 from compress.cache.rules import DTYPES, MARKS, STEP, SUMMED, after_prompt, codes, count, kept, scores
 from compress.errors import ModelError
+from compress.shapes import ATTENTION, layers_without
 
 NAME = "compress_cache"
 HERE = "the cache of this model follows kv_policy.json"
@@ -334,12 +335,20 @@ def follow(model: Any, policy: Policy) -> None:
         raise ModelError(
             f"{HERE}, which replaces attn_implementation='sdpa'; this model has '{way}': load it without that option"
         )
+    check_belongs(policy, windows(model.config), FILE)
     model.set_attn_implementation(NAME)
     model.kv_policy = policy
     if hasattr(model, "_prepare_cache_for_generation"):  # a model without a head does not generate
         model.plain_cache = model._prepare_cache_for_generation
         model._prepare_cache_for_generation = MethodType(_for_generation, model)
     model.register_forward_pre_hook(_before, with_kwargs=True, prepend=True)
+
+
+def windows(config: Any) -> dict[int, tuple[int | None]]:
+    """The sliding window of every layer that has a cache, or None."""
+    layers = DynamicCache(config=config).layers
+    absent = layers_without(config, ATTENTION)
+    return {i: (getattr(layer, "sliding_window", None),) for i, layer in enumerate(layers) if i not in absent}
 
 
 def _for_generation(
@@ -361,6 +370,9 @@ def _before(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     """Before a forward pass: a cache where none is given, and the token ids told to it."""
     if model.kv_policy is None:
         return args, kwargs
+    if (way := model.config.get_text_config()._attn_implementation) != NAME:
+        raise ModelError(f"{HERE}, and '{way}' was put in the place of its attention after loading; put '{NAME}' back, or set "
+                         "model.kv_policy = None")  # fmt: skip
     cache, use = kwargs.get("past_key_values"), kwargs.get("use_cache")
     use = model.config.get_text_config().use_cache if use is None else use
     if cache is None and use and not model.training:

@@ -73,6 +73,6 @@ class Neurons(Rows):
 def summed(x: Tensor, columns: Tensor, at: Callable[[Tensor], Tensor], n: int, bias: Tensor | None) -> Tensor:
     """x [m, K] times some columns, a block of them at a time, which `at` gives turned over: [m, n] in the dtype of x."""
     total = torch.zeros(len(x), n, dtype=torch.float32, device=x.device)
-    for some in columns.split(max(1, BLOCK // (n * x.dtype.itemsize))):
+    for some in columns.split(max(1, BLOCK // (n * x.dtype.itemsize))) if len(columns) else ():
         total += x[:, some] @ at(some)
     return (total if bias is None else total + bias.float()).to(x.dtype)

@@ -92,7 +92,8 @@ class Matrix:
         else:
             at = self._rows(x.dtype).at
         size = max(1, BLOCK // (self.shape[1] * x.dtype.itemsize))
-        found = [functional.linear(x, at(some), None if bias is None else bias[some]) for some in index.split(size)]
+        pieces = index.split(size) if len(index) else ()
+        found = [functional.linear(x, at(some), None if bias is None else bias[some]) for some in pieces]
         return torch.cat(found, -1) if found else x.new_zeros(len(x), 0), row_bytes(self.format, self.shape, len(index))
 
     def some_columns(self, x: Tensor, index: Tensor) -> tuple[Tensor, float]:
