@@ -340,14 +340,21 @@ def test_the_line_that_is_offered_leaves_what_nobody_knows(text: Path, tmp_path:
 
 def test_a_recipe_leaves_matrices_that_have_names(family: Any, text: Path, tmp_path: Path) -> None:
     plain = ran(tmp_path / "a", family("llama"), text, "gptq")
-    left = ran(tmp_path / "b", family("llama"), text, "compressed_tensors", "gptq", "gguf", "native", leave=["*.k_proj"])
-    assert set(plain.state.codes) - set(left.state.codes) == {"layers.0.attn.k", "layers.1.attn.k"}
-    assert left.state.graph.left == ("model.layers.0.self_attn.k_proj", "model.layers.1.self_attn.k_proj")
+    left = ran(tmp_path / "b", family("llama"), text, "compressed_tensors", "gptq", "gguf", "native", leave=["*.o_proj"])
+    assert set(plain.state.codes) - set(left.state.codes) == {"layers.0.attn.o", "layers.1.attn.o"}
+    assert left.state.graph.left == ("model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.o_proj")
     for folder, _ in left.artifacts.values():
         assert main(["inspect", str(folder)]) == 0
     same_as_its_matrices(
         left, family("llama"), transformers.LlamaForCausalLM, {"compressed_tensors": stock(transformers.LlamaForCausalLM)}
     )
+
+
+def test_what_vllm_joins_is_left_together(family: Any, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        CompressError, match=r"vLLM joins 'model\.layers\.0\.self_attn\.k_proj', which 'leave' keeps as it is, with"
+    ):
+        ran(tmp_path, family("llama"), text, "compressed_tensors", leave=["*.k_proj"])
 
 
 @pytest.mark.parametrize(("pattern", "says"), [

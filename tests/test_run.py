@@ -519,7 +519,8 @@ GAPS: dict[str, tuple[str, bytes | None, str]] = {
     "an artifact's mark": ("compressed_tensors/compress.json", b"{", "compressed_tensors"),
     "an artifact's mark without fields": ("compressed_tensors/compress.json", b"{}", "compressed_tensors"),
 }
-FLIPPED = ["README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+FLIPPED = ["README.md", "config.json", "generation_config.json", "model.safetensors", "serve.json", "tokenizer.json",
+           "tokenizer_config.json"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FLIPPED)

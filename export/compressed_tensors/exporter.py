@@ -51,7 +51,7 @@ from compress.export.compressed_tensors.engines import (
     lost_without_head,
     stock_obstacles,
 )
-from compress.export.compressed_tensors.lint import faults
+from compress.export.compressed_tensors.lint import JOINED, faults
 from compress.export.compressed_tensors.reader import read
 from compress.formats import Dense, Float, Format, Int, Served
 from compress.formats.caches import CACHE
@@ -113,6 +113,7 @@ class CompressedTensors(Exporter):
             kinds = {str(formats.get(s.name, "as it is")) for s in group}
             if len(kinds) > 1:
                 raise ExportError(split_group(group, formats))
+        refuse_left_apart(state, formats)
         for site in state.graph:
             if site.aliases and site.name in serving.schemes(formats):
                 modules = ", ".join((site.module, *site.aliases))
@@ -268,6 +269,17 @@ def split_group(group: tuple[Site, ...], formats: dict[str, Format]) -> str:
     kind = "experts of one block" if group[0].expert is not None else ",".join(s.role for s in group)
     return (f"compressed_tensors: vLLM joins {kind} into one matrix and needs one format for them, here {shown}; "
             "pin them together")  # fmt: skip
+
+
+def refuse_left_apart(state: State, formats: dict[str, Format]) -> None:
+    """ExportError where a matrix that `leave` keeps out would be joined with one that is quantized."""
+    for path in state.graph.left:
+        stem, _, leaf = path.rpartition(".")
+        mates = {f"{stem}.{name}" for names in JOINED if leaf in names for name in names}
+        held = next((s for s in state.graph if s.module in mates and s.name in serving.schemes(formats)), None)
+        if held is not None:
+            raise ExportError(f"compressed_tensors: vLLM joins '{path}', which 'leave' keeps as it is, with '{held.name}', which "
+                              f"has {formats[held.name]}; leave all that it joins, or export native instead")  # fmt: skip
 
 
 def beside(state: State) -> list[str]:
