@@ -12,6 +12,7 @@ import subprocess
 import sys
 import types
 import typing
+from collections import Counter
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -315,6 +316,11 @@ def inspect_command(options: argparse.Namespace) -> None:
     if CACHE in state.serving:
         said = state.serving[CACHE]
         print(f"cache: {said['format']}, {said['layers']} layers, scales of {len(said['scales'])} attentions")
+    if policy := cached.policy_of(state):
+        took = policy.nbytes(policy.context)
+        print(f"cache: a policy of {len(policy.layers)} layers; at {policy.context:,} tokens {size(took)} of {size(policy.full)}")
+    for how, count in Counter(map(str, state.sparsity.values())).items():
+        print(f"sparsity: {how}, of {count} {'matrix' if count == 1 else 'matrices'}")
     for remark in [*model.remarks, *map("for vLLM: {}".format, said_by_lint(state))]:
         print(f"note: {remark}")
     if len(sites) == 1:

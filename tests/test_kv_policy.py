@@ -352,6 +352,11 @@ def test_eval_tells_of_the_cache(made: pipeline.Outcome, text: Path, capsys: Any
     assert json.loads(capsys.readouterr().out)["cache"]["tokens"] == made.scores["cache"]["tokens"]
 
 
+def test_inspect_tells_of_the_cache(made: pipeline.Outcome, capsys: Any) -> None:
+    assert main(["inspect", str(made.artifacts["native"][0])]) == 0
+    assert "cache: a policy of 2 layers; at 64 tokens " in capsys.readouterr().out
+
+
 def test_our_engine_and_our_stream_agree_on_the_cache(made: pipeline.Outcome) -> None:
     state, tokens = replace(made.state, dtype=torch.float32), Tokens(text_of(3, 64), "drawn")
     engine = Transformers(load(made.artifacts["native"][0], dtype=torch.float32), "runtime")
