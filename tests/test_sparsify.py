@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from compress import pipeline
+from compress.cli import main
 from compress.errors import CompressError, FormatError, ModelError
 from compress.evaluate import compare
 from compress.export.artifact.proof import logits
@@ -210,6 +211,12 @@ def test_a_window_of_two_tokens_holds_one_out(family: Any, text: Path, tmp_path:
     path.write_text(yaml.safe_dump(content))
     record = next((pipeline.run(path).out / "steps").glob("*/record.json")).read_text()
     assert all(math.isfinite(site["kept"]) for site in json.loads(record)["sites"])
+
+
+def test_bench_says_that_it_counts_sparse_matrices_whole(family: Any, text: Path, tmp_path: Path, capsys: Any) -> None:
+    made = bake(tmp_path, family("llama"), text, "native", {"sparsify": {"allocate": False}})
+    assert main(["bench", str(made.artifacts["native"][0]), "--repeats", "1", "--prompt", "8", "--new", "2"]) == 0
+    assert "a token reads a part" in capsys.readouterr().out
 
 
 def test_shares_by_layer_read_no_more_than_one_share(family: Any, text: Path, tmp_path: Path) -> None:
