@@ -352,6 +352,12 @@ def test_eval_tells_of_the_cache(made: pipeline.Outcome, text: Path, capsys: Any
     assert json.loads(capsys.readouterr().out)["cache"]["tokens"] == made.scores["cache"]["tokens"]
 
 
+def test_a_model_with_a_policy_is_not_saved_without_it(family: Any, text: Path, tmp_path: Path) -> None:
+    model = load(bake(tmp_path, family("llama"), text, "native", STEP).artifacts["native"][0])
+    with pytest.raises(ModelError, match="is not saved again: copy the folder"):
+        model.save_pretrained(tmp_path / "saved")
+
+
 def test_inspect_tells_of_the_cache(made: pipeline.Outcome, capsys: Any) -> None:
     assert main(["inspect", str(made.artifacts["native"][0])]) == 0
     assert "cache: a policy of 2 layers; at 64 tokens " in capsys.readouterr().out

@@ -23,6 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import hub
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from compress.cache.policy import Policy
 from compress.errors import ModelError, one_line
 from compress.export.artifact import files as artifact_files
 from compress.export.artifact.config import policy_of
@@ -63,6 +64,7 @@ class PackedQuantizer(HfQuantizer):
 
     requires_calibration = True
     artifact: Artifact
+    policy: Policy | None = None  # of the cache, which goes with the folder, and with no model that is saved from it
 
     def validate_environment(self, *_: Any, device_map: Any = None, **options: Any) -> None:
         """Called with the map that was asked for, and again with the one that was found for it."""
@@ -95,7 +97,8 @@ class PackedQuantizer(HfQuantizer):
         return None if kept else super().get_new_dtype(converter, param, dtype)
 
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
-        if not self.artifact.matrices and not self.artifact.skipped:  # a model like any other from here on, to be trained
+        plain = not (self.artifact.matrices or self.artifact.skipped or self.policy)
+        if plain:  # a model like any other from here on, to be trained
             self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
         prepare(model)
         sparse.arrange(model, self.sparse)
@@ -107,7 +110,9 @@ class PackedQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
         if not getattr(model, "_hf_peft_config_loaded", False):
-            raise ModelError("a packed model is not saved again: copy the folder that it was loaded from")
+            raise ModelError(
+                "a packed model, or one with a policy of its cache, is not saved again: copy the folder that it was loaded from"
+            )
         return None, {}
 
     @property
