@@ -36,7 +36,7 @@ from compress.training.optimizers import nbytes
 from compress.training.options import Block, Checkpoint, Fused, Int8, Kept, Memory, Velora, Way, WtaCrs, ZerothOrder
 from compress.training.saved import anew, smaller, worth
 from compress.training.sketches import Foreseen, install
-from compress.training.windows import ASKED, MICRO
+from compress.training.windows import ASKED, LOOKED, MICRO
 
 FP32 = 4
 WIDE = {"kl": 5.25, "reverse_kl": 6.25, "js": 8.5}  # numbers beside each of the teacher's, as torch's allocator counts them
@@ -200,7 +200,7 @@ def asking(state: State, setting: Setting) -> int:
     tokens, once = min(ASKED, setting.windows * setting.length), max(MICRO, setting.length)
     base, embed = state.dense.base.specs, state.graph["embed"]
     vocabulary = base[embed.weight].shape[0] if embed.weight in base and not embed.transposed else embed.shape[0]
-    number, rows = computing(state.dtype).itemsize, min(tokens, MICRO, max(1, NUMBERS // vocabulary))
+    number, rows = computing(state.dtype).itemsize, min(tokens, LOOKED, max(1, NUMBERS // vocabulary))
     held_ = number * tokens * embed.shape[1]
     block = whole_block(state) + advancing_bytes(state, tokens, once)
     return max(block, held_ + vocabulary * (number * embed.shape[1] + ASKED_LOGITS * FP32 * rows))

@@ -25,7 +25,7 @@ from compress.state.state import Part
 from compress.training.choice import Choice
 from compress.training.loss import NUMBERS, Known, Rows
 from compress.training.student import Student
-from compress.training.windows import ASKED, MICRO
+from compress.training.windows import ASKED, LOOKED, MICRO
 
 KEPT = 6  # bytes of a log-probability and its token, cached
 
@@ -177,7 +177,7 @@ def most_likely(teacher: Present, numbers: Sequence[int], k: int) -> dict[str, T
     found = []
     with teacher.look(numbers) as look:
         total = len(numbers) * teacher.tokens.ids.shape[1]
-        step = min(MICRO, max(1, NUMBERS // teacher.state.graph["embed"].shape[0]))
+        step = min(LOOKED, max(1, NUMBERS // teacher.state.graph["embed"].shape[0]))
         for start in range(0, total, step):
             assert look.known is not None
             log_p = look.known(slice(start, min(start + step, total))).log_p

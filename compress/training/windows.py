@@ -10,6 +10,7 @@ from compress.model.data import shares
 
 MICRO = 2048  # tokens that pass the student at once, or one window
 ASKED = 1 << 14  # tokens that a teacher is asked about at once: a block's weights are read once for them
+LOOKED = 512  # of these, tokens whose logits are there at once: asking is to take less than the training behind it
 HELD = 8192  # tokens to judge on, at most, and a twentieth of the windows: judging costs as much as a third of learning
 
 
