@@ -115,8 +115,8 @@ def test_the_peak_of_a_training_is_foretold(wide: State, number: int) -> None:
 
 
 def test_a_teacher_that_is_asked_before_is_foretold(wide: State) -> None:
-    """It does not keep what each block put out; where the student is small, it is the peak, and within the limit. What a block takes
-    inside is taken for more than it is here."""
+    """It does not keep what each block put out; where the student is small, it is the peak, and within the limit. What a
+    block takes inside is taken for more than it is here."""
     ids = torch.randint(0, 2048, (64, 64))
     setting_, choice = Distill().setting(64, len(ids)), choose(wide, ("norms",), None)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
