@@ -24,7 +24,7 @@ from compress.cache.policy import SERVED
 from compress.errors import ModelError, RecipeError
 from compress.formats.caches import CACHE, CacheName, scales
 from compress.manager import Context, Cost, Pass
-from compress.model.caching import Largest, attentions, fronted, heads_of, slides, with_cache
+from compress.model.caching import Largest, attentions, fronted, heads_of, scales_of, slides, with_cache
 from compress.model.speed import precision
 from compress.model.work import block_bytes, per_token, waiting_bytes
 from compress.state import Aspect, State
@@ -74,7 +74,7 @@ class KvCache(Pass):
         return with_cache(state, self.format, self.layers, {path: {"k": [1.0] * n, "v": [1.0] * n} for path, n in count.items()})
 
     def remarks(self, state: State, foreseen: State) -> Iterable[str]:
-        held = foreseen.serving[CACHE]["scales"]
+        held = scales_of(foreseen)
         left = sum(not each["rounded"] for each in held.values())
         before, after = (cache_bytes(s) for s in (state, foreseen))
         few = f"; {left} layers with a sliding window stay in {8 * state.dtype.itemsize} bits" if left else ""
@@ -109,6 +109,6 @@ def cache_bytes(state: State) -> int:
     """Bytes that a token takes in the cache of all layers."""
     text: Any = state.config.get_text_config()
     wide = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    said: Any = state.serving.get(CACHE, {"scales": {}})
-    return sum(2 * n * wide * (1 if said["scales"].get(path, {}).get("rounded") else state.dtype.itemsize)
+    scales = scales_of(state)
+    return sum(2 * n * wide * (1 if scales.get(path, {}).get("rounded") else state.dtype.itemsize)
                for path, n in heads_of(state).items())  # fmt: skip

@@ -100,7 +100,7 @@ class _Seen:
         kept_ot = torch.zeros(len(options), len(k_td), device=k_td.device)
         kept_ot[:, self.split :] = 1
         for o, kept_t in zip(options, kept_ot, strict=True):
-            many = min(count(o.share, self.split, self.layer.sliding), len(self.there))
+            many = count(o.share, self.split, self.layer.sliding)
             kept_t[after_prompt(o.rule, many, self.there, self.split, self._scores, self.marked_t)] = 1
         e_ogct = self.weights(k_td) * kept_ot[:, None, None]
         return (e_ogct @ v_td) / e_ogct.sum(-1, keepdim=True).clamp(min=1e-30)

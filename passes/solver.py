@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from compress.formats import Blocks, Coded, Dense, Format, Ggml, Int, Lattice, Packed, Rotated, numbers_of
+from compress.formats import Coded, Dense, Format, Ggml, Int, Packed, Rotated, numbers_of
 from compress.formats.codebooks import NF, Lut
 from compress.formats.grid import Quantized, Storage
 from compress.formats.served import Rounding
@@ -39,7 +39,6 @@ LOOKED_UP = 1.0
 TABLE = 1 << 24  # weights of a table that are solved at a time
 ROWS = 256  # of a table in hand, a multiple: codes of zero points fill words, and outputs are turned in blocks
 ByRows = Int | NF | Lut | Ggml | Rotated  # formats that some rows of a matrix can be solved in
-BY_ROWS = (Int, NF, Lut, Blocks, Lattice, Rotated)
 TOKENS_PER_INPUT = 2  # below this, an expert's own Hessian is too poor to stand alone
 
 
@@ -288,7 +287,7 @@ class Solver:
         """Solve sites of one Hessian and one format as one matrix, and keep the parts."""
         start, factor = time.perf_counter(), shared.factor
         fmt = self.formats[sites[0].name]
-        if len(sites) == 1 and is_table(sites[0]) and isinstance(fmt, Int | NF | Lut | Ggml | Rotated) and not fmt.joint:
+        if len(sites) == 1 and is_table(sites[0]) and isinstance(fmt, ByRows) and not fmt.joint:
             self._solve_table(sites[0], fmt, shared)
             return
         if len(sites) == 1 and is_table(sites[0]) and isinstance(numbers_of(fmt), Coded):

@@ -54,6 +54,11 @@ def count(share: int, tokens: int, sliding: int | None = None) -> int:
     return max(-(-share * there // 1000), min(LEAST, there))
 
 
+def mask_of(mask_b1qt: Tensor | None, row: int) -> Tensor | None:
+    """Of the masks of a batch, or of the one that all rows share, that of a row [q, t]; None where there is none."""
+    return None if mask_b1qt is None else mask_b1qt[min(row, len(mask_b1qt) - 1), 0]
+
+
 def mass(q_gtd: Tensor, k_td: Tensor, scale: float, allowed_tt: Tensor | None, last: int | None = None) -> Tensor:
     """Attention that each key of a prompt gets, summed over its queries and heads, fp32 [T]; of the `last` queries alone if
     given.
@@ -123,7 +128,10 @@ def after_prompt(
     marked_t: Tensor | None,
 ) -> Tensor:
     """The places [many] of the entries that a rule keeps of a prompt, of which `place` [N] are resident: a row's tokens, but for
-    those that a sliding window has left behind. found: see `scores`; marked [T]."""
+    those that a sliding window has left behind; all of them, where there are no more than `many`. found: see `scores`; marked
+    [T]."""
+    if many >= len(place_n):
+        return place_n
     score = found[SUMMED[rule]][place_n] if rule in SUMMED else None
     marked = marked_t[place_n] if rule in MARKS and marked_t is not None else None
     return place_n[kept(rule, many, place_n, seen, int(place_n[0]), score, marked)]

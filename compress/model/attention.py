@@ -28,7 +28,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from compress.cache.policy import Layer, Policy, plain_bytes
-from compress.cache.rules import after_prompt, count, scores, stored
+from compress.cache.rules import after_prompt, count, mask_of, scores, stored
 from compress.errors import ModelError
 from compress.model.couplings import KV_GROUPS, couplings
 from compress.model.skeleton import glance
@@ -104,7 +104,7 @@ class Attended:
 
     def allowed(self, row: int) -> Tensor | None:
         """The mask of a row [t, t]."""
-        return None if self.mask is None else self.mask[min(row, len(self.mask) - 1), 0]
+        return mask_of(self.mask, row)
 
     @property
     def group(self) -> int:
@@ -178,7 +178,7 @@ class Following:
                 mine = slice(head * a.group, (head + 1) * a.group)
                 k_td, v_td = a.k[row, head], a.v[row, head]
                 found = scores({unit.rule}, a.q[row, mine, :split], k_td[:split], a.scale, prompt)
-                many = min(count(unit.share, split, layer.sliding), len(rows))
+                many = count(unit.share, split, layer.sliding)
                 at = after_prompt(unit.rule, many, rows, split, found, marks[row].to(rows.device))
                 places = torch.cat([at, later])
                 k_nd, v_nd = (torch.cat([stored(x[at], unit.dtype), x[split:]]).float() for x in (k_td, v_td))

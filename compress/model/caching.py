@@ -57,13 +57,13 @@ def _front(turn: Turn, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 @contextmanager
 def rounding(state: State, index: int, block: nn.Module) -> Iterator[None]:
     """Inside, the block in hand gets keys and values as the state's cache keeps them."""
-    said, path = state.serving.get(CACHE), state.graph.blocks[index].module
-    if said is None:
+    scales, path = scales_of(state), state.graph.blocks[index].module
+    if not scales:
         yield
         return
 
     def turn(name: str) -> Turn | None:
-        scale = said["scales"].get(f"{path}.{name}")
+        scale = scales.get(f"{path}.{name}")
         return turn_of(scale) if scale and scale["rounded"] else None
 
     with fronted(block, turn):
@@ -113,12 +113,19 @@ def heads_of(state: State) -> dict[str, int]:
 
 def slides(state: State, path: str) -> bool:
     """Whether the attention at a path sees a window of the last tokens only."""
-    index = next(b.index for b in state.graph.blocks if path.startswith(f"{b.module}."))
-    text = state.config.get_text_config()
+    index, text = state.graph.block_of(path), state.config.get_text_config()
     kinds = getattr(text, "layer_types", None)
     if kinds:
         return bool(kinds[index] == "sliding_attention")
     return getattr(text, "sliding_window", None) is not None and bool(getattr(text, "use_sliding_window", True))
+
+
+def scales_of(state: State) -> Mapping[str, dict[str, Any]]:
+    """Path of an attention -> the scales of its keys (`k`) and values (`v`), and whether they are `rounded` by them; empty where
+    the cache stays as it is."""
+    said: Any = state.serving.get(CACHE, {"scales": {}})
+    found: Mapping[str, dict[str, Any]] = said["scales"]
+    return found
 
 
 def with_cache(state: State, kind: str, layers: str, scales: Mapping[str, Mapping[str, list[float]]]) -> State:

@@ -45,7 +45,7 @@ def _norms(state: State, model: nn.Module, held: Mapping[str, str]) -> dict[str,
     for path, module in model.named_modules():
         weight = held.get(f"{path}.weight") if _is_norm(module) and not is_matrix(module) else None
         if weight is not None:
-            block = next((b.index for b in state.graph.blocks if path.startswith(f"{b.module}.")), None)
+            block = state.graph.block_of(path)
             found[path] = Norm(block, weight, held.get(f"{path}.bias"), _offset(module), _centred(module))
     return found
 

@@ -138,6 +138,10 @@ class Graph:
     def of_block(self, index: int) -> list[Site]:
         return [self.sites[name] for name in self.blocks[index].sites]
 
+    def block_of(self, path: str) -> int | None:
+        """The block that a module lies in, by its path; None outside of them."""
+        return next((b.index for b in self.blocks if path.startswith(f"{b.module}.")), None)
+
     @cached_property
     def linear(self) -> list[Site]:
         """The matrices inside blocks: what a format applies to unless a pin says otherwise."""

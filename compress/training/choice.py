@@ -83,13 +83,8 @@ def learnt(state: State, choice: Choice) -> list[Learnt]:
 def blocks_of(state: State, site: Site) -> list[int | None]:
     """The blocks whose modules use a site's matrix, None for what lies outside of them."""
     users = [site, *(s for s in state.graph if s.tied == site.name)]
-    found = {block_of(state, path) for user in users for path in user.aliases} | {user.block for user in users}
+    found = {state.graph.block_of(path) for user in users for path in user.aliases} | {user.block for user in users}
     return sorted(found, key=lambda b: -1 if b is None else b)
-
-
-def block_of(state: State, path: str) -> int | None:
-    """The block that a module lies in."""
-    return next((b.index for b in state.graph.blocks if path.startswith(f"{b.module}.")), None)
 
 
 def numbers(state: State, choice: Choice, site: Site) -> dict[str, tuple[int, ...]]:

@@ -22,7 +22,7 @@ from compress.export.artifact.config import declared
 from compress.export.artifact.files import json_of
 from compress.export.artifact.schemes import cache_args, cache_in
 from compress.formats.caches import CACHE, shape_of
-from compress.model.caching import heads_of, with_cache
+from compress.model.caching import heads_of, scales_of, with_cache
 from compress.state import State
 from compress.state.checkpoint import Spec
 
@@ -38,14 +38,13 @@ def scheme(state: State) -> dict[str, Any]:
 
 def specs(state: State) -> list[Spec]:
     """The tensors of the scales."""
-    said = state.serving.get(CACHE, {"scales": {}})
-    return [Spec(f"{stem(state, path)}.{SUFFIXES[name]}", state.scale_dtype, shape_of(each[name], said["format"]))
-            for path, each in said["scales"].items() for name in SUFFIXES]  # fmt: skip
+    return [Spec(f"{stem(state, path)}.{SUFFIXES[name]}", state.scale_dtype, shape_of(each[name], state.serving[CACHE]["format"]))
+            for path, each in scales_of(state).items() for name in SUFFIXES]  # fmt: skip
 
 
 def tensors(state: State) -> Iterator[tuple[str, torch.Tensor]]:
     """The same with what is in them, in their order."""
-    held = [each[name] for each in state.serving.get(CACHE, {"scales": {}})["scales"].values() for name in SUFFIXES]
+    held = [each[name] for each in scales_of(state).values() for name in SUFFIXES]
     for spec, values in zip(specs(state), held, strict=True):
         yield spec.name, torch.tensor(values, dtype=spec.dtype).reshape(spec.shape)
 
@@ -84,6 +83,6 @@ def same(wanted: State, written: State) -> None:
 
 def leave_alone(model: nn.Module, state: State) -> None:
     """Have compressed-tensors' own code leave the caches of some layers alone, as vLLM does by a flag."""
-    for path, each in state.serving.get(CACHE, {"scales": {}})["scales"].items():
+    for path, each in scales_of(state).items():
         if not each["rounded"]:
             model.get_submodule(path).quantization_enabled = False  # type: ignore[assignment]

@@ -21,6 +21,7 @@ from compress.export.compressed_tensors import adapter, serving
 from compress.export.compressed_tensors.cache import SERVE, SKIP
 from compress.formats.caches import CACHE
 from compress.formats.engines import by_engine
+from compress.model.caching import scales_of
 from compress.state import State
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank may be
@@ -39,10 +40,10 @@ def written(state: State) -> dict[str, Any]:
 
 def flags(state: State) -> list[str]:
     """What `vllm serve FOLDER` is to be given, to compute what was measured."""
-    found, said = [], state.serving.get(CACHE)
-    if said:
+    found, scales = [], scales_of(state)
+    if scales:
         found += ["--kv-cache-dtype", "fp8"]
-        if any(not each["rounded"] for each in said["scales"].values()):
+        if any(not each["rounded"] for each in scales.values()):
             found += [SKIP, "sliding_window"]
     if corrected := adapter.corrected(state):
         most = max(fmt.rank for fmt in corrected.values())

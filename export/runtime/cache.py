@@ -35,7 +35,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from compress.cache.policy import FILE, Layer, Policy, Unit, check_belongs
-from compress.cache.rules import DTYPES, MARKS, STEP, SUMMED, after_prompt, codes, count, kept, scores
+from compress.cache.rules import DTYPES, MARKS, STEP, SUMMED, after_prompt, codes, count, kept, mask_of, scores
 from compress.errors import ModelError
 from compress.shapes import ATTENTION, layers_without
 
@@ -186,7 +186,7 @@ class PolicyLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._note(mask, now, self.cache.marks)
         group = query.shape[1] // len(self.policy.units)
         for row, heads in enumerate(self.entries):
-            allowed = None if mask is None else mask[min(row, len(mask) - 1), 0]
+            allowed = mask_of(mask, row)
             for head, entries in enumerate(heads):
                 mine = slice(head * group, (head + 1) * group)
                 where = torch.cat([entries.held["place"].long(), tail_places])
@@ -223,7 +223,7 @@ class PolicyLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         places, marks = torch.arange(total, device=key.device), self.cache.marks
         self.entries = []
         for row in range(len(key)):
-            allowed = None if mask is None else mask[min(row, len(mask) - 1), 0]
+            allowed = mask_of(mask, row)
             text = places if allowed is None else places[allowed.diagonal()]
             self.tokens.append(len(text))
             self.first.append(int(text[0]) if len(text) else total)
@@ -233,8 +233,8 @@ class PolicyLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             for head, unit in enumerate(self.policy.units):
                 q_gtd = query[row, head * group : (head + 1) * group]
                 found = scores({unit.rule}, q_gtd, key[row, head], scale, allowed)
-                many = min(count(unit.share, self.tokens[row], self.policy.sliding), len(there))
-                at = after_prompt(unit.rule, many, there, total, found, marked) if len(there) else there
+                many = count(unit.share, self.tokens[row], self.policy.sliding)
+                at = after_prompt(unit.rule, many, there, total, found, marked)
                 score = found[SUMMED[unit.rule]][at] if unit.rule in SUMMED else None
                 made.append(Entries.of(unit, key[row, head][at], value[row, head][at], at, score,
                                        None if marked is None else marked[at]))  # fmt: skip
