@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from report import line, machine
+from report import line, machine, publish
 from scipy import optimize, sparse, special
 
 from compress.passes.allocate_core import Item, Limit, Problem, frontier, solve
@@ -60,10 +60,7 @@ def main() -> None:
     for model in (paper_model(), large_model()):
         title = f"## {model.name}: {len(model.size_i)} matrices, {len(model.bits_j)} options"
         page += [title, "", *table(model, args), "", *curve(model), ""]
-    print("\n".join(page))
-    if args.save:
-        args.save.mkdir(parents=True, exist_ok=True)
-        (args.save / f"{date.today()}-allocation.md").write_text("\n".join(page), "utf-8")
+    publish("\n".join(page), args.save, "allocation")
 
 
 def arguments() -> argparse.Namespace:

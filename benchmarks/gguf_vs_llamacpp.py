@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from quantize_vs_peers import environment
 from real_models import gemma, known_grid, tell
-from report import figure, head, line, machine
+from report import figure, head, line, machine, publish
 
 CHILD = Path(__file__).resolve().parent / "llamacpp_child.py"
 LENGTH = 256
@@ -56,10 +56,7 @@ def main() -> None:
         if not args.work:
             shutil.rmtree(work, ignore_errors=True)
     page = "\n".join(document(["the original, dense", *files], figures, model.name, grid, args))
-    print(page)
-    if args.save:
-        args.save.mkdir(parents=True, exist_ok=True)
-        (args.save / f"{date.today()}-gguf-vs-llamacpp-{model.name}.md").write_text(page + "\n", "utf-8")
+    publish(page, args.save, f"gguf-vs-llamacpp-{model.name}")
 
 
 def arguments() -> argparse.Namespace:

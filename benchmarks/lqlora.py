@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from report import line, machine
+from report import line, machine, publish
 
 import compress
 from compress.formats import LowRank, parse
@@ -123,10 +123,7 @@ def main() -> None:
         for q in options.bits:
             with tempfile.TemporaryDirectory() as folder:
                 tables[f"{model}, {q} bits of Q"] = list(rows(options.assets, model, q, RANKS[model], Path(folder)))
-    text = page(tables)
-    print(text)
-    if options.save:
-        (options.save / f"{date.today()}-lqlora.md").write_text(text + "\n", encoding="utf-8")
+    publish(page(tables), options.save, "lqlora")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from memory import LAYERS, made_model
-from report import line, machine
+from report import line, machine, publish
 
 from compress import pipeline
 from compress.export.artifact.engines import Engine, Transformers
@@ -68,10 +68,7 @@ def main() -> None:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     page = document(speeds, args)
-    print(page)
-    if args.save:
-        args.save.mkdir(parents=True, exist_ok=True)
-        (args.save / f"{date.today()}-onnx-decode.md").write_text(page + "\n", "utf-8")
+    publish(page, args.save, "onnx-decode")
     sys.exit(0 if args.layers < LAYERS or all(r >= BAR for _, _, r in ratios(speeds)) else 1)
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
-from report import line, machine
+from report import line, machine, publish
 
 from compress.export.onnx.encode import slots
 from compress.export.onnx.nodes import Nodes, operators
@@ -53,9 +53,7 @@ def main() -> None:
             error = float(np.linalg.norm(y - wanted) / np.linalg.norm(wanted))
             ratio = f"{median(times['fp32']) / median(took):.2f}"
             page.append(line([str(rows), name, f"{1000 * median(took):.3f}", ratio, f"{error:.4f}"]))
-    print("\n".join(page))
-    if args.save:
-        (args.save / f"{date.today()}-onnx-w8a8.md").write_text("\n".join(page) + "\n", "utf-8")
+    publish("\n".join(page), args.save, "onnx-w8a8")
 
 
 def arguments() -> argparse.Namespace:

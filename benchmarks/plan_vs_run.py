@@ -27,7 +27,7 @@ import memory
 import workloads
 from foretold import read_plan, stage_at, stages
 from real_models import gemma, tell
-from report import head, line, machine
+from report import head, line, machine, publish
 
 LENGTH, BARS = 256, (0.1, 0.3)  # tokens of a window; of memory and of time
 INT4, INT3 = {"format": "int4:g64"}, {"format": "int3:g64"}
@@ -86,10 +86,7 @@ def main() -> None:
         if not args.work:
             shutil.rmtree(work, ignore_errors=True)
     page = "\n".join(document(rows, args))
-    print(page)
-    if args.save:
-        args.save.mkdir(parents=True, exist_ok=True)
-        (args.save / f"{date.today()}-plan-vs-run.md").write_text(page + "\n", "utf-8")
+    publish(page, args.save, "plan-vs-run")
 
 
 def arguments() -> argparse.Namespace:

@@ -132,6 +132,14 @@ def machine() -> str:
     return f"{name}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}"
 
 
+def publish(page: str, save: Path | None, name: str) -> None:
+    """Print a page, and write it as DATE-NAME.md into the folder that `--save` names, where it does."""
+    print(page)
+    if save:
+        save.mkdir(parents=True, exist_ok=True)
+        (save / f"{date.today()}-{name}.md").write_text(page.rstrip("\n") + "\n", "utf-8")
+
+
 def line(values: Iterable[str]) -> str:
     """One line of a markdown table."""
     return "| " + " | ".join(values) + " |"

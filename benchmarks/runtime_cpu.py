@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from report import line, machine
+from report import line, machine, publish
 
 from compress.export.runtime import ops
 from compress.formats import numbers_of, parse
@@ -49,9 +49,7 @@ def main() -> None:
             taken = {name: median(t) for name, t in times.items()}
             cells = [f"{1000 * t:.1f}" + f" ({t / taken['dense']:.2f})" * (name != "dense") for name, t in taken.items()]
             page.append(line([f"{str(dtype)[6:]}, M = {rows}", *cells]))
-    print("\n".join(page))
-    if args.save:
-        (args.save / f"{date.today()}-runtime-cpu.md").write_text("\n".join(page) + "\n", "utf-8")
+    publish("\n".join(page), args.save, "runtime-cpu")
 
 
 def arguments() -> argparse.Namespace:

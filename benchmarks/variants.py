@@ -11,6 +11,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import report
 import yaml
 from report import machine
 
@@ -69,6 +70,4 @@ def publish(name: str, title: str, options: argparse.Namespace, rows: Callable[[
     what = (f"{model}, {options.sequences} windows of {options.length} tokens calibrated on, {options.judged} judged; "
             "KL in nats per token")  # fmt: skip
     page = "\n".join([f"# {title}, {date.today()}", "", what, "", machine(), "", *rows(options), ""])
-    print(page)
-    if options.save:
-        (options.save / f"{date.today()}-{name}-{model}.md").write_text(page, encoding="utf-8")
+    report.publish(page, options.save, f"{name}-{model}")
