@@ -29,7 +29,7 @@ from compress.export.runtime.neurons import Neurons
 from compress.export.runtime.sparse import Matrix
 from compress.formats import parse
 from compress.formats.grid import Grid
-from compress.formats.sparsity import THRESHOLD, Sparsity, by_columns, column_bytes, row_bytes
+from compress.formats.sparsity import THRESHOLD, Sparsity, column_bytes, columns_alone, row_bytes
 from compress.manager import Context
 from compress.model.data import Tokens
 from compress.model.model import open_model
@@ -126,7 +126,7 @@ def test_rows_and_columns_alone_are_those_of_the_matrix(text: str) -> None:
     assert torch.equal(held.at(columns), W[:, columns].T)
     every = torch.arange(k)
     assert held.nbytes(every) == column_bytes(parse(text), (n, k), k)
-    assert by_columns(parse(text))
+    assert columns_alone(parse(text))
 
 
 def test_what_several_rows_need_is_their_union_and_above_a_share_all_is_read() -> None:

@@ -84,9 +84,9 @@ def faults(place: Path, paths: Mapping[str, str] = MappingProxyType({})) -> Iter
     groups = config.get("config_groups")
     groups = groups if isinstance(groups, dict) else {}
     yield from spelling(config, groups)
-    found: dict[str, dict[str, Any]] = {}
+    found, targets = dict[str, dict[str, Any]](), [(group, Targets.of(group)) for group in groups.values()]
     for module in folder.modules():
-        mine = [group for group in groups.values() if targeted(group, module) or targeted(group, paths.get(module, module))]
+        mine = [group for group, named in targets if named.hold(module) or named.hold(paths.get(module, module))]
         if len(mine) != 1:
             yield f"'{module}' is packed, and {len(mine)} groups of the config name it; vLLM takes the first, others another"
         else:
@@ -116,13 +116,23 @@ def spelling(config: dict[str, Any], groups: Mapping[str, Any]) -> Iterator[str]
         yield "kv_cache_scheme: vLLM takes scales of a tensor or of heads, which are stored"
 
 
-def targeted(group: Mapping[str, Any], module: str) -> bool:
-    """Whether a target is a module's name, or a pattern for it, as it stands or under `model`."""
-    names = (module, f"model.{module}", module.removeprefix("model."))
-    targets = group.get("targets") or []
-    return (
-        any(t in names or (t.startswith("re:") and any(matches(t[3:], n) for n in names)) for t in targets) or "Linear" in targets
-    )
+@dataclass(frozen=True)
+class Targets:
+    """What a group of the config is for: modules by name, of which models of experts have tens of thousands, and patterns."""
+
+    names: frozenset[str]
+    patterns: tuple[str, ...]
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any]) -> Targets:
+        targets = group.get("targets") or []
+        return cls(frozenset(targets), tuple(t.removeprefix("re:") for t in targets if t.startswith("re:")))
+
+    def hold(self, module: str) -> bool:
+        """Whether a target is a module's name, or a pattern for it, as it stands or under `model`."""
+        names = (module, f"model.{module}", module.removeprefix("model."))
+        known = "Linear" in self.names or not self.names.isdisjoint(names)
+        return known or any(matches(p, n) for p in self.patterns for n in names)
 
 
 def matrix(folder: Folder, module: str, group: Mapping[str, Any]) -> Iterator[str]:

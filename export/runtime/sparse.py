@@ -11,8 +11,8 @@ A module stays what it is, a Linear with its matrix packed or dense; what is rep
 What is chosen for several rows is the union of what each needs: of a share ρ of the neurons, 1 - (1 - ρ)^rows were they
 independent. Where that is more than `WHOLE`, and for more rows than `FEW`, the matrix is read whole, as it is on other devices
 than CPUs: kernels of tiles multiply all they have. Matrices whose columns are skipped are turned over once (neurons.py; a dense
-one in place, by its strides). Single rows of formats that have none (`by_rows`), and columns of those (`by_columns`), are not
-skipped either, nor those of a module that is no Linear, such as GPT-2's.
+one in place, by its strides). Single rows of formats that have none (`rows_alone`), and columns of those (`columns_alone`), are
+not skipped either, nor those of a module that is no Linear, such as GPT-2's.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from compress.export.runtime.decode import format_of, named, rows_of
 from compress.export.runtime.linear import PackedLinear
 from compress.export.runtime.neurons import BLOCK, Neurons, summed
 from compress.formats import Dense, Format
-from compress.formats.sparsity import WHOLE, Sparsity, by_columns, by_rows, row_bytes, whole_bytes
+from compress.formats.sparsity import WHOLE, Sparsity, columns_alone, row_bytes, rows_alone, whole_bytes
 
 FEW = 32  # rows of a batch, beyond which nothing is looked for: together they need all
 
@@ -50,8 +50,8 @@ class Matrix:
         self.module, self.shape = module, shape_of(module)
         packed = isinstance(module, PackedLinear)
         self.format: Format = format_of(module.format) if packed else Dense(module.weight.dtype)
-        self.has_rows = isinstance(module, nn.Linear) and by_rows(self.format)
-        self.has_columns = isinstance(module, nn.Linear) and by_columns(self.format)
+        self.has_rows = isinstance(module, nn.Linear) and rows_alone(self.format)
+        self.has_columns = isinstance(module, nn.Linear) and columns_alone(self.format)
         self._held: tuple[torch.dtype, Any] | None = None
 
     @property
