@@ -45,6 +45,9 @@ def rounding(shapes: Iterable[tuple[int, int]]) -> Solving:
     return Solving(MEASURING * sum(1.0 * n * k * k for n, k in shapes), 0.0)
 
 
+ADDED = ("o", "down")  # roles whose outputs are, as a rule, added to a residual stream
+
+
 def joined(sites: Sequence[Site]) -> list[tuple[int, int]]:
     """The shapes of what is solved as one, since it has the same inputs."""
     rows, inputs = Counter[tuple[int | None, str]](), dict[tuple[int | None, str], int]()
@@ -57,10 +60,10 @@ def joined(sites: Sequence[Site]) -> list[tuple[int, int]]:
 def seen_bytes(sites: Sequence[Site], corrects: bool = False) -> int:
     """Memory for what is summed up while the inputs of one stage are seen: its Hessians; where drift is corrected, its sum and
     the weights that it is multiplied with."""
-    hessians, drifts = 0, 0
+    hessians, drifts, added = 0, 0, are_added(sites)
     for n, k in joined(sites):
         hessians += 4 * k * k
-        drifts = max(drifts, drift_bytes(n * k, k) + 4 * n * k * (2 * n < k))
+        drifts = max(drifts, drift_bytes(n, k, added) + 4 * n * k * (added or 2 * n < k))
     return hessians + drifts * corrects
 
 
@@ -73,18 +76,23 @@ def stage_bytes(sites: Sequence[Site], corrects: bool = False, turns: bool = Fal
     """Memory for solving one stage: every Hessian in fp32; of one of them the factor, the weights as they are and in fp32, and
     what the solver holds for the outputs that it has in hand. Where drift is corrected also its sum, and the weights as they are
     moved. Where a format turns one more Hessian and its factor, and the weights turned."""
-    shapes, found = joined(sites), [0]
+    shapes, found, added = joined(sites), [0], are_added(sites)
     for n, k in shapes:
-        drift = drift_bytes(n * k, k) + 4 * n * k if corrects else 0
+        drift = drift_bytes(n, k, added) + 4 * n * k if corrects else 0
         found.append(max(6 * k * k, 4 * k * k + matrix_bytes(n * k) + drift))
         if turns:
             found.append(4 * n * k + max(14 * k * k + 4 * n * k, 12 * k * k + matrix_bytes(n * k)) + drift)
     return 4 * sum(k * k for _, k in shapes) + max(found)
 
 
-def drift_bytes(numel: int, inputs: int) -> int:
+def are_added(sites: Sequence[Site]) -> bool:
+    """Whether what the sites of a stage put out may be added to a residual stream (see `Drift`)."""
+    return any(s.role in ADDED and s.expert is None for s in sites)
+
+
+def drift_bytes(outputs: int, inputs: int, added: bool) -> int:
     """Memory for the sum of drift of a stage (see `Drift`)."""
-    return 4 * (numel if 2 * numel < inputs**2 else inputs**2)
+    return 4 * inputs * (outputs if added or 2 * outputs < inputs else inputs)
 
 
 def matrix_bytes(numel: int, copies: int = 10) -> int:

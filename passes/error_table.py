@@ -39,7 +39,7 @@ from compress.formats import Format, LowRank, Rotated, Served, base_of, parse
 from compress.formats.rotated import BLOCKS
 from compress.manager import Context, Record, Store
 from compress.model.data import Tokens
-from compress.model.lockstep import Inputs
+from compress.model.lockstep import Clean, Inputs
 from compress.model.speed import precision
 from compress.passes import gptq_core as core
 from compress.passes import rates
@@ -127,7 +127,7 @@ class Meter(Solver):
     def _together(self, sites: Sequence[Site]) -> Iterator[list[Site]]:
         yield from ([s] for s in sites)
 
-    def observe(self, stage: str, inputs: Inputs, clean: Inputs | None) -> None:
+    def observe(self, stage: str, inputs: Inputs, clean: Clean | None) -> None:
         """Batches that are held back come behind the others, and count by their responses."""
         number = self._passed[stage] = self._passed.get(stage, 0) + 1
         if self.held is None or number <= self.held.behind:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from compress.errors import RecipeError
 from compress.manager import Context, Cost, Pass
-from compress.model.lockstep import Inputs
+from compress.model.lockstep import Clean, Inputs
 from compress.model.speed import precision
 from compress.model.work import block_bytes, per_token, waiting_bytes
 from compress.state import Aspect, Fact, State
@@ -56,7 +56,7 @@ class Importance(Pass):
                 if done is None:
                     sums: dict[str, Tensor] = {}
 
-                    def observe(stage: str, inputs: Inputs, _: Inputs | None, sums: dict[str, Tensor] = sums) -> None:
+                    def observe(stage: str, inputs: Inputs, _: Clean | None, sums: dict[str, Tensor] = sums) -> None:
                         squares = inputs[None].double().square().sum(0).cpu()
                         sums[stage] = sums[stage] + squares if stage in sums else squares
 

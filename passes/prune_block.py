@@ -21,14 +21,14 @@ from compress.errors import ModelError
 from compress.manager import Context, Record
 from compress.model.couplings import Coupling, named
 from compress.model.experts import heard
-from compress.model.lockstep import Batch, Inputs, apart
+from compress.model.lockstep import Batch, Clean, Inputs, apart
 from compress.model.mixtures import numbers
 from compress.model.speed import precision
 from compress.model.stream import Stream, Twin
 from compress.passes import gptq_core
 from compress.passes import obs_core as core
+from compress.passes.drift import Drift
 from compress.passes.prune_experts import Mixture, alike
-from compress.passes.solver import Drift
 from compress.state import State
 from compress.state.state import Part
 
@@ -130,7 +130,7 @@ class Block:
             for hook in hooks:
                 hook.remove()
 
-    def _observe(self, stage: str, inputs: Inputs, clean: Inputs | None) -> None:
+    def _observe(self, stage: str, inputs: Inputs, clean: Clean | None) -> None:
         X_tk = inputs[None]
         K = X_tk.shape[1]
         if self.hessian is None:
@@ -141,8 +141,8 @@ class Block:
         self.tokens += len(X_tk)
         if clean is not None and self.options.corrects:
             if self.drift is None:
-                self.drift = Drift([self._coupling(stage).reader], self.state, K, self.ctx.device)
-            self.drift.see(X_tk, clean[None])
+                self.drift = Drift.of_stage([self._coupling(stage).reader], self.state, clean, self.ctx.device)
+            self.drift.see(X_tk, clean)
 
     def _coupling(self, stage: str) -> Coupling:
         return next(c for c in self.couplings if c.reader.stage == stage)

@@ -25,7 +25,7 @@ from compress.errors import ModelError, RecipeError
 from compress.formats import Dense, Factored, Format, Served
 from compress.manager import Context, Cost, Pass, Record, foresee
 from compress.model.feeds import Key, Rows, feeds, rows
-from compress.model.lockstep import Batch, Inputs, apart
+from compress.model.lockstep import Batch, Clean, Inputs, apart
 from compress.model.speed import precision
 from compress.model.stream import Stream
 from compress.model.work import block_bytes, per_token, waiting_bytes
@@ -173,7 +173,7 @@ class _Block:
         else:
             stream.advance(self.state, index, batches)
 
-    def _observe(self, stage: str, inputs: Inputs, _: Inputs | None) -> None:
+    def _observe(self, stage: str, inputs: Inputs, _: Clean | None) -> None:
         for expert, X_tk in inputs.items():
             key = stage if expert is None else f"experts.{expert}.{stage.rpartition('.')[2]}"
             if key not in self.hessians:

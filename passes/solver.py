@@ -14,7 +14,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -25,9 +24,10 @@ from compress.formats.codebooks import NF, Lut
 from compress.formats.grid import Quantized, Storage
 from compress.formats.served import Rounding
 from compress.manager import Context, Record
-from compress.model.lockstep import Inputs
+from compress.model.lockstep import Clean, Inputs
 from compress.model.speed import precision
 from compress.passes import gptq_core as core
+from compress.passes.drift import Drift
 from compress.passes.rows import Rows
 from compress.state import State
 from compress.state.graph import Site
@@ -107,42 +107,6 @@ class Answer:
         return cls(pack, solved.loss_n, solved.rounding_loss_n, solved.energy_n, solved.notes)
 
 
-class Drift:
-    """What the error in the inputs of a stage does to its outputs: E = (Y - X̃Wᵀ)ᵀX̃ [N, K], summed over tokens (see
-    `gptq_core.retarget`).
-
-    With X the inputs in the unquantized model and M = (X - X̃)ᵀX̃ it is W M. Where the matrices W that read these inputs have few
-    outputs, E is summed itself: half the work, and less to hold.
-    """
-
-    def __init__(self, sites: Sequence[Site], state: State, inputs: int, device: str):
-        self.rows: dict[str, slice] = {}  # of each matrix in E; none where M is summed
-        self._W_nk: Tensor | None = None
-        self._sum: Tensor | None = None
-        self.tokens = 0
-        ends = list(accumulate(s.shape[0] for s in sites))
-        if 2 * ends[-1] < inputs:
-            self.rows = {s.name: slice(end - s.shape[0], end) for s, end in zip(sites, ends, strict=True)}
-            self._W_nk = torch.cat([state.reference(s) for s in sites]).to(device)
-
-    def see(self, X_tk: Tensor, clean_tk: Tensor) -> None:
-        """Add the same tokens in both models."""
-        off = clean_tk - X_tk
-        if self._W_nk is not None:
-            off = off @ self._W_nk.T.to(off.dtype)
-        part = (off.T @ X_tk).float()
-        self._sum = part if self._sum is None else self._sum.add_(part)
-        self.tokens += len(X_tk)
-
-    def of(self, sites: Sequence[Site], W_nk: Tensor) -> Tensor:
-        """E of some of the sites, whose matrices are W."""
-        assert self._sum is not None
-        if not self.rows:
-            return W_nk @ self._sum
-        parts = [self._sum[self.rows[s.name]] for s in sites]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
 @dataclass(frozen=True)
 class Shared:
     """What the sites of one Hessian share: the Hessian, factored, the tokens it is of, what is noted of it, the seconds that each
@@ -195,7 +159,7 @@ class Solver:
             self._active.setdefault(site.stage, []).append(site)
         return found
 
-    def observe(self, stage: str, inputs: Inputs, clean: Inputs | None) -> None:
+    def observe(self, stage: str, inputs: Inputs, clean: Clean | None) -> None:
         """Add one batch's activations, by expert, to the stage's Hessians; and how far they are from the clean ones.
 
         Experts are left out of the latter: what the router sends to one of them differs between the two models.
@@ -208,10 +172,10 @@ class Solver:
             core.accumulate(self._hessians[expert], X_tk)
             self._largest[expert] = max(self._largest[expert], float(X_tk.abs().amax()) if len(X_tk) else 0.0)
             self._tokens[expert] += X_tk.shape[0]
-        if clean is not None and None in clean:
+        if clean is not None and None in clean.inputs:
             if self._drift is None:
-                self._drift = Drift(self._active[stage], self.state, inputs[None].shape[1], self.ctx.device)
-            self._drift.see(inputs[None], clean[None])
+                self._drift = Drift.of_stage(self._active[stage], self.state, clean, self.ctx.device)
+            self._drift.see(inputs[None], clean)
 
     def solve(self, stage: str) -> dict[str, Tensor]:
         """Solve every site of a stage; the new matrices [out, in] by name."""

@@ -16,10 +16,12 @@ from compress import pipeline
 from compress.errors import FormatError, MatchError, RecipeError
 from compress.formats import parse
 from compress.manager import Cost
+from compress.model.lockstep import Clean
 from compress.model.model import open_model
 from compress.model.work import per_token
+from compress.passes import gptq_core as core
+from compress.passes.drift import Drift
 from compress.passes.quantize import Quantize
-from compress.passes.solver import Drift
 from tests import stock
 from tests.conftest import GROUPED, IDS, SMALL, contents, make_model
 from tests.cooking import bake, cook, recipe
@@ -45,12 +47,28 @@ def test_drift_is_the_same_summed_at_inputs_and_at_outputs(family: Any) -> None:
     X, clean = torch.randn(2, 40, sites[0].shape[1])
     wide, narrow = (Drift(sites, state, inputs, "cpu") for inputs in (0, 1 << 20))
     for half in (slice(0, 25), slice(25, 40)):
-        wide.see(X[half], clean[half])
-        narrow.see(X[half], clean[half])
+        wide.see(X[half], Clean({None: clean[half]}))
+        narrow.see(X[half], Clean({None: clean[half]}))
     assert (wide.tokens, bool(wide.rows), bool(narrow.rows)) == (40, False, True)
     for some in (sites, sites[1:], sites[:1]):
         W = torch.cat([state.reference(s) for s in some]).float()
         torch.testing.assert_close(narrow.of(some, W), wide.of(some, W), rtol=1e-3, atol=1e-2)
+
+
+def test_weights_moved_for_drift_bring_the_sum_of_the_residual_stream_nearest_to_what_it_was(family: Any) -> None:
+    """The least squares of R̃ + X̃Wᵀ against R + XWᵀ, found by torch."""
+    state = open_model(str(family("llama"))).state
+    site = state.graph["layers.0.attn.o"]
+    n, k = site.shape
+    X, residual = torch.randn(2, 400, k), torch.randn(2, 400, n)
+    drift = Drift.of_stage([site], state, Clean({None: X[0]}, residual[0]), "cpu")
+    for half in (slice(0, 150), slice(150, 400)):
+        drift.see(X[1, half], Clean({None: X[0, half]}, residual[0, half] - residual[1, half]))
+    W = state.reference(site).float()
+    factor = core.factor(X[1].T @ X[1] / 400, damp=1e-7)
+    moved = core.retarget(W, drift.of([site], W), factor, 1 / drift.tokens)
+    wanted = torch.linalg.lstsq(X[1], residual[0] + X[0] @ W.T - residual[1]).solution.T
+    torch.testing.assert_close(moved, wanted, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "llama"])

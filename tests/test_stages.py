@@ -12,7 +12,7 @@ from compress import pipeline, stages
 from compress.formats import parse
 from compress.manager import Cost
 from compress.model import speed
-from compress.model.lockstep import Inputs
+from compress.model.lockstep import Clean, Inputs
 from compress.model.model import open_model
 from compress.model.stream import Stream
 from compress.model.work import per_token
@@ -44,7 +44,7 @@ def held(family: Any, name: str) -> list[int]:
     ids = torch.arange(TOKENS).view(2, 24) % 200
     batches, found = stream.start(state, [ids]), list[int]()
 
-    def observe(_: str, inputs: Inputs, __: Inputs | None) -> None:
+    def observe(_: str, inputs: Inputs, __: Clean | None) -> None:
         found.append(sum(x.numel() for x in inputs.values()) // TOKENS)
 
     stream.calibrate(state, 0, batches, state.graph.of_block(0), observe, lambda _: {})

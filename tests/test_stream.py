@@ -11,7 +11,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from compress.model.lockstep import Inputs
+from compress.model.feeds import residuals
+from compress.model.lockstep import Clean, Inputs
 from compress.model.model import Model, open_model
 from compress.model.stream import Batch, Stream, Twin
 from compress.state import State
@@ -122,12 +123,14 @@ class Spy:
         self.sites = state.graph.of_block(index)
         self.seen: list[tuple[str, Inputs]] = []
         self.clean: list[Inputs | None] = []
+        self.ahead: list[Tensor | None] = []
         self.solved: list[str] = []
         self.matrices: dict[str, Tensor] = {}
 
-    def observe(self, stage: str, inputs: Inputs, clean: Inputs | None = None) -> None:
+    def observe(self, stage: str, inputs: Inputs, clean: Clean | None = None) -> None:
         self.seen.append((stage, {e: x.clone() for e, x in inputs.items()}))
-        self.clean.append(clean and {e: x.clone() for e, x in clean.items()})
+        self.clean.append(clean and {e: x.clone() for e, x in clean.inputs.items()})
+        self.ahead.append(None if clean is None else clean.ahead)
 
     def solve(self, stage: str) -> dict[str, Tensor]:
         self.solved.append(stage)
@@ -194,6 +197,59 @@ def test_a_twin_shows_at_each_stage_what_the_untouched_model_sees(family: Any, n
                 assert all(torch.equal(clean[e], theirs[e]) for e in theirs)
                 assert (block.index, stage) == (0, spy.solved[0]) or any(not torch.equal(seen[e], clean[e]) for e in clean)
     assert same(list(beside.logits(state, twin.batches)), stock.logits(untouched, tokens()))
+
+
+NOT_ADDED = ("gemma2", "gemma3", "gpt_neox", "falcon", "gptj", "phi")  # norms behind, or sublayers side by side
+ENDS = ("attn.out", "mlp.mid")
+O_ALONE = ("mixtral", "qwen3_moe", "qwen2_moe", "cohere")  # what experts put out is summed first, or something else is added
+
+
+@pytest.mark.parametrize("name", covered([*FAMILIES, *OTHERS], *KINDS_OF_FAMILIES, "gpt_neox", "qwen2_moe"))
+def test_the_residual_of_a_matrix_is_what_its_output_is_added_to(family: Any, other: Any, name: str) -> None:
+    """The sum of both is what some module of the stock model is given next, or what the block puts out, to the bit."""
+    folder = family(name) if name in FAMILIES else other(name)
+    state = open_model(str(folder)).state
+    found, model, met = residuals(state), stock.load(folder, **stock.EAGER), dict[str, list[Tensor]]()
+    roles = {state.graph[site].role for site in found}
+    assert roles == (set() if name in NOT_ADDED else {"o"} if name in O_ALONE else {"o", "down"})
+    for path, module in model.named_modules():
+        module.register_forward_pre_hook(lambda _, args, path=path: met.setdefault(path, []).extend(args[:1]))
+        module.register_forward_hook(lambda _, args, out, path=path: met.setdefault(path, []).append(out))
+    stock.logits(model, tokens()[:1])
+    there = [x[0] if isinstance(x, tuple) else x for seen in met.values() for x in seen]
+    there = [x for x in there if isinstance(x, Tensor)]
+    for site, path in found.items():
+        residual, output = met[path][0], met[state.graph[site].module][-1]
+        total = (residual.reshape(output.shape) + output).flatten()
+        assert any(x.numel() == total.numel() and torch.equal(x.flatten(), total) for x in there), (site, path)
+
+
+def test_a_twin_shows_how_far_its_residual_stream_is_ahead(family: Any) -> None:
+    """In front of o and down of every block, where all before them was replaced; nowhere else."""
+    _, state, stream, batches = start(family("llama"))
+    beside = Stream(state)
+    twin = Twin(beside, state, beside.start(state, tokens()))
+    untouched, replaced = (stock.load(family("llama"), **stock.EAGER) for _ in range(2))
+    for block in state.graph.blocks:
+        spy = Spy(state, block.index, coarse)
+        stream.calibrate(state, block.index, batches, spy.sites, spy.observe, spy.solve, twin)
+        stock.substitute(replaced, state.graph, spy.matrices)
+        for stage, ahead in zip([stage for stage, _ in spy.seen], spy.ahead, strict=True):
+            assert (ahead is not None) == (stage in ENDS), stage
+        for stage, path in zip(ENDS, ("", ".post_attention_layernorm"), strict=True):
+            theirs, ours = (given(m, block.module + path, tokens()) for m in (untouched, replaced))
+            seen = [ahead for (name, _), ahead in zip(spy.seen, spy.ahead, strict=True) if name == stage]
+            for ahead, a, b in zip(seen, theirs, ours, strict=True):
+                assert torch.equal(ahead, (a - b).flatten(0, 1))
+
+
+def given(model: nn.Module, path: str, batches: list[Tensor]) -> list[Tensor]:
+    """What a module of the stock model is given, batch by batch."""
+    found: list[Tensor] = []
+    hook = model.get_submodule(path).register_forward_pre_hook(lambda _, args: found.append(args[0]))
+    stock.logits(model, batches)
+    hook.remove()
+    return found
 
 
 def test_only_the_stages_of_the_asked_sites_are_shown(family: Any) -> None:

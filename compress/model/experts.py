@@ -104,7 +104,7 @@ class Experts:
 
     def _pause(self, stage: str, inputs: dict[int | None, Tensor] | dict[int, Tensor]) -> None:
         if stage in getattr(self.module, "taps", ()):
-            greenlet.getcurrent().parent.switch((stage, inputs))
+            greenlet.getcurrent().parent.switch((stage, inputs, None))
 
     def _show(self, expert: int, roles: tuple[str, ...], x: Tensor, y: Tensor) -> None:
         """Who watches (model/backward.py) is shown an expert's inputs and the outputs of the matrices of these roles."""

@@ -10,6 +10,7 @@ folds something into a feed is to compare what the block computes, since a gate 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from copy import deepcopy
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compress.errors import ModelError, first_line
+from compress.model.known import key_of
 from compress.model.names import places
 from compress.model.skeleton import glance, is_experts, is_matrix, skeleton
 from compress.shapes import of_layer
@@ -185,6 +187,71 @@ def norms_behind(state: State) -> dict[str, Norm]:
 
     _followed(model, nullcontext(), clear)
     return found
+
+
+def residuals(state: State) -> dict[str, str]:
+    """Site -> the module whose first input is just what the site's output is added to, where there is one: of o and down, in a
+    model of norms in front, what has come so far. Sublayers side by side, and norms or factors in between, have none."""
+    key = hashlib.sha256(key_of(type(glance(state.config)), state.config)).digest()
+    if key not in _RESIDUALS:
+        model = skeleton(state.config).to("meta")
+        sums = _Sums()
+        sites = {site.module: site.name for site in state.graph if site.expert is None and site.block is not None}
+        for path, module in model.named_modules():
+            if path in sites:
+                module.register_forward_hook(sums.made(sites[path]))
+            if state.graph.block_of(f"{path}.") is not None:
+                module.register_forward_pre_hook(sums.given(path))
+        try:
+            _followed(model, sums, sums.clear)
+        except ModelError:  # an architecture that nobody can follow: its matrices are solved for their own outputs alone
+            sums.clear()
+        _RESIDUALS[key] = sums.found
+    return _RESIDUALS[key]
+
+
+_RESIDUALS: dict[bytes, dict[str, str]] = {}  # by the hash of a config
+
+
+@dataclass(eq=False)
+class _Sums(TorchDispatchMode):
+    """Notes where what a site puts out is added to what a module was given. Tensors are kept, lest others get their numbers."""
+
+    found: dict[str, str] = field(default_factory=dict)
+    outputs: dict[int, tuple[Tensor, str]] = field(default_factory=dict)
+    inputs: dict[int, tuple[Tensor, str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def clear(self) -> None:
+        self.found.clear()
+        self.outputs.clear()
+        self.inputs.clear()
+
+    def made(self, site: str) -> Callable[..., None]:
+        return lambda _, args, out: self.outputs.update({id(out): (out, site)})
+
+    def given(self, path: str) -> Callable[..., None]:
+        def note(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if args and id(args[0]) not in self.outputs:  # what a matrix put out may pass a module on its way to the sum
+                self.inputs.setdefault(id(args[0]), (args[0], path))
+
+        return note
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out, name = func(*args, **(kwargs or {})), func.__name__.partition(".")[0]
+        there = [id(a) for a in args if isinstance(a, Tensor)]
+        sites = [self.outputs[i][1] for i in there if i in self.outputs]
+        if sites and name in VIEWS and isinstance(out, Tensor):
+            self.outputs[id(out)] = out, sites[0]
+        if name.endswith("_"):
+            self.outputs.pop(id(out), None)  # it is something else now
+        if len(sites) == 1 and name in ("add", "add_") and not kwargs:
+            self.found.update((sites[0], self.inputs[i][1]) for i in there if i in self.inputs)
+        return out
 
 
 @dataclass(eq=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,15 @@ from torch import Tensor, nn
 from compress.errors import ModelError
 
 Inputs = dict[int | None, Tensor]  # by expert; None for a matrix that is no expert's
+
+
+@dataclass(frozen=True)
+class Clean:
+    """What a twin sees where a batch waits. ahead: by how much its residual stream is ahead of the batch's [tokens, out], where
+    what the stage puts out is added to just that; else None."""
+
+    inputs: Inputs
+    ahead: Tensor | None = None
 
 
 @dataclass
@@ -48,7 +57,18 @@ class Lockstep:
     def inputs(self) -> list[Inputs]:
         return [w[1] for w in self.out]
 
+    @property
+    def residuals(self) -> list[Tensor | None]:
+        """What the outputs of the stage will be added to [b, t, out], where that is known."""
+        return [w[2] for w in self.out]
+
+    def clean(self, twin: Lockstep) -> Iterator[Clean]:
+        """What a twin sees at the same stage, batch by batch."""
+        for inputs, theirs, ours in zip(twin.inputs, twin.residuals, self.residuals, strict=True):
+            yield Clean(inputs, None if theirs is None or ours is None else (theirs - ours).flatten(0, -2))
+
     def go_on(self) -> None:
+        self.out.clear()  # else what a batch has passed would be held until the last has passed it
         self.out = [run.switch() for run in self.runs]
         self._settle()
 

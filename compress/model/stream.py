@@ -31,8 +31,9 @@ from compress.formats.served import Rounding
 from compress.model.binding import Binding, get_matrix, put_matrix, within
 from compress.model.caching import rounding
 from compress.model.experts import run_experts_one_by_one
+from compress.model.feeds import residuals
 from compress.model.known import key_of
-from compress.model.lockstep import Batch, Inputs, Lockstep
+from compress.model.lockstep import Batch, Clean, Inputs, Lockstep
 from compress.model.probe import Probe, Stop
 from compress.model.rounding import Rounds
 from compress.model.skeleton import skeleton, stand_on
@@ -41,7 +42,7 @@ from compress.model.speed import computing
 from compress.state import State
 from compress.state.graph import Site
 
-Observe = Callable[[str, Inputs, Inputs | None], None]
+Observe = Callable[[str, Inputs, Clean | None], None]
 _TUPLES: dict[bytes, int] = {}  # of how many, where the blocks of a model return tuples; by the hash of its config
 
 
@@ -292,15 +293,16 @@ class Stream:
         At each tap (a stage of `sites`), `observe(stage, {expert or None: X [tokens, in]}, clean)` is called for every
         batch; once all have been seen, `solve(stage)` returns new matrices [out, in] by site name, and the forward pass
         goes on with them. With a `twin`, its batches go through its own weights in step, and `clean` is what it sees at the
-        same place; else None. What is observed has not been rounded; with `rounds`, the inputs of what was solved are from
-        there on.
+        same place, and how far its residual stream is from the batch's; else None. What is observed has not been rounded;
+        with `rounds`, the inputs of what was solved are from there on.
         """
         with ExitStack() as stack:
-            mine = self._lockstep(stack, state, index, batches, sites)
-            theirs = twin.stream._lockstep(stack, twin.state, index, twin.batches, sites) if twin else None
+            beside = residuals(state) if twin else {}
+            mine = self._lockstep(stack, state, index, batches, sites, beside)
+            theirs = twin.stream._lockstep(stack, twin.state, index, twin.batches, sites, beside) if twin else None
             while mine.waiting:
                 stage = mine.stage
-                for inputs, clean in zip(mine.inputs, theirs.inputs if theirs else repeat(None), strict=False):
+                for inputs, clean in zip(mine.inputs, mine.clean(theirs) if theirs else repeat(None), strict=False):
                     observe(stage, inputs, clean)
                 with twin.stream.without(twin.state, index) if twin else nullcontext():
                     made = solve(stage)
@@ -311,14 +313,16 @@ class Stream:
                     theirs.go_on()
         self._finite(index, batches)
 
-    def _lockstep(self, stack: ExitStack, state: State, index: int, batches: Sequence[Batch], sites: Sequence[Site]) -> Lockstep:
+    def _lockstep(self, stack: ExitStack, state: State, index: int, batches: Sequence[Batch], sites: Sequence[Site],
+                  beside: Mapping[str, str]) -> Lockstep:  # fmt: skip
         block = stack.enter_context(self.block(state, index))
-        stack.enter_context(self._taps(block, index, sites))
+        stack.enter_context(self._taps(block, index, sites, beside))
         return Lockstep(self.call, block, batches, index)
 
     @contextmanager
-    def _taps(self, block: nn.Module, index: int, sites: Sequence[Site]) -> Iterator[None]:
-        """Pause in front of the first matrix of each stage that holds one of `sites`."""
+    def _taps(self, block: nn.Module, index: int, sites: Sequence[Site], beside: Mapping[str, str]) -> Iterator[None]:
+        """Pause in front of the first matrix of each stage that holds one of `sites`, with what the module that is named for its
+        site in `beside` was given."""
         path = self.graph.blocks[index].module
         stages: dict[str, list[Site]] = {}
         for site in sites:
@@ -330,7 +334,11 @@ class Stream:
                 module.taps = (*getattr(module, "taps", ()), stage)
             else:
                 paths = [p for s in members for p in within(s, path)]
-                hooks += self._pausing_hooks(path, block, stage, paths)
+                given: dict[int, Tensor] = {}
+                if members[0].name in beside:
+                    module = self.model_module(path, block, beside[members[0].name])
+                    hooks.append(module.register_forward_pre_hook(_noting(given)))
+                hooks += self._pausing_hooks(path, block, stage, paths, given)
         try:
             yield
         finally:
@@ -340,7 +348,7 @@ class Stream:
                 if hasattr(module, "taps"):
                     del module.taps
 
-    def _pausing_hooks(self, path: str, block: nn.Module, stage: str, modules: list[str]) -> list[Any]:
+    def _pausing_hooks(self, path: str, block: nn.Module, stage: str, modules: list[str], given: dict[int, Tensor]) -> list[Any]:
         seen: set[int] = set()  # coroutines that have passed this stage: its other matrices need no pause
 
         def pause(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -348,7 +356,7 @@ class Stream:
             me = greenlet.getcurrent()
             if id(me) not in seen:
                 seen.add(id(me))
-                me.parent.switch((stage, {None: x.reshape(-1, x.shape[-1])}))
+                me.parent.switch((stage, {None: x.reshape(-1, x.shape[-1])}, given.pop(id(me), None)))
 
         return [self.model_module(path, block, m).register_forward_pre_hook(pause, prepend=True, with_kwargs=True)
                 for m in modules]  # fmt: skip
@@ -377,6 +385,11 @@ class Stream:
         block = self.graph.blocks[site.block or 0]
         for path in within(site, block.module):
             yield self.model_module(block.module, self.blocks[block.index], path)
+
+
+def _noting(given: dict[int, Tensor]) -> Callable[..., None]:
+    """A hook that notes what its module is given in a coroutine."""
+    return lambda _, args: given.update({id(greenlet.getcurrent()): args[0]})
 
 
 def _move_buffers(module: nn.Module, device: torch.device) -> None:
