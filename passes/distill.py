@@ -29,7 +29,7 @@ from compress.training import options
 from compress.training.checkpoints import Checkpoints
 from compress.training.choice import Choice, Kind, choose, learnt
 from compress.training.gradients import Fused, Kept, Slopes
-from compress.training.loop import EVEN_WORSE, Point, Schedule, Training, best_of, check_learnt
+from compress.training.loop import EVEN_WORSE, SLOWER, Point, Schedule, Training, best_of, check_learnt
 from compress.training.loss import DIVERGENCES
 from compress.training.moving import Optimizer
 from compress.training.options import Memory, ZerothOrder
@@ -274,6 +274,7 @@ class Distill(Pass):
         chosen, expected = settled(student.state, student.choice, self.setting(length, windows))
         notes = [
             *told(training.curve, training.judged_by, training.lost),
+            *slowed(training, self.rate),
             *ended(training),
             *learnt_from(training.tokens),
             f"expected to take {needs.told(expected)}, with {said(chosen.memory)}",
@@ -344,6 +345,14 @@ def size_of(t: Tensor) -> float:
 def learnt_from(tokens: Tokens) -> list[str]:
     """What share of the text is learnt from, where not all of it is."""
     return [] if tokens.learnt is None else [f"learnt from the answers, {tokens.learnt.float().mean():.1%} of the tokens"]
+
+
+def slowed(training: Training, rate: float) -> list[str]:
+    """That the rate was too high, where it was lowered."""
+    if not training.slowed:
+        return []
+    now = f"{rate * SLOWER**training.slowed:.2g}"
+    return [f"rate {rate:g} was too high, nothing was better than the start; gone on from there at {now}"]
 
 
 def ended(training: Training) -> list[str]:

@@ -275,6 +275,20 @@ def test_a_training_that_was_killed_comes_to_the_same_bytes(family: Any, tmp_pat
         assert torch.equal(whole.dense.read(spec.name), again.dense.read(spec.name)), spec.name
 
 
+def test_a_rate_that_is_too_high_is_lowered(family: Any, tmp_path: Path) -> None:
+    """From where nothing was better than the start; killed on its way, it comes to the same bytes."""
+    source, state = pruned(family, tmp_path / "p")
+    p, notes = Distill(train="layers.*.down", rate=1.0, batch=2, checks=16, tokens=2048), list[Any]()
+    whole = trained(p, source, state, tmp_path / "whole", notes)
+    record = notes[-1]
+    held = [point[3] for point in record["curve"]]
+    assert held[1] > held[0] > min(held), "worse at first, better in the end"
+    assert any("rate 1 was too high" in note for note in record["notes"])
+    assert killed_often(lambda: trained(p, source, state, tmp_path / "cut"), 6, 4)
+    again = trained(p, source, state, tmp_path / "cut")
+    assert all(torch.equal(whole.dense.read(s.name), again.dense.read(s.name)) for s in whole.specs)
+
+
 def test_a_cached_teacher_is_asked_once(family: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, state = pruned(family, tmp_path / "p")
     trained(Distill(tokens=64, batch=1), source, state, tmp_path / "run" / "steps")

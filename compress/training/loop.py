@@ -4,9 +4,12 @@ A step takes `batch` windows, a few at a time (`MICRO` tokens), adds up their gr
 gradients, and whether there are any, is said elsewhere (gradients.py, zeroth.py). At every check the held-out windows are
 judged and everything that the next step depends on is kept on disk: what learns, what is remembered of it, and the curve so
 far. The order of windows is drawn from the seed and the epoch alone. So a run that was killed comes to the same bytes as one
-that was not. Where only some tokens are learnt from (`Tokens.learnt`), a sum over a step's predictions is divided by how many
-of them are of such tokens, all micro-batches together, and windows without any change nothing. In the end the student is what
-it was at its best check; the start counts as one, so training never makes a model worse on what was held out.
+that was not. A rate that was too high is known by its first checks: as long as none is better than the start, the student goes
+back there, forgets what was remembered of its gradients, and goes on with a third of the rate. Small damage wants a small
+rate, and nobody knows beforehand how small. Where only some tokens are learnt from (`Tokens.learnt`), a sum over a step's
+predictions is divided by how many of them are of such tokens, all micro-batches together, and windows without any change
+nothing. In the end the student is what it was at its best check; the start counts as one, so training never makes a model
+worse on what was held out.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from compress.training.windows import MICRO
 
 LEARNS = "learns/"  # before the name of what learns, in a checkpoint
 EVEN_WORSE = 5  # checks in a row without a better one end the training
+SLOWER = 1 / 3  # of the rate, behind a check that was worse than the start
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,7 @@ class Training:
     progress: Callable[[float, float, str], None]
     curve: list[Point] = field(default_factory=list)
     lost: int | None = None  # the step after which the loss was no number any more, which ended the training
+    slowed: int = 0  # how often the rate was lowered, since nothing was better than the start
 
     def run(self, kept: Kept) -> list[Point]:
         """Train; the student is then what it was at its best check."""
@@ -167,8 +172,16 @@ class Training:
         held = self.judge()
         if math.isfinite(held):
             self.curve.append(Point(step, step * self.per_step, loss, held))
+            if step and not self.best.step and not self.finished and step < self.schedule.steps:
+                self._start_over(kept)
             kept.keep(self._notes(), self._tensors())
         return math.isfinite(held)
+
+    def _start_over(self, kept: Kept) -> None:
+        """Go on from the start, which is the best so far, at a lower rate."""
+        self.slowed += 1
+        self.optimizer.forget()
+        self._take(kept.best(), remembered=True)
 
     @property
     def per_step(self) -> int:
@@ -196,7 +209,9 @@ class Training:
             self.student.begin(number)
             return sum(self._learn(numbers, whole, backward) for numbers in few)
 
-        return self.slopes.step(number, self.schedule.at(number), partial(through, True), partial(through, False))
+        return self.slopes.step(
+            number, self.schedule.at(number) * SLOWER**self.slowed, partial(through, True), partial(through, False)
+        )
 
     def _windows(self, number: int) -> list[int]:
         """The windows of a step: each epoch has an order of its own."""
@@ -262,7 +277,8 @@ class Training:
     # --- where it stopped ---
 
     def _notes(self) -> dict[str, Any]:
-        return {"curve": [[p.step, p.tokens, p.loss, p.held] for p in self.curve], "best": self.best.step}
+        curve = [[p.step, p.tokens, p.loss, p.held] for p in self.curve]
+        return {"curve": curve, "best": self.best.step, "slowed": self.slowed}
 
     def _tensors(self) -> dict[str, Tensor]:
         """What learns, and what is remembered of it."""
@@ -274,7 +290,7 @@ class Training:
         notes = kept.notes()
         if notes is None:
             return 0
-        self.curve = [Point(*p) for p in notes["curve"]]
+        self.curve, self.slowed = [Point(*p) for p in notes["curve"]], notes["slowed"]
         self._take(kept.latest(), remembered=True)
         return self.curve[-1].step
 

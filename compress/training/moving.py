@@ -96,6 +96,10 @@ class Optimizer:
         for name, p in self.learns.items():
             p.requires_grad_(name in names)
 
+    def forget(self) -> None:
+        """Drop what is remembered of gradients."""
+        self.state.clear()
+
     # --- on disk ---
 
     def tensors(self) -> dict[str, Tensor]:
