@@ -23,7 +23,7 @@ from report import line
 from torch import Tensor, nn
 from variants import outcome, parser, publish
 
-from compress.export.artifact.config import Skipped
+from compress.export.artifact.skipped import Skipped
 from compress.export.runtime import sparse
 from compress.export.runtime.decode import format_of
 from compress.export.runtime.linear import PackedLinear

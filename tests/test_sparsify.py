@@ -18,7 +18,7 @@ from torch import nn
 
 from compress import pipeline
 from compress.cli import main
-from compress.errors import CompressError, FormatError, ModelError
+from compress.errors import CompressError, FormatError
 from compress.evaluate import compare
 from compress.export.artifact.proof import logits
 from compress.export.native import reader
@@ -231,29 +231,6 @@ def test_shares_by_layer_read_no_more_than_one_share(family: Any, text: Path, tm
     assert all(0 < r["keep"] <= 1 for r in records)
     planned = pipeline.plan(path)
     assert any("a token reads" in remark for remark in planned.remarks)
-
-
-def test_a_damaged_sparsity_is_told_in_a_line(family: Any, text: Path, tmp_path: Path) -> None:
-    made = bake(tmp_path, family("llama"), text, "native", {"sparsify": {"allocate": False}})
-    folder = made.artifacts["native"][0]
-    (folder / "compress.json").unlink()
-    path, good = folder / "config.json", json.loads((folder / "config.json").read_text())
-    held = good["quantization_config"]["sparsity"]
-    stem = next(iter(held))
-    for said, match in (
-        (held | {stem: {"by": "cats:sing", "rows": [], "columns": []}}, "unknown sparsity"),
-        (held | {stem: {"by": "predictor:r4", "rows": [], "columns": []}}, "sparsity_"),
-        (held | {"model.layers.9.mlp.gate_proj": {"by": "cats:silu", "rows": [], "columns": []}}, "no matrix of this model"),
-        (held | {stem: {"by": "cats:silu", "rows": ["../up"], "columns": []}}, "no matrix of this model"),
-        (held | {stem: {"by": "cats:silu"}}, "is broken"),
-        ([], "is broken"),
-        ({}, "does not account for|no tensor of"),
-    ):
-        path.write_text(json.dumps(good | {"quantization_config": good["quantization_config"] | {"sparsity": said}}))
-        for read in (reader.read, load):
-            with pytest.raises(ModelError, match=match) as caught:
-                read(folder)
-            assert "\n" not in str(caught.value)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

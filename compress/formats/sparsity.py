@@ -18,15 +18,17 @@ read, for what a neuron takes there is not to be had alone: trellis and entropy 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from compress.errors import FormatError
+from compress.errors import FormatError, ModelError
 from compress.formats import bitpack
 from compress.formats.codebooks import NF, Lut
 from compress.formats.floats import Float
@@ -35,6 +37,7 @@ from compress.formats.grid import Listing, Shape, listed_bytes
 from compress.formats.ints import Dense, Int
 
 THRESHOLD, DOWN, UP = "sparsity_threshold", "sparsity_A", "sparsity_B"  # suffixes of tensors
+SUFFIXES = (THRESHOLD, DOWN, UP)
 KINDS = ("cats", "teal", "predictor")
 WHOLE = 0.6  # share of the neurons of a batch above which a matrix is read whole: to gather costs more than it spares then
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -44,6 +47,9 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
     "relu2": lambda x: functional.relu(x).square(),
 }
+IN_CONFIGS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "relu": "relu",
+              "gelu_pytorch_tanh": "gelu_tanh", "relu2": "relu2"}  # fmt: skip
+assert set(IN_CONFIGS.values()) == set(ACTIVATIONS)
 _TEXT = re.compile(r"(teal)|cats:(\w+?)(:joined)?|predictor:r(\d+)(:joined)?")
 
 
@@ -91,6 +97,15 @@ class Sparsity:
         """Bytes that are read for a token to find what it needs."""
         return listed_bytes(self.tensors(shape))
 
+    def require(self, tensors: Mapping[str, Tensor], stem: str) -> None:
+        """ModelError where a tensor of the matrix at `stem` holds what nothing can be compared with: NaN or infinite values, or,
+        where it is magnitudes that are compared, negative ones."""
+        least = -math.inf if self.kind == "predictor" else 0.0
+        for suffix, t in tensors.items():
+            if not bool((t.isfinite() & (t >= least)).all()):
+                kinds = "NaN, infinite or negative" if suffix == THRESHOLD and not least else "NaN or infinite"
+                raise ModelError(f"'{stem}.{suffix}' holds {kinds} values; the artifact is damaged, export it again")
+
     def inputs(self, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """Of `teal`: the inputs [..., K] with zeros for those that are left out."""
         return torch.where(x.abs() >= tensors[THRESHOLD].to(x.dtype), x, torch.zeros((), dtype=x.dtype, device=x.device))
@@ -110,6 +125,14 @@ class Sparsity:
         if not self.joined:
             return torch.where(active, y, torch.zeros((), dtype=y.dtype, device=y.device))
         return torch.cat([torch.where(active, y[..., : active.shape[-1]], 0), y[..., active.shape[-1] :]], -1)
+
+
+def activation_of(config: Any) -> str:
+    """What stands behind the first matrix of an MLP by a config of transformers', as the config calls it; "" where it does not
+    say."""
+    config = config.get_text_config()
+    names = ("hidden_activation", "hidden_act", "activation_function", "activation")
+    return next((str(act) for name in names if (act := getattr(config, name, None))), "")
 
 
 # --- bytes that are read ----------------------------------------------------------------------------------------------

@@ -24,13 +24,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
-from compress.export.artifact.config import Skipped
+from compress.export.artifact import checks, skipped
+from compress.export.artifact.skipped import Skipped
 from compress.export.runtime.decode import format_of, named, rows_of
 from compress.export.runtime.linear import PackedLinear
 from compress.export.runtime.neurons import BLOCK, Neurons, summed
+from compress.export.runtime.reading import Artifact
 from compress.formats import Dense, Format
-from compress.formats.sparsity import WHOLE, Sparsity, columns_alone, row_bytes, rows_alone, whole_bytes
+from compress.formats.sparsity import (
+    IN_CONFIGS,
+    WHOLE,
+    Sparsity,
+    activation_of,
+    columns_alone,
+    row_bytes,
+    rows_alone,
+    whole_bytes,
+)
 
 FEW = 32  # rows of a batch, beyond which nothing is looked for: together they need all
 
@@ -232,11 +244,28 @@ class Plan:
     skipped: Mapping[str, Skipped] = field(default_factory=dict)
 
 
-def hold(model: nn.Module, skipped: Mapping[str, Skipped], path_of: Callable[[str], str]) -> tuple[dict[str, str], Plan]:
+def check(model: Any, artifact: Artifact, path_of: Callable[[str], str]) -> None:
+    """ModelError where config.json, weights and model do not agree on what is left out; `path_of` as for `hold`."""
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+
+    def shaped(stem: str) -> tuple[int, int] | None:
+        module = model.get_submodule(path_of(stem))
+        known = isinstance(module, nn.Linear | Conv1D) and module not in ends
+        return shape_of(module) if known else None
+
+    activation = IN_CONFIGS.get(activation_of(model.config), "")
+    skipped.check(artifact.skipped, shaped, activation, artifact.folder / "config.json")
+    for stem, said in artifact.skipped.items():
+        listing = said.how.tensors(shape_of(model.get_submodule(path_of(stem))))
+        wanted = {f"{stem}.{suffix}": kind for suffix, kind in listing.items()}
+        checks.require(artifact.folder, said.how, wanted, checks.in_specs(artifact.specs))
+
+
+def hold(model: nn.Module, left_out: Mapping[str, Skipped], path_of: Callable[[str], str]) -> tuple[dict[str, str], Plan]:
     """Give modules places for thresholds and predictors; name on disk -> name in the model, and what is to be left out.
     `path_of`: the module of a stem on disk."""
     table, found = dict[str, str](), dict[str, Skipped]()
-    for stem, said in skipped.items():
+    for stem, said in left_out.items():
         path = path_of(stem)
         module = model.get_submodule(path)
         for suffix, (dtype, size) in said.how.tensors(shape_of(module)).items():
@@ -247,8 +276,10 @@ def hold(model: nn.Module, skipped: Mapping[str, Skipped], path_of: Callable[[st
 
 
 def arrange(model: nn.Module, plan: Plan) -> None:
-    """Have the modules of a loaded model leave out what they are to."""
+    """Have the modules of a loaded model leave out what they are to; ModelError where thresholds are none."""
     for path, said in plan.skipped.items():
+        module = model.get_submodule(path)
+        said.how.require({suffix: getattr(module, suffix) for suffix in said.how.tensors(shape_of(module))}, path)
         if said.how.kind == "teal":
             put(model, path, lambda m, how=said.how: Skipper(m, how))  # type: ignore[misc]
             continue
