@@ -38,6 +38,7 @@ from compress.formats import (
     lanes,
     numbers_of,
     parse,
+    weight_of,
 )
 from compress.formats.lattice import Chosen
 from compress.manager import Context, Cost, Pass
@@ -184,6 +185,10 @@ class Quantize(Pass):
         """W in a quantized format, by this pass's method, under the Hessian that was factored (None: nothing was seen)."""
         encode: Encoder = ENCODERS.get(type(fmt), on_grid)
         return encode(self, W_nk, factor, fmt, case)
+
+    def asks_all(self, fmt: Format) -> bool:
+        """Whether more of a Hessian is asked than its diagonal, to make a format of a matrix by this pass's method."""
+        return self.by_inputs or type(weight_of(fmt)) in ENCODERS
 
     def tries(
         self, W_nk: Tensor, factor: core.Factor | None, formats: Sequence[Format], case: Case
