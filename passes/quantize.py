@@ -23,12 +23,11 @@ from torch import Tensor
 
 from compress.errors import FormatError, RecipeError
 from compress.formats import (
-    Coded,
+    Can,
     Ecq,
     Factored,
     Float,
     Format,
-    Ggml,
     Lattice,
     LowRank,
     Rotated,
@@ -59,8 +58,6 @@ FormatText = Annotated[
     PlainSerializer(str),
     WithJsonSchema({"type": "string", "examples": ["int4:g128", "int3:g64:asym", "int8:channel"]}),
 ]
-
-UNLEARNT = Rotated | Coded | Ggml | Float | Served  # formats whose levels no descent moves
 
 
 class Quantize(Pass):
@@ -146,11 +143,11 @@ class Quantize(Pass):
             if isinstance(held, Factored) and self.method == "learned":
                 raise RecipeError(f"'{name}' is {held} by an earlier step, and of factors nothing is learned; use method: gptq",
                                   ("method",))  # fmt: skip
-            if isinstance(fmt, UNLEARNT) and self.method == "learned":
+            if Can.LEARN not in fmt.can and self.method == "learned":
                 raise RecipeError(
                     f"'{name}' is to be {fmt}, which is not learned; use method: gptq, or a format such as int3:g64", at
                 )
-            if isinstance(fmt, LowRank | Factored | UNLEARNT) and isinstance(held, Factored):
+            if (isinstance(fmt, LowRank | Factored) or Can.LEARN not in fmt.can) and isinstance(held, Factored):
                 raise FormatError(f"'{name}' is {held} by an earlier step: give its factors a format with a grid and without a "
                                   f"rank, such as int4:g64, not {fmt}", at)  # fmt: skip
             if isinstance(fmt, Factored):

@@ -154,5 +154,5 @@ def test_experts_of_an_unread_layout_are_passed_by_in_any_dtype(tmp_path: Path) 
     config = transformers.GptOssConfig(**SMALL, **GROUPED, **IDS_OF, head_dim=16, num_local_experts=4, num_experts_per_tok=2)
     state = open_model(str(make_model(tmp_path, config, torch.float32))).state
     Rotate(stream=False).foresee(state)
-    with pytest.raises(ModelError, match="cannot be turned: '.*post_attention_layernorm' acts on what is added to it"):
+    with pytest.raises(ModelError, match=r"cannot be turned: '.*post_attention_layernorm' acts on what is added to it"):
         Rotate().foresee(state)

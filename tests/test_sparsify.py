@@ -27,9 +27,9 @@ from compress.export.runtime.decode import named
 from compress.export.runtime.linear import PackedLinear
 from compress.export.runtime.neurons import Neurons
 from compress.export.runtime.sparse import Matrix
-from compress.formats import parse
+from compress.formats import Can, parse
 from compress.formats.grid import Grid
-from compress.formats.sparsity import THRESHOLD, Sparsity, column_bytes, columns_alone, row_bytes
+from compress.formats.sparsity import THRESHOLD, Sparsity, column_bytes, row_bytes
 from compress.manager import Context
 from compress.model.data import Tokens
 from compress.model.model import open_model
@@ -126,7 +126,7 @@ def test_rows_and_columns_alone_are_those_of_the_matrix(text: str) -> None:
     assert torch.equal(held.at(columns), W[:, columns].T)
     every = torch.arange(k)
     assert held.nbytes(every) == column_bytes(parse(text), (n, k), k)
-    assert columns_alone(parse(text))
+    assert Can.SKIP_COLUMNS in parse(text).can
 
 
 def test_what_several_rows_need_is_their_union_and_above_a_share_all_is_read() -> None:

@@ -12,8 +12,8 @@ A silent neuron's y_j is put to zero. Every activation here maps zero to zero, s
 whoever multiplies by `down` sees that by itself. `:joined` says that the matrix holds gate above up, of which the gate is meant.
 
 As a format does, a value here has a text, lists its tensors, and knows what is read of a matrix in bytes. Engines leave out rows
-of a matrix whose codes lie in rows (`rows_alone`), and columns of one that can be turned over (`columns_alone`); of others all is
-read, for what a neuron takes there is not to be had alone: trellis and entropy codes, factors and rotations.
+of a matrix whose codes lie in rows (`Can.SKIP_ROWS`), and columns of one that can be turned over (`Can.SKIP_COLUMNS`); of others
+all is read, for what a neuron takes there is not to be had alone: trellis and entropy codes, factors and rotations.
 """
 
 from __future__ import annotations
@@ -31,9 +31,8 @@ from torch.nn import functional
 from compress.errors import FormatError, ModelError
 from compress.formats import bitpack
 from compress.formats.codebooks import NF, Lut
-from compress.formats.floats import Float
-from compress.formats.formats import Format, Ggml
-from compress.formats.grid import Listing, Shape, listed_bytes
+from compress.formats.formats import Format
+from compress.formats.grid import Can, Listing, Shape, listed_bytes
 from compress.formats.ints import Dense, Int
 
 THRESHOLD, DOWN, UP = "sparsity_threshold", "sparsity_A", "sparsity_B"  # suffixes of tensors
@@ -138,16 +137,6 @@ def activation_of(config: Any) -> str:
 # --- bytes that are read ----------------------------------------------------------------------------------------------
 
 
-def rows_alone(fmt: Format) -> bool:
-    """Whether single rows of a matrix can be read."""
-    return isinstance(fmt, Dense | Int | NF | Lut | Float | Ggml) and getattr(fmt, "double", None) is None
-
-
-def columns_alone(fmt: Format) -> bool:
-    """Whether a matrix can be turned over, so that single columns can be read."""
-    return isinstance(fmt, Dense | Int | NF | Lut) and getattr(fmt, "double", None) is None
-
-
 def whole_bytes(fmt: Format, shape: Shape) -> int:
     """Bytes of a matrix that is read whole."""
     return listed_bytes({suffix: held for suffix, held in fmt.tensors(shape).items() if not suffix.endswith("weight_shape")})
@@ -155,13 +144,13 @@ def whole_bytes(fmt: Format, shape: Shape) -> int:
 
 def row_bytes(fmt: Format, shape: Shape, rows: float) -> float:
     """Bytes of so many rows of a matrix [N, K]; of the whole where rows are not to be had alone."""
-    return whole_bytes(fmt, shape) * (rows / shape[0] if rows_alone(fmt) else 1.0)
+    return whole_bytes(fmt, shape) * (rows / shape[0] if Can.SKIP_ROWS in fmt.can else 1.0)
 
 
 def column_bytes(fmt: Format, shape: Shape, columns: float) -> float:
     """Bytes of so many columns of a matrix [N, K] that is turned over: codes of these alone, and the scales of all groups, which
     columns share."""
-    if not columns_alone(fmt):
+    if Can.SKIP_COLUMNS not in fmt.can:
         return whole_bytes(fmt, shape)
     n, k = shape
     if isinstance(fmt, Dense):

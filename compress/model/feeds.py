@@ -144,7 +144,7 @@ def _trace(model: nn.Module) -> dict[str, list[str]]:
 
 
 def holds_stacks(module: nn.Module) -> bool:
-    """Whether a module is experts, of a layout that is read or of another: matrices in one tensor, whose products need numbers."""
+    """Whether a module is experts, in a layout that is read or in another: of their products some have no kernels there."""
     return is_experts(module) or any(p.ndim == 3 and min(p.shape) > 1 for p in module.parameters(recurse=False))
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from compress.errors import MatchError, RecipeError, did_you_mean
-from compress.formats import Coded, Dense, Factored, Float, Ggml, LowRank, Rotated, Served
+from compress.formats import Can, Dense, Factored, LowRank, Served
 from compress.formats.formats import Format
 from compress.formats.grid import Quantized
 from compress.model.names import places, same_parameters
@@ -179,7 +179,8 @@ def learning(state: State, site: Site, word: str) -> Kind:
     if word == "norms":
         return Kind.NOTHING
     if (
-        isinstance(fmt, Rotated | Coded | Ggml | Float)
+        fmt is not None
+        and Can.LEARN not in fmt.can
         and (site.block is not None or word != "lora")
         and (word in WORDS or fnmatchcase(site.name, word))
     ):
@@ -213,7 +214,7 @@ def takes_factors(fmt: Format | None) -> bool:
     """Whether a matrix in this format can learn by factors: those that it has, or new ones."""
     if isinstance(fmt, LowRank):
         return isinstance(fmt.factors, Dense)
-    return fmt is None or (isinstance(fmt, Quantized) and not isinstance(fmt, Factored | Float))
+    return fmt is None or (isinstance(fmt, Quantized) and Can.LEARN in fmt.can)
 
 
 def nothing(state: State, word: str) -> Exception:

@@ -11,8 +11,8 @@ A module stays what it is, a Linear with its matrix packed or dense; what is rep
 What is chosen for several rows is the union of what each needs: of a share ρ of the neurons, 1 - (1 - ρ)^rows were they
 independent. Where that is more than `WHOLE`, and for more rows than `FEW`, the matrix is read whole, as it is on other devices
 than CPUs: kernels of tiles multiply all they have. Matrices whose columns are skipped are turned over once (neurons.py; a dense
-one in place, by its strides). Single rows of formats that have none (`rows_alone`), and columns of those (`columns_alone`), are
-not skipped either, nor those of a module that is no Linear, such as GPT-2's.
+one in place, by its strides). Rows of formats that have none apart (`Can.SKIP_ROWS`), and columns (`Can.SKIP_COLUMNS`), are not
+skipped either, nor those of a module that is no Linear, such as GPT-2's.
 """
 
 from __future__ import annotations
@@ -32,15 +32,13 @@ from compress.export.runtime.decode import format_of, named, rows_of
 from compress.export.runtime.linear import PackedLinear
 from compress.export.runtime.neurons import BLOCK, Neurons, summed
 from compress.export.runtime.reading import Artifact
-from compress.formats import Dense, Format
+from compress.formats import Can, Dense, Format
 from compress.formats.sparsity import (
     IN_CONFIGS,
     WHOLE,
     Sparsity,
     activation_of,
-    columns_alone,
     row_bytes,
-    rows_alone,
     whole_bytes,
 )
 
@@ -62,8 +60,8 @@ class Matrix:
         self.module, self.shape = module, shape_of(module)
         packed = isinstance(module, PackedLinear)
         self.format: Format = format_of(module.format) if packed else Dense(module.weight.dtype)
-        self.has_rows = isinstance(module, nn.Linear) and rows_alone(self.format)
-        self.has_columns = isinstance(module, nn.Linear) and columns_alone(self.format)
+        self.has_rows = isinstance(module, nn.Linear) and Can.SKIP_ROWS in self.format.can
+        self.has_columns = isinstance(module, nn.Linear) and Can.SKIP_COLUMNS in self.format.can
         self._held: tuple[torch.dtype, Any] | None = None
 
     @property
