@@ -74,9 +74,9 @@ def learnt(state: State, choice: Choice) -> list[Learnt]:
                   for name, shape in numbers(state, choice, site).items()]  # fmt: skip
     users = users_of_others(state) if choice.tensors else {}
     for spec in (spec for spec in state.specs if spec.name in choice.tensors):
-        used = users[spec.name]
-        first = min((b for b in used if b is not None), default=None)
-        found.append(Learnt(spec.name, tuple(spec.shape), next(iter(used)) if len(used) == 1 else None, first=first))
+        within = users[spec.name]
+        first = min((b for b in within if b is not None), default=None)
+        found.append(Learnt(spec.name, tuple(spec.shape), next(iter(within)) if len(within) == 1 else None, first=first))
     return found
 
 

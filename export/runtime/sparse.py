@@ -17,6 +17,7 @@ skipped either, nor those of a module that is no Linear, such as GPT-2's.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -125,11 +126,28 @@ class Choice:
     index: Tensor | None = None
 
 
-class Sparse:
-    """What stands for the `forward` of a module. read: bytes of its matrix that were read so far."""
+class Sparse(ABC):
+    """What stands for the `forward` of a module. read: bytes of its matrix, and of what it chooses by, that were read so far;
+    passes: how often it was asked."""
+
+    how: Sparsity | None = None
 
     def __init__(self, module: Any):
-        self.module, self.matrix, self.read, self.whole = module, Matrix(module), 0.0, module.forward
+        self.module, self.matrix, self.read, self.passes, self.whole = module, Matrix(module), 0.0, 0, module.forward
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        return self.multiplied(x)
+
+    @abstractmethod
+    def multiplied(self, x: Tensor) -> Tensor:
+        """x [.., K] -> [.., N], of all that is not left out."""
+
+    @property
+    def unread(self) -> float:
+        """Bytes that were left unread so far."""
+        chosen_by = 0 if self.how is None else self.how.nbytes(self.matrix.shape)
+        return self.passes * (whole_bytes(self.matrix.format, self.matrix.shape) + chosen_by) - self.read
 
     def all(self, x: Tensor) -> Tensor:
         """The product with the whole matrix."""
@@ -152,7 +170,7 @@ class Chooser(Sparse):
         super().__init__(module)
         self.how, self.choice, self.can = how, choice, self.matrix.has_rows
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def multiplied(self, x: Tensor) -> Tensor:
         """x [.., K] -> [.., N], zero where neurons are silent."""
         tensors = {name: getattr(self.module, name) for name in self.how.tensors(self.matrix.shape)}
         self.read += self.how.nbytes(self.matrix.shape)
@@ -198,7 +216,7 @@ class Reader(Sparse):
         super().__init__(module)
         self.choice, self.can = choice, self.matrix.has_rows
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def multiplied(self, x: Tensor) -> Tensor:
         """x [.., K] -> [.., N], zero where neurons are silent."""
         index = self.choice.index if self.choice.of is x else None
         self.choice.of = None
@@ -217,7 +235,7 @@ class Skipper(Sparse):
         self.matrix.turn()
         self.how, self.can = how, self.matrix.has_columns
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def multiplied(self, x: Tensor) -> Tensor:
         """x [.., K] -> [.., N]."""
         if self.how is not None:
             self.read += self.how.nbytes(self.matrix.shape)
@@ -295,11 +313,13 @@ def put(model: nn.Module, path: str, made: Callable[[Any], Sparse]) -> None:
     module.forward = made(module)
 
 
-def bytes_read(model: nn.Module) -> float:
-    """Bytes of matrices, thresholds and predictors that the sparse modules of a model have read since this was last asked."""
-    total = 0.0
+def bytes_read(model: nn.Module) -> tuple[float, float]:
+    """Bytes of matrices, thresholds and predictors that the sparse modules of a model have read since this was last asked, and
+    those that they have left unread."""
+    read = unread = 0.0
     for module in model.modules():
         held = vars(module).get("forward")
         if isinstance(held, Sparse):
-            total, held.read = total + held.read, 0.0
-    return total
+            read, unread = read + held.read, unread + held.unread
+            held.read, held.passes = 0.0, 0
+    return read, unread
