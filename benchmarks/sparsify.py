@@ -23,7 +23,7 @@ from report import line
 from torch import Tensor, nn
 from variants import outcome, parser, publish
 
-from compress.export.artifact.config import Skipped
+from compress.export.artifact.skipped import Skipped
 from compress.export.runtime import sparse
 from compress.export.runtime.decode import format_of
 from compress.export.runtime.linear import PackedLinear
@@ -103,7 +103,7 @@ def times() -> list[str]:
             all_read, some = alternately(partial(plain, x), partial(mlp, x))
             sparse.bytes_read(mlp)
             mlp(x)
-            read = sparse.bytes_read(mlp) / sum(t.nbytes for t in (*plain.parameters(), *plain.buffers()))
+            read = sparse.bytes_read(mlp)[0] / sum(t.nbytes for t in (*plain.parameters(), *plain.buffers()))
             ms = [f"{1e3 * seconds:.1f}" for seconds in (all_read, some)]
             found.append(line([fmt, f"{dropped:.0%}", *ms, f"{some / all_read:.2f}", f"{read:.0%}"]))
             print(found[-1], flush=True)

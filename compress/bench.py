@@ -21,10 +21,12 @@ from compress.state.plan import size
 
 @dataclass
 class Speed:
-    """Seconds of each prefill of the prompt, and of a decoded token, the mean over one continuation."""
+    """Seconds of each prefill of the prompt, and of a decoded token, the mean over one continuation. weight_bytes: of all that a
+    pass may read; unread: of these what the prefill, and what a decoded token, asked nothing of."""
 
     engine: str
     weight_bytes: int
+    unread: tuple[float, float] = (0.0, 0.0)
     prefill: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
 
@@ -37,7 +39,7 @@ def measure(engines: Sequence[Engine], prompt: torch.Tensor, new: int, repeats: 
     speeds = [Speed(e.name, 0) for e in engines]
     for turn in range(repeats + 1):
         for engine, speed in zip(engines, speeds, strict=True):
-            prefill, decode = once(engine, prompt, new)
+            prefill, decode, speed.unread = once(engine, prompt, new)
             if turn:
                 speed.prefill.append(prefill)
                 speed.decode.append(decode)
@@ -47,14 +49,16 @@ def measure(engines: Sequence[Engine], prompt: torch.Tensor, new: int, repeats: 
     return speeds
 
 
-def once(engine: Engine, prompt: torch.Tensor, new: int) -> tuple[float, float]:
-    """Seconds of the prefill, and of a decoded token."""
+def once(engine: Engine, prompt: torch.Tensor, new: int) -> tuple[float, float, tuple[float, float]]:
+    """Seconds of the prefill, and of a decoded token; bytes of weights that each left unread."""
+    engine.unread()
     start = time.perf_counter()
     logits, cache = engine.prefill(prompt)
-    filled = time.perf_counter()
+    filled = time.perf_counter() - start
+    spared, start = engine.unread(), time.perf_counter()
     for _ in range(new):
         logits, cache = engine.step(logits[:, -1:].argmax(-1), cache)
-    return filled - start, (time.perf_counter() - filled) / new
+    return filled, (time.perf_counter() - start) / new, (spared, engine.unread() / new)
 
 
 def rows(original: Speed, ours: Speed, prompt: int) -> list[Row]:
@@ -67,17 +71,20 @@ def rows(original: Speed, ours: Speed, prompt: int) -> list[Row]:
     def faster(which: str) -> str:
         return f"{median(getattr(original, which)) / median(getattr(ours, which)):.2f}"
 
-    read, ours_read = original.weight_bytes, ours.weight_bytes
-    smaller = f"{read / max(1, ours_read):.2f}"
+    def read(which: str, at: int, tokens: int) -> Row:
+        theirs, mine = (speed.weight_bytes - speed.unread[at] for speed in (original, ours))
+        sizes = size(round(theirs / tokens)), size(round(mine / tokens))
+        return [f"weights read per token, {which}", *sizes, f"{theirs / max(1, mine):.2f}"]
+
     return [["engine", original.engine, ours.engine, ""],
             ["prefill, tokens/s", rates(original.prefill, prompt), rates(ours.prefill, prompt), faster("prefill")],
             ["decode, tokens/s", rates(original.decode, 1), rates(ours.decode, 1), faster("decode")],
-            ["weights read per token, prefill", size(read // prompt), size(ours_read // prompt), smaller],
-            ["weights read per token, decode", size(read), size(ours_read), smaller]]  # fmt: skip
+            read("prefill", 0, prompt), read("decode", 1, 1)]  # fmt: skip
 
 
 def json_of(original: Speed, ours: Speed, prompt: int) -> dict[str, Any]:
     """The medians, for machines."""
     return {name: {"engine": s.engine, "prefill_tokens_per_second": prompt / median(s.prefill),
-                   "decode_tokens_per_second": 1 / median(s.decode), "weight_bytes": s.weight_bytes}
+                   "decode_tokens_per_second": 1 / median(s.decode), "weight_bytes": s.weight_bytes,
+                   "weight_bytes_read_per_token": s.weight_bytes - s.unread[1]}
             for name, s in (("original", original), ("artifact", ours))}  # fmt: skip

@@ -200,8 +200,6 @@ def bench_command(options: argparse.Namespace) -> None:
     print(page.columns(bench.rows(before, after, options.prompt), ["", "original", "this", "ratio"], right=(1, 2, 3)))
     print(f"\nmedian (and extremes) of {options.repeats} turns, batch 1, prompt {options.prompt}, {options.new} tokens decoded, "
           f"{torch.get_num_threads()} threads, {options.device}")  # fmt: skip
-    if state.sparsity:
-        print("note: weights are counted whole; of those of sparse matrices a token reads a part, which 'plan' counts")
 
 
 def windows_of(options: argparse.Namespace) -> tuple[data.Windows, Path]:

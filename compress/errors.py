@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class CompressError(ValueError):
@@ -72,6 +73,15 @@ class KernelError(CompressError):
 
 class ContractError(RuntimeError):
     """A pass broke its own promise; the message addresses its author."""
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Inside, what is refused by somebody who knows only numbers is refused with the name of what they belong to in front."""
+    try:
+        yield
+    except CompressError as e:
+        raise type(e)(f"'{name}': {e}", e.at) from None
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

@@ -19,7 +19,7 @@ import torch
 from compress import calibration
 from compress.cache.policy import SERVED
 from compress.export.artifact.exporter import Exporter, Files
-from compress.formats import Dense, by_rows
+from compress.formats import Can, Dense
 from compress.manager import Cost
 from compress.model import speed
 from compress.model.data import BATCH, Windows
@@ -114,7 +114,7 @@ def proof(exporter: Exporter, state: State, layout: Files, run: bool) -> Cost:
 def unpacked_bytes(state: State) -> int:
     """The head's matrix where it has to be unpacked; one that is dense, or whose format stands by rows, is read by them."""
     heads = [state.graph.owner(s) for s in state.graph if s.role == "head"]
-    held = [s for s in heads if not isinstance(fmt := state.format(s), Dense | None) and not by_rows(fmt)]
+    held = [s for s in heads if not isinstance(fmt := state.format(s), Dense | None) and Can.GIVE_ROWS not in fmt.can]
     return sum(s.numel * (state.dtype.itemsize + 1) for s in held)
 
 

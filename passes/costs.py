@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from compress.formats import Rotated
+from compress.passes.rows import CHUNK, at_once
 from compress.state.graph import Site
 
 SOLVING = 12.0  # operations for each weight and input: feedback 1, sweep 2, refit 2, three losses 3, and half as much again
@@ -20,7 +21,6 @@ FACTORING = 2.0  # operations, in fp32, for K³ of a Hessian, which is factored 
 ORDERING = 6.0  # times that an entry of it is read or written before and behind that
 EIGEN_SECONDS = 2e-10  # of a symmetric eigenproblem of side m in fp64, in units of m³, on one core: half of it is no product
 ROUNDED = 9  # copies of the outputs in hand where nothing is fed back
-CHUNK = 1 << 22  # weights that are solved at a time
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def solving(shapes: Iterable[tuple[int, int]]) -> Solving:
     known = list(shapes)
     return Solving(
         SOLVING * sum(1.0 * n * k * k for n, k in known),
-        2.0 * sum(k * -(-n // max(64, CHUNK // k)) for n, k in known),  # feedback, and a sweep
+        2.0 * sum(k * -(-n // at_once(k)) for n, k in known),  # feedback, and a sweep
     )
 
 

@@ -27,7 +27,7 @@ from compress.formats.entropy import Ecq
 from compress.formats.grid import Grid
 from compress.passes import gptq_core as core
 from compress.passes import scales_core
-from compress.passes.rows import WHOLE, Matrix, every, parts
+from compress.passes.rows import Matrix, every, parts, wholes_at_once
 from compress.passes.scales_core import Fitted, sizes
 
 SAMPLED, SHARE = 128, 64  # rows on which the step is looked for, or so small a part of a table
@@ -79,7 +79,7 @@ class Found:
 def solve(W_nk: Matrix, f: core.Factor, fmt: Ecq, scale_dtype: torch.dtype) -> Coded:
     """W [N, K] at the rate of the format, under the Hessian that was factored. FormatError where W is not finite."""
     fmt.check(tuple(W_nk.shape))
-    scale_n, step_k = sizes(W_nk, scale_dtype, rows_of(W_nk)), relative_steps(f)
+    scale_n, step_k = sizes(W_nk, scale_dtype, wholes_at_once(W_nk.shape[1])), relative_steps(f)
     room = room_for(fmt, tuple(W_nk.shape))
     base = looked_for(W_nk, scale_n, f, step_k, room / math.prod(W_nk.shape))
     found, words = fitting(W_nk, scale_n, f, step_k, base, room, fmt.words(tuple(W_nk.shape)))
@@ -93,7 +93,7 @@ def solve(W_nk: Matrix, f: core.Factor, fmt: Ecq, scale_dtype: torch.dtype) -> C
 @torch.no_grad()
 def tried(W_nk: Tensor, f: core.Factor, fmt: Ecq, whole: tuple[int, int]) -> Tensor:
     """What would come of some rows of a matrix of shape `whole`, fp32, nothing coded."""
-    scale_n, step_k = sizes(W_nk, torch.float32, rows_of(W_nk)), relative_steps(f)
+    scale_n, step_k = sizes(W_nk, torch.float32, wholes_at_once(W_nk.shape[1])), relative_steps(f)
     bits = room_for(fmt, whole) / (whole[0] * whole[1])
     found = rounded(W_nk, scale_n, f, step_k, looked_for(W_nk, scale_n, f, step_k, bits))
     kept, fitted = best_fit(W_nk, found, scale_n, f)
@@ -121,7 +121,7 @@ def room_for(fmt: Ecq, shape: tuple[int, ...]) -> float:
 def looked_for(W_nk: Matrix, scale_n: Tensor, f: core.Factor, step_k: Tensor, bits: float) -> float:
     """The base of the steps at which a code takes so many bits, by some of the rows."""
     step = max(1, min(len(W_nk) // SAMPLED, SHARE))
-    some = every(W_nk, step, rows_of(W_nk)), scale_n[::step]
+    some = every(W_nk, step, wholes_at_once(W_nk.shape[1])), scale_n[::step]
     base = first_base(*some, step_k, bits)
     for _ in range(LOOKS):
         found = rounded(*some, f, step_k, base)
@@ -170,15 +170,10 @@ def rounded(W_nk: Matrix, scale_n: Tensor, f: core.Factor, step_k: Tensor, base:
     """GPTQ's feedback on steps of some base."""
     a_k = entropy.stepped(base, step_k)
     codes = torch.empty(tuple(W_nk.shape), dtype=torch.int8, device=W_nk.device)
-    for at in parts(W_nk, rows_of(W_nk)):
+    for at in parts(W_nk, wholes_at_once(W_nk.shape[1])):
         codes[at] = _codes(W_nk[at], scale_n[at], f, a_k)
     spread_k, bits = entropy.spreads(codes)
     return Found(codes, base, step_k, spread_k, bits)
-
-
-def rows_of(W_nk: Matrix) -> int:
-    """How many outputs are in hand at once: they are independent."""
-    return max(1, core.CHUNK // W_nk.shape[1] // WHOLE) * WHOLE
 
 
 def _codes(W_nk: Tensor, scale_n: Tensor, f: core.Factor, a_k: Tensor) -> Tensor:
@@ -199,4 +194,4 @@ def refitted(W_nk: Matrix, found: Found, scale_n: Tensor, f: core.Factor) -> Fit
     def ones(rows: slice) -> Tensor:
         return entropy.restored(found.codes[rows], found.a_k, torch.ones_like(scale_n[rows]))
 
-    return scales_core.refitted(W_nk, ones, scale_n, f, rows_of(W_nk))
+    return scales_core.refitted(W_nk, ones, scale_n, f, wholes_at_once(W_nk.shape[1]))

@@ -48,7 +48,7 @@ from torch import Tensor
 
 from compress.formats.grid import Grid, Quantized, Rounds, in_groups, join, refuse_nan
 from compress.passes import clip_core
-from compress.passes.rows import Matrix
+from compress.passes.rows import Matrix, at_once
 
 ORDERS = ("activation", "natural")
 # Where nothing else is said: at least the first, and the second times inputs per token (see `damp_for`); benchmarks/damping.py
@@ -58,7 +58,6 @@ _DAMPS = (1, 10, 100)  # times `damp`, in turn, while the factorisation fails
 _TILE = 128  # inputs; side of the blocks in which triangular products skip what is zero
 _STRIP = 256  # columns that the factorisation has in hand
 _TOKENS = 2048  # tokens in one product, so that they stay in cache
-CHUNK = 1 << 22  # weights solved at a time; outputs are independent, so this bounds the memory only
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,7 +221,7 @@ def retarget(W_nk: Tensor, E_nk: Tensor, f: Factor, strength: float) -> Tensor:
     W corrects the drift of the inputs, exactly as Qronos (arXiv 2505.11695) does, at the price of a second, unquantized
     stream of activations.
     """
-    moved_nk, rows = torch.empty_like(W_nk), max(64, CHUNK // W_nk.shape[1])
+    moved_nk, rows = torch.empty_like(W_nk), at_once(W_nk.shape[1])
     for i in range(0, len(W_nk), rows):
         at = slice(i, i + rows)
         E_kn = E_nk[at].T.to(f.L_kk.dtype).index_select(0, f.order_k)
@@ -273,7 +272,7 @@ def _chunked(
     """The grid of the whole matrix first, since some formats share parameters over it; then some outputs at a time."""
     fmt.check(tuple(W_nk.shape))
     refuse_nan(W_nk)
-    rows = max(64, CHUNK // W_nk.shape[1])
+    rows = at_once(W_nk.shape[1])
     grid = clip_core.fit(W_nk, fmt, clip, scale_dtype, f.diag_k, f.L_kk.dtype, rows)
     starts = range(0, len(W_nk), rows)
     parts = [_solve(W_nk[i : i + rows], f, fmt, grid.map(lambda t, i=i: t[i : i + rows]), refine, block) for i in starts]  # type: ignore[misc]

@@ -29,12 +29,12 @@ from compress.formats.ggml import SUPER
 from compress.formats.grid import refuse_nan, round_scale
 from compress.formats.lattice import EIGHT, Chosen, Lattice
 from compress.passes import gptq_core as core
+from compress.passes.rows import at_once
 
 SWEEPS = 2
 _TRIES = (0.65, 0.75, 0.85, 0.95, 1.05)  # of a group's extreme over the largest number of a point
 _UNITS = 12  # units tried for a block: where its largest scale lands among 1, 3 ... 31
 _PANEL = 16  # blocks between two products with all that comes before
-_ROWS = 1 << 21  # weights solved at a time
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ def solve(W_nk: Tensor, f: core.Factor, fmt: Lattice, feedback: bool = True) -> 
     """W [N, K] in a vector format under the Hessian that was factored; no output loses more than by rounding."""
     fmt.check(tuple(W_nk.shape))
     refuse_nan(W_nk)
-    order = Order.of(f) if f.lam else None
-    rows = max(64, _ROWS // W_nk.shape[1])
-    parts = [_solve(W.float(), f, fmt, order if feedback else None) for W in W_nk.split(rows)]
+    order = Order.of(f) if feedback and f.lam else None
+    rows = at_once(2 * W_nk.shape[1])
+    parts = [_solve(W.float(), f, fmt, order) for W in W_nk.split(rows)]
     chosen = Chosen(*(torch.cat([getattr(p.chosen, n) for p in parts]) for n in ("points", "negative", "odd", "d")))
     loss_n, rounding_n, energy_n = (torch.cat([getattr(p, n) for p in parts]) for n in ("loss_n", "rounding_loss_n", "energy_n"))
     return Found(chosen, loss_n, rounding_n, energy_n, f.notes)

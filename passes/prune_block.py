@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from compress.errors import ModelError
+from compress.errors import ModelError, naming
 from compress.manager import Context, Record
 from compress.model.couplings import Coupling, named
 from compress.model.experts import heard
@@ -190,7 +190,8 @@ class Block:
             notes = factor.notes
             if factor.lam > 0:
                 W_nk = gptq_core.retarget(W_nk, self.drift.of([c.reader], W_nk), factor, self.options.drift / self.drift.tokens)
-        return core.prepare(W_nk, H_kk, c.columns.to(W_nk.device), damp=damp), notes
+        with naming(c.reader.name):
+            return core.prepare(W_nk, H_kk, c.columns.to(W_nk.device), damp=damp), notes
 
     def _order(self, c: Coupling, p: core.Problem) -> Tensor:
         """The units in the order in which they go."""
@@ -198,7 +199,8 @@ class Block:
             norm = self.aim.norms.get(c.reader.name)
             if norm is not None:  # rows are independent but for the choice of who goes
                 p = replace(p, W_nk=p.W_nk * norm.to(p.W_nk)[:, None])
-            return core.sweep(p, self._lost(c)).order_u
+            with naming(c.reader.name):
+                return core.sweep(p, self._lost(c)).order_u
         if self.options.method == "wanda":
             return core.ranked(core.wanda(p))
         if self.options.method == "flap":

@@ -23,12 +23,11 @@ from torch import Tensor
 
 from compress.errors import FormatError, RecipeError
 from compress.formats import (
-    Coded,
+    Can,
     Ecq,
     Factored,
     Float,
     Format,
-    Ggml,
     Lattice,
     LowRank,
     Rotated,
@@ -38,6 +37,7 @@ from compress.formats import (
     lanes,
     numbers_of,
     parse,
+    weight_of,
 )
 from compress.formats.lattice import Chosen
 from compress.manager import Context, Cost, Pass
@@ -58,8 +58,6 @@ FormatText = Annotated[
     PlainSerializer(str),
     WithJsonSchema({"type": "string", "examples": ["int4:g128", "int3:g64:asym", "int8:channel"]}),
 ]
-
-UNLEARNT = Rotated | Coded | Ggml | Float | Served  # formats whose levels no descent moves
 
 
 class Quantize(Pass):
@@ -145,11 +143,11 @@ class Quantize(Pass):
             if isinstance(held, Factored) and self.method == "learned":
                 raise RecipeError(f"'{name}' is {held} by an earlier step, and of factors nothing is learned; use method: gptq",
                                   ("method",))  # fmt: skip
-            if isinstance(fmt, UNLEARNT) and self.method == "learned":
+            if Can.LEARN not in fmt.can and self.method == "learned":
                 raise RecipeError(
                     f"'{name}' is to be {fmt}, which is not learned; use method: gptq, or a format such as int3:g64", at
                 )
-            if isinstance(fmt, LowRank | Factored | UNLEARNT) and isinstance(held, Factored):
+            if (isinstance(fmt, LowRank | Factored) or Can.LEARN not in fmt.can) and isinstance(held, Factored):
                 raise FormatError(f"'{name}' is {held} by an earlier step: give its factors a format with a grid and without a "
                                   f"rank, such as int4:g64, not {fmt}", at)  # fmt: skip
             if isinstance(fmt, Factored):
@@ -184,6 +182,10 @@ class Quantize(Pass):
         """W in a quantized format, by this pass's method, under the Hessian that was factored (None: nothing was seen)."""
         encode: Encoder = ENCODERS.get(type(fmt), on_grid)
         return encode(self, W_nk, factor, fmt, case)
+
+    def asks_all(self, fmt: Format) -> bool:
+        """Whether more of a Hessian is asked than its diagonal, to make a format of a matrix by this pass's method."""
+        return self.by_inputs or type(weight_of(fmt)) in ENCODERS
 
     def tries(
         self, W_nk: Tensor, factor: core.Factor | None, formats: Sequence[Format], case: Case

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+CHUNK = 1 << 22  # weights solved at a time; outputs are independent, so this bounds the memory only
 WHOLE = 256  # rows in hand are a multiple: rings of trellis codes, and the largest blocks in which outputs are turned
 
 
@@ -40,6 +41,16 @@ class Rows:
     def through(self, f: Callable[[Tensor], Tensor]) -> Rows:
         """What `f` makes of any rows."""
         return Rows(self.shape, lambda rows: f(self.read(rows)), self.device)
+
+
+def at_once(inputs: int) -> int:
+    """How many outputs of a matrix with so many inputs are in hand at once."""
+    return max(64, CHUNK // inputs)
+
+
+def wholes_at_once(inputs: int) -> int:
+    """The same as a multiple of `WHOLE`."""
+    return max(1, CHUNK // inputs // WHOLE) * WHOLE
 
 
 def parts(W_nk: Matrix, rows: int) -> list[slice]:

@@ -230,14 +230,14 @@ class _Block:
         """What the quantizer behind leaves on some rows of the readers, their inputs scaled."""
         solver = next(p for p in self.ctx.following if isinstance(p, Quantize))
         H_kk = core.scaled(H_kk, s_k)
-        tokens = self.ctx.calibration.ids.numel() if self.ctx.calibration else 0
-        damp = solver.damp or gptq_core.damp_for(len(H_kk), tokens)
-        factor = gptq_core.factor(H_kk, damp=damp, order=solver.order)
-        total = 0.0
-        for site in pair.readers[:: -(-len(pair.readers) // TRIED_READERS)]:
-            fmt = self.formats.get(site.name)
-            if fmt is None or isinstance(fmt, Dense | Factored):
-                continue
+        tried = pair.readers[:: -(-len(pair.readers) // TRIED_READERS)]
+        known = {site: fmt for site in tried if not isinstance(fmt := self.formats.get(site.name), Dense | Factored | None)}
+        factor, total = replace(gptq_core.nothing_seen(H_kk), diag_k=H_kk.diagonal()), 0.0  # of which no more may be asked
+        if any(map(solver.asks_all, known.values())):
+            tokens = self.ctx.calibration.ids.numel() if self.ctx.calibration else 0
+            damp = solver.damp or gptq_core.damp_for(len(H_kk), tokens)
+            factor = gptq_core.factor(H_kk, damp=damp, order=solver.order)
+        for site, fmt in known.items():
             W_nk = self._matrix(site).to(H_kk.device, torch.float32)
             W_nk = W_nk[:: -(-len(W_nk) // TRIED_ROWS)] * s_k
             for _, made in solver.tries(W_nk, factor, [fmt], Case(site, self.state, self.ctx)):

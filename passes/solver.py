@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from compress.errors import naming
 from compress.formats import Coded, Dense, Format, Ggml, Int, Packed, Rotated, numbers_of
 from compress.formats.codebooks import NF, Lut
 from compress.formats.grid import Quantized, Storage
@@ -267,7 +268,8 @@ class Solver:
             W_nk = core.retarget(W_nk, self._drift.of(sites, W_nk), factor, self.options.drift / self._drift.tokens)
         outputs = tuple(s.shape[0] for s in sites)
         case = Case(sites[0], self.state, self.ctx, outputs, shared.largest)
-        answer = self.options.solve(W_nk, factor, fmt, case)
+        with naming(case.site.name):
+            answer = self.options.solve(W_nk, factor, fmt, case)
         seconds, rounding_n = shared.seconds + (time.perf_counter() - start) / len(sites), answer.rounding_loss_n
         row = 0
         for site in sites:
@@ -293,7 +295,8 @@ class Solver:
         for row in range(0, len(W_nk), step):
             self.ctx.progress(row, len(W_nk), site.module)
             part = W_nk[row : row + step].to(self.ctx.device, torch.float32)
-            answer = self.options.solve(part, shared.factor, fmt, case)
+            with naming(case.site.name):
+                answer = self.options.solve(part, shared.factor, fmt, case)
             parts.append(answer.pack(slice(0, len(part))))
             off = fmt.dequantize(parts[-1], torch.float32).sub_(part.cpu()) if both else part.new_zeros(1, 1)
             assert answer.rounding_loss_n is not None, "tables become plain formats"
@@ -316,7 +319,8 @@ class Solver:
             return W_nk[rows].to(self.ctx.device, torch.float32)
 
         rows: Any = Rows(site.shape, read, torch.device(self.ctx.device))  # which coded formats take in place of a tensor
-        answer = self.options.solve(rows, shared.factor, fmt, case)
+        with naming(case.site.name):
+            answer = self.options.solve(rows, shared.factor, fmt, case)
         notes = (*shared.notes, *answer.notes)
         if shared.factor is not None and site.role == "embed":
             assert answer.off_n is not None

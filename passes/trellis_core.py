@@ -33,7 +33,7 @@ from compress.formats.trellis import RING, Tcq
 from compress.formats.viterbi import SEEN, Trellis
 from compress.passes import gptq_core as core
 from compress.passes import scales_core
-from compress.passes.rows import WHOLE, Matrix, parts
+from compress.passes.rows import Matrix, parts, wholes_at_once
 from compress.passes.scales_core import Fitted
 
 BLOCK = 32
@@ -61,7 +61,7 @@ def solve(W_nk: Matrix, f: core.Factor, fmt: Tcq, scale_dtype: torch.dtype) -> C
     what they became. FormatError where W is not finite."""
     fmt.check(tuple(W_nk.shape))
     search = _Search(fmt, W_nk.shape[1], W_nk.device, torch.get_num_threads())
-    made = [_part(W_nk[at], search, f, scale_dtype) for at in parts(W_nk, rows_of(W_nk))]
+    made = [_part(W_nk[at], search, f, scale_dtype) for at in parts(W_nk, wholes_at_once(W_nk.shape[1]))]
     tensors, fitted = [packed for packed, _ in made], [one for _, one in made]
     whole = {
         "weight_trellis": torch.cat([packed["weight_trellis"] for packed in tensors], 1),
@@ -85,11 +85,6 @@ def _part(W_nk: Tensor, search: _Search, f: core.Factor, scale_dtype: torch.dtyp
 
     fitted = scales_core.refitted(W_nk, ones, scale_n, f, len(W_nk))
     return search.fmt.pack(states_kn, step_k, fitted.scale_n), fitted
-
-
-def rows_of(W_nk: Matrix) -> int:
-    """How many outputs are in hand at once: whole rings."""
-    return max(1, core.CHUNK // W_nk.shape[1] // WHOLE) * WHOLE
 
 
 def takes(shape: tuple[int, int], fmt: Tcq) -> tuple[float, int]:

@@ -1,4 +1,5 @@
-"""Architectures in which one matrix serves two modules: Llama whose v_proj and k_proj share one weight, or whose blocks do."""
+"""Architectures in which one tensor serves two modules: Llama whose v_proj and k_proj share one weight, or whose blocks share a
+matrix, or a norm."""
 
 from __future__ import annotations
 
@@ -35,3 +36,22 @@ class AcrossForCausalLM(transformers.LlamaForCausalLM):
 
 transformers.AutoConfig.register(AcrossConfig.model_type, AcrossConfig, exist_ok=True)
 transformers.AutoModelForCausalLM.register(AcrossConfig, AcrossForCausalLM, exist_ok=True)
+
+
+class NormConfig(transformers.LlamaConfig):
+    model_type = "norm_llama"
+
+
+class NormForCausalLM(transformers.LlamaForCausalLM):
+    """One norm serves both blocks, twice in one of them, and another a block and the head."""
+
+    config_class = NormConfig
+    _tied_weights_keys = {
+        "model.layers.1.input_layernorm.weight": "model.layers.0.input_layernorm.weight",
+        "model.layers.1.post_attention_layernorm.weight": "model.layers.0.input_layernorm.weight",
+        "model.norm.weight": "model.layers.0.post_attention_layernorm.weight",
+    }
+
+
+transformers.AutoConfig.register(NormConfig.model_type, NormConfig, exist_ok=True)
+transformers.AutoModelForCausalLM.register(NormConfig, NormForCausalLM, exist_ok=True)

@@ -11,11 +11,15 @@ import pytest
 
 from compress import pipeline
 from compress.cli import main
-from compress.errors import ModelError
+from compress.errors import ExportError, ModelError
 from compress.export import runtime
 from compress.export.artifact.files import MARK
 from compress.export.artifact.place import held, mark
 from compress.export.table import EXPORTERS, KINDS
+from compress.formats import parse
+from compress.model.model import open_model
+from compress.passes.quantize import Quantize
+from compress.state.checkpoint import Layout
 from tests.cooking import several
 
 WEIGHTS = {"compressed_tensors": "model.safetensors", "gptq": "model.safetensors", "gguf": "model.gguf",
@@ -148,3 +152,20 @@ def test_a_broken_mark_is_that_of_another_run(copy: Any, note: dict[str, Any]) -
     assert held(folder) == mark(folder)["key"]
     (folder / MARK).write_text(json.dumps(note | {"key": "k"}))
     assert held(folder) is None
+
+
+@pytest.mark.parametrize("name", [name for name in EXPORTERS if name != "gptq"])
+def test_what_a_matrix_takes_beyond_its_format_is_told_by_format(family: Any, name: str) -> None:
+    """So a budget of a file can be kept before there is a file: beside formats and what they grow by, artifacts hold the same."""
+    exporter, model, beside = EXPORTERS[name](), open_model(str(family("llama"))), {}
+    for text in ("int2:g32", "int3:g32", "int3:g32:asym", "int4:g32", "int4:g64:asym", "int5:g64", "int8:g32"):
+        state = Quantize(format=parse(text)).foresee(model.state)
+        try:
+            exporter.check(state)
+        except ExportError:
+            continue
+        own = Layout.of([spec for spec, _, _ in state.entries()]).tensor_bytes
+        more = sum(state.graph[site].numel * exporter.grown(fmt) / 8 for site, fmt in state.formats.items())
+        beside[text] = exporter.layout(model, state).tensor_bytes - own - more
+    assert len(beside) > 1
+    assert max(beside.values()) - min(beside.values()) < 0.005 * own, beside

@@ -21,6 +21,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from compress import pipeline
+from compress.cli import main
 from tests.conftest import Project, contents
 
 LAYERS = 2  # of a project
@@ -145,6 +146,8 @@ MODEL: dict[str, tuple[Change, str]] = {
         r"'model.layers.1.mlp.down_proj.weight' holds NaN or infinite"),
     "inf": (put("model.layers.0.self_attn.q_proj.weight", float("inf")),
         r"'model.layers.0.self_attn.q_proj.weight' holds NaN or"),
+    "too large to be squared": (put("model.layers.1.mlp.down_proj.weight", 1e30),
+        r"'model.layers.1.mlp.down_proj.weight' holds NaN or infinite values, or such of 1e19"),
     "nan in the embedding": (put("model.embed_tokens.weight", float("nan")),
         r"'model.embed_tokens.weight' holds NaN or infinite"),
     "hidden size": (config(hidden_size=128),
@@ -331,8 +334,14 @@ def test_a_full_disk_says_so_and_a_larger_one_goes_on(project: Project, small_di
     assert "(finished before)" in again.out
 
 
+@pytest.fixture(scope="module")
+def ran_before(family: Any, text: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A run has imported all that a run imports: a stranger may not read Python itself, where that lies in a home of root's."""
+    assert main(["run", str(Project.make(tmp_path_factory.mktemp("before"), family("llama", blocks=1), text))]) == 0
+
+
 @pytest.fixture
-def nobody(project: Project) -> Iterator[None]:
+def nobody(ran_before: None, project: Project) -> Iterator[None]:
     """Inside, this process may do what a stranger may; skips where it is no superuser."""
     if os.geteuid() != 0:
         pytest.skip("needs root to become somebody else")

@@ -263,7 +263,7 @@ def test_a_tied_table_is_decoded_once_for_both(family: Any, text: Path, tmp_path
 def test_a_table_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     W, f = problem(1024, 64)
     whole = entropy_core.solve(W, f, fmt_of("ecq3"), torch.bfloat16).tensors
-    monkeypatch.setattr(gptq_core, "CHUNK", 256 * 64)
+    monkeypatch.setattr("compress.passes.rows.CHUNK", 256 * 64)
     read = rows.Rows((1024, 64), lambda at: W[at].clone(), W.device)
     tensors = entropy_core.solve(read, f, fmt_of("ecq3"), torch.bfloat16).tensors
     one, two = (fmt_of("ecq3").dequantize(t, torch.float32) for t in (whole, tensors))

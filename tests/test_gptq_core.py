@@ -126,7 +126,7 @@ def test_chunks_of_outputs_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     W, H = problem(200, 64, dtype=F64)
     f = gptq_core.factor(H)
     whole = gptq_core.quantize(W, f, Int(3, 32, False))
-    monkeypatch.setattr(gptq_core, "CHUNK", 1)
+    monkeypatch.setattr("compress.passes.rows.CHUNK", 1)
     parts = gptq_core.quantize(W, f, Int(3, 32, False))
     assert torch.equal(parts.codes, whole.codes)
     assert torch.equal(parts.grid.scale, whole.grid.scale)
@@ -207,7 +207,7 @@ def test_tables_are_solved_like_integers(text: str, clip: str, monkeypatch: pyte
     W[5] = W[70, :64] = 0
     f = gptq_core.factor(H)
     whole = gptq_core.quantize(W, f, fmt, clip=clip).loss_n.sum()
-    monkeypatch.setattr(gptq_core, "CHUNK", 1)
+    monkeypatch.setattr("compress.passes.rows.CHUNK", 1)
     s, plain = (solve(W, f, fmt, clip=clip) for solve in (gptq_core.quantize, gptq_core.round_to_nearest))
     torch.testing.assert_close(s.loss_n.sum(), whole, rtol=2e-2, atol=0)
     assert (s.loss_n <= s.rounding_loss_n).all()

@@ -42,7 +42,7 @@ TRANSFORMERS = {
 }
 # All that an artifact needs of the rest to be run.
 RUNTIME = ("formats", "cache", "errors", "state.checkpoint", "export.artifact.files", "export.artifact.config",
-           "export.artifact.schemes", "export.artifact.checks", "shapes")  # fmt: skip
+           "export.artifact.schemes", "export.artifact.checks", "export.artifact.skipped", "shapes")  # fmt: skip
 FOLDERS = {"compress": ROOT / "compress", "passes": ROOT / "passes", "export": ROOT / "export"}
 
 

@@ -30,7 +30,7 @@ from compress.training.teacher import Live, Nobody
 from compress.training.zeroth import Directions
 from tests.conftest import GROUPED, IDS, SMALL, covered, make_model
 from tests.pass_laws import TEXT, KilledError, attempt, killed_after
-from tests.sharing import AcrossConfig
+from tests.sharing import AcrossConfig, NormConfig
 from tests.test_distill import pruned, trained
 
 
@@ -85,6 +85,16 @@ def test_a_matrix_of_two_blocks_moves_when_both_are_done(tmp_path: Path) -> None
     alone = training(state, Memory(), ("layers.0.mlp.up",))
     assert alone.student.learns.keys() == {"layers.0.mlp.up:W_nk"}
     assert not torch.equal(after(alone, 1)["layers.0.mlp.up:W_nk"], state.reference(state.graph["layers.0.mlp.up"]))
+
+
+@pytest.mark.parametrize("activations", ["kept", "checkpoint"])
+def test_a_norm_of_two_blocks_or_of_a_block_and_the_head_moves_when_all_are_done(tmp_path: Path, activations: str) -> None:
+    config = NormConfig(**SMALL, **GROUPED, **IDS, tie_word_embeddings=True)
+    state = open_model(str(make_model(tmp_path, config, torch.float32))).state
+    ways = [training(state, Memory(gradients=way, activations=activations)) for way in ("kept", "fused")]
+    assert len([name for name in ways[0].student.learns if "norm" in name]) == 2
+    kept, fused = (after(one, 2) for one in ways)
+    assert all(torch.equal(kept[name], fused[name]) for name in kept)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])

@@ -36,10 +36,11 @@ MORE: dict[str, Any] = {
         shared_expert_intermediate_size=64),
     "ernie4_5_moe": lambda: transformers.Ernie4_5_MoeConfig(
         **SMALL, **GROUPED, **IDS, head_dim=16, moe_num_experts=4, moe_k=2, moe_intermediate_size=64, moe_num_shared_experts=1),
+    "olmoe": lambda: transformers.OlmoeConfig(**SMALL, **GROUPED, **IDS, num_experts=4, num_experts_per_tok=2),
     "gpt_oss": lambda: transformers.GptOssConfig(
         **SMALL, **GROUPED, **IDS, head_dim=16, num_local_experts=4, num_experts_per_tok=2),
 }  # fmt: skip
-MIXTURES = ("mixtral", "qwen3_moe", *(name for name in MORE if name != "gpt_oss"))
+MIXTURES = ("mixtral", "qwen3_moe", *(name for name in MORE if name not in ("gpt_oss", "olmoe")))
 
 
 def made(folder: Path, name: str, **save: Any) -> Model:
@@ -276,6 +277,7 @@ def test_plan_says_what_stays(project: Project, tmp_path: Path) -> None:
     ("mixtral", {}, {"experts": 0.25}, "0.25 of 4 experts are 1, and every token wants 2; keep at least 2 of 4"),
     ("mixtral", {}, {"experts": 0.9}, "0.9 of 4 experts, rounded up, are all of them"),
     ("mixtral", {}, {"experts": 0.5, "mlp": 0.5}, "'mixtral' has no neurons of an MLP that 'prune' knows; leave 'mlp' out"),
+    ("olmoe", {}, {"kv_groups": 0.5}, "groups of heads of 'olmoe' cannot go: '.*q_norm.weight' is over all heads together"),
     ("deepseek_v3", {"num_experts_per_tok": 1}, {"experts": 0.1}, "0.1 of 6 experts are 1, and every token wants 2"),
     ("deepseek_v3", {"n_group": 2}, {"experts": 0.5}, "its router chooses among 2 groups of them first"),
 ])  # fmt: skip
@@ -289,7 +291,7 @@ def test_what_cannot_go_is_one_line(
     with pytest.raises(CompressError, match=says) as caught:
         Prune.model_validate(options).foresee(state)
     assert "\n" not in str(caught.value)
-    assert caught.value.at in (("experts",), ("mlp",))
+    assert caught.value.at in (("experts",), ("mlp",), ("kv_groups",))
 
 
 def test_other_ranks_of_units_do_not_rank_experts() -> None:

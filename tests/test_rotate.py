@@ -9,8 +9,10 @@ import pytest
 import torch
 import transformers
 
+from compress.errors import ModelError
 from compress.export.artifact.proof import logits
 from compress.model.model import open_model
+from compress.passes.rotate import Rotate
 from tests.conftest import FAMILIES, GROUPED, SMALL, covered, make_model
 from tests.conftest import IDS as IDS_OF
 from tests.cooking import bake, refused
@@ -145,3 +147,12 @@ def test_matrices_between_latents_stay(tmp_path: Path, text: Path) -> None:
     for name in ("q_b", "kv_b"):
         site = before.graph[f"layers.0.attn.{name}"]
         assert torch.equal(before.weight(site), after.weight(site))
+
+
+def test_experts_of_an_unread_layout_are_passed_by_in_any_dtype(tmp_path: Path) -> None:
+    """Their products have no kernels on the meta device in fp32; what feeds the matrices around them is known all the same."""
+    config = transformers.GptOssConfig(**SMALL, **GROUPED, **IDS_OF, head_dim=16, num_local_experts=4, num_experts_per_tok=2)
+    state = open_model(str(make_model(tmp_path, config, torch.float32))).state
+    Rotate(stream=False).foresee(state)
+    with pytest.raises(ModelError, match=r"cannot be turned: '.*post_attention_layernorm' acts on what is added to it"):
+        Rotate().foresee(state)

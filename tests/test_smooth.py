@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -134,6 +135,20 @@ def test_pairs_of_norms_alone(model: Any, tmp_path: Path) -> None:
         torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), rtol=1e-4, atol=0)
     for name in ("layers.0.attn.o", "layers.0.mlp.down"):
         assert torch.equal(after.reference(after.graph[name]), before.reference(before.graph[name]))
+
+
+@pytest.mark.parametrize("text", ["int3:g64", "int4:g32:asym", "lut3:g32", "nf3:g32:dq8x16", "q4_1", "fp8:channel/fp8:token"])
+@pytest.mark.parametrize("clip", ["mse", "hessian"])
+def test_rounding_asks_no_more_of_a_hessian_than_its_diagonal(text: str, clip: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    W, X, solver = torch.randn(32, 64, generator=g), torch.randn(256, 64, generator=g), Quantize(method="rtn", clip=clip)
+    size = torch.rand(64, generator=g)
+    H, fmt, case = X.T @ X * size.outer(size), parse(text), SimpleNamespace(scale_dtype=torch.bfloat16, largest=1.0)
+    alone = replace(gptq_core.nothing_seen(H), diag_k=H.diagonal())
+    whole, apart = (next(solver.tries(W, f, [fmt], case))[1] for f in (gptq_core.factor(H), alone))
+    assert not solver.asks_all(fmt)
+    assert torch.equal(whole, apart)
+    assert Quantize().asks_all(fmt)
 
 
 def test_a_family_in_which_nothing_can_be_folded_is_refused(model: Any) -> None:

@@ -175,7 +175,7 @@ def test_outputs_in_parts_take_the_steps_of_the_first(monkeypatch: pytest.Monkey
     g = torch.Generator().manual_seed(4)
     W, f = torch.randn(512, 16, generator=g), problem(64, 16)[1]
     whole = trellis_core.solve(W, f, fmt_of("tcq2"), torch.bfloat16)
-    monkeypatch.setattr(gptq_core, "CHUNK", 256 * 16)
+    monkeypatch.setattr("compress.passes.rows.CHUNK", 256 * 16)
     parts = trellis_core.solve(W, f, fmt_of("tcq2"), torch.bfloat16)
     alone = trellis_core.solve(W[:256], f, fmt_of("tcq2"), torch.bfloat16)
     assert torch.equal(parts.tensors["weight_step"], alone.tensors["weight_step"])

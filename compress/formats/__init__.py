@@ -5,7 +5,8 @@ from __future__ import annotations
 from compress.formats.entropy import Ecq
 from compress.formats.factors import Factored, LowRank
 from compress.formats.floats import Float
-from compress.formats.formats import Coded, Format, Ggml, Packed, base_of, by_rows, integers, numbers_of, parse, weight_of
+from compress.formats.formats import Coded, Format, Ggml, Packed, base_of, integers, numbers_of, parse, weight_of
+from compress.formats.grid import Can
 from compress.formats.ints import Dense, Int
 from compress.formats.lattice import Lattice
 from compress.formats.rotated import Rotated
@@ -15,6 +16,7 @@ from compress.formats.trellis import Tcq
 
 __all__ = [
     "Blocks",
+    "Can",
     "Coded",
     "Dense",
     "Ecq",
@@ -30,7 +32,6 @@ __all__ = [
     "Served",
     "Tcq",
     "base_of",
-    "by_rows",
     "integers",
     "numbers_of",
     "parse",

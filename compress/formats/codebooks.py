@@ -32,7 +32,7 @@ from torch import Tensor
 
 from compress.errors import FormatError
 from compress.formats import bitpack
-from compress.formats.grid import GROUPS, Double, Grid, Grouped, Listing, Shape, round_scale
+from compress.formats.grid import GROUPS, Can, Double, Grid, Grouped, Listing, Shape, round_scale
 
 _DELTA = 1 - (1 / 32 + 1 / 30) / 2  # the outermost quantile: that of bitsandbytes' NF4, used for any number of bits
 _TOPS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -190,6 +190,11 @@ class NF(Codebook):
         return f"nf{self.bits}:g{self.group}" + (f":{self.double}" if self.double else "")
 
     @property
+    def can(self) -> Can:
+        """Where scales are stored together no part of a matrix is read by itself."""
+        return Can.LEARN if self.double else Can.LEARN | Can.SKIP_ROWS | Can.SKIP_COLUMNS
+
+    @property
     def joint(self) -> bool:
         """Doubly quantized scales share an offset over the matrix, and their super-blocks cross rows."""
         return self.double is not None
@@ -253,6 +258,7 @@ class Lut(Codebook):
     bits: int
     group: int
     shared: bool = False
+    can: ClassVar[Can] = Can.LEARN | Can.SKIP_ROWS | Can.SKIP_COLUMNS
     WIDTHS: ClassVar[tuple[int, ...]] = (2, 3, 4)
     rescalable: ClassVar[bool] = True
     double: ClassVar[None] = None

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from compress.errors import FormatError
 from compress.formats import lanes
-from compress.formats.grid import Listing, Shape, listed_bytes
+from compress.formats.grid import Can, Listing, Shape, listed_bytes
 from compress.formats.lanes import ONE
 
 LEAST, MOST = 100, 600  # hundredths of a bit; above, codes of a byte are the limit, and int8 is as good
@@ -53,6 +53,7 @@ class Ecq:
     """Entropy-coded integers at `hundredths` of a bit a weight, everything counted."""
 
     hundredths: int
+    can: ClassVar[Can] = Can.NOTHING
     joint: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

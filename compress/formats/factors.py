@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compress.errors import FormatError
 from compress.formats.codebooks import NF, Lut
-from compress.formats.grid import Listing, Shape, listed_bytes, plain
+from compress.formats.grid import Can, Listing, Shape, listed_bytes, plain
 from compress.formats.ints import BF16, Dense, Int
 from compress.formats.rotated import Rotated
 
@@ -32,6 +32,7 @@ class LowRank:
     base: Int | NF | Lut
     rank: int
     factors: Int | NF | Lut | Dense = BF16
+    can: ClassVar[Can] = Can.LEARN
 
     def __post_init__(self) -> None:
         if isinstance(self.base, Rotated):
@@ -122,6 +123,7 @@ class Factored:
 
     rank: int
     factors: Int | NF | Lut | Dense = BF16
+    can: ClassVar[Can] = Can.LEARN
     joint: ClassVar[bool] = True  # the factors belong to one matrix
 
     def __post_init__(self) -> None:

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from compress.errors import FormatError
 from compress.formats.activations import BIAS, E2M1_MAX, E4M3, E4M3_MAX, divisor, power_of_two, rounded
-from compress.formats.grid import Grid, Grouped, Listing, Shape, round_scale
+from compress.formats.grid import Can, Grid, Grouped, Listing, Shape, round_scale
 
 _TOP = 256.0  # NVFP4's largest scale, as stored: 1.5 times of it is still an e4m3 number
 _E4M3_LEAST = 2.0**-9
@@ -67,6 +67,7 @@ class Float(Grouped):
 
     text: str
     unit: float | None = field(default=None, compare=False, repr=False)
+    can: ClassVar[Can] = Can.SKIP_ROWS
     symmetric: ClassVar[bool] = True
     joint: ClassVar[bool] = False
     learned: ClassVar[bool] = False

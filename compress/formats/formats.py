@@ -40,7 +40,7 @@ from compress.formats.factors import Factored, LowRank
 from compress.formats.floats import KINDS as FLOATS
 from compress.formats.floats import Float
 from compress.formats.ggml import KINDS, LATTICES
-from compress.formats.grid import Grid, Shape, Storage, restore
+from compress.formats.grid import Can, Grid, Shape, Storage, restore
 from compress.formats.ints import BITS, DENSE, Dense, Int
 from compress.formats.lattice import Lattice
 from compress.formats.rotated import BLOCKS, Rotated
@@ -71,13 +71,6 @@ def numbers_of(fmt: Format) -> Numbers:
     return fmt.base if isinstance(fmt, LowRank | Rotated) else fmt.factors if isinstance(fmt, Factored) else fmt
 
 
-def by_rows(fmt: Format) -> bool:
-    """Whether some rows of a matrix can be read without all others."""
-    if isinstance(fmt, Rotated):
-        return fmt.inputs_only and by_rows(fmt.base)
-    return isinstance(fmt, Int | Tcq | Ggml)
-
-
 def integers(formats: Mapping[str, Format]) -> dict[str, Int]:
     """Those of some sites' formats that are plain integers: what most engines have kernels for."""
     return {name: fmt for name, fmt in formats.items() if isinstance(fmt, Int)}
@@ -106,16 +99,17 @@ class Packed:
         return self.format.dequantize(self.tensors, dtype)
 
     def rows(self, rows: slice | list[int], dtype: torch.dtype) -> Tensor:
-        """Some rows of the weight in `dtype`; no others are decoded where the format stands `by_rows`."""
+        """Some rows of the weight in `dtype`; no others are decoded where the format can `GIVE_ROWS`."""
+        if Can.GIVE_ROWS not in self.format.can:
+            return self.dequantize(dtype)[rows]
         if isinstance(self.format, Ggml):
             return self.format.dequantize({"weight_blocks": self.tensors["weight_blocks"][rows]}, dtype)
-        if isinstance(self.format, Rotated) and by_rows(self.format):
+        if isinstance(self.format, Rotated):
             turned = Packed(self.format.base, self.shape, self.tensors).rows(rows, torch.float32)
             return self.format.turn_back(turned, dtype)
         if isinstance(self.format, Tcq):
             return self.format.picked(self.tensors, torch.arange(self.shape[0])[rows], dtype)
-        if not isinstance(self.format, Int):
-            return self.dequantize(dtype)[rows]
+        assert isinstance(self.format, Int)
         fmt, (n, k) = self.format, self.shape
         zero = None
         if not fmt.symmetric:

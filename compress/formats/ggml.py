@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from compress.errors import FormatError
-from compress.formats.grid import Listing, Shape, listed_bytes
+from compress.formats.grid import Can, Listing, Shape, listed_bytes
 
 SUPER = 256
 NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # ggml's table of iq4
@@ -266,6 +267,7 @@ class Stored:
     """What all types share that lie in llama.cpp's blocks: their tensors, and which matrices they fit."""
 
     kind: str
+    can: ClassVar[Can] = Can.GIVE_ROWS | Can.SKIP_ROWS
 
     def __str__(self) -> str:
         return self.kind

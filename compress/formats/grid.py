@@ -6,6 +6,7 @@ a code means on a grid, only the format knows. Names of dimensions: N outputs, K
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,6 +24,16 @@ Listing = dict[str, tuple[torch.dtype, Shape]]  # suffix -> what the tensor of t
 GROUPS = tuple(range(16, 257, 8))
 _LEAST_SCALE = {torch.bfloat16: 2.0**-126, torch.float16: 2.0**-24, torch.float32: 2.0**-126}
 _CHUNK = 1 << 18  # weights decoded at a time, so that the temporaries stay in cache
+
+
+class Can(enum.Flag):
+    """What can be done with a matrix in a format, beyond what all formats can."""
+
+    NOTHING = 0
+    LEARN = enum.auto()  # its numbers move by descent
+    GIVE_ROWS = enum.auto()  # some rows are decoded without all others
+    SKIP_ROWS = enum.auto()  # a row lies together, so that a product may leave some unread
+    SKIP_COLUMNS = enum.auto()  # it can be turned over, so that a product may leave columns unread
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +111,8 @@ def join(parts: list[Grid], whole: Grid) -> Grid:
 class Storage(Protocol):
     """What every format can do: name its tensors, count their bytes, and give the weights back."""
 
+    @property
+    def can(self) -> Can: ...
     @property
     def joint(self) -> bool: ...
     def check(self, shape: Shape) -> None: ...

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from compress.errors import FormatError
 from compress.formats import bitpack
-from compress.formats.grid import GROUPS, Grid, Grouped, Listing, Shape, listed_bytes, round_scale
+from compress.formats.grid import GROUPS, Can, Grid, Grouped, Listing, Shape, listed_bytes, round_scale
 
 DENSE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BITS = range(2, 9)
@@ -41,6 +41,7 @@ class Int(Grouped):
     bits: int
     group: int | None
     symmetric: bool = True
+    can: ClassVar[Can] = Can.LEARN | Can.GIVE_ROWS | Can.SKIP_ROWS | Can.SKIP_COLUMNS
     joint: ClassVar[bool] = False
     learned: ClassVar[bool] = False
     rescalable: ClassVar[bool] = True
@@ -157,6 +158,7 @@ class Dense:
     """No quantization: one tensor `weight` in bf16, fp16 or fp32."""
 
     dtype: torch.dtype
+    can: ClassVar[Can] = Can.LEARN | Can.SKIP_ROWS | Can.SKIP_COLUMNS
     joint: ClassVar[bool] = False
     _names: ClassVar[dict[torch.dtype, str]] = {v: k for k, v in DENSE.items()}
 

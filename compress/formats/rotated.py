@@ -27,7 +27,7 @@ from torch import Tensor
 from compress.errors import FormatError
 from compress.formats.codebooks import NF, Lut
 from compress.formats.entropy import Ecq
-from compress.formats.grid import Listing, Shape
+from compress.formats.grid import Can, Listing, Shape
 from compress.formats.ints import Int
 from compress.formats.trellis import Tcq
 
@@ -54,6 +54,11 @@ class Rotated:
 
     def __str__(self) -> str:
         return f"{self.base}:r{'i' * self.inputs_only}{self.block}"
+
+    @property
+    def can(self) -> Can:
+        """Rows are what those of `base` are, unless outputs are mixed."""
+        return self.base.can & Can.GIVE_ROWS if self.inputs_only else Can.NOTHING
 
     @property
     def joint(self) -> bool:

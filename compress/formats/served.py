@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from compress.errors import FormatError
 from compress.formats import bitpack
 from compress.formats.activations import Activation, divisor
 from compress.formats.floats import CHUNK, Float
-from compress.formats.grid import Listing, Shape, listed_bytes
+from compress.formats.grid import Can, Listing, Shape, listed_bytes
 from compress.formats.ints import Int
 
 Rounding = Callable[[Tensor], Tensor]  # activations [..., K] -> the same as the engine multiplies by them
@@ -34,6 +35,7 @@ class Served:
 
     weight: Int | Float
     input: Activation
+    can: ClassVar[Can] = Can.NOTHING
 
     def __post_init__(self) -> None:
         if not isinstance(self.weight, Int | Float) or not self.weight.symmetric:

@@ -12,29 +12,31 @@ A silent neuron's y_j is put to zero. Every activation here maps zero to zero, s
 whoever multiplies by `down` sees that by itself. `:joined` says that the matrix holds gate above up, of which the gate is meant.
 
 As a format does, a value here has a text, lists its tensors, and knows what is read of a matrix in bytes. Engines leave out rows
-of a matrix whose codes lie in rows (`rows_alone`), and columns of one that can be turned over (`columns_alone`); of others all is
-read, for what a neuron takes there is not to be had alone: trellis and entropy codes, factors and rotations.
+of a matrix whose codes lie in rows (`Can.SKIP_ROWS`), and columns of one that can be turned over (`Can.SKIP_COLUMNS`); of others
+all is read, for what a neuron takes there is not to be had alone: trellis and entropy codes, factors and rotations.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from compress.errors import FormatError
+from compress.errors import FormatError, ModelError
 from compress.formats import bitpack
 from compress.formats.codebooks import NF, Lut
-from compress.formats.floats import Float
-from compress.formats.formats import Format, Ggml
-from compress.formats.grid import Listing, Shape, listed_bytes
+from compress.formats.formats import Format
+from compress.formats.grid import Can, Listing, Shape, listed_bytes
 from compress.formats.ints import Dense, Int
 
 THRESHOLD, DOWN, UP = "sparsity_threshold", "sparsity_A", "sparsity_B"  # suffixes of tensors
+SUFFIXES = (THRESHOLD, DOWN, UP)
 KINDS = ("cats", "teal", "predictor")
 WHOLE = 0.6  # share of the neurons of a batch above which a matrix is read whole: to gather costs more than it spares then
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -44,6 +46,9 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
     "relu2": lambda x: functional.relu(x).square(),
 }
+IN_CONFIGS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "relu": "relu",
+              "gelu_pytorch_tanh": "gelu_tanh", "relu2": "relu2"}  # fmt: skip
+assert set(IN_CONFIGS.values()) == set(ACTIVATIONS)
 _TEXT = re.compile(r"(teal)|cats:(\w+?)(:joined)?|predictor:r(\d+)(:joined)?")
 
 
@@ -91,6 +96,15 @@ class Sparsity:
         """Bytes that are read for a token to find what it needs."""
         return listed_bytes(self.tensors(shape))
 
+    def require(self, tensors: Mapping[str, Tensor], stem: str) -> None:
+        """ModelError where a tensor of the matrix at `stem` holds what nothing can be compared with: NaN or infinite values, or,
+        where it is magnitudes that are compared, negative ones."""
+        least = -math.inf if self.kind == "predictor" else 0.0
+        for suffix, t in tensors.items():
+            if not bool((t.isfinite() & (t >= least)).all()):
+                kinds = "NaN, infinite or negative" if suffix == THRESHOLD and not least else "NaN or infinite"
+                raise ModelError(f"'{stem}.{suffix}' holds {kinds} values; the artifact is damaged, export it again")
+
     def inputs(self, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """Of `teal`: the inputs [..., K] with zeros for those that are left out."""
         return torch.where(x.abs() >= tensors[THRESHOLD].to(x.dtype), x, torch.zeros((), dtype=x.dtype, device=x.device))
@@ -112,17 +126,15 @@ class Sparsity:
         return torch.cat([torch.where(active, y[..., : active.shape[-1]], 0), y[..., active.shape[-1] :]], -1)
 
 
+def activation_of(config: Any) -> str:
+    """What stands behind the first matrix of an MLP by a config of transformers', as the config calls it; "" where it does not
+    say."""
+    config = config.get_text_config()
+    names = ("hidden_activation", "hidden_act", "activation_function", "activation")
+    return next((str(act) for name in names if (act := getattr(config, name, None))), "")
+
+
 # --- bytes that are read ----------------------------------------------------------------------------------------------
-
-
-def rows_alone(fmt: Format) -> bool:
-    """Whether single rows of a matrix can be read."""
-    return isinstance(fmt, Dense | Int | NF | Lut | Float | Ggml) and getattr(fmt, "double", None) is None
-
-
-def columns_alone(fmt: Format) -> bool:
-    """Whether a matrix can be turned over, so that single columns can be read."""
-    return isinstance(fmt, Dense | Int | NF | Lut) and getattr(fmt, "double", None) is None
 
 
 def whole_bytes(fmt: Format, shape: Shape) -> int:
@@ -132,13 +144,13 @@ def whole_bytes(fmt: Format, shape: Shape) -> int:
 
 def row_bytes(fmt: Format, shape: Shape, rows: float) -> float:
     """Bytes of so many rows of a matrix [N, K]; of the whole where rows are not to be had alone."""
-    return whole_bytes(fmt, shape) * (rows / shape[0] if rows_alone(fmt) else 1.0)
+    return whole_bytes(fmt, shape) * (rows / shape[0] if Can.SKIP_ROWS in fmt.can else 1.0)
 
 
 def column_bytes(fmt: Format, shape: Shape, columns: float) -> float:
     """Bytes of so many columns of a matrix [N, K] that is turned over: codes of these alone, and the scales of all groups, which
     columns share."""
-    if not columns_alone(fmt):
+    if Can.SKIP_COLUMNS not in fmt.can:
         return whole_bytes(fmt, shape)
     n, k = shape
     if isinstance(fmt, Dense):

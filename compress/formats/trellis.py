@@ -35,7 +35,7 @@ from torch import Tensor
 from compress.errors import FormatError
 from compress.formats import bitpack
 from compress.formats.entropy import stepped
-from compress.formats.grid import Listing, Shape, listed_bytes
+from compress.formats.grid import Can, Listing, Shape, listed_bytes
 
 RING = 256  # outputs
 SIZES = (12, 10, 8)  # bits of a state
@@ -51,6 +51,7 @@ class Tcq:
 
     halves: int
     size: int = SIZES[0]
+    can: ClassVar[Can] = Can.GIVE_ROWS
     joint: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

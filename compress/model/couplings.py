@@ -125,6 +125,7 @@ def _attention(state: State, mates: Mapping[str, Site]) -> Coupling:
         obstacle = obstacle or "its queries, keys and values come from other matrices than q, k and v"
     if o.shape[1] % heads or heads % groups:
         obstacle = obstacle or f"{o.shape[1]} inputs of o do not divide into {heads} heads in {groups} groups"
+    obstacle = obstacle or _normed_together(state, mates, {"q": heads, "k": groups})
     if obstacle:
         return Coupling(KV_GROUPS, block, o, torch.empty(0, 0, dtype=torch.int64), {}, obstacle)
     members = torch.arange(heads).view(groups, heads // groups)
@@ -144,6 +145,14 @@ def _attention(state: State, mates: Mapping[str, Site]) -> Coupling:
             )
         cuts |= _with_bias(state, mates[role], spread(of, each))
     return Coupling(KV_GROUPS, block, o, columns, cuts, obstacle)
+
+
+def _normed_together(state: State, mates: Mapping[str, Site], heads: Mapping[str, int]) -> str:
+    """What hinders where one norm is over all heads of a block, as in OLMoE: with fewer of them it would be another."""
+    home, shapes = mates["o"].stem.rpartition(".")[0], {spec.name: spec.shape for spec in state.specs}
+    norms = {f"{home}.{role}_norm.weight": mates[role].shape[:1] for role, count in heads.items() if role in mates and count > 1}
+    found = next((name for name, rows in norms.items() if shapes.get(name) == rows), None)
+    return f"'{found}' is over all heads together" if found else ""
 
 
 def _joined(qkv: Site, family: str, members: Tensor, width: int) -> tuple[Tensor, str]:

@@ -143,10 +143,15 @@ def _trace(model: nn.Module) -> dict[str, list[str]]:
         return watch.readers
 
 
+def holds_stacks(module: nn.Module) -> bool:
+    """Whether a module is experts, in a layout that is read or in another: of their products some have no kernels there."""
+    return is_experts(module) or any(p.ndim == 3 and min(p.shape) > 1 for p in module.parameters(recurse=False))
+
+
 def _followed(model: nn.Module, watch: AbstractContextManager[object], clear: Callable[[], None]) -> None:
     """Run a model on the meta device with its hooks, experts left out; ModelError where its code cannot do that."""
-    for module in filter(is_experts, model.modules()):
-        module.forward = lambda hidden, *_: torch.zeros_like(hidden)
+    for module in filter(holds_stacks, model.modules()):
+        module.forward = lambda hidden, *_, **__: torch.zeros_like(hidden)
     ids = torch.zeros(1, 8, dtype=torch.int64, device="meta")
     for mask in ({"attention_mask": torch.zeros(1, 1, 8, 8, device="meta")}, {}):  # of four sides it is taken as it is
         try:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress.formats import by_rows
+from compress.formats import Can
 from compress.model.attention import See, attention_by
 from compress.model.lockstep import Batch
 from compress.model.stream import Stream
@@ -46,7 +46,7 @@ class Head:
         self.size = None if self.site is None else self.site.shape[0]
         held = None if self.site is None else state.graph.owner(self.site)
         codes = state.codes.get(held.name) if held else None
-        whole = held is not None and (held.transposed or (codes is not None and not by_rows(codes.format)))
+        whole = held is not None and (held.transposed or (codes is not None and Can.GIVE_ROWS not in codes.format.can))
         self._matrix = state.weight(held) if held and whole else None  # other matrices are read by their rows
 
     @contextmanager

@@ -11,13 +11,9 @@ from torch import Tensor, nn
 
 from compress.errors import ModelError
 from compress.formats import Dense
-from compress.formats.sparsity import ACTIVATIONS, Sparsity, column_bytes, row_bytes, whole_bytes
+from compress.formats.sparsity import IN_CONFIGS, Sparsity, activation_of, column_bytes, row_bytes, whole_bytes
 from compress.state import State
 from compress.state.graph import Site
-
-NAMES = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "relu": "relu",
-         "gelu_pytorch_tanh": "gelu_tanh", "relu2": "relu2"}  # fmt: skip
-assert set(NAMES.values()) == set(ACTIVATIONS)
 
 
 @contextmanager
@@ -100,14 +96,11 @@ def mlps(state: State) -> list[Mlp]:
 
 def activation(state: State) -> str:
     """What stands behind the first matrix of an MLP, as a key of `ACTIVATIONS`; ModelError for what is not known here."""
-    config = state.config.get_text_config()
-    names = ("hidden_activation", "hidden_act", "activation_function", "activation")
-    said = next((str(act) for name in names if (act := getattr(config, name, None))), "")
-    if said not in NAMES:
-        raise ModelError(
-            f"'{state.graph.family}' has the activation '{said}', which is not known here; known: {', '.join(NAMES)}"
-        )
-    return NAMES[said]
+    said = activation_of(state.config)
+    if said not in IN_CONFIGS:
+        known = ", ".join(IN_CONFIGS)
+        raise ModelError(f"'{state.graph.family}' has the activation '{said}', which is not known here; known: {known}")
+    return IN_CONFIGS[said]
 
 
 # --- what is read for a token -----------------------------------------------------------------------------------------

@@ -137,13 +137,15 @@ class Checkpoint:
         return read_tensor(self.files[name], name)
 
     def read_finite(self, name: str) -> torch.Tensor:
-        """As `read`; ModelError where the tensor holds a NaN or an infinity."""
+        """As `read`; ModelError where the tensor holds a NaN or an infinity, or numbers whose squares are beyond fp32: every step
+        sums squares, and of an infinite sum nothing good comes, nor does it say of which tensor it was."""
         return self._finite(name, self.read(name))
 
     def _finite(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         parts = tensor.flatten().split(SUMMED) if tensor.is_floating_point() else ()
-        if not all(bool(part.sum(dtype=torch.float32).isfinite()) for part in parts):
-            raise ModelError(f"{self.files[name]}: '{name}' holds NaN or infinite values; the model is damaged")
+        if not all(bool(torch.linalg.vector_norm(part, dtype=torch.float32).isfinite()) for part in parts):
+            raise ModelError(f"{self.files[name]}: '{name}' holds NaN or infinite values, or such of 1e19 and more; the model is "
+                             "damaged")  # fmt: skip
         return tensor
 
     def read_rows(self, name: str, index: Rows) -> torch.Tensor:

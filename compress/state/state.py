@@ -165,10 +165,12 @@ class State:
         return self.codes[site.name].load().inputs if isinstance(self.format(site), Served) else None
 
     def skips(self, site: Site) -> dict[str, torch.Tensor]:
-        """The thresholds, and a predictor's factors, of a site that has a sparsity, by their suffixes."""
-        return {
-            suffix: self.dense.read_finite(f"{site.stem}.{suffix}") for suffix in self.sparsity[site.name].tensors(site.shape)
-        }
+        """The thresholds, and a predictor's factors, of a site that has a sparsity, by their suffixes; ModelError where they hold
+        what nothing is compared with."""
+        how = self.sparsity[site.name]
+        found = {suffix: self.dense.read(f"{site.stem}.{suffix}") for suffix in how.tensors(site.shape)}
+        how.require(found, site.stem)
+        return found
 
     def rows(self, site: Site, rows: slice | list[int]) -> torch.Tensor:
         """Some rows of the matrix of a site that is no expert's, in the model's dtype: no others are read, nor decoded."""

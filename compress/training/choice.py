@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from compress.errors import MatchError, RecipeError, did_you_mean
-from compress.formats import Coded, Dense, Factored, Float, Ggml, LowRank, Rotated, Served
+from compress.formats import Can, Dense, Factored, LowRank, Served
 from compress.formats.formats import Format
 from compress.formats.grid import Quantized
-from compress.model.layers import in_layer, stack_of
-from compress.model.names import places
+from compress.model.names import places, same_parameters
 from compress.model.skeleton import skeleton
 from compress.state import State
 from compress.state.graph import Site
@@ -73,11 +72,23 @@ def learnt(state: State, choice: Choice) -> list[Learnt]:
         block, first = used[0] if len(used) == 1 else None, min((b for b in used if b is not None), default=None)
         found += [Learnt(f"{site.name}:{name}", shape, block, name == "W_nk" and block is not None, first)
                   for name, shape in numbers(state, choice, site).items()]  # fmt: skip
-    stack = stack_of(state)
-    layers = {spec.name: in_layer(spec.name, stack) for spec in state.specs if spec.name in choice.tensors}
-    blocks = {name: int(m[1]) if m else None for name, m in layers.items()}
-    return found + [Learnt(spec.name, tuple(spec.shape), blocks[spec.name], first=blocks[spec.name])
-                    for spec in state.specs if spec.name in layers]  # fmt: skip
+    users = users_of_others(state) if choice.tensors else {}
+    for spec in (spec for spec in state.specs if spec.name in choice.tensors):
+        within = users[spec.name]
+        first = min((b for b in within if b is not None), default=None)
+        found.append(Learnt(spec.name, tuple(spec.shape), next(iter(within)) if len(within) == 1 else None, first=first))
+    return found
+
+
+def users_of_others(state: State) -> dict[str, set[int | None]]:
+    """The same of every tensor that is no site's, by its name in the checkpoint: a norm may serve several blocks, too."""
+    model = skeleton(state.config)
+    names, found = places(model, state.dense.specs), dict[str, set[int | None]]()
+    for paths in same_parameters(model):
+        name = next((names[path] for path in paths if path in names), None)
+        if name is not None:
+            found[name] = {state.graph.block_of(path) for path in paths}
+    return found
 
 
 def blocks_of(state: State, site: Site) -> list[int | None]:
@@ -168,7 +179,8 @@ def learning(state: State, site: Site, word: str) -> Kind:
     if word == "norms":
         return Kind.NOTHING
     if (
-        isinstance(fmt, Rotated | Coded | Ggml | Float)
+        fmt is not None
+        and Can.LEARN not in fmt.can
         and (site.block is not None or word != "lora")
         and (word in WORDS or fnmatchcase(site.name, word))
     ):
@@ -202,7 +214,7 @@ def takes_factors(fmt: Format | None) -> bool:
     """Whether a matrix in this format can learn by factors: those that it has, or new ones."""
     if isinstance(fmt, LowRank):
         return isinstance(fmt.factors, Dense)
-    return fmt is None or (isinstance(fmt, Quantized) and not isinstance(fmt, Factored | Float))
+    return fmt is None or (isinstance(fmt, Quantized) and Can.LEARN in fmt.can)
 
 
 def nothing(state: State, word: str) -> Exception:

@@ -7,7 +7,8 @@ for bit, since a rule sees one tensor at a time.
 
 What lies outside the blocks gets its gradient in parts, since the head is asked a few rows at a time (loss.py): it moves when
 those rows are done, and a table that head and embedding share, when all is. So with such a table, which is often the largest
-tensor there is, two gradients are held for a while.
+tensor there is, two gradients are held for a while. What serves several blocks, a matrix or a norm, waits for all of them:
+each gives a part.
 
 Where the norm of all gradients together is limited, nobody knows it before the last of them: `Fused` goes forward and back twice,
 first to add up norms, then to move (section 3.3, "two backward passes"). The forward pass is run again as well: to keep its graph
@@ -68,7 +69,7 @@ class Kept:
 
     def behind(self) -> None:
         if self._used is not None:
-            self._use(lambda name: not name.startswith(TABLE))
+            self._use(lambda name: self.optimizer.known[name].first is None and not name.startswith(TABLE))
 
     def tensors(self) -> dict[str, Tensor]:
         return {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from compress.errors import FormatError, ModelError, one_line
 from compress.export.artifact.files import document, json_of
 from compress.export.artifact.patterns import matches, parsed
 from compress.formats import Format, parse
-from compress.formats.sparsity import Sparsity
 
 METHOD, VERSION = "compress", 1
 PATTERN = "re:"  # how a target that is a pattern begins
@@ -60,41 +58,6 @@ def policy_of(folder: Path) -> policy.Policy | None:
         why = "is not asked for by" if path.is_file() else "is missing, and asked for by"
         raise ModelError(f"{path}: {why} config.json; they do not belong together, copy or export the folder again")
     return policy.read(document(path), str(path)) if path.is_file() else None
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """What a token leaves out by one matrix. rows: modules whose rows of silent neurons are not read; columns: those whose
-    columns are not."""
-
-    how: Sparsity
-    rows: tuple[str, ...] = ()
-    columns: tuple[str, ...] = ()
-
-    def text(self) -> dict[str, Any]:
-        """As it stands in config.json."""
-        return {"by": str(self.how), "rows": list(self.rows), "columns": list(self.columns)}
-
-
-def sparsities(folder: Path) -> dict[str, Skipped]:
-    """Module on disk -> what a token leaves out by it, as a native artifact's config.json says; empty where none does."""
-    return sparsities_in(declared(folder), folder / "config.json")
-
-
-def sparsities_in(config: Mapping[str, Any], path: Path = Path("config.json")) -> dict[str, Skipped]:
-    """The same from a `quantization_config`; ModelError where it is not as we write it."""
-    held, found = config.get("sparsity", {}), dict[str, Skipped]()
-    if not isinstance(held, dict):
-        raise ModelError(f"{path}: its quantization_config is broken: 'sparsity' is to map modules to what they leave out")
-    for module, said in held.items():
-        names = [said.get(key) for key in ("rows", "columns")] if isinstance(said, dict) else []
-        if len(names) != 2 or not all(isinstance(n, list) and all(isinstance(m, str) for m in n) for n in names):
-            raise ModelError(f"{path}: 'sparsity' of '{one_line(module)}' is broken: it is to say by, rows and columns")
-        try:
-            found[module] = Skipped(Sparsity.parse(str(said.get("by"))), tuple(said["rows"]), tuple(said["columns"]))
-        except FormatError as e:
-            raise ModelError(f"{path}: '{one_line(module)}': {one_line(str(e))}") from None
-    return found
 
 
 def check_patterns(config: Mapping[str, Any], path: Path = Path("config.json")) -> None:

@@ -36,6 +36,10 @@ class Engine(Protocol):
         """Bytes of weights that one pass reads: all but tables of which it takes rows."""
         ...
 
+    def unread(self) -> float:
+        """Bytes of these that the passes since this was last asked have left unread, since their tokens asked for a part."""
+        ...
+
 
 class Transformers:
     """A model of transformers, with stock modules or with packed ones. EngineError where its own code fails.
@@ -60,6 +64,9 @@ class Transformers:
                   for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))}  # fmt: skip
         held = {t.data_ptr(): t.nbytes for t in (*self.model.parameters(), *self.model.buffers())}
         return sum(n for place, n in held.items() if place not in tables - others)
+
+    def unread(self) -> float:
+        return 0.0
 
     def _run(self, tokens: Tensor, **cache: Any) -> tuple[Tensor, Any]:
         place = next(p.device for p in self.model.parameters())

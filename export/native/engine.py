@@ -16,6 +16,15 @@ from compress.state import State
 ENGINE = "compress runtime"
 
 
+class Runtime(Transformers):
+    """A model whose sparse matrices tell what of them was read."""
+
+    def unread(self) -> float:
+        from compress.export.runtime import sparse
+
+        return sparse.bytes_read(self.model)[1]
+
+
 def engine(folder: Path, state: State, device: str) -> Transformers:
     """The artifact in our runtime, in the state's dtype; EngineError where that cannot load it."""
     from compress.export.runtime import load
@@ -28,6 +37,6 @@ def engine(folder: Path, state: State, device: str) -> Transformers:
             model = load(folder, device, state.dtype)
         if any(site.expert is not None for site in state.graph):  # grouped products round otherwise, which may route otherwise
             model.set_experts_implementation("eager")
-        return Transformers(model, ENGINE)
+        return Runtime(model, ENGINE)
     except ModelError as e:
         raise EngineError(first_line(e)) from e

@@ -34,11 +34,12 @@ from pydantic import Field
 
 from compress.cache.policy import DECLARED, FILE, SERVED
 from compress.errors import ExportError
-from compress.export.artifact.config import METHOD, VERSION, Skipped
+from compress.export.artifact.config import METHOD, VERSION
 from compress.export.artifact.engines import Transformers
 from compress.export.artifact.exporter import Exporter, Job, Proof
 from compress.export.artifact.place import carry_over
 from compress.export.artifact.proof import FP32_TOLERANCE, TOLERANCE, logits, mismatch, prove, proven
+from compress.export.artifact.skipped import Skipped
 from compress.export.artifact.tensors import same_tensors, tensors, write_config
 from compress.export.native.engine import engine
 from compress.export.native.reader import belonging, beside, read

@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from compress.cache.policy import FILE, SERVED, check_belongs
-from compress.errors import FormatError, ModelError, one_line
-from compress.export.artifact import checks, files
-from compress.export.artifact.config import METHOD, declared, formats, policy_of, sparsities
+from compress.errors import FormatError, ModelError
+from compress.export.artifact import checks, files, skipped
+from compress.export.artifact.config import METHOD, declared, formats, policy_of
 from compress.export.artifact.tensors import Placed, state_of
 from compress.formats import Format
-from compress.formats.sparsity import Sparsity
+from compress.formats.sparsity import IN_CONFIGS, Sparsity, activation_of
 from compress.model.attention import heads
 from compress.model.model import Model, open_model
 from compress.state import State
@@ -70,19 +70,16 @@ def read(folder: Path) -> State:
 
 
 def sparsity_of(folder: Path, model: Model, by_stem: Mapping[str, Site]) -> dict[str, Sparsity]:
-    """Site -> how it is found what a token needs of it; ModelError where its tensors are not there."""
-    found = {}
-    for module, said in sparsities(folder).items():
-        strange = next((stem for stem in (module, *said.rows, *said.columns) if stem not in by_stem), None)
-        if strange is not None:
-            raise ModelError(
-                f"{folder / 'config.json'}: leaves out a part of '{one_line(strange)}', which is no matrix of this model"
-            )
-        site = by_stem[module]
-        wanted = {f"{module}.{suffix}": kind for suffix, kind in said.how.tensors(site.shape).items()}
-        checks.require(folder, said.how, wanted, checks.in_specs(model.checkpoint.specs))
-        found[site.name] = said.how
-    return {site.name: found[site.name] for site in model.graph if site.name in found}
+    """Site -> how it is found what a token needs of it; ModelError where config, weights and model do
+    not agree on that."""
+    blocks = {stem: site for stem, site in by_stem.items() if site.block is not None and site.expert is None}
+    said = skipped.of_weights(folder, model.checkpoint.specs)
+    known = IN_CONFIGS.get(activation_of(model.config), "")
+    skipped.check(said, lambda stem: blocks[stem].shape if stem in blocks else None, known, folder / "config.json")
+    for module, each in said.items():
+        wanted = {f"{module}.{suffix}": kind for suffix, kind in each.how.tensors(blocks[module].shape).items()}
+        checks.require(folder, each.how, wanted, checks.in_specs(model.checkpoint.specs))
+    return {site.name: said[site.stem].how for site in model.graph if site.stem in said and not site.tied}
 
 
 def placed(site: Site, fmt: Format, model: Model, folder: Path) -> Placed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -28,7 +29,7 @@ from compress.export.artifact.place import carry_over
 from compress.export.artifact.tensors import same_site, write_config
 from compress.export.onnx import datafile
 from compress.export.onnx.datafile import GRAPH, METHOD, VERSION, DataLayout
-from compress.export.onnx.encode import NBits
+from compress.export.onnx.encode import NBits, slots
 from compress.export.onnx.words import describe, describe_factors, describe_table, engines, use, warnings
 from compress.formats import Factored, Float, Format, Int, Served, numbers_of
 from compress.model.model import Model
@@ -41,6 +42,7 @@ UNTRACED = {"falcon": "its heads share one key, which torch.onnx does not know i
 EXACT = {"fp32": 1e-3, "fp16": 3e-2}  # of the largest logit, where activations are not rounded
 LOOSE = 0.2  # where they are, to 8 bits in front of every matrix: kernels do that each in their own way
 FLIPPED = 0.05  # where they are rounded by the format: in one way, but a sum's last bit may move the next code
+WIDE = 1024  # outputs, and groups of inputs, of a matrix large enough that bytes which are not full are nothing
 GRAPH_BYTES = (5000, 6500)  # of the graph: of any, and for each block; of a Llama, others differ little
 
 
@@ -81,6 +83,17 @@ class Onnx(Exporter):
         said += [describe_table(fmt, state.graph[name]) for name, fmt in formats.items() if state.graph[name].role == "embed"]
         known = dict.fromkeys(formats.values())
         return [f"onnx: {text}" for text in (*said, *warnings(known, self.dtype == "fp16", state.dtype), size)]
+
+    def grown(self, fmt: Format) -> float:
+        """Of integers, whose codes lie in numbers of 2, 4 or 8 bits, and whose zeros one for each block."""
+        if not isinstance(fmt, Int):
+            return 0.0
+        shape = (WIDE, WIDE * (fmt.group or 1))
+        try:
+            held = sum(slot.nbytes for slot in slots(fmt, shape, torch.bfloat16))
+        except FormatError:  # groups that no block is of, which `check` refuses
+            return 0.0
+        return max(0.0, 8 * (held - fmt.nbytes(shape)) / prod(shape))
 
     def layout(self, model: Model, state: State) -> DataLayout:
         return datafile.layout(state)

@@ -78,6 +78,9 @@ class Session:
         width = 2 if self._session.get_outputs()[0].type == "tensor(float16)" else 4
         return bytes_in_memory(self._state, width)
 
+    def unread(self) -> float:
+        return 0.0
+
     def _run(self, tokens: Tensor, past: dict[str, Any], before: int) -> tuple[Tensor, Any]:
         count, new = tokens.shape
         given = {"input_ids": tokens.numpy(), "attention_mask": np.ones((count, before + new), np.int64),

@@ -21,14 +21,12 @@ from torch import Tensor
 from compress.export.runtime.decode import Rows, Shape
 from compress.formats import Format, Int, bitpack
 from compress.formats.codebooks import NF, Lut
-from compress.formats.sparsity import columns_alone
 
 BLOCK = 1 << 20  # bytes of columns in hand at once: as many as stay in cache
 
 
 def turned(fmt: Format, shape: Shape, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of the layout "neurons" of a matrix in the canonical one."""
-    assert columns_alone(fmt)
     assert isinstance(fmt, Int | NF | Lut)
     codes = bitpack.unpack(tensors["weight_packed"], fmt.bits, shape[1])
     found = {"neuron_packed": bitpack.pack(codes.T.contiguous(), fmt.bits),

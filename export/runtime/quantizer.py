@@ -76,6 +76,7 @@ class PackedQuantizer(HfQuantizer):
         names = Names(model)
         self.open([Path(file) for file in options["checkpoint_files"]], names)
         self.table = replace(model, self.artifact, names)
+        sparse.check(model, self.artifact, lambda stem: path_of(names, stem))
         beside, self.sparse = sparse.hold(model, self.artifact.skipped, lambda stem: path_of(names, stem))
         self.table |= beside
         self.kept = {name for matrix in self.artifact.matrices.values() for name in matrix.names.values()} | beside.keys()
@@ -259,8 +260,8 @@ def replace(model: Any, artifact: Artifact, names: Names) -> dict[str, str]:
 
 def path_of(names: Names, stem: str) -> str:
     """The module that a stem on disk names."""
-    found, _ = names.of(f"{stem}.weight")
-    if found not in names.held:
+    found, joined = names.of(f"{stem}.weight")
+    if found not in names.held or joined:
         raise ModelError(f"config.json leaves out a part of '{one_line(stem)}', which is no matrix of this model")
     return found.removesuffix(".weight")
 

@@ -17,10 +17,11 @@ from safetensors import safe_open
 
 from compress.errors import CompressError, ModelError, one_line
 from compress.export.artifact import checks
-from compress.export.artifact.config import Skipped, declared, formats, sparsities
+from compress.export.artifact.config import declared, formats
 from compress.export.artifact.files import check_index, check_marks, contained, headers, plain_files, shards
 from compress.export.artifact.schemes import scheme_of
 from compress.export.artifact.schemes import schemes as schemes_in
+from compress.export.artifact.skipped import Skipped, of_weights
 from compress.formats import Dense, Float, Format, Served, numbers_of, weight_of
 from compress.state.checkpoint import Spec
 
@@ -68,7 +69,7 @@ def open_native(folder: Path) -> Artifact:
             raise ModelError(f"{folder}: '{stem}.weight' is not {fmt}, as config.json says; they do not belong together")
     others = declared(folder).get("others", [])
     known = frozenset(o for o in others if isinstance(o, str)) if isinstance(others, list) else frozenset[str]()
-    return Artifact(folder, paths, specs, files, matrices(folder, packed, specs, files), known, sparsities(folder))
+    return Artifact(folder, paths, specs, files, matrices(folder, packed, specs, files), known, of_weights(folder, specs))
 
 
 def open_packed(folder: Path, module_of: Callable[[str], str] = str) -> Artifact:

@@ -11,12 +11,13 @@ A module stays what it is, a Linear with its matrix packed or dense; what is rep
 What is chosen for several rows is the union of what each needs: of a share ρ of the neurons, 1 - (1 - ρ)^rows were they
 independent. Where that is more than `WHOLE`, and for more rows than `FEW`, the matrix is read whole, as it is on other devices
 than CPUs: kernels of tiles multiply all they have. Matrices whose columns are skipped are turned over once (neurons.py; a dense
-one in place, by its strides). Single rows of formats that have none (`rows_alone`), and columns of those (`columns_alone`), are
-not skipped either, nor those of a module that is no Linear, such as GPT-2's.
+one in place, by its strides). Rows of formats that have none apart (`Can.SKIP_ROWS`), and columns (`Can.SKIP_COLUMNS`), are not
+skipped either, nor those of a module that is no Linear, such as GPT-2's.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,13 +25,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
-from compress.export.artifact.config import Skipped
+from compress.export.artifact import checks, skipped
+from compress.export.artifact.skipped import Skipped
 from compress.export.runtime.decode import format_of, named, rows_of
 from compress.export.runtime.linear import PackedLinear
 from compress.export.runtime.neurons import BLOCK, Neurons, summed
-from compress.formats import Dense, Format
-from compress.formats.sparsity import WHOLE, Sparsity, columns_alone, row_bytes, rows_alone, whole_bytes
+from compress.export.runtime.reading import Artifact
+from compress.formats import Can, Dense, Format
+from compress.formats.sparsity import (
+    IN_CONFIGS,
+    WHOLE,
+    Sparsity,
+    activation_of,
+    row_bytes,
+    whole_bytes,
+)
 
 FEW = 32  # rows of a batch, beyond which nothing is looked for: together they need all
 
@@ -50,8 +61,8 @@ class Matrix:
         self.module, self.shape = module, shape_of(module)
         packed = isinstance(module, PackedLinear)
         self.format: Format = format_of(module.format) if packed else Dense(module.weight.dtype)
-        self.has_rows = isinstance(module, nn.Linear) and rows_alone(self.format)
-        self.has_columns = isinstance(module, nn.Linear) and columns_alone(self.format)
+        self.has_rows = isinstance(module, nn.Linear) and Can.SKIP_ROWS in self.format.can
+        self.has_columns = isinstance(module, nn.Linear) and Can.SKIP_COLUMNS in self.format.can
         self._held: tuple[torch.dtype, Any] | None = None
 
     @property
@@ -115,11 +126,28 @@ class Choice:
     index: Tensor | None = None
 
 
-class Sparse:
-    """What stands for the `forward` of a module. read: bytes of its matrix that were read so far."""
+class Sparse(ABC):
+    """What stands for the `forward` of a module. read: bytes of its matrix, and of what it chooses by, that were read so far;
+    passes: how often it was asked."""
+
+    how: Sparsity | None = None
 
     def __init__(self, module: Any):
-        self.module, self.matrix, self.read, self.whole = module, Matrix(module), 0.0, module.forward
+        self.module, self.matrix, self.read, self.passes, self.whole = module, Matrix(module), 0.0, 0, module.forward
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        return self.multiplied(x)
+
+    @abstractmethod
+    def multiplied(self, x: Tensor) -> Tensor:
+        """x [.., K] -> [.., N], of all that is not left out."""
+
+    @property
+    def unread(self) -> float:
+        """Bytes that were left unread so far."""
+        chosen_by = 0 if self.how is None else self.how.nbytes(self.matrix.shape)
+        return self.passes * (whole_bytes(self.matrix.format, self.matrix.shape) + chosen_by) - self.read
 
     def all(self, x: Tensor) -> Tensor:
         """The product with the whole matrix."""
@@ -142,7 +170,7 @@ class Chooser(Sparse):
         super().__init__(module)
         self.how, self.choice, self.can = how, choice, self.matrix.has_rows
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def multiplied(self, x: Tensor) -> Tensor:
         """x [.., K] -> [.., N], zero where neurons are silent."""
         tensors = {name: getattr(self.module, name) for name in self.how.tensors(self.matrix.shape)}
         self.read += self.how.nbytes(self.matrix.shape)
@@ -188,7 +216,7 @@ class Reader(Sparse):
         super().__init__(module)
         self.choice, self.can = choice, self.matrix.has_rows
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def multiplied(self, x: Tensor) -> Tensor:
         """x [.., K] -> [.., N], zero where neurons are silent."""
         index = self.choice.index if self.choice.of is x else None
         self.choice.of = None
@@ -207,7 +235,7 @@ class Skipper(Sparse):
         self.matrix.turn()
         self.how, self.can = how, self.matrix.has_columns
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def multiplied(self, x: Tensor) -> Tensor:
         """x [.., K] -> [.., N]."""
         if self.how is not None:
             self.read += self.how.nbytes(self.matrix.shape)
@@ -232,11 +260,28 @@ class Plan:
     skipped: Mapping[str, Skipped] = field(default_factory=dict)
 
 
-def hold(model: nn.Module, skipped: Mapping[str, Skipped], path_of: Callable[[str], str]) -> tuple[dict[str, str], Plan]:
+def check(model: Any, artifact: Artifact, path_of: Callable[[str], str]) -> None:
+    """ModelError where config.json, weights and model do not agree on what is left out; `path_of` as for `hold`."""
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+
+    def shaped(stem: str) -> tuple[int, int] | None:
+        module = model.get_submodule(path_of(stem))
+        known = isinstance(module, nn.Linear | Conv1D) and module not in ends
+        return shape_of(module) if known else None
+
+    activation = IN_CONFIGS.get(activation_of(model.config), "")
+    skipped.check(artifact.skipped, shaped, activation, artifact.folder / "config.json")
+    for stem, said in artifact.skipped.items():
+        listing = said.how.tensors(shape_of(model.get_submodule(path_of(stem))))
+        wanted = {f"{stem}.{suffix}": kind for suffix, kind in listing.items()}
+        checks.require(artifact.folder, said.how, wanted, checks.in_specs(artifact.specs))
+
+
+def hold(model: nn.Module, left_out: Mapping[str, Skipped], path_of: Callable[[str], str]) -> tuple[dict[str, str], Plan]:
     """Give modules places for thresholds and predictors; name on disk -> name in the model, and what is to be left out.
     `path_of`: the module of a stem on disk."""
     table, found = dict[str, str](), dict[str, Skipped]()
-    for stem, said in skipped.items():
+    for stem, said in left_out.items():
         path = path_of(stem)
         module = model.get_submodule(path)
         for suffix, (dtype, size) in said.how.tensors(shape_of(module)).items():
@@ -247,8 +292,10 @@ def hold(model: nn.Module, skipped: Mapping[str, Skipped], path_of: Callable[[st
 
 
 def arrange(model: nn.Module, plan: Plan) -> None:
-    """Have the modules of a loaded model leave out what they are to."""
+    """Have the modules of a loaded model leave out what they are to; ModelError where thresholds are none."""
     for path, said in plan.skipped.items():
+        module = model.get_submodule(path)
+        said.how.require({suffix: getattr(module, suffix) for suffix in said.how.tensors(shape_of(module))}, path)
         if said.how.kind == "teal":
             put(model, path, lambda m, how=said.how: Skipper(m, how))  # type: ignore[misc]
             continue
@@ -266,11 +313,13 @@ def put(model: nn.Module, path: str, made: Callable[[Any], Sparse]) -> None:
     module.forward = made(module)
 
 
-def bytes_read(model: nn.Module) -> float:
-    """Bytes of matrices, thresholds and predictors that the sparse modules of a model have read since this was last asked."""
-    total = 0.0
+def bytes_read(model: nn.Module) -> tuple[float, float]:
+    """Bytes of matrices, thresholds and predictors that the sparse modules of a model have read since this was last asked, and
+    those that they have left unread."""
+    read = unread = 0.0
     for module in model.modules():
         held = vars(module).get("forward")
         if isinstance(held, Sparse):
-            total, held.read = total + held.read, 0.0
-    return total
+            read, unread = read + held.read, unread + held.unread
+            held.read, held.passes = 0.0, 0
+    return read, unread

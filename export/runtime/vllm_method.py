@@ -22,6 +22,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from compress.cache.policy import DECLARED
 from compress.errors import ModelError, one_line
 from compress.export.artifact import config as artifact_config
+from compress.export.artifact.skipped import sparsities_in
 from compress.export.runtime import reading, vllm_shapes
 from compress.export.runtime.linear import PackedLinear
 from compress.formats import Dense, Float, Format, Served, numbers_of
@@ -57,7 +58,7 @@ class NativeConfig(QuantizationConfig):  # type: ignore[misc]
             raise ModelError(
                 "this artifact has a policy of the KV cache by head, which vLLM's paged cache cannot follow; use transformers"
             )
-        if sparse := artifact_config.sparsities_in(config):
+        if sparse := sparsities_in(config):
             raise ModelError(f"tokens leave out a part of '{one_line(next(iter(sparse)))}', which the vLLM plug-in does not do; "
                              "use transformers")  # fmt: skip
         return cls(artifact_config.formats_in(config))
