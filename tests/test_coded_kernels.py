@@ -19,6 +19,7 @@ from torch import Tensor
 
 from compress.export.runtime.cuda import launch as cuda
 from compress.export.runtime.cuda import rings, tiles, turning
+from compress.export.runtime.linear import PackedLinear
 from compress.formats import Ecq, Format, Rotated, Tcq, entropy, numbers_of, parse
 from compress.formats.grid import plain
 from compress.formats.rotated import BLOCKS, INPUTS, OUTPUTS, rotation
@@ -30,7 +31,7 @@ BF16, FP16 = torch.bfloat16, torch.float16
 RATES = [Tcq(h, size) for h in HALVES for size in SIZES if size >= h]
 QUICK = [  # text, outputs, inputs, dtype: an even and an odd rate, a ring that is not whole, no, one and both rotations
     ("tcq2", 272, 70, BF16), ("tcq2.5:r16", 320, 176, FP16), ("tcq4:l8:ri32", 8, 96, BF16), ("tcq3:l10:r256", 544, 256, BF16),
-    ("ecq3", 37, 96, FP16), ("ecq4:r32", 70, 160, BF16), ("int4:g32:r64", 51, 192, BF16), ("lut3:g64:ri64", 34, 128, FP16),
+    ("ecq3", 37, 96, FP16), ("ecq4:r32", 70, 160, FP16), ("int4:g32:r64", 51, 192, BF16), ("lut3:g64:ri64", 34, 128, FP16),
 ]  # fmt: skip
 MORE = [
     *((f"{fmt}{turn}", n, k, dtype) for fmt in RATES for turn, n, k, dtype in (("", 832, 33, FP16), (":r128", 320, 384, BF16))),
@@ -292,3 +293,21 @@ def test_entropy_coded_words_are_decoded_where_they_are_repacked(cpu: Emulator) 
     again = cuda.repack(fmt, (64, 160), {**held, "weight_codes": codes}, FP16)
     assert all(torch.equal(one, other) for one, other in zip(parts, again, strict=True))
     assert torch.equal(cuda.dequantize(parts, fmt, (64, 160), FP16), fmt.dequantize(tensors, FP16))
+
+
+@needs_compiler
+@pytest.mark.parametrize(("text", "n", "k", "dtype"), [QUICK[3], QUICK[5]])
+def test_a_module_holds_tiles_in_place_of_what_was_loaded(text: str, n: int, k: int, dtype: torch.dtype, cpu: Emulator) -> None:
+    """On a GPU the module does by itself what is asked of it here; entropy codes are decoded first, as on a CPU."""
+    matrix = Matrix(text, (n, k), dtype)
+    module = PackedLinear(text, (n, k), dtype)
+    if isinstance(numbers_of(matrix.fmt), Ecq):
+        module.decode(numbers_of(matrix.fmt))  # type: ignore[arg-type]
+        assert module.layout == "codes"
+    for name, _ in list(module.named_buffers()):
+        module.register_buffer(name, matrix.tensors[name])
+    module.repack()
+    assert (module.layout, len(module.parts), len(list(module.buffers()))) == ("tiles", 4, 4)
+    x = matrix.x(2)
+    assert torch.equal(module(x), matrix.times(x, None))
+    assert torch.equal(module.weight, cuda.dequantize(matrix.parts, matrix.fmt, (n, k), dtype))

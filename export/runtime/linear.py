@@ -89,12 +89,16 @@ class Packed(nn.Module):
 
     def prepare(self) -> None:
         """Decode what is entropy-coded, once; and repack where the matrix is on CUDA."""
+        self.decode_once()
+        plain = isinstance(numbers_of(format_of(self.format)), Dense)  # factors that torch multiplies by as they are
+        if self.layout in ("canonical", "codes") and self.parts[0].device.type == "cuda" and not plain:
+            self.repack()
+
+    def decode_once(self) -> None:
+        """Decode what is entropy-coded, where there is something to decode."""
         numbers = numbers_of(format_of(self.format))
         if isinstance(numbers, Ecq) and self.layout == "canonical" and self.parts[0].device.type != "meta":
             self.decode(numbers)
-        plain = isinstance(numbers, Dense)  # factors that torch multiplies by as they are
-        if self.layout in ("canonical", "codes") and self.parts[0].device.type == "cuda" and not plain:
-            self.repack()
 
     def decode(self, numbers: Ecq) -> None:
         """Hold codes, a byte each, in place of the words that they were coded into; of a module without content, their places."""
@@ -245,9 +249,7 @@ class PackedEmbedding(Packed, nn.Embedding):  # type: ignore[override]
 
     def prepare(self) -> None:
         """What is entropy-coded is decoded, once; else nothing: the kernels multiply, and do not take rows."""
-        numbers = numbers_of(format_of(self.format))
-        if isinstance(numbers, Ecq) and self.layout == "canonical" and self.parts[0].device.type != "meta":
-            self.decode(numbers)
+        self.decode_once()
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, format={self.format}"

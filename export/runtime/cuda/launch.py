@@ -165,7 +165,7 @@ def linear(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, fmt: Format,
         x = x.clone()  # a view into the middle of something: the kernels load 16 bytes at a time
     if isinstance(numbers_of(fmt), Tcq) and len(x) <= MOST_CODED:
         return rings.linear(x, parts, bias, fmt, shape)
-    steps = None if isinstance(numbers_of(fmt), Tcq) or len(x) > MOST else _Matrix.of(parts, fmt, shape).steps
+    steps = parts[-1] if isinstance(numbers_of(fmt), Ecq) and len(x) <= MOST else None  # dense weights have them inside
     if isinstance(fmt, Rotated) or steps is not None:
         x = turning.turn_inputs(x, steps, turning.block_of(fmt))
     if not isinstance(fmt, Rotated):
@@ -202,7 +202,7 @@ def dequantize(parts: Sequence[Tensor], fmt: Format, shape: Shape, dtype: torch.
     out = torch.empty(shape, dtype=dtype, device=parts[0].device)
     for rows in _chunks(matrix):
         if isinstance(matrix, Rings):
-            out[rows] = _rows(matrix, rows, dtype)
+            rings.rows_of(matrix, rows, dtype, _has_kernels(matrix.words), out[rows])
         elif matrix.factors:
             A, B = matrix.factors
             W = _base_rows(matrix, rows, torch.float32)
@@ -304,7 +304,8 @@ def _by_chunks(x: Tensor, matrix: _Matrix | Rings, bias: Tensor | None) -> Tenso
 def _rows(matrix: _Matrix | Rings, rows: slice, dtype: torch.dtype) -> Tensor:
     """The outputs `rows` of a matrix, without its low-rank term, in `dtype`."""
     if isinstance(matrix, Rings):
-        return rings.rows_of(matrix, rows, dtype, _has_kernels(matrix.words))
+        out = torch.empty(rows.stop - rows.start, matrix.shape[1], dtype=dtype, device=matrix.words.device)
+        return rings.rows_of(matrix, rows, dtype, _has_kernels(matrix.words), out)
     return _base_rows(matrix, rows, dtype)
 
 

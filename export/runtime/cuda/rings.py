@@ -120,18 +120,16 @@ def _product(x: Tensor, scale: Tensor, matrix: Rings, block: int, bias: Tensor |
     nvrtc.launch("trellis_linear", defines, (rings, share), shared, args, x.device)
 
 
-def rows_of(matrix: Rings, rows: slice, dtype: torch.dtype, by_kernel: bool) -> Tensor:
-    """Some outputs of C in `dtype`, to the bits of the format; they begin at a ring."""
-    (n, k), of = (rows.stop - rows.start, matrix.shape[1]), slice(rows.start // RING, -(-rows.stop // RING))
-    words, scales = matrix.words[of], matrix.scales[rows]
+def rows_of(matrix: Rings, rows: slice, dtype: torch.dtype, by_kernel: bool, out: Tensor) -> Tensor:
+    """Some outputs of C in `dtype`, to the bits of the format, put into `out`; they begin at a ring."""
+    (n, k), of = out.shape, slice(rows.start // RING, -(-rows.stop // RING))
+    words, scales, numbers = matrix.words[of], matrix.scales[rows], matrix.numbers
     if by_kernel:
-        out = torch.empty(n, k, dtype=dtype, device=words.device)
-        grid, defines = (-(-words.shape[1] // _WARPS), len(words)), dequantizer(matrix.numbers, dtype)
+        grid, defines = (-(-words.shape[1] // _WARPS), len(words)), dequantizer(numbers, dtype)
         nvrtc.launch("trellis_dequantize", defines, grid, 0, [words, matrix.steps, scales, out, n, k], words.device)
         return out
-    numbers, trellis = matrix.numbers, unpack_words(words, matrix.numbers, (n, k))
-    states_kn = numbers.windows(trellis, 0, n, range(numbers.whole), numbers.size)
-    return values(numbers.size, words.device)[states_kn].mul_(matrix.steps[:, None]).mul_(scales).T.to(dtype)
+    states_kn = numbers.windows(unpack_words(words, numbers, (n, k)), 0, n, range(numbers.whole), numbers.size)
+    return out.copy_(values(numbers.size, words.device)[states_kn].mul_(matrix.steps[:, None]).mul_(scales).T)
 
 
 def variant(numbers: Tcq, dtype: torch.dtype, rows: int) -> nvrtc.Defines:

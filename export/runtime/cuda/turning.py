@@ -35,7 +35,7 @@ def turn_and_scale(x: Tensor, step: Tensor, block: int) -> tuple[Tensor, Tensor]
     """a H S x [M, P] in fp16, each row divided by a power of two, and those powers, fp32 [M]; P is K in whole units of 32."""
     (m, k), padded = x.shape, -(-x.shape[1] // _UNIT) * _UNIT
     out, scale = x.new_empty(m, padded, dtype=torch.float16), x.new_empty(m, dtype=torch.float32)
-    args = [x, step, out, scale, k, padded, block]
+    args: list[nvrtc.Argument] = [x, step, out, scale, k, padded, block]
     nvrtc.launch("turn_inputs", inputs_variant(x.dtype, True), (m, -(-padded // _EACH)), _SHARED, args, x.device)
     return out, scale
 

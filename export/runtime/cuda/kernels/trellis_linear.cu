@@ -12,8 +12,8 @@
 //
 // A number is computed: a multiplication, a sum of four bytes (dp4a) that lands in the last places of an fp16, one packed
 // subtraction for two. 128 times a value is a whole number up to 510, exact in fp16, so products are exact, and sums are those of
-// fp32. Nothing is looked up: the table of 4096 in shared memory would take 3 to 4 cycles for a warp's random look-ups, where
-// computing takes 5 instructions of a pipe that does two in that time.
+// fp32. Nothing is looked up: of 32 random look-ups in shared memory three or four fall on one bank, so a table of pairs would
+// take longer than the five instructions a weight that this takes.
 //
 // K is cut into slices over blocks, and these into eight shares, one a warp; all warps of a block have the same ring. Warps add
 // their sums up in shared memory in their order, slices in theirs, by the last block of a ring to arrive, as in packed_linear.cu:
@@ -26,7 +26,10 @@
 // fewest instructions; but activations would be rounded to 8 bits.
 //
 // LIMITS. sm_80 and later; N as the format has it, any K. More than 16 tokens take another launch, which reads the codes again
-// (from L2, where they fit). Nothing has been tuned on a GPU.
+// (from L2, where they fit). Instructions a weight of the main loop in sm_90 machine code (benchmarks/kernels_budget.py): 5.2 at
+// any rate and 8 tokens (5.0 at 4 bits), 5.3 at 16. An H100 has time for 2.7, 3.9 or 5.2 at 2, 3 or 4 bits while it reads them,
+// see packed_linear.cu: so at 4 bits it is memory that counts, at 2 bits half of its speed is all that can be had. Nothing has been
+// tuned on a GPU.
 //
 // One variant a compilation: -DV_HALVES= (half bits a weight) -DV_SIZE= (bits of a state) -DV_BF16= (of y and the bias)
 // -DV_TILES= (1 or 2 times 8 tokens).
@@ -39,6 +42,8 @@ template <int HALVES_, int SIZE_, bool BF16_, int TILES_>
 struct Coded : Trellis<HALVES_, SIZE_> {
   static constexpr int TILES = TILES_, SUMS = 4 * TILES * PRODUCTS;  // of a lane
   static constexpr bool BF16 = BF16_;
+  // The next unit is on its way while one is at work, where registers allow: found by trying.
+  static constexpr bool AHEAD = TILES == 1 || HALVES_ < 6;
 };
 
 // sum += the products with one unit. x: of each token tile eight inputs of a token.
@@ -118,7 +123,7 @@ DEVICE void trellis_linear(const u32 *words, const u16 *x, Ending out, float *pa
   let_next_start();
 
   words += ((u64)blockIdx.x * units + begin) * (32 * V::WORDS) + 4 * lane;
-  u32 now[V::WORDS], ahead[V::WORDS];
+  u32 now[V::WORDS], ahead[V::AHEAD ? V::WORDS : 1];
   if (begin < end) V::fetch(now, words);
   float sum[V::TILES][PRODUCTS][4] = {};
   const u16 *at[V::TILES];
@@ -128,13 +133,18 @@ DEVICE void trellis_linear(const u32 *words, const u16 *x, Ending out, float *pa
   wait_for_previous();
   for (int u = begin; u < end; u++) {
     words += 32 * V::WORDS;
-    if (u + 1 < end) V::fetch(ahead, words);
+    if constexpr (V::AHEAD)
+      if (u + 1 < end) V::fetch(ahead, words);
     Quad tokens[V::TILES];
 #pragma unroll
     for (int j = 0; j < V::TILES; j++) tokens[j] = load4(at[j]), at[j] += STEP;
     multiply<V>(sum, now, tokens);
+    if constexpr (V::AHEAD) {
 #pragma unroll
-    for (int i = 0; i < V::WORDS; i++) now[i] = ahead[i];
+      for (int i = 0; i < V::WORDS; i++) now[i] = ahead[i];
+    } else if (u + 1 < end) {
+      V::fetch(now, words);
+    }
   }
   gather<V>(sums, sum, warp, lane);
 
@@ -159,7 +169,7 @@ DEVICE void trellis_linear(const u32 *words, const u16 *x, Ending out, float *pa
 }
 
 #ifdef V_HALVES
-KERNEL void __launch_bounds__(THREADS, V_TILES == 1 && V_HALVES < 8 ? 2 : 1)
+KERNEL void __launch_bounds__(THREADS, V_TILES == 1 && V_HALVES < 6 ? 2 : 1)
 trellis_linear_kernel(const u32 *words, const float *scales, const u16 *x, const float *rows, u16 *y, const u16 *bias,
                       float *partial, u32 *counters, int M, int N, int K, int block) {
   trellis_linear<Coded<V_HALVES, V_SIZE, V_BF16, V_TILES>>(words, x, Ending{scales, rows, bias, y, N, block}, partial, counters, M, K);
