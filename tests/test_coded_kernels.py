@@ -24,7 +24,7 @@ from compress.export.runtime.linear import PackedLinear
 from compress.export.runtime.loading import load
 from compress.formats import Ecq, Format, Rotated, Tcq, entropy, numbers_of, parse
 from compress.formats.grid import plain
-from compress.formats.rotated import BLOCKS, INPUTS, OUTPUTS, rotation
+from compress.formats.rotated import BLOCKS, INPUTS, OUTPUTS, rotation, signs
 from compress.formats.trellis import HALVES, SIZES
 from tests import emulator
 from tests.cooking import bake
@@ -199,14 +199,17 @@ def test_a_token_has_the_same_bits_in_any_batch_and_order_of_blocks(
     for seed, (i, m) in enumerate(((0, 1), (18, 1), (3, 9))):
         cpu.seed = seed
         assert torch.equal(matrix.times(x[i : i + m].clone(), matrix.bias), whole[i : i + m])
-        assert not any(part.any() for part in matrix.parts if part.dtype == torch.int32 and part.ndim == 1), "counters are 0 again"
+        assert not any(part.any() for part in matrix.parts if part.dtype == torch.int32 and part.ndim == 1), (
+            "counters are 0 again"
+        )
 
 
 @needs_compiler
 def test_the_scale_of_a_row_holds_the_largest_and_the_smallest_activations(cpu: Emulator) -> None:
-    """bf16 holds what fp16 does not; a row of zeros, and what is not finite."""
+    """bf16 holds what fp16 does not; what a rotation puts in one place, a row of zeros, and what is not finite."""
     matrix = Matrix("tcq3:l10:r256", (544, 256), BF16)
     W, x = matrix.whole(), matrix.x(6)
+    x[0] = signs(INPUTS, 256)
     for i, power in enumerate((100, 20, -20, -100)):
         x[i] *= 2.0**power / x[i].abs().max()
     x[4], x[5] = 0.0, torch.inf
