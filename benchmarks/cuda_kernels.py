@@ -4,7 +4,8 @@
 
 Every time is the median over replays of a CUDA graph, in which launch after launch reads another copy of the weights, more than
 four L2 caches of them, so that weights come from memory as they do in a model; and the spread of the replays. `share` is that of
-the speed at which this GPU copies, measured first: bytes of codes, scales, activations and results over the time.
+the speed at which this GPU copies, measured first: bytes of codes, scales, activations and results over the time. Of a rotated
+matrix the time is that of all its launches, which turn activations before the product and, but for trellis codes, behind it.
 
 Ours are checked against float64 before they are timed. Beside them, in the same way: torch in bf16, torch's own int4
 (`aten._weight_int4pack_mm`), and bitsandbytes and humming-kernels where they can be imported; none of them is needed.
@@ -25,10 +26,11 @@ import torch
 from torch import Tensor
 
 from compress.export.runtime.cuda import launch as cuda
-from compress.formats import Format, parse
+from compress.formats import Ecq, Format, numbers_of, parse
 
 SHAPES = ("4096x4096", "11008x4096", "8192x8192", "8192x28672")
-FORMATS = ("int2:g128", "int3:g128", "int4:g128", "nf4:g64:dq8x256")
+FORMATS = ("int2:g128", "int3:g128", "int4:g128", "nf4:g64:dq8x256", "int4:g128:r128", "ecq3:r128", "tcq2", "tcq2:r128",
+           "tcq3:r128", "tcq4:r128")  # fmt: skip
 TOKENS = (1, 8, 16, 64)
 REPLAYS, LAUNCHES = 9, 60
 DTYPE = torch.bfloat16
@@ -153,11 +155,15 @@ def ours(text: str) -> Callable[[int, int], Peer]:
 
 
 def random_tensors(fmt: Format, n: int, k: int) -> dict[str, Tensor]:
-    """Random codes and plausible scales, on the GPU: a format's tensors without a fit."""
+    """Random codes and plausible scales, on the GPU: a format's tensors without a fit; of an entropy-coded one as decoded."""
     found = {}
+    if isinstance(numbers_of(fmt), Ecq):
+        found["weight_codes"] = torch.randint(-9, 10, (n, k), dtype=torch.int8, device="cuda")
     for name, (dtype, shape) in fmt.tensors((n, k)).items():
         if name == "weight_shape":
             found[name] = torch.tensor([n, k])
+        elif name == "weight_step":
+            found[name] = torch.randint(80, 96, shape, dtype=dtype, device="cuda")
         elif dtype == torch.int32:
             found[name] = torch.randint(-(1 << 31), (1 << 31) - 1, shape, dtype=dtype, device="cuda")
         else:

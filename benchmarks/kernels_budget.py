@@ -23,12 +23,13 @@ from pathlib import Path
 import torch
 
 from compress.export.runtime.cuda import launch as cuda
-from compress.export.runtime.cuda import nvrtc
+from compress.export.runtime.cuda import nvrtc, rings
 from compress.export.runtime.cuda.tiles import Base, Layout
-from compress.formats import parse
+from compress.formats import Tcq, parse
 
 ROWS = ("int2:g128", "int2:g64:asym", "int3:g128", "int3:g128:asym", "int4:g128", "int4:g128:asym", "int4:g32:asym",
-        "int4:channel", "int8:g128", "nf2:g64", "nf3:g64", "nf4:g64")  # fmt: skip
+        "int4:channel", "int8:g128", "nf2:g64", "nf3:g64", "nf4:g64",
+        "tcq1", "tcq2", "tcq2.5", "tcq3", "tcq4", "tcq5")  # fmt: skip
 _LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)
 _KERNELS = Path(nvrtc.__file__).parent / "kernels"
 
@@ -54,23 +55,28 @@ def main() -> int:
     print("| format | " + " | ".join(f"{kind}, {8 * t} tokens" for t in args.tiles for kind in ("bf16", "fp16")) + " |")
     print("| --- |" + " --- |" * 2 * len(args.tiles))
     for text in ROWS:
+        most = rings.TOKENS if isinstance(parse(text), Tcq) else 64  # of a launch
         counts = [
-            instructions(variant(text, dtype, 8 * t), args.arch) for t in args.tiles for dtype in (torch.bfloat16, torch.float16)
+            f"{instructions(*variant(text, dtype, 8 * t), args.arch):.2f}" if 8 * t <= most else ""
+            for t in args.tiles
+            for dtype in (torch.bfloat16, torch.float16)
         ]
-        print(f"| {text} | " + " | ".join(f"{c:.2f}" for c in counts) + " |", flush=True)
+        print(f"| {text} | " + " | ".join(counts) + " |", flush=True)
     return 0
 
 
-def variant(text: str, dtype: torch.dtype, rows: int) -> nvrtc.Defines:
-    """The macros of the packed kernel for a format's text and a number of rows of x."""
+def variant(text: str, dtype: torch.dtype, rows: int) -> tuple[str, nvrtc.Defines]:
+    """The kernel that multiplies, and its macros, for a format's text and a number of rows of x."""
     fmt = parse(text)
+    if isinstance(fmt, Tcq):
+        return "trellis_linear", rings.variant(fmt, dtype, rows)
     assert isinstance(fmt, Base)
-    return cuda.variant(Layout.of(fmt), dtype, rows)
+    return "packed_linear", cuda.variant(Layout.of(fmt), dtype, rows)
 
 
-def instructions(defines: nvrtc.Defines, arch: str) -> float:
+def instructions(name: str, defines: nvrtc.Defines, arch: str) -> float:
     """Instructions a weight, of one lane, in the main loop."""
-    lines = build("packed_linear", defines, arch).lines
+    lines = build(name, defines, arch).lines
     body = _loop(lines)
     work = [block for block in _blocks(body) if not any(re.search(r"\bSTS\b", text) for _, text in block)]
     products = sum("HMMA" in text for _, text in body)  # each is of eight weights a lane and of one tile of tokens

@@ -19,8 +19,9 @@ from compress.formats import Format
 from tests.conftest import ROOT
 
 SHIM, KERNELS = ROOT / "tests/kernel_shim", ROOT / "export/runtime/cuda/kernels"
-WRITTEN = {"packed_linear": (4, 8), "dequantize": (3,), "low_rank": (2,)}  # arguments: results, poisoned before a run
-MACROS = {"packed_linear": "LINEAR", "dequantize": "DEQUANTIZE", "low_rank": "LOW_RANK"}
+WRITTEN = {"packed_linear": (4, 8), "dequantize": (4,), "low_rank": (2,), "turn_inputs": (2, 3), "turn_outputs": (2,),
+           "trellis_linear": (4, 6), "trellis_dequantize": (3,)}  # arguments: results, poisoned before a run  # fmt: skip
+MACROS = {"packed_linear": "LINEAR"}  # others: the name in capitals
 Variant = tuple[str, nvrtc.Defines]
 Need = tuple[Format, tuple[int, int], torch.dtype]
 
@@ -51,7 +52,10 @@ class Emulator:
     """Stands in for nvrtc.launch with some variants; `seed` chooses the order of blocks."""
 
     def __init__(self, folder: Path, wanted: Iterable[Variant]):
-        lines = [f"{MACROS[name]}({','.join(str(value) for _, value in defines)})\n" for name, defines in sorted(wanted)]
+        lines = [
+            f"{MACROS.get(name, name.upper())}({','.join(str(value) for _, value in defines)})\n"
+            for name, defines in sorted(wanted)
+        ]
         (folder / "variants.inc").write_text("".join(lines))
         library = folder / "kernels.so"
         flags = ["-O0", "-std=c++20", "-shared", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas"]

@@ -45,7 +45,10 @@ No GPU was at hand. So of what `compressed_tensors` writes, this is known from v
 floats (`fp8`, `nvfp4`, `mxfp4`, `mxfp8`), rounded inputs other than `int8:token`, a cache of 8 bits, experts, integers of other
 widths than 4 bits outside our plug-in, and any kernel of any GPU. Their numbers are proven in stock transformers on a CPU, and
 each folder is held against what vLLM's loader asks for (`export/compressed_tensors/lint.py`). Which engine runs what is in the
-table of [Export](export.md#engines)."""
+table of [Export](export.md#engines).
+
+Of our own runtime no kernel for CUDA has run on a GPU either: of integers, tables, rotations, entropy and trellis codes alike,
+their source runs on a CPU by an emulator, and is compiled ([Runtime](runtime.md#cuda))."""
 
 
 @cache

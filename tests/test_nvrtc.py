@@ -23,9 +23,11 @@ import kernels_budget as budget
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
 SAMPLE = ("int3:g64:asym", "lut4:g128")  # the last asks for the most shared memory
-# instructions a weight at 8 tokens, in fp16 and bf16, that sm_90 code is held to; packed_linear.cu has the table
+# instructions a weight at 8 tokens, in fp16 and bf16, that sm_90 code is held to; the kernels of products say what there are
 BUDGET = {"int2:g128": 1.7, "int2:g64:asym": 2.2, "int3:g128:asym": 2.1, "int4:g128:asym": 2.0, "int4:channel": 1.8,
-          "int8:g128": 3.1, "nf2:g64": 2.1, "nf3:g64": 2.2, "nf4:g64": 2.2}  # fmt: skip
+          "int8:g128": 3.1, "nf2:g64": 2.1, "nf3:g64": 2.2, "nf4:g64": 2.2,
+          "tcq2": 5.4, "tcq2.5": 5.4, "tcq3": 5.4, "tcq4": 5.4}  # fmt: skip
+CODED = ("tcq2:r64", "tcq2.5:r64", "tcq3:r64", "tcq4:r64", "tcq5:r64", "ecq4:r64")
 SMALL = ("low_rank", nvrtc.defines(bf16=True))
 
 
@@ -87,6 +89,20 @@ def test_kernels_compile_without_spills(arch: str, whole: bool) -> None:
 
 
 @needs_nvcc
+@pytest.mark.parametrize("arch", covered(ARCHS, "sm_90"))
+def test_a_product_with_a_trellis_code_compiles_without_spills(arch: str) -> None:
+    found = emulator.variants([(parse(CODED[0]), (64, 256), torch.bfloat16)], (8,))
+    compiles_without_spills(arch, {variant for variant in found if variant[0] == "trellis_linear"})
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "text"), list(product(ARCHS, CODED)))
+def test_kernels_of_coded_and_rotated_matrices_compile_without_spills(arch: str, text: str) -> None:
+    compiles_without_spills(arch, emulator.variants([(parse(text), (64, 256), torch.bfloat16)], (8, 16)))
+
+
+@needs_nvcc
 @pytest.mark.slow
 @pytest.mark.parametrize(("arch", "text"), list(product(ARCHS, GRID)))
 def test_every_variant_compiles_without_spills(arch: str, text: str) -> None:
@@ -100,16 +116,19 @@ def test_every_variant_compiles_without_spills(arch: str, text: str) -> None:
 )
 def test_the_main_loop_keeps_to_its_budget_of_instructions(text: str) -> None:
     for dtype in (torch.bfloat16, torch.float16):
-        assert budget.instructions(budget.variant(text, dtype, 8), "sm_90") <= BUDGET[text]
+        assert budget.instructions(*budget.variant(text, dtype, 8), "sm_90") <= BUDGET[text]
 
 
 @needs_nvrtc
 @pytest.mark.parametrize("arch", ARCHS)
 def test_nvrtc_compiles_the_kernels_without_an_include_path(arch: str, cache: Path) -> None:
-    needs = [(parse(CASES[0][0]), (16, 256), CASES[0][1])]
-    for name, defines in emulator.variants(needs, (8,)) | {SMALL}:
+    """Every kernel there is, in one variant or more."""
+    needs = [(parse(text), (16, 256), torch.bfloat16) for text in (CASES[0][0], CODED[0])]
+    found = emulator.variants(needs, (8,)) | {SMALL}
+    assert {name for name, _ in found} == {path.stem for path in nvrtc._KERNELS.glob("*.cu")}
+    for name, defines in found:
         assert nvrtc.cubin(name, defines, arch)[:4] == b"\x7fELF"
-    assert len(list(cache.iterdir())) == 3
+    assert len(list(cache.iterdir())) == len(found)
 
 
 @needs_nvrtc

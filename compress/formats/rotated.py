@@ -105,11 +105,6 @@ class Rotated:
         side = self.outputs(len(C_nk))
         return _by_parts(C_nk, side, lambda C: turned_back(turned_back(C, OUTPUTS, side).T, INPUTS, self.block).T, dtype)
 
-    def warm(self, shape: Shape, device: torch.device) -> None:
-        """Make what activations are multiplied by on a device, so that nothing need be moved there later."""
-        rotation(INPUTS, self.block, device)
-        rotation(OUTPUTS, self.outputs(shape[0]), device)
-
     def into(self, x_mk: Tensor) -> Tensor:
         """Activations as the matrix C takes them: H_i S_i x, in fp32 or better."""
         return _times(x_mk, rotation(INPUTS, self.block, x_mk.device))

@@ -46,7 +46,7 @@ class Made(Tensor):
 class Packed(nn.Module):
     """What packed modules share: the tensors of one matrix in a format, [out, in], and the dtype that it computes in.
 
-    format: its text. layout: "canonical"; after `prepare` "codes" where they were entropy-coded, or "tiles" on CUDA. The module
+    format: its text. layout: "canonical"; after `prepare` "tiles" on CUDA, else "codes" where they were entropy-coded. The module
     is made on `device` without content.
     """
 
@@ -88,15 +88,17 @@ class Packed(nn.Module):
         return whole.as_subclass(Made)
 
     def prepare(self) -> None:
-        """Decode what is entropy-coded, once; else repack where the matrix is on CUDA."""
-        numbers = numbers_of(format_of(self.format))
-        if isinstance(numbers, Ecq):
-            if self.layout == "canonical" and self.parts[0].device.type != "meta":
-                self.decode(numbers)
-            return
+        """Decode what is entropy-coded, once; and repack where the matrix is on CUDA."""
+        self.decode_once()
         plain = isinstance(numbers_of(format_of(self.format)), Dense)  # factors that torch multiplies by as they are
-        if self.layout == "canonical" and self.parts[0].device.type == "cuda" and not plain:
+        if self.layout in ("canonical", "codes") and self.parts[0].device.type == "cuda" and not plain:
             self.repack()
+
+    def decode_once(self) -> None:
+        """Decode what is entropy-coded, where there is something to decode."""
+        numbers = numbers_of(format_of(self.format))
+        if isinstance(numbers, Ecq) and self.layout == "canonical" and self.parts[0].device.type != "meta":
+            self.decode(numbers)
 
     def decode(self, numbers: Ecq) -> None:
         """Hold codes, a byte each, in place of the words that they were coded into; of a module without content, their places."""
@@ -120,7 +122,8 @@ class Packed(nn.Module):
         if why:
             warnings.warn(f"compress: no kernel for {self.format}: {why}; torch decodes it at every use", stacklevel=2)
             return
-        tiles = cuda.repack(fmt, self.shape, with_shapes(fmt, self.shape, named(self.format, self.shape, self.parts)), self.dtype)
+        held = named(self.format, self.shape, self.parts, self.layout)
+        tiles = cuda.repack(fmt, self.shape, with_shapes(fmt, self.shape, held), self.dtype)
         self._drop()
         for i, tile in enumerate(tiles):
             self.register_buffer(f"tile_{i}", tile, persistent=False)
@@ -135,6 +138,10 @@ class Packed(nn.Module):
         self._places, self.layout = [("", name) for name in found], "neurons"
 
     def _drop(self) -> None:
+        if self.layout == "codes":
+            for _, leaf in self._places:
+                del self._buffers[leaf]
+            return
         for suffix in format_of(self.format).tensors(self.shape):
             child, _, leaf = leaf_of(suffix).rpartition(".")
             if child:
@@ -166,8 +173,7 @@ class Packed(nn.Module):
 
 def prepare(model: nn.Module) -> None:
     """Compile what the packed modules on CUDA need, all at once, and repack them; before a graph is captured, for one."""
-    held = [m for m in model.modules() if isinstance(m, Packed) and m.parts[0].device.type == "cuda"
-            and not isinstance(numbers_of(format_of(m.format)), Ecq)]  # fmt: skip
+    held = [m for m in model.modules() if isinstance(m, PackedLinear) and m.parts[0].device.type == "cuda"]
     if held:
         from compress.export.runtime.cuda import launch as cuda
 
@@ -243,8 +249,7 @@ class PackedEmbedding(Packed, nn.Embedding):  # type: ignore[override]
 
     def prepare(self) -> None:
         """What is entropy-coded is decoded, once; else nothing: the kernels multiply, and do not take rows."""
-        if isinstance(numbers_of(format_of(self.format)), Ecq):
-            super().prepare()
+        self.decode_once()
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, format={self.format}"

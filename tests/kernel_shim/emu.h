@@ -31,7 +31,7 @@ struct Fiber {
 struct Warp {
   unsigned arrived = 0, round = 0;
   float a[2][16][16], b[2][16][8];  // operands of one mma, twice: a fast lane may be one ahead
-  float value[2][32];
+  u32 value[2][32];
 };
 struct Range { uintptr_t from, to; };
 
@@ -126,13 +126,17 @@ inline void __syncthreads() { emu::meet(emu::arrived, emu::round_, emu::COUNT); 
 inline int min(int a, int b) { return a < b ? a : b; }
 inline void __threadfence() {}
 inline u32 atomicAdd(u32 *at, u32 by) { u32 before = *at; *at += by; return before; }
-inline float __shfl_xor_sync(u32, float v, int by) {
+inline u32 from_lane(u32 value, int lane) {
   emu::Warp &w = emu::warp();
-  int turn = w.round & 1, lane = threadIdx.x % 32;
-  w.value[turn][lane] = v;
+  int turn = w.round & 1;
+  w.value[turn][threadIdx.x % 32] = value;
   emu::meet_warp();
-  return w.value[turn][lane ^ by];
+  return w.value[turn][lane];
 }
+inline float __shfl_xor_sync(u32, float v, int by) {
+  return __uint_as_float(from_lane(__float_as_uint(v), threadIdx.x % 32 ^ by));
+}
+inline u32 sum_bytes(u32 a, u32 c) { return c + (a & 255) + (a >> 8 & 255) + (a >> 16 & 255) + (a >> 24); }
 
 template <bool BF16>
 inline float widen(u16 a) {

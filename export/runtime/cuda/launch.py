@@ -7,9 +7,12 @@ cuBLAS multiplies. A matrix in a packed form is a list of tensors, its *parts*:
     counters          int32 [row tiles], zero between launches: how many blocks have delivered a part of a sum
     levels            fp32 [2**bits]           only of tables
     A [r, K], B [N, r]                         only of low-rank formats: in the activations' dtype, r padded with zeros to 8
+    steps [K]                                  only of entropy-coded ones: fp32, 1 at most
 
 A product of two quantized factors (`lr64:int4:g64`) is the parts of A and then those of B, and two products, one after the other.
-A rotated matrix is the parts of the one inside; activations are turned in front of its product and behind it, by torch, in fp32.
+A rotated matrix is the parts of the one inside; activations are turned in front of its product and behind it (turning.py). What
+was entropy-coded is integers of 8 bits with a scale for each output, whose activations are multiplied by the steps as they are
+turned. Trellis codes have a layout and a product of their own (rings.py).
 
 Nothing here waits for the GPU or allocates outside torch's allocator, so all of it can be captured in a CUDA graph, after
 `prepare` has compiled what is needed. A matrix must not be multiplied on two streams at once, because of its counters.
@@ -24,8 +27,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from compress.export.runtime.cuda import nvrtc, tiles
+from compress.export.runtime.cuda import nvrtc, rings, tiles, turning
 from compress.export.runtime.cuda.nvrtc import Defines
+from compress.export.runtime.cuda.rings import Rings
 from compress.export.runtime.cuda.tiles import ROWS, Base, Layout
 from compress.formats import (
     Coded,
@@ -35,6 +39,7 @@ from compress.formats import (
     Float,
     Format,
     Ggml,
+    Int,
     LowRank,
     Rotated,
     Served,
@@ -42,10 +47,13 @@ from compress.formats import (
     base_of,
     numbers_of,
 )
-from compress.formats.grid import restore
+from compress.formats.entropy import STEPS, stepped
+from compress.formats.grid import Grid, restore
+from compress.formats.trellis import RING
 
 Shape = tuple[int, int]
 MOST = 128  # rows of x up to which the packed kernel runs; an estimate, no GPU has been asked yet
+MOST_CODED = 64  # and that of trellis codes, which reads them again for every 16
 _WIDTHS = {False: (2, 3, 4, 8), True: (2, 3, 4)}  # bits, of integers and of tables
 _GROUPS = (None, 32, 64, 128, 256)
 _TOKENS = 64  # rows of x in a launch
@@ -54,12 +62,13 @@ _WARPS = nvrtc.THREADS // 32
 _BLOCKS = 256  # wanted at least: two for each SM of a large GPU
 _SHARE, _LEAST_SHARE = 8192, 1024  # inputs that a block takes at most (about), and at least
 _CHUNK = 16 << 20  # bytes of dequantized weights at a time, a third of an L2 cache
+_BYTES = Int(8, None)  # what entropy-coded integers are once they are decoded, but for their steps
 _OUT = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
 
 @dataclass(frozen=True, eq=False)
 class _Matrix:
-    """The parts of a matrix of `shape` [N, K] by their names; `factors` are A and B."""
+    """The parts of a matrix of `shape` [N, K] by their names, of a rotated one of the one inside; `factors` are A and B."""
 
     base: Base
     shape: Shape
@@ -69,14 +78,16 @@ class _Matrix:
     counters: Tensor
     levels: Tensor | None
     factors: tuple[Tensor, Tensor] | None
+    steps: Tensor | None
 
     @classmethod
     def of(cls, parts: Sequence[Tensor], fmt: Format, shape: Shape) -> _Matrix:
-        base = _base(fmt)
+        base = _base(_inside(fmt))
         layout = Layout.of(base)
         words, scales, counters, *rest = parts
-        levels, factors = (rest[0] if layout.table else None), rest[layout.table :]
-        return cls(base, shape, layout, words, scales, counters, levels, (factors[0], factors[1]) if factors else None)
+        levels = rest.pop(0) if layout.table else None
+        steps = rest.pop(0) if isinstance(numbers_of(fmt), Ecq) else None
+        return cls(base, shape, layout, words, scales, counters, levels, (rest[0], rest[1]) if rest else None, steps)
 
 
 def obstacle(fmt: Format, shape: Shape, dtype: torch.dtype) -> str | None:
@@ -85,17 +96,15 @@ def obstacle(fmt: Format, shape: Shape, dtype: torch.dtype) -> str | None:
         return f"{fmt} is not quantized"
     if isinstance(fmt, Factored):
         return next(filter(None, (obstacle(fmt.factors, side, dtype) for side in fmt.factor_shapes(shape).values())), None)
-    if isinstance(numbers_of(fmt), Ecq):
-        return "codes of a byte with a step for each input"
     if isinstance(fmt, Ggml):
         return "blocks of llama.cpp's"
-    if isinstance(numbers_of(fmt), Tcq):
-        return "trellis codes"
     if isinstance(fmt, Served) or isinstance(numbers_of(fmt), Float):
         return "floating-point codes" if isinstance(fmt, Float) else "inputs that are rounded"
-    base = _base(_inside(fmt))
     if dtype not in (torch.bfloat16, torch.float16):
         return f"activations in {str(dtype).removeprefix('torch.')}"
+    if isinstance(numbers_of(fmt), Tcq):
+        return None
+    base = _base(_inside(fmt))
     table = Layout.of(base).table
     if base.bits not in _WIDTHS[table]:
         return f"{base.bits}-bit codes{' into a table' if table else ''}"
@@ -115,8 +124,11 @@ def repack(fmt: Format, shape: Shape, tensors: Mapping[str, Tensor], dtype: torc
         return [part for name, side in fmt.factor_shapes(shape).items()
                 for part in repack(fmt.factors, side, fmt.factor(tensors, name), dtype)]  # fmt: skip
     if isinstance(fmt, Rotated):
-        fmt.warm(shape, next(iter(tensors.values())).device)
         return repack(fmt.base, shape, tensors, dtype)
+    if isinstance(fmt, Tcq):
+        return rings.pack(fmt, tensors)
+    if isinstance(fmt, Ecq):
+        return _repack_bytes(fmt, tensors)
     base = _base(fmt)
     words, scales, *levels = tiles.pack(base, tensors)
     parts = [words, scales, torch.zeros(len(words), dtype=torch.int32, device=words.device), *levels]
@@ -127,6 +139,20 @@ def repack(fmt: Format, shape: Shape, tensors: Mapping[str, Tensor], dtype: torc
     return parts
 
 
+def _repack_bytes(fmt: Ecq, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    """Of an entropy-coded matrix, decoded or not yet. Steps and scales are the format's but for a power of two, by which no step
+    exceeds 1: fp16 has room for what activations are then."""
+    codes = tensors["weight_codes"] if "weight_codes" in tensors else fmt.codes(tensors)
+    exponent, base = tensors["weight_step"], tensors["weight_base"].float()
+    shift = -(-exponent.max().int() // STEPS)
+    shift = shift + torch.frexp(base).exponent.to(shift.device)  # base < 2**exponent
+    scale, layout = torch.ldexp(tensors["weight_scale"].float(), shift), Layout.of(_BYTES)
+    words = tiles.pack_codes(codes.view(torch.uint8) + (_BYTES.levels // 2), layout)  # counted from the middle
+    counters = torch.zeros(len(words), dtype=torch.int32, device=words.device)
+    steps = stepped(torch.ldexp(base, -shift), exponent)
+    return [words, tiles.pack_scales(Grid(scale[:, None]), layout, codes.shape[1]), counters, steps]
+
+
 def linear(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, fmt: Format, shape: Shape) -> Tensor:
     """x W^T + bias, [M, N] in the dtype of x; x [M, K], contiguous, bf16 or fp16, on a GPU, and bias [N] in its dtype.
 
@@ -135,14 +161,27 @@ def linear(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, fmt: Format,
     if isinstance(fmt, Factored):
         (A, first), (B, second) = _halves(parts, fmt, shape)
         return linear(linear(x, A, None, fmt.factors, first), B, bias, fmt.factors, second)
-    if isinstance(fmt, Rotated):
-        y = fmt.out_of(linear(fmt.into(x).to(x.dtype), parts, None, fmt.base, shape))
-        return (y if bias is None else y + bias.float()).to(x.dtype)
-    matrix, y = _Matrix.of(parts, fmt, shape), x.new_empty(len(x), shape[0])
     if x.data_ptr() % 16:
         x = x.clone()  # a view into the middle of something: the kernels load 16 bytes at a time
+    if isinstance(numbers_of(fmt), Tcq) and len(x) <= MOST_CODED:
+        return rings.linear(x, parts, bias, fmt, shape)
+    steps = parts[-1] if isinstance(numbers_of(fmt), Ecq) and len(x) <= MOST else None  # dense weights have them inside
+    if isinstance(fmt, Rotated) or steps is not None:
+        x = turning.turn_inputs(x, steps, turning.block_of(fmt))
+    if not isinstance(fmt, Rotated):
+        return _product(x, parts, bias, fmt, shape, x.dtype)
+    y = _product(x, parts, None, fmt, shape, torch.float32)
+    return turning.turn_outputs(y, bias, fmt.outputs(shape[0]), x.dtype)
+
+
+def _product(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, fmt: Format, shape: Shape, dtype: torch.dtype) -> Tensor:
+    """x times the matrix inside, plus the bias: [M, N] in `dtype`, by torch's products in that of x."""
+    if isinstance(numbers_of(fmt), Tcq):
+        return _by_chunks(x, Rings.of(parts, fmt, shape), bias)
+    matrix = _Matrix.of(parts, fmt, shape)
     if len(x) > MOST:
-        return _by_chunks(x, matrix, bias, y)
+        return _by_chunks(x, matrix, bias)
+    y = x.new_empty(len(x), shape[0], dtype=dtype)
     for i in range(0, len(x), _TOKENS):
         _packed(x[i : i + _TOKENS], matrix, bias, y[i : i + _TOKENS])
     return y
@@ -159,9 +198,12 @@ def dequantize(parts: Sequence[Tensor], fmt: Format, shape: Shape, dtype: torch.
         return (B @ A).to(dtype)
     if isinstance(fmt, Rotated):
         return fmt.turn_back(dequantize(parts, fmt.base, shape, torch.float32), dtype)
-    matrix, out = _Matrix.of(parts, fmt, shape), torch.empty(shape, dtype=dtype, device=parts[0].device)
-    for rows in _chunks(shape):
-        if matrix.factors:
+    matrix = Rings.of(parts, fmt, shape) if isinstance(fmt, Tcq) else _Matrix.of(parts, fmt, shape)
+    out = torch.empty(shape, dtype=dtype, device=parts[0].device)
+    for rows in _chunks(matrix):
+        if isinstance(matrix, Rings):
+            rings.rows_of(matrix, rows, dtype, _has_kernels(matrix.words), out[rows])
+        elif matrix.factors:
             A, B = matrix.factors
             W = _base_rows(matrix, rows, torch.float32)
             out[rows] = W.addmm_(B[rows].float(), A.float())
@@ -179,16 +221,32 @@ def prepare(
     """
     device, wanted = torch.device(device), set[tuple[str, Defines]]()
     for fmt, _, dtype in needs:
-        layout = Layout.of(_base(_inside(fmt)))
-        for count in (t for m in tokens for t in ((min(m, _TOKENS), m % _TOKENS) if m <= MOST else ()) if t):
-            wanted.add(("packed_linear", variant(layout, dtype, count)))
-        wanted.add(("dequantize", _dequantizer(layout, dtype)))
-        if isinstance(fmt, Factored | Rotated):
-            wanted.add(("dequantize", _dequantizer(layout, torch.float32)))
-        if isinstance(fmt, LowRank):
-            wanted |= {("low_rank", _low_rank_variant(dtype)), ("dequantize", _dequantizer(layout, torch.float32))}
+        wanted |= _variants(fmt, dtype, tokens)
     for name, defines in sorted(wanted):
         nvrtc.load(name, defines, device)
+
+
+def _variants(fmt: Format, dtype: torch.dtype, tokens: Sequence[int]) -> set[tuple[str, Defines]]:
+    """Kernels, and their macros, of products with matrices in a format, and of their gradients."""
+    found, numbers = set[tuple[str, Defines]](), numbers_of(fmt)
+    most, each = (MOST_CODED, rings.TOKENS) if isinstance(numbers, Tcq) else (MOST, _TOKENS)
+    counts = {t for m in tokens for t in ((min(m, each), m % each) if m <= most else ()) if t}
+    kinds = {dtype, *((torch.float32,) if isinstance(fmt, Factored | Rotated | LowRank) else ())}
+    if isinstance(numbers, Tcq):
+        found |= {("trellis_linear", rings.variant(numbers, dtype, count)) for count in counts}
+        found |= {("trellis_dequantize", rings.dequantizer(numbers, kind)) for kind in kinds}
+        found.add(("turn_inputs", turning.inputs_variant(dtype, True)))
+    else:
+        layout = Layout.of(_base(_inside(fmt)))
+        found |= {("packed_linear", variant(layout, dtype, count)) for count in counts}
+        found |= {("dequantize", _dequantizer(layout, kind)) for kind in kinds}
+    if isinstance(fmt, Rotated) or isinstance(numbers, Ecq):
+        found.add(("turn_inputs", turning.inputs_variant(dtype, False)))
+    if isinstance(fmt, Rotated):
+        found |= {("turn_outputs", turning.outputs_variant(dtype, wide)) for wide in (False, True)}
+    if isinstance(fmt, LowRank):
+        found.add(("low_rank", _low_rank_variant(dtype)))
+    return found
 
 
 def _halves(parts: Sequence[Tensor], fmt: Factored, shape: Shape) -> list[tuple[Sequence[Tensor], Shape]]:
@@ -213,9 +271,9 @@ def _packed(x: Tensor, matrix: _Matrix, bias: Tensor | None, y: Tensor) -> None:
     token_tiles = dict(defines)["V_TILES"]
     row_tiles = 1 if token_tiles == 1 else _WARPS // 2  # of a block; Variant::ROWS
     table = 4 * 32 << 2 * layout.bits if layout.table else 0
-    shared = 4 * 4 * token_tiles * nvrtc.THREADS + table
+    shared, wide = 4 * 4 * token_tiles * nvrtc.THREADS + table, int(y.dtype == torch.float32)
     grid, rank = (-(-len(words) // row_tiles), share), 0 if A is None else len(A)
-    args = [words, matrix.scales, matrix.levels, x, y, bias, B, t, partial, matrix.counters, m, n, k, rank]
+    args = [words, matrix.scales, matrix.levels, x, y, bias, B, t, partial, matrix.counters, m, n, k, rank, wide]
     nvrtc.launch("packed_linear", defines, grid, shared, args, x.device)
 
 
@@ -228,18 +286,27 @@ def _low_rank(x: Tensor, A: Tensor) -> Tensor:
     return t
 
 
-def _by_chunks(x: Tensor, matrix: _Matrix, bias: Tensor | None, y: Tensor) -> Tensor:
+def _by_chunks(x: Tensor, matrix: _Matrix | Rings, bias: Tensor | None) -> Tensor:
     """Many rows: the weights of some outputs at a time, in the dtype of x, and a dense product."""
-    for rows in _chunks(matrix.shape):
-        W = _base_rows(matrix, rows, x.dtype)
+    y = x.new_empty(len(x), matrix.shape[0])
+    for rows in _chunks(matrix):
+        W = _rows(matrix, rows, x.dtype)
         if bias is None:
             torch.mm(x, W.T, out=y[:, rows])
         else:
             torch.addmm(bias[rows], x, W.T, out=y[:, rows])
-    if matrix.factors:
+    if isinstance(matrix, _Matrix) and matrix.factors:
         A, B = matrix.factors
         y.addmm_(x @ A.T, B.T)
     return y
+
+
+def _rows(matrix: _Matrix | Rings, rows: slice, dtype: torch.dtype) -> Tensor:
+    """The outputs `rows` of a matrix, without its low-rank term, in `dtype`."""
+    if isinstance(matrix, Rings):
+        out = torch.empty(rows.stop - rows.start, matrix.shape[1], dtype=dtype, device=matrix.words.device)
+        return rings.rows_of(matrix, rows, dtype, _has_kernels(matrix.words), out)
+    return _base_rows(matrix, rows, dtype)
 
 
 def _base_rows(matrix: _Matrix, rows: slice, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
@@ -251,11 +318,14 @@ def _base_rows(matrix: _Matrix, rows: slice, dtype: torch.dtype, out: Tensor | N
         out = torch.empty(n, k, dtype=dtype, device=words.device)
     if _has_kernels(words):
         grid = -(-words.shape[1] // _WARPS), len(words)
-        args = [words, scales, levels, out, n, k, layout.group, int(layout.zeros)]
+        args = [words, scales, levels, matrix.steps, out, n, k, layout.group, int(layout.zeros)]
         nvrtc.launch("dequantize", _dequantizer(layout, dtype), grid, 0, args, words.device)
     else:
         codes, grid_ = tiles.unpack([words, scales, *([] if levels is None else [levels])], matrix.base, (n, k))
-        out.copy_(restore(codes, grid_, matrix.base, dtype))
+        if matrix.steps is None:
+            out.copy_(restore(codes, grid_, matrix.base, dtype))
+        else:
+            out.copy_((codes.float() - _BYTES.levels // 2).mul_(matrix.steps).mul_(grid_.scale))
     return out
 
 
@@ -263,10 +333,11 @@ def _has_kernels(t: Tensor) -> bool:
     return t.is_cuda
 
 
-def _chunks(shape: Shape) -> Iterator[slice]:
-    rows = max(1, _CHUNK // (2 * shape[1] * ROWS)) * ROWS
-    for start in range(0, shape[0], rows):
-        yield slice(start, min(start + rows, shape[0]))
+def _chunks(matrix: _Matrix | Rings) -> Iterator[slice]:
+    (n, k), tile = matrix.shape, RING if isinstance(matrix, Rings) else ROWS
+    rows = max(1, _CHUNK // (2 * k * tile)) * tile
+    for start in range(0, n, rows):
+        yield slice(start, min(start + rows, n))
 
 
 def variant(layout: Layout, dtype: torch.dtype, rows: int) -> Defines:
@@ -287,8 +358,9 @@ def _dequantizer(layout: Layout, dtype: torch.dtype) -> Defines:
 
 
 def _inside(fmt: Format) -> Format:
-    """What the matrices are in that the kernels multiply by."""
-    return fmt.factors if isinstance(fmt, Factored) else fmt.base if isinstance(fmt, Rotated) else fmt
+    """What the matrices are in that packed_linear.cu multiplies by."""
+    inside = fmt.factors if isinstance(fmt, Factored) else fmt.base if isinstance(fmt, Rotated) else fmt
+    return _BYTES if isinstance(inside, Ecq) else inside
 
 
 def _base(fmt: Format) -> Base:

@@ -29,7 +29,7 @@ from compress.errors import KernelError
 
 THREADS = 256  # of a block, in all kernels; tile.cuh
 _KERNELS = Path(__file__).parent / "kernels"
-_HEADER = "tile.cuh"
+_HEADERS = ("tile.cuh", "trellis.cuh", "turn.cuh")
 _LEAST = (8, 0)  # compute capability: the kernels use bf16 tensor cores
 _OVERLAP = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _OVERLAP_SINCE = (9, 0)
@@ -56,8 +56,9 @@ class _Launch(ctypes.Structure):
 def compile_cubin(name: str, defines: Defines, arch: str) -> bytes:
     """The machine code of kernels/<name>.cu for `arch` ("sm_90"), by NVRTC; KernelError with the compiler's words if it fails."""
     library, program = _nvrtc(), c_void_p()
-    header = (c_char_p * 1)(_text(_HEADER)), (c_char_p * 1)(_HEADER.encode())
-    _check(library.nvrtcCreateProgram(byref(program), _text(f"{name}.cu"), f"{name}.cu".encode(), 1, *header))
+    count, texts = len(_HEADERS), [_text(header) for header in _HEADERS]
+    headers = (c_char_p * count)(*texts), (c_char_p * count)(*(header.encode() for header in _HEADERS))
+    _check(library.nvrtcCreateProgram(byref(program), _text(f"{name}.cu"), f"{name}.cu".encode(), count, *headers))
     try:
         options = [f"--gpu-architecture={arch}", "-std=c++17", "-default-device", *(f"-D{key}={value}" for key, value in defines)]
         encoded = (c_char_p * len(options))(*(o.encode() for o in options))
@@ -90,7 +91,7 @@ def cache_folder() -> Path:
 
 def key(name: str, defines: Defines, arch: str, version: str) -> str:
     """The sha256 of all that a cubin depends on."""
-    parts = [_text(_HEADER), _text(f"{name}.cu"), repr((name, sorted(defines), arch, version)).encode()]
+    parts = [*map(_text, _HEADERS), _text(f"{name}.cu"), repr((name, sorted(defines), arch, version)).encode()]
     return hashlib.sha256(b"".join(hashlib.sha256(p).digest() for p in parts)).hexdigest()
 
 

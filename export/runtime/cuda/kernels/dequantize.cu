@@ -1,5 +1,6 @@
 // W [rows, K] from its codes, in the arithmetic of the formats' definition and so to the same bits: integers (code - zero) *
-// scale and levels table[code] * scale in fp32, rounded once. For products with many rows of x, and for gradients.
+// scale and levels table[code] * scale in fp32, rounded once. What was entropy-coded has a step for each input besides, by which
+// it is multiplied first (else null). For products with many rows of x, and for gradients.
 //
 // A warp takes a unit, 16 outputs x 128 inputs. This runs at the speed of its writes, so codes are taken out one by one, and one
 // variant serves all groups, tables and output types but for what shapes the layout: the number of bits and whether they index a
@@ -8,22 +9,11 @@
 // One variant a compilation: -DV_BITS= -DV_TABLE= -DV_OUT= (0: fp16, 1: bf16, 2: fp32).
 #include "tile.cuh"
 
-template <int OUT>
-DEVICE void store8(void *to, const float (&w)[8]) {
-  if constexpr (OUT == 2) {
-    const u32 *bits = (const u32 *)w;
-    for (int i = 0; i < 8; i += 4) ((Quad *)to)[i / 4] = Quad{bits[i], bits[i + 1], bits[i + 2], bits[i + 3]};
-  } else {
-    constexpr bool bf16 = OUT == 1;
-    *(Quad *)to = Quad{round2<bf16>(w[0], w[1]), round2<bf16>(w[2], w[3]), round2<bf16>(w[4], w[5]), round2<bf16>(w[6], w[7])};
-  }
-}
-
 // Grid: (units / WARPS rounded up, row tiles). `words`, `scales` and `out` begin at the first row tile; rows: of `out`. group 0:
 // whole row.
 template <int BITS, bool TABLE, int OUT>
-DEVICE void dequantize(const u32 *words, const u32 *scales, const float *levels, char *out, int rows, int K, int group,
-                       bool zeros) {
+DEVICE void dequantize(const u32 *words, const u32 *scales, const float *levels, const float *step, char *out, int rows,
+                       int K, int group, bool zeros) {
   const int lane = threadIdx.x % 32, g = lane / 4, units = (K + UNIT - 1) / UNIT, u = blockIdx.x * WARPS + threadIdx.x / 32;
   if (u >= units) return;
   const int count = group == 0 || group >= UNIT ? 1 : UNIT / group;  // groups in a unit
@@ -33,6 +23,8 @@ DEVICE void dequantize(const u32 *words, const u32 *scales, const float *levels,
   words += ((u64)blockIdx.y * units + u) * (64 * BITS);
   fetch_words<BITS>(w, words + 4 * lane, words + 128 + 2 * lane);
   const u32 *s = scales + (((u64)blockIdx.y * blocks + block) * 8 + g) * (2 * count);
+  let_next_start();
+  wait_for_previous();
 #pragma unroll
   for (int q = 0; q < 8; q++) {  // eight inputs of one output: tile q/4, half q/2%2, output g or g+8
     const int row = blockIdx.y * 16 + g + 8 * (q % 2), in = q / 2 * 32 + lane % 4 * 8, k = u * UNIT + in;
@@ -44,15 +36,19 @@ DEVICE void dequantize(const u32 *words, const u32 *scales, const float *levels,
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       u32 c = code<BITS, TABLE>(w + q / 4 * BITS, 8 * (q / 2 % 2) + 4 * (i / 4) + 2 * (i / 2 % 2) + q % 2, i % 2);
-      v[i] = (TABLE ? levels[c] : (float)c - zero) * scale;
+      v[i] = TABLE ? levels[c] : (float)c - zero;
+      v[i] = (step ? v[i] * step[k + i] : v[i]) * scale;
     }
-    store8<OUT>(out + ((u64)row * K + k) * (OUT == 2 ? 4 : 2), v);
+    char *to = out + ((u64)row * K + k) * (OUT == 2 ? 4 : 2);
+    if constexpr (OUT == 2) store8_32((float *)to, v);
+    else store8<OUT == 1>((u16 *)to, v);
   }
 }
 
 #ifdef V_BITS
 KERNEL void __launch_bounds__(THREADS)
-dequantize_kernel(const u32 *words, const u32 *scales, const float *levels, char *out, int rows, int K, int group, int zeros) {
-  dequantize<V_BITS, V_TABLE, V_OUT>(words, scales, levels, out, rows, K, group, zeros);
+dequantize_kernel(const u32 *words, const u32 *scales, const float *levels, const float *step, char *out, int rows, int K,
+                  int group, int zeros) {
+  dequantize<V_BITS, V_TABLE, V_OUT>(words, scales, levels, step, out, rows, K, group, zeros);
 }
 #endif

@@ -34,7 +34,7 @@
 // better only where tokens are many; above 128 rows the weights are dequantized for cuBLAS instead (dequantize.cu).
 //
 // LIMITS. sm_80 and later. K a multiple of 32; groups of 32, 64, 128, 256 or the whole row. Levels of tables are rounded to the
-// activations' dtype before the product; scales are not. x in bf16 or fp16, y in the same. Registers allow 24, 16 or 8 warps on
+// activations' dtype before the product; scales are not. x in bf16 or fp16, y in the same or in fp32. Registers allow 24, 16 or 8 warps on
 // an SM at up to 8, 32 and 64 tokens. Nothing here has been tuned on a GPU: slices, units in flight and residency are estimates.
 //
 // INSTRUCTIONS A WEIGHT of the main loop in sm_90 machine code, as benchmarks/kernels_budget.py counts them:
@@ -215,12 +215,12 @@ DEVICE void multiply(float (&sum)[V::TILES][4], const u32 *words, const u32 *sca
   }
 }
 
-// What a result takes besides the sum. B [N, rank], rank a multiple of 8; t [M, rank] = A x in fp32; bias [N] or null.
+// What a result takes besides the sum; wide: it is left in fp32, to be turned (turn_outputs.cu). B [N, rank], rank a multiple of 8; t [M, rank] = A x in fp32; bias [N] or null.
 struct Epilogue {
-  u16 *y;
+  void *y;
   const u16 *bias, *B;
   const float *t;
-  int N, rank;
+  int N, rank, wide;
 
   template <bool BF16>
   DEVICE void store(int row, int token, float value) const {
@@ -238,7 +238,9 @@ struct Epilogue {
     }
     value += low;
     if (bias) value += widen<BF16>(bias[row]);
-    y[(u64)token * N + row] = (u16)round2<BF16>(value, 0.f);
+    const u64 at = (u64)token * N + row;
+    if (wide) ((float *)y)[at] = value;
+    else ((u16 *)y)[at] = (u16)round2<BF16>(value, 0.f);
   }
 };
 
@@ -266,20 +268,6 @@ DEVICE float collect(const float *delivered, int output, int token) {
 #pragma unroll
   for (int w = 0; w < 2 * half; w++) sums[w / half] += at[w * step];
   return sums[0] + sums[1];
-}
-
-// Whether this block is the last of `of` to come by; what the others wrote before is then there to be read. Resets the counter.
-DEVICE bool is_last(u32 *counter, u32 of) {
-  FLAG(last);
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    last = atomicAdd(counter, 1u) == of - 1;
-    if (last) *counter = 0;
-  }
-  __syncthreads();
-  __threadfence();
-  return last;
 }
 
 // Grid: (row tiles / ROWS rounded up, slices). `partial`: fp32 [slices, M, N]; `counters`: one a block of rows, 0.
@@ -370,8 +358,8 @@ DEVICE void packed_linear(const u32 *words, const u32 *scales, const float *leve
 #ifdef V_BITS
 using Chosen = Variant<V_BITS, V_BF16, V_GROUP, V_ZERO, V_TABLE, V_TILES>;
 KERNEL void __launch_bounds__(THREADS, Chosen::RESIDENT)
-packed_linear_kernel(const u32 *words, const u32 *scales, const float *levels, const u16 *x, u16 *y, const u16 *bias,
-                     const u16 *B, const float *t, float *partial, u32 *counters, int M, int N, int K, int rank) {
-  packed_linear<Chosen>(words, scales, levels, x, Epilogue{y, bias, B, t, N, rank}, partial, counters, M, K);
+packed_linear_kernel(const u32 *words, const u32 *scales, const float *levels, const u16 *x, void *y, const u16 *bias,
+                     const u16 *B, const float *t, float *partial, u32 *counters, int M, int N, int K, int rank, int wide) {
+  packed_linear<Chosen>(words, scales, levels, x, Epilogue{y, bias, B, t, N, rank, wide}, partial, counters, M, K);
 }
 #endif

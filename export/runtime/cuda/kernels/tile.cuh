@@ -118,6 +118,16 @@ DEVICE float load_shared_result(const float *from) {
   return d;
 }
 
+// c + the sum of the four bytes of a
+DEVICE u32 sum_bytes(u32 a, u32 c) {
+  u32 d;
+  asm("dp4a.u32.u32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(0x01010101u), "r"(c));
+  return d;
+}
+
+// What `lane` of the warp has
+DEVICE u32 from_lane(u32 value, int lane) { return __shfl_sync(0xFFFFFFFFu, value, lane); }
+
 // The same value for all lanes, and known to the compiler as such
 DEVICE int uniform(int value) { return __shfl_sync(0xFFFFFFFFu, value, 0); }
 
@@ -133,6 +143,32 @@ DEVICE void wait_for_previous() {
 #endif
 }
 #endif
+
+// Eight numbers, to a multiple of 16 bytes: rounded to 16-bit floats, or as they are
+template <bool BF16>
+DEVICE void store8(u16 *to, const float (&v)[8]) {
+  *(Quad *)to = Quad{round2<BF16>(v[0], v[1]), round2<BF16>(v[2], v[3]), round2<BF16>(v[4], v[5]), round2<BF16>(v[6], v[7])};
+}
+DEVICE void store8_32(float *to, const float (&v)[8]) {
+#pragma unroll
+  for (int i = 0; i < 8; i += 4)
+    ((Quad *)to)[i / 4] = Quad{__float_as_uint(v[i]), __float_as_uint(v[i + 1]), __float_as_uint(v[i + 2]),
+                               __float_as_uint(v[i + 3])};
+}
+
+// Whether this block is the last of `of` to come by; what the others wrote before is then there to be read. Resets the counter.
+DEVICE bool is_last(u32 *counter, u32 of) {
+  FLAG(last);
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    last = atomicAdd(counter, 1u) == of - 1;
+    if (last) *counter = 0;
+  }
+  __syncthreads();
+  __threadfence();
+  return last;
+}
 
 // The field of integers that holds pair p after a shift: its place in the half-word, the shift, and the magic number around it.
 template <bool BF16, int BITS>
