@@ -32,7 +32,7 @@ from compress.export.runtime import cache as runtime
 from compress.export.runtime import load
 from compress.model import attention
 from compress.model.data import Tokens
-from compress.model.marks import marked, punctuation
+from compress.model.marks import Marks, marked, punctuation
 from compress.model.model import open_model
 from compress.passes import kv_policy_core as core
 from tests.conftest import covered
@@ -122,8 +122,9 @@ def test_codes_are_as_near_as_eight_bits_allow() -> None:
 def test_punctuation_is_told_as_vocabularies_write_it(family: Any) -> None:
     assert all(map(punctuation, ["Ġ.", "▁,", "!?", "Ċ", "\n", "<0x0A>"]))
     assert not any(map(punctuation, ["Ġ", "a.", "▁the", "<s>", ""]))
-    assert {256, 257, 258} <= set(marked(family("llama")))
-    assert marked(family("llama"), (3, 257, 258)) == (1, 2)
+    found = marked(family("llama"))
+    assert {256, 257, 258} <= set(found.special) < set(found.every)
+    assert marked(family("llama"), (3, 13, 257, 258)) == Marks((2, 3), (1, 2, 3)), "13 is a full stop"
 
 
 # --- the cache, against masks -------------------------------------------------------------------------------------------
@@ -415,7 +416,8 @@ def test_windows_with_nothing_to_foretell_behind_a_prompt_are_refused_by_plan(fa
 def test_a_damaged_or_missing_policy_is_refused(made: pipeline.Outcome, tmp_path: Path) -> None:
     held = json.loads((made.artifacts["native"][0] / FILE).read_text())
     changes = [
-        ({"version": 2}, "upgrade compress-pipeline"),
+        ({"version": 3}, "upgrade compress-pipeline"),
+        ({"version": 2}, "is damaged"),
         ({"layers": []}, "names a layer twice, or none"),
         ({"layers": [{"layer": 0}]}, "is damaged"),
         ({"marked": ["a"]}, "is damaged"),

@@ -147,14 +147,15 @@ def through_cache(job: Job, served: Transformers) -> Proof:
     proof = prove(job, served, FP32_TOLERANCE, "compared in fp32", state)
     model.kv_policy = policy
     prompt = job.tokens.shape[1] // 2
+    see = Following(policy, prompt, [job.tokens])
+    (ours,) = logits(state, [job.tokens], job.device, see)
+    wanted = sum(see.nbytes) if policy.ladder else len(job.tokens) * policy.nbytes(prompt)
     _, cache = served.prefill(job.tokens[:, :prompt])
-    wanted = len(job.tokens) * policy.nbytes(prompt)
     if cache.nbytes != wanted:
         raise ExportError(
             f"the cache takes {cache.nbytes:,} bytes after {prompt} tokens, not the {wanted:,} of its policy; please report"
         )
     theirs, _ = served.step(job.tokens[:, prompt:], cache)
-    (ours,) = logits(state, [job.tokens], job.device, Following(policy, prompt, [job.tokens]))
     difference = float((ours[:, prompt:] - theirs).abs().max())
     if not difference <= FP32_TOLERANCE * float(ours.abs().max()):
         raise mismatch(served.name, difference, ours, " behind a prompt, through the cache")
