@@ -70,6 +70,7 @@ def mass(q_gtd: Tensor, k_td: Tensor, scale: float, allowed_tt: Tensor | None, l
     allowed [T, T]: which keys each query may look at; None: those up to itself. A query that may look at none (padding) gives
     nothing. The attention of `BLOCK` queries is there at once.
     """
+    q_gtd, k_td = q_gtd.detach(), k_td.detach()  # what is kept is no function to be differentiated
     total, found = len(k_td), torch.zeros(len(k_td), device=k_td.device)
     places = torch.arange(total, device=k_td.device)
     for start in range(0 if last is None else max(0, total - last), total, BLOCK):
