@@ -316,6 +316,11 @@ def test_policies_are_for_native_alone_and_for_models_with_heads(family: Any, te
     cases: list[tuple[str, list[dict[str, Any]], str]] = [
         ("llama", [STEP, STEP], "'kv_policy' behind it changes that"),
         ("llama", [STEP, {"prune": {"mlp": 0.5}}], "'prune' behind it changes that"),
+        ("llama", [STEP, steps("int8:g32")], "'quantize' behind it changes that; move it behind 'quantize'"),
+        ("llama", [STEP, {"factorize": {"rank": 4}}], "'factorize' behind it changes that"),
+        ("llama", [STEP, {"sparsify": {}}], "'sparsify' behind it changes that"),
+        ("llama", [{"kv_cache": {}}, steps("int8:g32")], "'kv_cache' measures .* and 'quantize' behind it changes that"),
+        ("llama", [{"sparsify": {}}, steps("int8:g32")], "Move 'quantize' before 'sparsify'"),
         ("llama", [{"kv_policy": {**STEP["kv_policy"], "budget": "2 %"}}], "no choice of these rules fits"),
         ("gemma2", [STEP], "chunked or soft-capped"),
         ("roberta", [STEP], "has no cache"),

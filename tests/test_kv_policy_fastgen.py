@@ -90,6 +90,18 @@ def test_a_head_takes_the_first_rung_that_recovers_enough(total: int, sliding: i
     assert np.allclose([r for _, _, r in climbed], [r for _, r in wanted], atol=1e-6)
 
 
+def test_a_rung_that_another_took_stands_where_only_rounding_speaks_against_it() -> None:
+    score, kinds = torch.tensor([4.0, 3.0, 2.0, 1.0, 6.0, 1.0, 2.0, 1.0]), torch.tensor([0, 0, 0, 0, 1, 0, 0, 0]).byte()
+    arguments = torch.arange(8), 8, 0, 8, score, kinds
+    for off, first in ((1e-7, "special+punct+frequent"), (-1e-7, "special+punct")):
+        ladder = Ladder(0.8 + off, (), (0, 0, 0))  # special+punct recovers 16 of 20
+        assert ladder.chosen(*arguments)[0] == first
+        for told in ("special+punct", "special+punct+frequent"):
+            assert ladder.chosen(*arguments, told)[0] == told
+        assert ladder.chosen(*arguments, "special")[0] == "special+punct+frequent", "no matter of rounding"
+    assert Ladder(1.0, (), (0, 0, 0)).chosen(*arguments, "special")[0] == "special+punct+frequent", "which is all of them here"
+
+
 # --- the cache ------------------------------------------------------------------------------------------------------------
 
 

@@ -41,6 +41,7 @@ from compress.cache.rules import PUNCTUATION, RUNGS, SINKS, SPECIAL
 
 RECOVERY = 0.85  # T where none is asked for: that of cold-compress' hybrid cache; the paper has tables up to .99
 SHARE = 300  # r_f and r_l, in thousandths
+ROUNDING = 1e-5  # by how much two computations of the same attention may differ in what a rung recovers
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,16 @@ class Ladder:
     frequent: int = SHARE
     local: int = SHARE
 
-    def chosen(self, place_n: Tensor, seen: int, first: int, there: int, score_n: Tensor, kind_n: Tensor) -> tuple[str, Tensor]:
-        """The rung that a prompt is given, and the indices of the N entries that it keeps; for the arguments see `kept`."""
+    def chosen(
+        self, place_n: Tensor, seen: int, first: int, there: int, score_n: Tensor, kind_n: Tensor, told: str | None = None
+    ) -> tuple[str, Tensor]:
+        """The rung that a prompt is given, and the indices of the N entries that it keeps; for the arguments see `kept`.
+
+        told: the rung that another computation of the same attention took; it stands where only rounding speaks against it.
+        """
         for rung, kept_k, recovered in self.climbed(place_n, seen, first, there, score_n, kind_n):
-            if recovered >= self.recovery:
+            slack = 0 if told is None else -ROUNDING if rung == told else ROUNDING
+            if recovered >= min(self.recovery + slack, 1.0):
                 return rung, kept_k
         raise AssertionError("the last rung recovers everything")
 

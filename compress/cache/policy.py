@@ -90,16 +90,17 @@ class Policy:
 
     def after_prompt(
         self, layer: Layer, unit: Unit, tokens: int, place_n: Tensor, seen: int, first: int, found: Mapping[str, Tensor],
-        kind_t: Tensor | None,
+        kind_t: Tensor | None, told: str | None = None,
     ) -> tuple[Unit, Tensor]:  # fmt: skip
         """What a unit keeps of a prompt of so many tokens: the unit, with the rule that it has from here on, and the places.
-        place [N]: those that are there; the text starts at `first`. found: see `rules.scores`; kind [T]: see `kinds`."""
+        place [N]: those that are there; the text starts at `first`. found: see `rules.scores`; kind [T]: see `kinds`; told: see
+        `Ladder.chosen`."""
         if self.ladder is None:
             marked_t = None if kind_t is None else kind_t > 0
             return unit, rules.after_prompt(unit.rule, count(unit.share, tokens, layer.sliding), place_n, seen, found, marked_t)
         assert kind_t is not None, "a ladder asks for token ids"
         there = resident(tokens, layer.sliding)
-        rung, kept_k = self.ladder.chosen(place_n, seen, first, there, found["all"][place_n], kind_t[place_n])
+        rung, kept_k = self.ladder.chosen(place_n, seen, first, there, found["all"][place_n], kind_t[place_n], told)
         return replace(unit, rule=rung), place_n[kept_k]
 
     def still(

@@ -152,11 +152,16 @@ def attention_by(stream: Stream, see: See) -> Iterator[None]:
 @dataclass(frozen=True)
 class Following:
     """A `See` that goes by a policy behind the first `split` tokens of every window of batches [b, t], which every block is given
-    in this order. took: (layer, window) -> bytes of the entries that it keeps, filled as it goes."""
+    in this order.
+
+    told: (layer, window, head) -> the rule that an engine took there, where a ladder has them taken by the prompt; see
+    `Ladder.chosen`. took: (layer, window) -> bytes of the entries that are kept, filled as it goes.
+    """
 
     policy: Policy
     split: int
     batches: Sequence[Tensor]
+    told: Mapping[tuple[int, int, int], str] = field(default_factory=dict)
     took: dict[tuple[int, int], int] = field(default_factory=dict)
 
     @property
@@ -189,7 +194,8 @@ class Following:
                 mine = slice(head * a.group, (head + 1) * a.group)
                 k_td, v_td = a.k[row, head], a.v[row, head]
                 found = scores({asked.rule}, a.q[row, mine, :split], k_td[:split], a.scale, prompt)
-                unit, at = self.policy.after_prompt(layer, asked, split, rows, split, 0, found, kind_t)
+                told = self.told.get((a.layer, first + row, head))
+                unit, at = self.policy.after_prompt(layer, asked, split, rows, split, 0, found, kind_t, told)
                 took += len(at) * entry_bytes(unit.dtype, unit.rule, layer.width)
                 places = torch.cat([at, later])
                 k_nd, v_nd = (torch.cat([stored(x[at], unit.dtype), x[split:]]).float() for x in (k_td, v_td))

@@ -298,6 +298,12 @@ class PolicyCache(Cache):
         self.kinds = self.policy.kinds(ids)
 
     @property
+    def rules(self) -> dict[tuple[int, int, int], str]:
+        """(layer, row, head) -> the rule that is followed there, once a prompt has been read."""
+        return {(layer.policy.index, row, head): entries.unit.rule for layer in self.layers if isinstance(layer, PolicyLayer)
+                for row, heads in enumerate(layer.entries or ()) for head, entries in enumerate(heads)}  # fmt: skip
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all entries, without the tokens that came since they were last ranked."""
         return sum(layer.nbytes for layer in self.layers if isinstance(layer, PolicyLayer))
