@@ -3,8 +3,10 @@
     python kvpress_child.py JOB.json OUT.json
 
 The job: `model`, a folder; `windows`, token ids; `prompt`, how many of each are the prompt; `shares`, of the entries that stay.
-Prompts are read inside a press, as kvpress' own pipeline does; what comes behind is read in one pass through the cache that this
-leaves, at the positions that it has in the window. Each share's KL is to the same model with its full cache, in fp32.
+Prompts are read inside a press, as kvpress' own pipeline does; what comes behind is read through the cache that this leaves, at
+the positions that it has in the window: in one pass, and where entries are masked a few tokens at a time, since kvpress masks by
+a key that all queries miss, and for those of many tokens there may be none. Each share's KL is to the same model with its full
+cache, in fp32.
 
 Bytes are those of the keys and values that the cache holds after a prompt. Presses that choose by head (AdaKV) leave all of them
 there and mask those that are dropped; `kept` is what is not masked. Options are kvpress' defaults, where no others are named.
@@ -22,6 +24,7 @@ import kvpress
 import torch
 import transformers
 
+FEW = 8  # tokens
 PRESSES: dict[str, Any] = {
     "StreamingLLM": lambda ratio: kvpress.StreamingLLMPress(ratio),
     "SnapKV": lambda ratio: kvpress.SnapKVPress(ratio),
@@ -50,8 +53,9 @@ def behind(model: Any, window: torch.Tensor, prompt: int, press: Any) -> tuple[t
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     entry = 2 * cache.layers[0].keys.shape[-1] * cache.layers[0].keys.itemsize
     gone = entry * masked(model)
-    places = torch.arange(prompt, window.shape[1])[None]
-    return model(window[:, prompt:], past_key_values=cache, position_ids=places).logits[0, :-1], held, gone
+    parts = torch.arange(prompt, window.shape[1])[None].split(FEW if gone else window.shape[1], 1)
+    found = [model(window[:, some[0]], past_key_values=cache, position_ids=some).logits[0] for some in parts]
+    return torch.cat(found)[:-1], held, gone
 
 
 @torch.no_grad()
