@@ -2,8 +2,11 @@
 compressed.
 
 Policies of equal bytes: `kv_policy` as it chooses by head, and one rule at one share for all heads, which is what StreamingLLM
-(stream), H2O and SnapKV are; `heavy` is H2O with a recent part of eight tokens instead of a half. Half of the calibration windows
-have a planted fact that is asked for at their end, as the prompts that are judged have, with other codes and other text around.
+(stream), H2O and SnapKV are; `heavy` is H2O with a recent part of eight tokens instead of a half. `fastgen` takes its rules by
+the prompt: its T meets the budget in the mean over the calibration windows, and what it takes of a prompt that is judged may be
+more or less. Bytes are those that the caches hold after the prompts, in the mean over all that are judged. Half of the
+calibration windows have a planted fact that is asked for at their end, as the prompts that are judged have, with other codes and
+other text around.
 
 Text: windows of the evaluation text, the last 64 tokens of each read through the cache (compress/cached.py). Facts: "The secret
 code of the blue house is dddddd." at some place in a prompt of the same length; the question comes behind the prompt. Digits
@@ -29,7 +32,8 @@ from torch import Tensor
 from variants import parser, publish, texts
 
 from compress import pipeline
-from compress.cache.policy import SERVED, Policy, Unit, read
+from compress.cache.policy import SERVED, Policy, Unit, plain_bytes, read
+from compress.cache.rules import DTYPES
 from compress.cached import prompt_of
 from compress.export.runtime.cache import PolicyCache, PolicyLayer, follow
 from compress.model.model import Model, open_model
@@ -38,6 +42,7 @@ COLOURS = ("blue", "red", "green", "white", "yellow", "black", "brown", "grey")
 THINGS = ("house", "boat", "car", "school", "garden", "bridge", "tower", "shop")
 POLICIES: dict[str, dict[str, Any]] = {
     "kv_policy": {},
+    "fastgen": {"method": "fastgen"},
     **{name: {"method": "uniform", "rules": [name]} for name in ("stream", "h2o", "snap", "heavy")},
 }
 
@@ -88,7 +93,8 @@ def policies(options: argparse.Namespace, folder: Path, tokenizer: Any) -> Itera
     windows = {"text": str(text), "sequences": options.sequences, "length": options.length, "bos": options.bos}
     for budget in options.budgets:
         for name, chosen in POLICIES.items():
-            step = {"budget": budget, "context": options.length - 64, **chosen}
+            context = {} if name == "fastgen" else {"context": options.length - 64}
+            step = {"budget": budget, **context, **chosen}
             content = {"model": str(options.model.resolve()), "out": str(folder / "run"), "data": {"calibration": windows},
                        "passes": [{"kv_policy": step}], "export": []}  # fmt: skip
             (folder / "recipe.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
@@ -102,7 +108,8 @@ class Reader:
         self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         first = next(iter(several.values()))
         everything = [replace(layer, units=(Unit("full", 1000, "fp32"),) * len(layer.units)) for layer in first.layers]
-        self.several = {None: replace(first, layers=tuple(everything)), **several}
+        self.several = {None: replace(first, layers=tuple(everything), ladder=None), **several}
+        self.took: dict[Any, list[int]] = {name: [] for name in self.several}  # bytes after each prompt
         follow(self.model, first)
 
     @torch.no_grad()
@@ -116,6 +123,8 @@ class Reader:
             others: list[Any] = [cache.layers[index] for cache in caches.values()]
             layer.read_prompt = read_by(others)  # type: ignore[union-attr,method-assign]
         self.model(prompt, past_key_values=first, logits_to_keep=1)
+        for name, cache in caches.items():
+            self.took[name].append(cache.nbytes)
         return {name: self.model(rest, past_key_values=cache, logits_to_keep=keep).logits[0] for name, cache in caches.items()}
 
 
@@ -180,12 +189,14 @@ def rows(options: argparse.Namespace) -> list[str]:
         }
     reader = Reader(options.model, found)
     text, planted = of_text(options, reader, model), of_facts(options, reader, tokenizer)
-    prompt = prompt_of(options.length)
+    prompt, whole = prompt_of(options.length), next(iter(found.values()))
+    plain = sum(plain_bytes(prompt, len(each.units), each.width, each.sliding, DTYPES[each.units[0].dtype].itemsize)
+                for each in whole.layers)  # fmt: skip
     head = ["budget", "policy", "bytes", "KL of text", "same top token", "digits right", "KL of answers"]
     lines = [line(head), line(["---:", "---", *["---:"] * 5])]
-    for key, policy in reader.several.items():
+    for key in reader.several:
         (count, same, kl), (digits, right, apart) = text[key], planted.get(key, [float("nan")] * 3)
-        share = 1 if key is None else policy.nbytes(prompt) / policy.full
+        share = 1 if key is None else sum(reader.took[key]) / len(reader.took[key]) / plain
         lines.append(line([*(key or ("", "plain cache")), f"{share:.1%}", f"{kl / count:.4f}", f"{same / count:.1%}",
                            f"{right / digits:.2f}", f"{apart / digits:.3f}"]))  # fmt: skip
     return [*lines, "", f"{options.judged} windows and {options.facts} prompts with a fact, of {prompt} tokens each."]

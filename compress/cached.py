@@ -36,13 +36,16 @@ class Asked(Protocol):
 @dataclass(frozen=True)
 class CacheScores:
     """kl (nats) and agreement (share of equal top tokens), to a plain cache, over `tokens` predictions behind prompts of `prompt`
-    tokens. bytes: of the cache after such a prompt, one row; full: of a plain one."""
+    tokens. bytes: of the cache after such a prompt, one row, in the mean over them; least and most: where that hangs on the text;
+    full: of a plain one."""
 
     kl: float
     agreement: float
     tokens: int
     prompt: int
     bytes: int
+    least: int
+    most: int
     full: int
 
     def json(self) -> dict[str, Any]:
@@ -50,7 +53,8 @@ class CacheScores:
 
     @property
     def share(self) -> str:
-        return f"{self.bytes / self.full:.1%}".replace("%", " %")
+        mean, least, most = (f"{n / self.full:.1%}".replace("%", " %") for n in (self.bytes, self.least, self.most))
+        return mean if self.least == self.most else f"{mean} ({least} to {most})"
 
 
 def policy_of(state: State) -> Policy | None:
@@ -78,24 +82,27 @@ def through_cache(state: State, tokens: Tokens, full: int, device: str = "cpu", 
             see = Following(policy, prompt, ids)
             plain = Streamed.of(state, ids, device, True, start=prompt)
             found = both(plain, Streamed.of(state, ids, device, True, see=see, start=prompt))
+            took = see.nbytes
         else:
-            found = [_asked(engine, window, prompt) for window in state.ids(tokens.ids).split(1)]
+            asked = [_asked(engine, window, prompt) for window in state.ids(tokens.ids).split(1)]
+            found, took = [each for each, _ in asked], [nbytes for _, nbytes in asked]
     count = sum(len(each.q.total) for each in found)
     kl = sum(float(each.kl.sum()) for each in found) / count
     agree = sum(int((each.p.best == each.q.best).sum()) for each in found) / count
-    return CacheScores(kl, agree, count, prompt, policy.nbytes(prompt), full)
+    return CacheScores(kl, agree, count, prompt, round(sum(took) / len(took)), min(took), max(took), full)
 
 
-def _asked(engine: Asked, window: Tensor, prompt: int) -> Compared:
-    """One window [1, t] whole, and through the engine's cache."""
+def _asked(engine: Asked, window: Tensor, prompt: int) -> tuple[Compared, int]:
+    """One window [1, t] whole, and through the engine's cache; bytes of that after the prompt."""
     whole, _ = engine.prefill(window)
     _, cache = engine.prefill(window[:, :prompt])
+    took = cache.nbytes
     behind, _ = engine.step(window[:, prompt:], cache)
     p_nv, q_nv = whole[0, prompt:-1], behind[0, :-1]
     found = Compared(len(q_nv), window[0, prompt + 1 :])
     for rows in parts(q_nv.shape[1]):
         found.add(rows.start, p_nv[:, rows].float(), q_nv[:, rows].float())
-    return found
+    return found, took
 
 
 def rows(scores: Mapping[str, Any]) -> list[list[str]]:

@@ -317,8 +317,9 @@ def inspect_command(options: argparse.Namespace) -> None:
         said = state.serving[CACHE]
         print(f"cache: {said['format']}, {said['layers']} layers, scales of {len(said['scales'])} attentions")
     if policy := cached.policy_of(state):
-        took = policy.nbytes(policy.context)
-        print(f"cache: a policy of {len(policy.layers)} layers; at {policy.context:,} tokens {size(took)} of {size(policy.full)}")
+        hangs = f", by the prompt, which at T {policy.ladder.recovery:g} had this in the mean" if policy.ladder else ""
+        print(f"cache: a policy of {len(policy.layers)} layers; at {policy.context:,} tokens {size(policy.bytes)} of "
+              f"{size(policy.full)}{hangs}")  # fmt: skip
     for how, count in Counter(map(str, state.sparsity.values())).items():
         print(f"sparsity: {how}, of {count} {'matrix' if count == 1 else 'matrices'}")
     for remark in [*model.remarks, *map("for vLLM: {}".format, said_by_lint(state))]:

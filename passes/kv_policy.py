@@ -8,6 +8,10 @@ the rules, kv_policy_core.py how their damage is measured and the budget spent.
 2. The budget: bytes of all entries after `context` tokens, exact. `method: ilp` chooses rule, share and storage of every head;
    `method: uniform` gives all heads the one rule that is named, at the largest share that fits: StreamingLLM, SnapKV or H2O.
 
+`method: fastgen` fixes no rules: heads take theirs from a ladder when they have read a prompt (compress/cache/ladder.py). What is
+measured is how much that keeps of calibration prompts, and where there is a budget, T is found so that they meet it in the mean
+(kv_policy_fastgen.py).
+
 Shares are shares of the tokens seen, so what was measured on windows of one length is used at others. What is measured is kept
 under the state and the windows: another budget or context measures nothing. Calibrate on the kind of text that will be served:
 which heads retrieve shows only where there is something to retrieve.
@@ -15,31 +19,41 @@ which heads retrieve shows only where there is something to retrieve.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
+from compress.cache.ladder import RECOVERY, SHARE, Ladder
 from compress.cache.policy import SERVED, Layer, Policy, Unit
-from compress.cache.rules import DTYPES, MARKS, STEP
+from compress.cache.rules import DTYPES, FASTGEN, MARKS, STEP
 from compress.errors import FormatError, RecipeError
 from compress.formats.caches import CACHE
-from compress.manager import Context, Cost, Pass, Record
+from compress.manager import Context, Cost, Pass, Record, Store
 from compress.model.attention import Attended, Heads, attention_by, heads, plain
-from compress.model.marks import marked
+from compress.model.marks import Marks, marked
 from compress.model.speed import precision
 from compress.model.work import block_bytes, per_token, waiting_bytes
 from compress.passes import kv_policy_core as core
 from compress.passes.allocate_core import Infeasible
-from compress.passes.importance import changes
+from compress.passes.kv_policy_fastgen import STEPS, Climb, Climbed
 from compress.state import Aspect, State
 from compress.state.plan import Budget, size
 
+SHARED = "50 %"  # the budget where none is asked for
+CHANGES = ~(Aspect.SERVING | Aspect.PLAN)  # what of a state makes attention give something else
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Options that a method has no use for, and why.
+IDLE = {"ilp": {"recovery"}, "uniform": {"recovery", "continuation"}, "fastgen": {"rules", "context", "continuation"}}
+WHY = {
+    "ilp": "which goes by the error of outputs",
+    "uniform": "which measures nothing",
+    "fastgen": "which has rules of its own and counts whole calibration windows as prompts",
+}
 Rule = Literal["stream", "snap", "h2o", "heavy", "punct", "frequent", "full"]
 
 
@@ -49,7 +63,9 @@ class KvPolicy(Pass):
     name: ClassVar[str] = "kv_policy"
     writes: ClassVar[Aspect] = Aspect.SERVING
 
-    budget: str = Field("50 %", description="of the cache at `context` tokens: a share of what it takes now, or bytes (40 MiB)")
+    budget: str | None = Field(
+        None, description="of the cache at `context` tokens: a share of what it takes now (50 % unless given), or bytes (40 MiB)"
+    )
     context: int = Field(2048, ge=16, le=2**31, description="tokens at which the budget counts; shares are of the tokens seen")
     rules: tuple[Rule, ...] = Field(
         ("stream", "snap", "h2o", "heavy", "punct", "frequent", "full"),
@@ -59,14 +75,19 @@ class KvPolicy(Pass):
         (),
         description="what entries may be stored in: numbers as they are, or int8 with a scale each; the model's own where empty",
     )
-    method: Literal["ilp", "uniform"] = Field("ilp", description="rule and share of every head, or one rule at one share for all")
+    method: Literal["ilp", "uniform", "fastgen"] = Field(
+        "ilp", description="rule and share of every head, one rule at one share for all, or rules that heads take by the prompt"
+    )
     continuation: int = Field(64, ge=4, le=4096, description="tokens of each window that are read through the cache, to measure")
+    recovery: float | None = Field(
+        None, gt=0, le=1, description="of fastgen: the share of attention that a rule has to recover; .85 unless budget is given"
+    )
 
     @field_validator("budget", mode="after")
     @classmethod
-    def _budget(cls, text: str) -> str:
+    def _budget(cls, text: str | None) -> str | None:
         try:
-            if Budget.parse(text).average:
+            if text and Budget.parse(text).average:
                 raise ValueError(f"'{text}' counts bits a weight, and a cache has none; write '50 %' or '40 MiB'")
         except FormatError as e:
             raise ValueError(str(e)) from None
@@ -78,12 +99,19 @@ class KvPolicy(Pass):
             raise ValueError("rules and dtype are lists without repetition, and at least one rule is needed")
         if self.method == "uniform" and (len(self.rules) != 1 or len(self.dtype) > 1 or self.rules == ("full",)):
             raise ValueError("method: uniform gives all heads one rule other than 'full', and one dtype; name one of each")
+        idle = sorted(IDLE[self.method] & self.chosen().keys())
+        if idle:
+            raise ValueError(f"'{idle[0]}' is of no use to method: {self.method}, {WHY[self.method]}; leave it out")
+        if self.method == "fastgen" and len(self.dtype) > 1:
+            raise ValueError("method: fastgen stores all entries alike; name one dtype")
+        if self.recovery is not None and self.budget is not None:
+            raise ValueError("recovery says how much stays, and budget finds it; give one of them")
         return self
 
     def check(self, calibrated: bool, following: Sequence[Pass] = ()) -> None:
-        if not calibrated and self.method == "ilp":
+        if not calibrated and self.method != "uniform":
             raise RecipeError("'kv_policy' needs data.calibration, on which it measures heads; add it, or use method: uniform")
-        later = next((p for p in following if changes(p) or p.name == self.name), None)
+        later = next((p for p in following if p.writes & CHANGES or p.name == self.name), None)
         if later:
             raise RecipeError(f"'kv_policy' decides for the model as it stands here, and '{later.name}' behind it changes that; "
                               f"move it behind '{later.name}', or leave one out")  # fmt: skip
@@ -99,6 +127,8 @@ class KvPolicy(Pass):
             raise RecipeError("'kv_policy' stores entries by its own 'dtype', and an earlier 'kv_cache' rounds them for another "
                               "engine; leave one of them out")  # fmt: skip
         found = heads(state)
+        if self.method == "fastgen":
+            return replace(state, serving={**state.serving, SERVED: {}})
         budget = self._bytes(state, found)
         least = int(self._bytes_of(found, core.options_of(self.rules, self._dtypes(state))).min(1).sum())
         if self.method == "ilp" and least > budget:
@@ -111,9 +141,14 @@ class KvPolicy(Pass):
     def remarks(self, state: State, foreseen: State) -> Iterable[str]:
         found = heads(state)
         whole = plain(found, self.context, state.dtype.itemsize)
-        most = size(self._bytes(state, found))
         more = size(plain(found, STEP, state.dtype.itemsize))
-        yield (f"kv_policy: at {self.context:,} tokens the cache takes at most {most} a row, without it {size(whole)}; "
+        if self.method == "fastgen":
+            most = sum(layer.nbytes(self.context) for layer in self._by_prompt(found, self._dtypes(state)[0]))
+            yield (f"kv_policy: what stays of the cache hangs on the prompt; at {self.context:,} tokens it takes {size(most)} a "
+                   f"row where everything stays, without a policy {size(whole)}; {more} more wait while it decodes")  # fmt: skip
+            return
+        most = self._bytes(state, found)
+        yield (f"kv_policy: at {self.context:,} tokens the cache takes at most {size(most)} a row, without it {size(whole)}; "
                f"{more} more wait while it decodes")  # fmt: skip
 
     def cost(self, state: State, tokens: int) -> Cost:
@@ -122,21 +157,32 @@ class KvPolicy(Pass):
         work, options = per_token(state), len(core.options_of(self.rules, self._dtypes(state)))
         layers = heads(state)
         inputs = sum(each.reader.shape[1] for each in layers)
-        exact = 2.0 * tokens * self.continuation * inputs * options
+        # By fastgen, every token's attention is added up: that of windows of the usual length, here.
+        exact = 2.0 * tokens * inputs * (self.context if self.method == "fastgen" else self.continuation * options)
         peak = waiting_bytes(state, tokens) + block_bytes(state) + 8 * max(each.reader.numel for each in layers)
         return Cost(2.0 * tokens * work.weights, exact, 0, peak, numbers=tokens * work.numbers)
 
+    @property
+    def decides(self) -> bool:  # type: ignore[override]  # of its options, not of the class
+        """Whether how much it keeps is only known by measuring."""
+        return self.method == "fastgen"
+
     def run(self, state: State, ctx: Context) -> State:
         found, dtypes = heads(state), self._dtypes(state)
-        marks = marked(state.dense.folder, state.vocabulary) if set(self.rules) & set(MARKS) else ()
-        budget, whole = self._bytes(state, found), plain(found, self.context, state.dtype.itemsize)
-        if self.method == "uniform":
-            layers, records = self._uniform(found, dtypes[0], budget), list[Record]()
+        asks = self.method == "fastgen" or set(self.rules) & set(MARKS)
+        marks = marked(state.dense.folder, state.vocabulary) if asks else Marks((), ())
+        records: list[Record] = []
+        if self.method == "fastgen":
+            policy, records = self._fastgen(state, ctx, found, marks)
         else:
-            options = core.options_of(self.rules, dtypes)
-            layers, records = self._chosen(found, options, self._measured(state, ctx, found, options, marks), budget)
-        policy = Policy(tuple(layers), marks, self.context, whole)
-        policy = policy if policy.marks else replace(policy, marked=())
+            budget, whole = self._bytes(state, found), plain(found, self.context, state.dtype.itemsize)
+            if self.method == "uniform":
+                layers = self._uniform(found, dtypes[0], budget)
+            else:
+                options = core.options_of(self.rules, dtypes)
+                layers, records = self._chosen(found, options, self._measured(state, ctx, found, options, marks), budget)
+            policy = Policy(tuple(layers), marks.every, self.context, whole)
+            policy = policy if policy.marks else replace(policy, marked=())
         told: list[Record] = [*records, _summary(policy)]
         for record in told:
             ctx.say(record)
@@ -149,7 +195,7 @@ class KvPolicy(Pass):
         return self.dtype or (NAMES[state.dtype],)
 
     def _bytes(self, state: State, found: Sequence[Heads]) -> int:
-        return Budget.parse(self.budget).bytes(1, plain(list(found), self.context, state.dtype.itemsize))
+        return Budget.parse(self.budget or SHARED).bytes(1, plain(list(found), self.context, state.dtype.itemsize))
 
     def _bytes_of(self, found: Sequence[Heads], options: Sequence[Unit]) -> np.ndarray:
         """Bytes [units, options] at `context` tokens, of all units in order."""
@@ -177,35 +223,43 @@ class KvPolicy(Pass):
     # --- what is measured, and chosen ---
 
     def _measured(
-        self, state: State, ctx: Context, found: Sequence[Heads], options: Sequence[Unit], marks: Sequence[int]
+        self, state: State, ctx: Context, found: Sequence[Heads], options: Sequence[Unit], marks: Marks
     ) -> list[np.ndarray]:
-        """Damage [units, options] of every layer in order, each layer found in the run's analyses or measured now."""
-        assert ctx.calibration is not None, "`check` asks for calibration data"
+        """Damage [units, options] of every layer in order."""
         texts = [[o.rule, o.share, o.dtype] for o in options]
         store = ctx.store.analysis("cache", {"version": 1, "continuation": self.continuation, "options": texts})
-        parts = {each.layer: f"block-{each.layer:04}" for each in found}
-        if any(store.committed(part) is None for part in parts.values()):
-            self._measure(state, ctx, store, found, options, torch.tensor(list(marks), dtype=torch.int64))
-        by_layer = {record["layer"]: np.array(record["damage"]) for record in store.records}
-        return [by_layer[each.layer] for each in found]
+        every = torch.tensor(marks.every, dtype=torch.int64)
+        by_layer = _walk(state, ctx, store, found, lambda layer, tokens: _Meter(
+            layer, state.weight(layer.reader), options, self.continuation, every, tokens))  # fmt: skip
+        return [np.array(by_layer[each.layer]["damage"]) for each in found]
 
-    def _measure(
-        self, state: State, ctx: Context, store: Any, found: Sequence[Heads], options: Sequence[Unit], marks: Tensor
-    ) -> None:
-        by_layer = {each.layer: each for each in found}
-        with precision("bf16"):
-            stream, batches = ctx.stream(state)
-            for block in state.graph.blocks:
-                ctx.progress(block.index, len(state.graph.blocks), block.module)
-                layer, part = by_layer.get(block.index), f"block-{block.index:04}"
-                if layer is None or store.committed(part) is not None:
-                    stream.advance(state, block.index, batches)
-                    continue
-                meter = _Meter(layer, state.weight(layer.reader), options, self.continuation, marks, [b.tokens for b in batches])
-                with attention_by(stream, meter):
-                    stream.advance(state, block.index, batches)
-                damage = (meter.found / max(meter.whole, 1e-30)).tolist()
-                store.commit(part, records=[{"site": layer.reader.name, "layer": layer.layer, "damage": damage}])
+    def _by_prompt(self, found: Sequence[Heads], dtype: str) -> list[Layer]:
+        """Layers whose heads all take their rule by the prompt."""
+        return [_layer(each, [Unit(FASTGEN, 1000, dtype)] * each.units) for each in found]
+
+    def _fastgen(self, state: State, ctx: Context, found: Sequence[Heads], marks: Marks) -> tuple[Policy, list[Record]]:
+        """FastGen at the T asked for, or at the one that keeps calibration prompts within the budget in the mean."""
+        assert ctx.calibration is not None, "`check` asks for calibration data"
+        dtype, length = self._dtypes(state)[0], ctx.calibration.ids.shape[1]
+        ladder, whole = Ladder(1.0, marks.special, (0, 0, 0)), plain(list(found), length, state.dtype.itemsize)
+        policy = Policy(tuple(self._by_prompt(found, dtype)), marks.every, length, whole, ladder)
+        store = ctx.store.analysis("ladder", {"version": 1, "frequent": SHARE, "local": SHARE})
+        by_layer = _walk(state, ctx, store, found, lambda layer, tokens: Climb(layer, policy, ladder, tokens))
+        climbed = Climbed.of(found, by_layer, dtype)
+        recovery = self.recovery or (
+            RECOVERY if self.budget is None else climbed.within(Budget.parse(self.budget).bytes(1, whole))
+        )
+        if recovery is None:
+            least = climbed.prompts(1 / STEPS).mean()
+            raise RecipeError(f"'kv_policy': FastGen keeps {least / whole:.1%} at least of a prompt of {length:,} tokens, in the "
+                              f"mean over the calibration windows, and the budget is less: raise it", ("budget",))  # fmt: skip
+        prompts, records, at = climbed.prompts(recovery), list[Record](), 0
+        for each in found:
+            told = climbed.told(recovery, slice(at, at + each.units))
+            records.append({"site": f"layers.{each.layer}.attn", "notes": [told]})
+            at += each.units
+        measured = int(prompts.min()), round(prompts.mean()), int(prompts.max())
+        return replace(policy, ladder=replace(ladder, recovery=recovery, prompts=measured)), records
 
     def _chosen(
         self, found: Sequence[Heads], options: Sequence[Unit], measured: Sequence[np.ndarray], budget: int
@@ -227,6 +281,34 @@ class KvPolicy(Pass):
         return layers, records
 
 
+class _Sees(Protocol):
+    """Is asked at the attention of one block, and tells then what it has seen."""
+
+    def __call__(self, a: Attended, out: Tensor) -> Tensor: ...
+    def record(self) -> Record: ...
+
+
+def _walk(
+    state: State, ctx: Context, store: Store, found: Sequence[Heads], sees: Callable[[Heads, list[Tensor]], _Sees]
+) -> Mapping[int, Record]:
+    """Layer -> what was seen of its attention on the calibration windows, found in the run's analyses or measured now."""
+    by_layer, parts = {each.layer: each for each in found}, {each.layer: f"block-{each.layer:04}" for each in found}
+    if any(store.committed(part) is None for part in parts.values()):
+        with precision("bf16"):
+            stream, batches = ctx.stream(state)
+            for block in state.graph.blocks:
+                ctx.progress(block.index, len(state.graph.blocks), block.module)
+                layer = by_layer.get(block.index)
+                if layer is None or store.committed(parts[layer.layer]) is not None:
+                    stream.advance(state, block.index, batches)
+                    continue
+                see = sees(layer, [b.tokens for b in batches])
+                with attention_by(stream, see):
+                    stream.advance(state, block.index, batches)
+                store.commit(parts[layer.layer], records=[{"site": layer.reader.name, "layer": layer.layer, **see.record()}])
+    return {record["layer"]: record for record in store.records}
+
+
 class _Meter:
     """Sees the attention of one block: damages summed over all windows."""
 
@@ -245,6 +327,9 @@ class _Meter:
         self.found, self.whole = self.found + found, self.whole + whole
         return out
 
+    def record(self) -> Record:
+        return {"damage": (self.found / max(self.whole, 1e-30)).tolist()}
+
 
 def _layer(each: Heads, units: Sequence[Unit]) -> Layer:
     return Layer(each.layer, each.width, each.sliding, tuple(units))
@@ -256,6 +341,11 @@ def _told(units: Sequence[Unit]) -> str:
 
 
 def _summary(policy: Policy) -> Record:
-    took = policy.nbytes(policy.context)
-    return {"site": "cache", "bytes": took, "full": policy.full,
-            "notes": [f"{size(took)} at {policy.context:,} tokens, {took / policy.full:.1%} of {size(policy.full)}"]}  # fmt: skip
+    took, by = policy.bytes, policy.ladder
+    if by is None:
+        told = f"{size(took)} at {policy.context:,} tokens, {took / policy.full:.1%} of {size(policy.full)}"
+    else:
+        least, _, most = (f"{n / policy.full:.1%}" for n in by.prompts)
+        told = (f"{size(took)} in the mean over the calibration windows, prompts of {policy.context:,} tokens, "
+                f"{took / policy.full:.1%} ({least} to {most}) of {size(policy.full)}; T {by.recovery:g}")  # fmt: skip
+    return {"site": "cache", "bytes": took, "full": policy.full, "notes": [told]}

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from compress import cached, pipeline
 from compress.cache import rules
@@ -32,13 +30,13 @@ from compress.export.runtime import cache as runtime
 from compress.export.runtime import load
 from compress.model import attention
 from compress.model.data import Tokens
-from compress.model.marks import marked, punctuation
+from compress.model.marks import Marks, marked, punctuation
 from compress.model.model import open_model
 from compress.passes import kv_policy_core as core
 from tests.conftest import covered
 from tests.cooking import bake, recipe, refused, steps
+from tests.masked import NEW, PROMPT, by_hand, causal, looking, model_of, text_of
 
-PROMPT, NEW = 60, 40  # tokens; enough for one eviction while a model decodes
 MARKED = (256, 257, 258, *map(ord, ".,;:!?\n"))
 RULES = [("stream", 250), ("snap", 300), ("h2o", 400), ("heavy", 300), ("punct", 350), ("frequent", 500), ("full", 1000)]
 
@@ -51,27 +49,6 @@ def policy_for(folder: Path, dtype: str = "fp32") -> Policy:
         layers.append(Layer(each.layer, each.width, each.sliding, tuple(units)))
         number += each.units
     return Policy(tuple(layers), MARKED, 2048, 1)
-
-
-def model_of(folder: Path, policy: Policy | None = None) -> Any:
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    if policy:
-        runtime.follow(model, policy)
-    return model.eval()
-
-
-def text_of(rows: int, length: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, 256, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def places(cache: runtime.PolicyCache) -> dict[tuple[int, int], list[int]]:
-    """(layer, head) -> the places that it holds in row 0, those that wait beside included."""
-    found = {}
-    for i, layer in enumerate(cache.layers):
-        waiting = layer.tail["k"].shape[2] if layer.tail else 0
-        for h, entries in enumerate(layer.entries[0]):
-            found[i, h] = [*entries.held["place"].tolist(), *range(layer.seen - waiting, layer.seen)]
-    return found
 
 
 # --- rules ------------------------------------------------------------------------------------------------------------
@@ -122,59 +99,12 @@ def test_codes_are_as_near_as_eight_bits_allow() -> None:
 def test_punctuation_is_told_as_vocabularies_write_it(family: Any) -> None:
     assert all(map(punctuation, ["Ġ.", "▁,", "!?", "Ċ", "\n", "<0x0A>"]))
     assert not any(map(punctuation, ["Ġ", "a.", "▁the", "<s>", ""]))
-    assert {256, 257, 258} <= set(marked(family("llama")))
-    assert marked(family("llama"), (3, 257, 258)) == (1, 2)
+    found = marked(family("llama"))
+    assert {256, 257, 258} <= set(found.special) < set(found.every)
+    assert marked(family("llama"), (3, 13, 257, 258)) == Marks((2, 3), (1, 2, 3)), "13 is a full stop"
 
 
 # --- the cache, against masks -------------------------------------------------------------------------------------------
-
-_SEEN: dict[tuple[int, int], Tensor] = {}  # (layer, KV head) -> which places each place looks at
-
-
-def masked_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
-    """Attention over all keys, each head by a mask of its own."""
-    group = query.shape[1] // key.shape[1]
-    allowed = torch.stack([_SEEN[module.layer_idx, h // group] for h in range(query.shape[1])])
-    scale = query.shape[-1] ** -0.5 if options.get("scaling") is None else options["scaling"]
-    logits = query @ key.repeat_interleave(group, 1).mT * scale
-    p = logits.masked_fill(~allowed, -torch.inf).softmax(-1)
-    return (p @ value.repeat_interleave(group, 1)).transpose(1, 2), None
-
-
-AttentionInterface.register("compress_oracle", masked_attention)
-AttentionMaskInterface.register("compress_oracle", lambda **_: None)
-
-
-@contextmanager
-def looking(seen: dict[tuple[int, int], Tensor]) -> Iterator[None]:
-    _SEEN.update(seen)
-    yield
-    _SEEN.clear()
-
-
-def causal(total: int, sliding: int | None) -> Tensor:
-    i, j = torch.arange(total)[:, None], torch.arange(total)
-    return (j <= i) & (j > i - (sliding or total + 1))
-
-
-def by_hand(model: Any, ids: Tensor, steps_of: list[int]) -> tuple[Tensor, Tensor, dict[tuple[int, int], Tensor], Any]:
-    """Text and logits of a greedy continuation, in passes of so many tokens (more than one: the same tokens again), and what each
-    place looked at."""
-    total = ids.shape[1] + sum(steps_of)
-    out = model(ids)
-    cache, made, logits = out.past_key_values, ids, [out.logits[:, -1:]]
-    layers = {i: layer.policy.sliding for i, layer in enumerate(cache.layers)}
-    seen = {(i, h): causal(total, layers[i]) for i, h in places(cache)}
-    for count in steps_of:
-        new = logits[-1][:, -1:].argmax(-1).repeat(1, count)
-        there, start = places(cache), made.shape[1]
-        for unit, mask in seen.items():
-            dropped = torch.ones(total, dtype=torch.bool)
-            dropped[[*there[unit], *range(start, total)]] = False
-            mask[start : start + count, dropped] = False
-        made, out = torch.cat([made, new], 1), model(new, past_key_values=cache)
-        logits.append(out.logits)
-    return made, torch.cat(logits, 1)[:, :-1], seen, cache
 
 
 @pytest.mark.parametrize(
@@ -386,6 +316,11 @@ def test_policies_are_for_native_alone_and_for_models_with_heads(family: Any, te
     cases: list[tuple[str, list[dict[str, Any]], str]] = [
         ("llama", [STEP, STEP], "'kv_policy' behind it changes that"),
         ("llama", [STEP, {"prune": {"mlp": 0.5}}], "'prune' behind it changes that"),
+        ("llama", [STEP, steps("int8:g32")], "'quantize' behind it changes that; move it behind 'quantize'"),
+        ("llama", [STEP, {"factorize": {"rank": 4}}], "'factorize' behind it changes that"),
+        ("llama", [STEP, {"sparsify": {}}], "'sparsify' behind it changes that"),
+        ("llama", [{"kv_cache": {}}, steps("int8:g32")], "'kv_cache' measures .* and 'quantize' behind it changes that"),
+        ("llama", [{"sparsify": {}}, steps("int8:g32")], "Move 'quantize' before 'sparsify'"),
         ("llama", [{"kv_policy": {**STEP["kv_policy"], "budget": "2 %"}}], "no choice of these rules fits"),
         ("gemma2", [STEP], "chunked or soft-capped"),
         ("roberta", [STEP], "has no cache"),
@@ -415,7 +350,8 @@ def test_windows_with_nothing_to_foretell_behind_a_prompt_are_refused_by_plan(fa
 def test_a_damaged_or_missing_policy_is_refused(made: pipeline.Outcome, tmp_path: Path) -> None:
     held = json.loads((made.artifacts["native"][0] / FILE).read_text())
     changes = [
-        ({"version": 2}, "upgrade compress-pipeline"),
+        ({"version": 3}, "upgrade compress-pipeline"),
+        ({"version": 2}, "is damaged"),
         ({"layers": []}, "names a layer twice, or none"),
         ({"layers": [{"layer": 0}]}, "is damaged"),
         ({"marked": ["a"]}, "is damaged"),

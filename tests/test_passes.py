@@ -88,6 +88,8 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # at least one set for every pass,
     "kv_policy": [
         {"budget": "60 %", "context": 64, "continuation": 8, "dtype": ["bf16", "int8"]},
         {"budget": "50 %", "context": 64, "method": "uniform", "rules": ["snap"]},
+        {"method": "fastgen", "recovery": 0.7},
+        {"method": "fastgen", "budget": "80 %", "dtype": ["int8"]},
     ],
     "kv_cache": [{}, {"format": "fp8:head"}],
     "sparsify": [

@@ -22,8 +22,8 @@ the start. So a unit holds `count` entries after the prompt and after every step
 Letters: T tokens of a prompt, N entries, G query heads that share the KV head, D its width.
 
 Alternatives not taken. Scores that compete over all heads (Ada-KV): attention mass of different layers does not compare, and is a
-worse guide than the error of outputs that policies are chosen by. Rules whose sizes hang on the text (FastGen's own): no bound on
-memory. Eviction at every token: copies all that is left every time.
+worse guide than the error of outputs that policies are chosen by. Eviction at every token: copies all that is left every time.
+FastGen itself, where each head takes its rule by the prompt, has no bound on memory; it can be had (ladder.py).
 """
 
 from __future__ import annotations
@@ -39,8 +39,12 @@ SINKS, WINDOW, POOL = 4, 32, 7
 STEP = 32  # tokens that wait beside the entries while a model decodes
 LEAST = 8  # entries that stay of any prompt that has them
 BLOCK = 256  # queries whose attention is there at once
-SUMMED = {"snap": "window", "h2o": "all", "heavy": "all", "frequent": "all"}  # rule -> which queries' attention it goes by
-MARKS = ("punct", "frequent")  # rules that ask which tokens are special or punctuation
+FASTGEN = "fastgen"  # a rule that each head takes for each prompt, from these (ladder.py)
+RUNGS = ("special", "special+punct", "special+punct+frequent", "special+punct+frequent+local", "full")
+# rule -> which queries' attention it goes by
+SUMMED = {"snap": "window", **dict.fromkeys(("h2o", "heavy", "frequent", FASTGEN, *RUNGS[2:4]), "all")}
+MARKS = ("punct", "frequent", FASTGEN, *RUNGS[:4])  # rules that ask which tokens are special or punctuation
+PUNCTUATION, SPECIAL = 1, 2  # kinds of tokens, where rules ask; all others are 0
 
 
 def resident(tokens: int, sliding: int | None) -> int:
@@ -66,6 +70,7 @@ def mass(q_gtd: Tensor, k_td: Tensor, scale: float, allowed_tt: Tensor | None, l
     allowed [T, T]: which keys each query may look at; None: those up to itself. A query that may look at none (padding) gives
     nothing. The attention of `BLOCK` queries is there at once.
     """
+    q_gtd, k_td = q_gtd.detach(), k_td.detach()  # what is kept is no function to be differentiated
     total, found = len(k_td), torch.zeros(len(k_td), device=k_td.device)
     places = torch.arange(total, device=k_td.device)
     for start in range(0 if last is None else max(0, total - last), total, BLOCK):

@@ -12,12 +12,13 @@ comes behind the prompt is dropped.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import cycle
+from itertools import accumulate, cycle
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from compress.cache.policy import Layer, Policy, plain_bytes
-from compress.cache.rules import after_prompt, count, mask_of, scores, stored
+from compress.cache.rules import entry_bytes, mask_of, scores, stored
 from compress.errors import ModelError
 from compress.model.couplings import KV_GROUPS, couplings
 from compress.model.skeleton import glance
@@ -151,38 +152,55 @@ def attention_by(stream: Stream, see: See) -> Iterator[None]:
 @dataclass(frozen=True)
 class Following:
     """A `See` that goes by a policy behind the first `split` tokens of every window of batches [b, t], which every block is given
-    in this order."""
+    in this order.
+
+    told: (layer, window, head) -> the rule that an engine took there, where a ladder has them taken by the prompt; see
+    `Ladder.chosen`. took: (layer, window) -> bytes of the entries that are kept, filled as it goes.
+    """
 
     policy: Policy
     split: int
     batches: Sequence[Tensor]
+    told: Mapping[tuple[int, int, int], str] = field(default_factory=dict)
+    took: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> list[int]:
+        """Bytes of the cache of every window, once all blocks have been passed."""
+        each = Counter[int]()
+        for (_, window), nbytes in self.took.items():
+            each[window] += nbytes
+        return [each[window] for window in sorted(each)]
 
     @cached_property
     def _layers(self) -> Mapping[int, Layer]:
         return {layer.index: layer for layer in self.policy.layers}
 
     @cached_property
-    def _marks(self) -> Iterator[Tensor]:
-        """Which tokens are special or punctuation, batch by batch, over and over."""
-        marked = torch.tensor(self.policy.marked, dtype=torch.int64)
-        return cycle([torch.isin(ids, marked) for ids in self.batches])
+    def _next(self) -> Iterator[tuple[int, Tensor]]:
+        """Number of the first window and kinds of tokens, batch by batch, over and over."""
+        firsts = accumulate((len(ids) for ids in self.batches), initial=0)
+        return cycle([*zip(firsts, map(self.policy.kinds, self.batches), strict=False)])
 
     def __call__(self, a: Attended, out: Tensor) -> Tensor:
-        layer, split, marks = self._layers[a.layer], self.split, next(self._marks)
+        layer, split, (first, kinds) = self._layers[a.layer], self.split, next(self._next)
         out = out.clone()
         rows, later = a.resident(split, layer.sliding), torch.arange(split, a.q.shape[2], device=a.q.device)
         for row in range(len(a.q)):
             allowed = a.allowed(row)
-            prompt = None if allowed is None else allowed[:split, :split]
-            for head, unit in enumerate(layer.units):
+            prompt, kind_t = None if allowed is None else allowed[:split, :split], kinds[row].to(rows.device)
+            took = 0
+            for head, asked in enumerate(layer.units):
                 mine = slice(head * a.group, (head + 1) * a.group)
                 k_td, v_td = a.k[row, head], a.v[row, head]
-                found = scores({unit.rule}, a.q[row, mine, :split], k_td[:split], a.scale, prompt)
-                many = count(unit.share, split, layer.sliding)
-                at = after_prompt(unit.rule, many, rows, split, found, marks[row].to(rows.device))
+                found = scores({asked.rule}, a.q[row, mine, :split], k_td[:split], a.scale, prompt)
+                told = self.told.get((a.layer, first + row, head))
+                unit, at = self.policy.after_prompt(layer, asked, split, rows, split, 0, found, kind_t, told)
+                took += len(at) * entry_bytes(unit.dtype, unit.rule, layer.width)
                 places = torch.cat([at, later])
                 k_nd, v_nd = (torch.cat([stored(x[at], unit.dtype), x[split:]]).float() for x in (k_td, v_td))
                 seen = places <= later[:, None] if allowed is None else allowed[split:][:, places]
                 logits = ((a.q[row, mine, split:].float() * a.scale) @ k_nd.T).masked_fill(~seen, -torch.inf)
                 out[row, split:, mine] = (logits.softmax(-1) @ v_nd).transpose(0, 1).to(out.dtype)
+            self.took[a.layer, first + row] = took
         return out

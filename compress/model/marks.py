@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from dataclasses import dataclass
 from pathlib import Path
 
 from compress.model.tokenizer import tokenizer_of
@@ -11,14 +12,21 @@ SPACES = str.maketrans("", "", "\u0120\u2581\u010a \n")  # how vocabularies writ
 ENDS = ("<0x0A>",)  # other ways to write the end of a line
 
 
-def marked(folder: Path, vocabulary: tuple[int, ...] | None = None) -> tuple[int, ...]:
-    """The ids of all special tokens and of those that are punctuation or ends of lines alone, ascending; as a `vocabulary` of
-    some of the tokens numbers them. DataError where the folder has no tokenizer."""
+@dataclass(frozen=True)
+class Marks:
+    """Ids, ascending. special: of special tokens; every: of those, and of tokens that are punctuation or ends of lines alone."""
+
+    special: tuple[int, ...]
+    every: tuple[int, ...]
+
+
+def marked(folder: Path, vocabulary: tuple[int, ...] | None = None) -> Marks:
+    """Those of a folder's tokenizer, as a `vocabulary` of some of the tokens numbers them. DataError where there is none."""
     with tokenizer_of(folder) as tokenizer:
-        found = {*tokenizer.special(), *(i for text, i in tokenizer.ids().items() if punctuation(text))}
-    if vocabulary is None:
-        return tuple(sorted(found))
-    return tuple(new for new, old in enumerate(vocabulary) if old in found)
+        special = set(tokenizer.special())
+        every = special | {i for text, i in tokenizer.ids().items() if punctuation(text)}
+    numbers = {old: new for new, old in enumerate(vocabulary)} if vocabulary is not None else {i: i for i in every}
+    return Marks(*(tuple(sorted(numbers[i] for i in found if i in numbers)) for found in (special, every)))
 
 
 def punctuation(text: str) -> bool:

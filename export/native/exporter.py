@@ -141,7 +141,8 @@ def in_runtime(job: Job, folder: Path) -> Proof:
 def through_cache(job: Job, served: Transformers) -> Proof:
     """The proof where the cache has a policy: of the weights with a plain cache; then bytes of the cache after a prompt, to the
     byte, and logits of what follows, which our stream computes with masks in place of a cache. In fp32: in 16 bits what attention
-    gives is summed up otherwise, and the entry that is kept last may be another."""
+    gives is summed up otherwise, and the entry that is kept last may be another. Rules that heads took by the prompt must be the
+    ones that they should, up to rounding."""
     assert job.tokens is not None
     state, model = replace(job.state, dtype=torch.float32), cast(Any, served.model)
     policy, model.kv_policy = model.kv_policy, None
@@ -149,13 +150,14 @@ def through_cache(job: Job, served: Transformers) -> Proof:
     model.kv_policy = policy
     prompt = job.tokens.shape[1] // 2
     _, cache = served.prefill(job.tokens[:, :prompt])
-    wanted = len(job.tokens) * policy.nbytes(prompt)
+    see = Following(policy, prompt, [job.tokens], cache.rules)
+    (ours,) = logits(state, [job.tokens], job.device, see)
+    wanted = sum(see.nbytes) if policy.ladder else len(job.tokens) * policy.nbytes(prompt)
     if cache.nbytes != wanted:
         raise ExportError(
             f"the cache takes {cache.nbytes:,} bytes after {prompt} tokens, not the {wanted:,} of its policy; please report"
         )
     theirs, _ = served.step(job.tokens[:, prompt:], cache)
-    (ours,) = logits(state, [job.tokens], job.device, Following(policy, prompt, [job.tokens]))
     difference = float((ours[:, prompt:] - theirs).abs().max())
     if not difference <= FP32_TOLERANCE * float(ours.abs().max()):
         raise mismatch(served.name, difference, ours, " behind a prompt, through the cache")

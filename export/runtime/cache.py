@@ -35,7 +35,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from compress.cache.policy import FILE, Layer, Policy, Unit, check_belongs
-from compress.cache.rules import DTYPES, MARKS, STEP, SUMMED, after_prompt, codes, count, kept, mask_of, scores
+from compress.cache.rules import DTYPES, MARKS, STEP, SUMMED, codes, mask_of, scores
 from compress.errors import ModelError
 from compress.shapes import ATTENTION, layers_without
 
@@ -47,14 +47,15 @@ class Entries:
     """What one KV head of one row holds: `held`, tensors by name, all with the entries first.
 
     k, v [N, D], with k_scale and v_scale [N, 1] where they are codes; place [N] of each token in the text; score [N], attention
-    that was given to it, and marked [N], where the unit's rule asks for them.
+    that was given to it, and kind [N] of its token, where the unit's rule asks for them. With a ladder rows have rules of their
+    own.
     """
 
     def __init__(self, unit: Unit, held: dict[str, Tensor]):
         self.unit, self.held = unit, held
 
     @classmethod
-    def of(cls, unit: Unit, k: Tensor, v: Tensor, place: Tensor, score: Tensor | None, marked: Tensor | None) -> Entries:
+    def of(cls, unit: Unit, k: Tensor, v: Tensor, place: Tensor, score: Tensor | None, kind: Tensor | None) -> Entries:
         held = {"place": place.int()}
         for name, x in (("k", k), ("v", v)):
             if unit.dtype == "int8":
@@ -64,8 +65,8 @@ class Entries:
         if unit.rule in SUMMED:
             held["score"] = torch.zeros(len(k), device=k.device) if score is None or unit.rule == "snap" else score.clone()
         if unit.rule in MARKS:
-            assert marked is not None, "a cache whose rules ask for marks has seen token ids"
-            held["marked"] = marked.clone()
+            assert kind is not None, "a cache whose rules ask for kinds of tokens has seen token ids"
+            held["kind"] = kind.clone()
         return cls(unit, held)
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
@@ -183,7 +184,7 @@ class PolicyLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         out, places = torch.empty_like(query), torch.arange(self.seen, device=query.device)
         now = places[self.seen - query.shape[2] :]
         tail_places = places[self.seen - self.tail["k"].shape[2] :]
-        self._note(mask, now, self.cache.marks)
+        self._note(mask, now, self.cache.kinds)
         group = query.shape[1] // len(self.policy.units)
         for row, heads in enumerate(self.entries):
             allowed = mask_of(mask, row)
@@ -203,16 +204,16 @@ class PolicyLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self._evict()
         return out.transpose(1, 2).contiguous(), None
 
-    def _note(self, mask: Tensor | None, now: Tensor, marks: Tensor | None) -> None:
-        """Extend what is known of the tail: attention given to it, which of it is text and not padding, which is marked."""
+    def _note(self, mask: Tensor | None, now: Tensor, kinds: Tensor | None) -> None:
+        """Extend what is known of the tail: attention given to it, which of it is text and not padding, kinds of tokens."""
         rows, heads, whole = self.tail["k"].shape[:3]
         new = len(now)
         valid = torch.ones(rows, new, dtype=torch.bool, device=now.device)
         if mask is not None:
             valid &= mask[:, 0][:, torch.arange(new, device=now.device), now]
         added = {"valid": valid, "score": torch.zeros(rows, heads, new, device=now.device)}
-        if marks is not None:
-            added["marked"] = marks.to(now.device)
+        if kinds is not None:
+            added["kind"] = kinds.to(now.device)
         for name, x in added.items():
             self.tail[name] = x if whole == new else torch.cat([self.tail[name], x], -1)
 
@@ -220,7 +221,7 @@ class PolicyLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Keep of a prompt's keys and values [rows, heads, t, D] what the policy does."""
         self.waiting = False
         group, total = query.shape[1] // len(self.policy.units), key.shape[2]
-        places, marks = torch.arange(total, device=key.device), self.cache.marks
+        places, kinds = torch.arange(total, device=key.device), self.cache.kinds
         self.entries = []
         for row in range(len(key)):
             allowed = mask_of(mask, row)
@@ -228,16 +229,17 @@ class PolicyLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.tokens.append(len(text))
             self.first.append(int(text[0]) if len(text) else total)
             there = text if self.policy.sliding is None else text[text > total - self.policy.sliding]
-            marked = None if marks is None else marks[row].to(key.device)
+            kind = None if kinds is None else kinds[row].to(key.device)
             made = []
-            for head, unit in enumerate(self.policy.units):
+            for head, asked in enumerate(self.policy.units):
                 q_gtd = query[row, head * group : (head + 1) * group]
-                found = scores({unit.rule}, q_gtd, key[row, head], scale, allowed)
-                many = count(unit.share, self.tokens[row], self.policy.sliding)
-                at = after_prompt(unit.rule, many, there, total, found, marked)
+                found = scores({asked.rule}, q_gtd, key[row, head], scale, allowed)
+                unit, at = self.cache.policy.after_prompt(
+                    self.policy, asked, self.tokens[row], there, total, self.first[row], found, kind
+                )
                 score = found[SUMMED[unit.rule]][at] if unit.rule in SUMMED else None
                 made.append(Entries.of(unit, key[row, head][at], value[row, head][at], at, score,
-                                       None if marked is None else marked[at]))  # fmt: skip
+                                       None if kind is None else kind[at]))  # fmt: skip
             self.entries.append(made)
 
     def _evict(self) -> None:
@@ -250,10 +252,10 @@ class PolicyLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.tokens[row] += int(valid.sum())
             if self.first[row] >= int(places[0]) and bool(valid.any()):
                 self.first[row] = int(places[valid][0])
-            marked = tail["marked"][row][valid] if "marked" in tail else None
+            kind = tail["kind"][row][valid] if "kind" in tail else None
             for head, entries in enumerate(heads):
                 k, v, score = (tail[name][row, head][valid] for name in ("k", "v", "score"))
-                new = Entries.of(entries.unit, k, v, places[valid], None, marked)
+                new = Entries.of(entries.unit, k, v, places[valid], None, kind)
                 if entries.unit.rule in SUMMED:
                     new.held["score"] = score
                 heads[head] = self._ranked(entries.with_more(new), row)
@@ -262,11 +264,10 @@ class PolicyLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         unit, sliding = entries.unit, self.policy.sliding
         if sliding is not None:
             entries = entries.chosen((entries.held["place"] > self.seen - sliding).nonzero()[:, 0])
-        many = count(unit.share, self.tokens[row], sliding)
         held = entries.held
-        found = entries.chosen(
-            kept(unit.rule, many, held["place"], self.seen, self.first[row], held.get("score"), held.get("marked"))
-        )
+        found = entries.chosen(self.cache.policy.still(
+            self.policy, unit, self.tokens[row], held["place"], self.seen, self.first[row], held.get("score"), held.get("kind")
+        ))  # fmt: skip
         if unit.rule == "snap":
             found.held["score"].zero_()
         return found
@@ -278,15 +279,15 @@ class PolicyLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
 
 class PolicyCache(Cache):
-    """A cache that follows a policy, for one model and one use. marks [rows, t]: which tokens of the pass under way are special
-    or punctuation."""
+    """A cache that follows a policy, for one model and one use. kinds [rows, t]: of the tokens of the pass under way, which are
+    special and which punctuation."""
 
     def __init__(self, policy: Policy):
-        self.policy, self.marks = policy, None
+        self.policy, self.kinds = policy, None
         by_index = {layer.index: layer for layer in policy.layers}
         super().__init__([PolicyLayer(by_index[i], self) if i in by_index else DummyLayer() for i in range(max(by_index) + 1)])  # type: ignore[no-untyped-call]
 
-    marks: Tensor | None
+    kinds: Tensor | None
 
     def see(self, ids: Tensor | None) -> None:
         """The token ids [rows, t] of the pass to come; ModelError where a rule asks for them and they are not told."""
@@ -294,7 +295,13 @@ class PolicyCache(Cache):
             return
         if ids is None:
             raise ModelError(f"{HERE}, whose rules go by token ids: give input_ids, not inputs_embeds")
-        self.marks = torch.isin(ids, torch.tensor(self.policy.marked, dtype=ids.dtype, device=ids.device))
+        self.kinds = self.policy.kinds(ids)
+
+    @property
+    def rules(self) -> dict[tuple[int, int, int], str]:
+        """(layer, row, head) -> the rule that is followed there, once a prompt has been read."""
+        return {(layer.policy.index, row, head): entries.unit.rule for layer in self.layers if isinstance(layer, PolicyLayer)
+                for row, heads in enumerate(layer.entries or ()) for head, entries in enumerate(heads)}  # fmt: skip
 
     @property
     def nbytes(self) -> int:
