@@ -4,7 +4,8 @@
 
 Leaves in the job's folder ``weights.safetensors``, the weights of the blocks' linear layers as the peer's own code dequantizes
 them, and ``result.json``: what every layer got, the average bits that takes, seconds and peak memory. The meter runs from before
-the model is loaded until its weights are quantized.
+the model is loaded until its weights are quantized. A model whose hidden states are rotated has other embeddings and norms than
+the original, and perhaps hooks: that one is scored here, as the peer leaves it, by the same judge.
 
 Bits count a scale of 16 bits for every group, and a zero point as wide as the weights where the grid has one. Each peer counts
 otherwise, and gets its target in its own count, so that what it may spend is the same to the bit:
@@ -18,7 +19,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,13 @@ DENSE_BITS = 16
 
 @dataclass(frozen=True)
 class Job:
-    """What to allocate: average `bits` with scales, for the linear layers of the blocks; `tokens` is a .pt file, int64 [n, t]."""
+    """What to allocate: average `bits` with scales, for the linear layers of the blocks; `tokens` and `judged` are .pt files,
+    int64 [n, t]."""
 
     tool: str
     model: str
     tokens: str
+    judged: str
     bits: float
     options: dict[str, Any]
     out: str
@@ -68,7 +71,7 @@ class Layer:
         return self.numel * self.bits + self.numel // GROUP * grid + self.extra
 
 
-Result = tuple[Measured, Weights, dict[str, Layer]]
+Result = tuple[Measured, Weights, dict[str, Layer], dict[str, Any]]  # the last: what else the peer has to say of what it made
 
 
 def linears(model: Any) -> dict[str, Any]:
@@ -76,6 +79,17 @@ def linears(model: Any) -> dict[str, Any]:
     import torch
 
     return {n: m for n, m in model.named_modules() if ".layers." in n and isinstance(m, torch.nn.Linear)}
+
+
+def stored_bytes(folder: Path, stems: Iterable[str]) -> int:
+    """Bytes of the tensors, in a folder's safetensors files, that belong to the modules of these paths."""
+    owners, total = tuple(f"{stem}." for stem in stems), 0
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as opened:
+            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+        header.pop("__metadata__", None)
+        total += sum(e["data_offsets"][1] - e["data_offsets"][0] for name, e in header.items() if name.startswith(owners))
+    return total
 
 
 def load_model(job: Job) -> Any:
@@ -90,8 +104,16 @@ def load_model(job: Job) -> Any:
 
 
 def run_autoround(job: Job) -> Result:
-    """AutoScheme's search, then AutoRound; `iters` 0 is its rounding to nearest, `symmetric` the kind of grid."""
+    """AutoScheme's search, then AutoRound; `iters` 0 is its rounding to nearest, `symmetric` the kind of grid.
+
+    Budgets of one label share what the search has scored, as ours do. AutoRound 0.16.1 rotates in torch's inference mode, and its
+    AWQ then stops at tensors that may not be changed in place; without that mode the two go together.
+    """
+    import torch
+
+    torch.inference_mode = torch.no_grad
     os.environ["AR_DISABLE_DATASET_SUBPROCESS"] = "1"
+    os.environ["AR_AUTO_SCHEME_CACHE"] = f"{job.out.removesuffix(f'-{job.bits}')}-scores"
     import auto_round
     from auto_round import AutoRound, AutoScheme
     from auto_round.schemes import QuantizationScheme
@@ -108,6 +130,7 @@ def run_autoround(job: Job) -> Result:
         tokenizer=AutoTokenizer.from_pretrained(job.model),
         scheme=AutoScheme(avg_bits=autoround_target(job.bits, symmetric), options=options, **data),
         iters=job.options["iters"],
+        alg_configs=job.options.get("algorithm"),
         device_map="cpu",
         amp=False,
         enable_torch_compile=False,
@@ -117,7 +140,24 @@ def run_autoround(job: Job) -> Result:
     measured = meter.stop(auto_round.__version__)
     modules = linears(quantized)
     layers = {n: Layer(schemes[n]["bits"], m.weight.numel(), schemes[n]["sym"]) for n, m in modules.items()}
-    return measured, {f"{n}.weight": m.weight.detach() for n, m in modules.items()}, layers
+    weights = {f"{n}.weight": m.weight.detach().clone() for n, m in modules.items()}
+    more: dict[str, Any] = {"score": judged(job, quantized)} if "hadamard" in job.options.get("algorithm", "") else {}
+    saved = Path(job.out) / "saved"
+    rounder.save_quantized(str(saved), format="auto_round")
+    return (
+        measured,
+        weights,
+        layers,
+        {**more, "bytes": stored_bytes(next(f.parent for f in saved.rglob("*.safetensors")), layers)},
+    )
+
+
+def judged(job: Job, model: Any) -> dict[str, float]:
+    """The score of a whole model that is not the original with other matrices."""
+    import torch
+    from scoring import Judge
+
+    return asdict(Judge(Path(job.model), torch.load(job.judged)).whole(model))
 
 
 def autoround_target(bits: float, symmetric: bool) -> float:
@@ -155,7 +195,7 @@ def run_modelopt(job: Job) -> Result:
     measured = meter.stop(modelopt.__version__)
     modules = linears(model)
     weights = {f"{n}.weight": modelopt_weight(m) for n, m in modules.items()}
-    return measured, weights, {n: modelopt_layer(m) for n, m in modules.items()}
+    return measured, weights, {n: modelopt_layer(m) for n, m in modules.items()}, {}
 
 
 def modelopt_format(bits: int, algorithm: Any) -> dict[str, Any]:
@@ -195,6 +235,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "iters0": {"iters": 0, "symmetric": True},
         "iters50": {"iters": 50, "symmetric": True},
         "iters50-asym": {"iters": 50, "symmetric": False},
+        "hadamard,awq,signround": {"iters": 50, "symmetric": True, "algorithm": "hadamard,awq,signround"},
+        "hadamard,awq,signround-asym": {"iters": 50, "symmetric": False, "algorithm": "hadamard,awq,signround"},
     },
     "modelopt": {
         "max": {"algorithm": {"method": "max"}},
@@ -207,7 +249,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 def main(job_file: str) -> None:
     """Runs the job and leaves its result in the job's folder."""
     job = Job(**json.loads(Path(job_file).read_text("utf-8")))
-    measured, weights, layers = TOOLS[job.tool](job)
+    measured, weights, layers, more = TOOLS[job.tool](job)
     from safetensors.torch import save_file
 
     out = Path(job.out)
@@ -215,6 +257,9 @@ def main(job_file: str) -> None:
     result = {
         "bits": sum(layer.stored for layer in layers.values()) / sum(layer.numel for layer in layers.values()),
         "layers": {name: asdict(layer) for name, layer in layers.items()},
+        "bytes": None,
+        "score": None,
+        **more,
         **asdict(measured),
     }
     (out / "result.json").write_text(json.dumps(result, indent=1), "utf-8")

@@ -3,12 +3,14 @@
     python benchmarks/allocate_vs_peers.py --assets ASSETS --save benchmarks/results \\
         --autoround-python VENV/bin/python --modelopt-python VENV/bin/python
 
-Two small real models, 64 windows of 256 tokens to calibrate on, 80 others to judge by. A budget is an average over the linear
-layers of the blocks, scales counted; head and embeddings stay as they are. The rows:
+Small real models, 64 windows of 256 tokens to calibrate on, 80 others to judge by, where the texts have so many. A budget is an
+average over the linear layers of the blocks, scales counted; head and embeddings stay as they are. The rows:
 
-    ours        `allocate` and `quantize`, over plain integers (INT) or those and look-up tables (ALL); by GPTQ, or `learned`
+    ours        `allocate` and `quantize`, over plain integers (INT), those and look-up tables (ALL), integers and tables in
+                rotated coordinates (ROTATED), trellis codes (TRELLIS) or entropy-coded integers (CODED); by GPTQ, or `learned`
     uniform     `quantize` alone with one format everywhere; for a budget the best of those that keep to it
-    autoround   AutoScheme over symmetric or asymmetric integers of 2, 3, 4 and 8 bits, in groups of 64
+    autoround   AutoScheme over symmetric or asymmetric integers of 2, 3, 4 and 8 bits, in groups of 64; also behind its
+                Hadamard rotation and AWQ
     modelopt    AutoQuantize over symmetric integers of these widths and groups
 
 `--singles` measures, instead, how well each metric ranks single replacements: one matrix in one format, the rest as it was.
@@ -27,41 +29,54 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-from allocate_child import VARIANTS
+from allocate_child import VARIANTS, stored_bytes
+from allocate_page import ROWS, Row, document
 from quantize_child import cpu_seconds
 from quantize_vs_peers import environment
-from report import figure, head, line, machine, number
 from safetensors.torch import load_file
 from scoring import Judge, Score, UnfairWeightsError, most_values
 from workloads import LENGTH, windows
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # this clone, installed or not
-ROWS = ("ours", "uniform", "autoround", "modelopt")
 METRICS = ("kl", "output", "weight")
 INT = ("int2:g64", "int2:channel", "int3:g64", "int3:channel", "int4:channel", "int4:g64", "int8:channel")
-LISTS = {"INT": INT, "ALL": (*INT, "lut2:g64", "lut2:g256", "lut3:g64", "lut3:g256", "lut4:g64")}
+ROTATED = tuple(f"{kind}{bits}:g64:r128" for kind in ("int", "lut") for bits in (2, 3, 4))
+LISTS = {
+    "INT": INT,
+    "ALL": (*INT, "lut2:g64", "lut2:g256", "lut3:g64", "lut3:g256", "lut4:g64"),
+    "ROTATED": ROTATED,
+    "TRELLIS": ("tcq:r128",),
+    "CODED": ("ecq:r128",),
+}
 UNIFORM = ("int2:g64", "int2:g32", "int2:g16", "int3:channel", "int3:g64", "int3:g32", "int3:g16", "int4:channel")
 OWN = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # a config's dtype -> the format that leaves a matrix as it is
-SLACK = 0.02  # bits that our format spends on a matrix's shape, at most; peers' bits do not count it, and a format may fail by it
-CALIBRATION, EVALUATION = 64, 80  # windows
 
 
 @dataclass(frozen=True)
 class Case:
-    """One model with its texts."""
+    """One model with its texts, and how many windows of each are read; a short text has fewer."""
 
     name: str
     model: Path
     calibration: Path
     evaluation: Path
+    counts: tuple[int, int]
+
+    def calibrating(self) -> torch.Tensor:
+        """The windows that every tool gets."""
+        return self.windows(self.calibration, self.counts[0])
+
+    def judging(self) -> torch.Tensor:
+        """Those that it is judged by."""
+        return self.windows(self.evaluation, self.counts[1])
 
     def windows(self, text: Path, limit: int) -> torch.Tensor:
         """(limit, LENGTH) int64 tokens of a text."""
@@ -73,32 +88,9 @@ class Case:
 CASES = {
     "stories": ("models/stories260K-mlp192", "texts/stories-split/calibration.txt", "texts/stories-split/evaluation.txt"),
     "ref-7m": ("models/ref-7m", "texts/c4/c4.utf8", "texts/wikitext2-raw/wiki.test.raw"),
+    "ref-7m-wikitext": ("models/ref-7m", "texts/wikitext2-raw/wiki.valid.raw", "texts/wikitext2-raw/wiki.test.raw"),
+    "ref-7m-stories": ("models/ref-7m", "texts/stories-split/calibration.txt", "texts/stories-split/evaluation.txt"),
 }
-
-
-@dataclass(frozen=True)
-class Row:
-    """One result. budget: None for a uniform format. bits: what it really takes. predicted: the damage that ours foresaw."""
-
-    model: str
-    tool: str
-    label: str
-    budget: float | None
-    bits: float = 0.0
-    kl: float = 0.0
-    perplexity: float = 0.0
-    cpu_s: float | None = None
-    wall_s: float | None = None
-    peak_mb: float | None = None
-    predicted: float | None = None
-    note: str = ""
-    layers: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def key(self) -> str:
-        """The name of its file."""
-        budget = f"-{self.budget}" if self.budget else ""
-        return f"{self.model}-{self.tool}-{self.label}{budget}".replace(":", "_").replace(" ", "-")
 
 
 class MixedJudge(Judge):
@@ -128,7 +120,7 @@ def main() -> None:
                 keep(work / f"{case.name}.singles.json", singles(case, args, work))
             else:
                 measure(case, args, work)
-        page, raw = document(work, args)
+        page, raw = document(work, CASES, args.threads)
     finally:
         if not args.work:
             shutil.rmtree(work, ignore_errors=True)
@@ -154,6 +146,7 @@ def arguments() -> argparse.Namespace:
     for tool in VARIANTS:
         default = os.environ.get(f"{tool.upper()}_PYTHON")
         parser.add_argument(f"--{tool}-python", default=default, help=f"the python of an environment with {tool}")
+    parser.add_argument("--windows", nargs=2, type=int, default=[64, 80], help="of 256 tokens, to calibrate on and to judge by")
     parser.add_argument("--singles", action="store_true", help="single replacements instead, for --metrics over INT")
     parser.add_argument("--single-sites", type=int, default=35, help="of these many matrices, drawn")
     parser.add_argument("--single-windows", type=int, default=16, help="on these many of the windows to judge by")
@@ -169,7 +162,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
         paths = [args.assets / path for path in CASES[name]]
         if missing := [path for path in paths if not path.exists()]:
             sys.exit(f"{name}: no {missing[0]}; name the folder of the assets with --assets")
-        yield Case(name, *paths)
+        yield Case(name, *paths, tuple(args.windows))
 
 
 def keep(file: Path, value: Any) -> None:
@@ -182,7 +175,7 @@ def keep(file: Path, value: Any) -> None:
 
 def measure(case: Case, args: argparse.Namespace, work: Path) -> None:
     """Measures every row asked for that the work folder does not hold, and leaves each there."""
-    judge = MixedJudge(case.model, case.windows(case.evaluation, EVALUATION))
+    judge = MixedJudge(case.model, case.judging())
     keep(work / f"{case.name}.original.json", asdict(judge.original_score()))
     for row in wanted(case, args):
         file = work / f"{row.key}.row.json"
@@ -217,10 +210,12 @@ def ours(row: Row, case: Case, judge: MixedJudge, work: Path) -> Row:
         metric, name, *method = row.label.split()
         options = {"budget": f"{row.budget} bits", "formats": LISTS[name], "metric": metric}
         passes = [{"allocate": options}, {"quantize": {"method": "learned"} if method else {}}]
-    cpu, wall = cpu_seconds(), time.perf_counter()
-    outcome = run_recipe(case, passes, work / replace(row, budget=None).key)
+    out, cpu, wall = work / replace(row, budget=None).key, cpu_seconds(), time.perf_counter()
+    outcome = run_recipe(case, passes, out)
     row = replace(row, cpu_s=cpu_seconds() - cpu, wall_s=time.perf_counter() - wall)
     state = outcome.state
+    run_recipe(case, passes, out, export=[{"native": {}}])  # finds its steps finished; writing is timed for nobody
+    row = replace(row, bytes=stored_bytes(out / "native", [site.stem for site in state.graph.linear]))
     formats = {site.stem: str(state.format(site)) for site in state.graph.linear}
     weights = {site.stem: state.weight(site) for site in state.graph.linear}
     score = judge.layers(weights, {name: grid(text, weights[name].shape[1]) for name, text in formats.items()})
@@ -229,20 +224,22 @@ def ours(row: Row, case: Case, judge: MixedJudge, work: Path) -> Row:
     return replace(row, bits=bits, kl=score.kl, perplexity=score.perplexity, predicted=predicted, layers=formats)
 
 
-def run_recipe(case: Case, passes: list[dict[str, Any]], out: Path, until: str | None = None) -> Any:
+def run_recipe(
+    case: Case, passes: list[dict[str, Any]], out: Path, until: str | None = None, export: Sequence[dict[str, Any]] = ()
+) -> Any:
     """`compress run` of these passes in the folder `out`."""
     import compress
 
-    data = {"calibration": {"text": str(case.calibration), "sequences": CALIBRATION, "length": LENGTH}}
-    recipe = {"model": str(case.model), "out": str(out), "seed": 0, "data": data, "passes": passes}
+    data = {"calibration": {"text": str(case.calibration), "sequences": len(case.calibrating()), "length": LENGTH}}
+    recipe = {"model": str(case.model), "out": str(out), "seed": 0, "data": data, "passes": passes, "export": list(export)}
     path = out.with_name(f"{out.name}.yaml")
     keep(path, recipe)  # JSON is YAML
     return compress.run_recipe(path, until=until)
 
 
 def grid(text: str, inputs: int) -> tuple[int, int]:
-    """(bits, group) of a format by its text; a matrix left dense has 16 bits."""
-    found = re.match(r"[a-z]+(\d+):(?:g(\d+))?", text)
+    """(bits, group) of a format by its text; a matrix left dense has 16 bits, and so, here, have those that no grid holds."""
+    found = re.fullmatch(r"(?:int|lut)(\d+):(?:g(\d+)|channel)", text)
     return (int(found[1]), min(int(found[2] or inputs), inputs)) if found else (16, inputs)
 
 
@@ -256,19 +253,22 @@ def peer(row: Row, case: Case, judge: MixedJudge, args: argparse.Namespace, work
     result = json.loads((out / "result.json").read_text("utf-8"))
     stored = load_file(out / "weights.safetensors")
     weights = {name: stored[f"{name}.weight"] for name in judge.linears}
+    grids = {name: (layer["bits"], 64) for name, layer in result["layers"].items()}
     try:
-        score = judge.layers(weights, {name: (layer["bits"], 64) for name, layer in result["layers"].items()})
+        score = Score(**result["score"]) if result["score"] else judge.layers(weights, grids)
     except UnfairWeightsError as error:
         return replace(row, note=f"not comparable: {error}")
-    figures = {name: result[name] for name in ("bits", "cpu_s", "wall_s", "peak_mb")}
+    figures = {name: result[name] for name in ("bits", "bytes", "cpu_s", "wall_s", "peak_mb")}
     return replace(row, kl=score.kl, perplexity=score.perplexity, layers=result["layers"], **figures)
 
 
 def write_job(row: Row, case: Case, out: Path) -> Path:
     """The job's file and its tokens; see `Job` in allocate_child.py."""
     out.mkdir(exist_ok=True)
-    torch.save(case.windows(case.calibration, CALIBRATION), out / "tokens.pt")
-    job = {"tool": row.tool, "model": str(case.model), "tokens": str(out / "tokens.pt"), "bits": row.budget}
+    files = {name: str(out / f"{name}.pt") for name in ("tokens", "judged")}
+    torch.save(case.calibrating(), files["tokens"])
+    torch.save(case.judging(), files["judged"])
+    job = {"tool": row.tool, "model": str(case.model), **files, "bits": row.budget}
     keep(out / "job.json", {**job, "options": VARIANTS[row.tool][row.label], "out": str(out)})
     return out / "job.json"
 
@@ -323,73 +323,6 @@ def single(case: Case, site: str, fmt: str, judge: MixedJudge, work: Path) -> fl
     own = OWN[json.loads((case.model / "config.json").read_text("utf-8"))["dtype"]]
     state = run_recipe(case, [{"quantize": {"format": own, "pins": {site: fmt}, "drift": 0}}], out).state
     return judge.layers({state.graph[site].stem: state.weight(state.graph[site])}, {}).kl
-
-
-def rank_table(found: list[dict[str, Any]]) -> list[str]:
-    """Spearman's rank correlation of each metric's predictions with the measured KL, over all formats and for each alone."""
-    from scipy.stats import spearmanr
-
-    parts = {"all": found} | {fmt: [s for s in found if s["format"] == fmt] for fmt in INT}
-    lines = head("metric", *parts)
-    for metric in found[0]["predicted"]:
-        pairs = [([s["predicted"][metric] for s in part], [s["kl"] for s in part]) for part in parts.values()]
-        lines.append(line([metric, *(f"{spearmanr(*pair).statistic:.3f}" for pair in pairs)]))
-    return lines
-
-
-# --- the page -----------------------------------------------------------------------------------------------------------
-
-READING = """
-KL is KL(original || quantized) in nats a token, perplexity exp of the mean loss, both of plain transformers in fp32 on held-out
-text, each tool's dequantized weights put in. Bits are the average over the linear layers of the blocks, 16-bit scales and zero
-points counted. CPU seconds are those of loading, measuring, allocating and quantizing; of ours the first budget pays for the
-others. `predicted` is in its metric's own units. A ratio below 1 is in our favour. Models are small: a few per cent are noise.
-""".strip()
-
-
-def document(work: Path, args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    """The whole page, of all that the work folder holds, and its figures."""
-    rows = [Row(**json.loads(file.read_text("utf-8"))) for file in sorted(work.glob("*.row.json"))]
-    lines = [f"# Allocation against peers, {date.today()}", "", f"{machine()}; {args.threads} thread(s).", ""]
-    raw: dict[str, Any] = {"rows": [asdict(row) for row in rows]}
-    for name in CASES:
-        mine = [row for row in rows if row.model == name]
-        if mine:
-            original = json.loads((work / f"{name}.original.json").read_text("utf-8"))
-            lines += [f"## {name}, perplexity {figure(original['perplexity'])}", "", *results(mine), "", *ratios(mine), ""]
-        if (file := work / f"{name}.singles.json").exists():
-            raw[f"{name} singles"] = found = json.loads(file.read_text("utf-8"))
-            lines += [f"## {name}, {len(found)} single replacements: rank correlation of predicted and measured damage", ""]
-            lines += [*rank_table(found), ""]
-    return "\n".join([*lines, READING]), raw
-
-
-def results(rows: list[Row]) -> list[str]:
-    """The table of what was measured, uniform formats first."""
-    lines = head("row", "budget", "bits", "KL", "perplexity", "predicted", "CPU s")
-    for row in sorted(rows, key=lambda r: (r.budget or 0.0, r.bits if r.budget is None else 0.0, ROWS.index(r.tool), r.label)):
-        figures = [f"{row.bits:.3f}", f"{row.kl:.4f}", figure(row.perplexity), number(row.predicted, 4), number(row.cpu_s, 0)]
-        lines.append(line([f"{row.tool} {row.label}", number(row.budget, 1), *([row.note, *[""] * 4] if row.note else figures)]))
-    return lines
-
-
-def ratios(rows: list[Row]) -> list[str]:
-    """KL of each row of ours divided by that of the best uniform format within the budget and by each peer's."""
-    done = [row for row in rows if not row.note]
-    columns = sorted({f"{row.tool} {row.label}" for row in done if row.tool in VARIANTS})
-    lines = head("KL of ours", "budget", "/ best uniform", f"with {SLACK} bits more", *(f"/ {c}" for c in columns))
-    for row in sorted((r for r in done if r.tool == "ours"), key=lambda r: (r.budget or 0.0, r.label)):
-        theirs = {f"{r.tool} {r.label}": r.kl for r in done if r.budget == row.budget}
-        uniform = [best_uniform(done, (row.budget or 0.0) + slack) for slack in (0.0, SLACK)]
-        cells = [f"{row.kl / best.kl:.2f} ({best.label})" if best else "" for best in uniform]
-        cells += [f"{row.kl / theirs[c]:.2f}" if c in theirs else "" for c in columns]
-        lines.append(line([row.label, number(row.budget, 1), *cells]))
-    return lines
-
-
-def best_uniform(rows: Iterable[Row], budget: float) -> Row | None:
-    """The uniform row with the least KL among those whose true bits keep to the budget."""
-    return min((r for r in rows if r.tool == "uniform" and r.bits <= budget + 1e-9), key=lambda r: r.kl, default=None)
 
 
 if __name__ == "__main__":

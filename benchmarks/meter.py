@@ -1,5 +1,5 @@
-"""The peak of a process's anonymous memory, and the seconds, from here on. Linux; no more than the standard library, for peers'
-environments."""
+"""The peak of a process's anonymous memory, and the seconds, of the clock and of the CPU, from here on. Linux; no more than the
+standard library, for peers' environments."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Meter(threading.Thread):
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.first = self.peak = anonymous()
-        self.begun, self.ended = time.perf_counter(), threading.Event()
+        self.begun, self.used, self.ended = time.perf_counter(), time.process_time(), threading.Event()
         self.start()
 
     def run(self) -> None:
@@ -31,4 +31,5 @@ class Meter(threading.Thread):
         """The peak, and the seconds until now."""
         self.ended.set()
         self.join()
-        return {"peak": self.peak - self.first, "seconds": time.perf_counter() - self.begun}
+        clock, used = time.perf_counter() - self.begun, time.process_time() - self.used
+        return {"peak": self.peak - self.first, "seconds": clock, "cpu": used}

@@ -56,6 +56,14 @@ class Judge:
         finally:
             self._put(self.original)
 
+    def whole(self, model: Any) -> Score:
+        """Score of another model of the same tokens."""
+        own, self.model = self.model, model.eval()
+        try:
+            return self._score()
+        finally:
+            self.model = own
+
     @torch.no_grad()
     def _put(self, weights: dict[str, torch.Tensor]) -> None:
         for name, module in self.linears.items():
