@@ -128,12 +128,11 @@ class Choice:
 
 class Sparse(ABC):
     """What stands for the `forward` of a module. read: bytes of its matrix, and of what it chooses by, that were read so far;
-    passes: how often it was asked."""
+    passes: how often it was asked; most: bytes that a pass may read."""
 
-    how: Sparsity | None = None
-
-    def __init__(self, module: Any):
+    def __init__(self, module: Any, how: Sparsity | None = None):
         self.module, self.matrix, self.read, self.passes, self.whole = module, Matrix(module), 0.0, 0, module.forward
+        self.most = whole_bytes(self.matrix.format, self.matrix.shape) + (0 if how is None else how.nbytes(self.matrix.shape))
 
     def __call__(self, x: Tensor) -> Tensor:
         self.passes += 1
@@ -146,8 +145,7 @@ class Sparse(ABC):
     @property
     def unread(self) -> float:
         """Bytes that were left unread so far."""
-        chosen_by = 0 if self.how is None else self.how.nbytes(self.matrix.shape)
-        return self.passes * (whole_bytes(self.matrix.format, self.matrix.shape) + chosen_by) - self.read
+        return self.passes * self.most - self.read
 
     def all(self, x: Tensor) -> Tensor:
         """The product with the whole matrix."""
@@ -167,7 +165,7 @@ class Chooser(Sparse):
     """The matrix whose neurons are chosen."""
 
     def __init__(self, module: Any, how: Sparsity, choice: Choice):
-        super().__init__(module)
+        super().__init__(module, how)
         self.how, self.choice, self.can = how, choice, self.matrix.has_rows
 
     def multiplied(self, x: Tensor) -> Tensor:
@@ -231,7 +229,7 @@ class Skipper(Sparse):
     """A matrix that is given zeros; with `how`, one that puts them where inputs are small."""
 
     def __init__(self, module: Any, how: Sparsity | None = None):
-        super().__init__(module)
+        super().__init__(module, how)
         self.matrix.turn()
         self.how, self.can = how, self.matrix.has_columns
 
