@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -21,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from compress.formats import LowRank
 from compress.model.experts import foreseeable
-from compress.model.probe import Probe
+from compress.model.probe import Probe, Stop
 from compress.model.skeleton import skeleton
 from compress.model.speed import computing
 from compress.model.work import advancing_bytes, block_bytes
@@ -298,7 +299,15 @@ def _run_on_fakes(state: State, together: int, length: int, dtype: torch.dtype, 
     with FakeTensorMode(allow_non_fake_inputs=True), foreseeable():
         for module in (model, *blocks):
             _fake(module, dtype)
-        model(input_ids=torch.zeros(together, length, dtype=torch.int64), use_cache=False)
+        ids, probes[0].stop = torch.zeros(together, length, dtype=torch.int64), True
+        with suppress(Stop), torch.no_grad():
+            model(input_ids=ids, use_cache=False)
+        with torch.no_grad():  # what blocks return, a tensor or a tuple, the model's forward relies on
+            made = blocks[0](probes[0].hidden, *probes[0].call[0], **probes[0].call[1])
+        probes[0].stop = False
+        for probe in probes:
+            probe.tuple_out = len(made) if isinstance(made, tuple) else 0
+        model(input_ids=ids, use_cache=False)
         hidden = probes[0].hidden.detach().requires_grad_()
         for block, probe in zip(blocks, probes, strict=True):
             key = (type(block), getattr(probe, "attention_type", None), getattr(probe, "layer_type", None),
