@@ -8,7 +8,9 @@ PIP := $(VENV)/bin/pip --disable-pip-version-check
 run: $(VENV)/.installed
 	$(VENV)/bin/compress run recipes/quickstart.yaml
 
-# Two processes, each of which takes whole files, so that what the tests of a file share is made once.
+# Two processes, each of which takes whole files, so that what the tests of a file share is made once. What pytest makes of their
+# text is kept, as Python keeps what it compiles: to make it anew takes each process ten seconds.
+test slow: export PYTHONDONTWRITEBYTECODE =
 test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 

@@ -245,7 +245,7 @@ def run(
 def run_record(ready: Prepared, artifacts: Sequence[str] = ()) -> dict[str, Any]:
     """What run.json says: what the run is made of, and which artifacts are its own, once they are proven."""
     hashes = {n: t.hash for n, t in (("calibration", ready.calibration), ("evaluation", ready.evaluation)) if t}
-    return {"folder": MARK, "versions": versions(), "seed": ready.seed, "model": ready.model.name,
+    return {"folder": MARK, "versions": dict(versions()), "seed": ready.seed, "model": ready.model.name,
             "revision": ready.model.revision, "weights": ready.model.checkpoint.fingerprint, "root": ready.root_key,
             "data": hashes, "artifacts": list(artifacts)}  # fmt: skip
 

@@ -16,6 +16,7 @@ flushed to the disk, and renamed: it is there whole or not at all. A finished st
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -360,12 +361,13 @@ def step_inputs(
     return made_of | {"following": [q.text() for q in following]} if p.looks_ahead else made_of
 
 
-def versions() -> dict[str, str]:
-    """The versions that a run's figures depend on."""
+@functools.cache
+def versions() -> Mapping[str, str]:
+    """The versions that a run's figures depend on. Asked once in a process: to read them takes longer than a small export."""
     known = {"python": sys.version.split()[0], "torch": torch.__version__}
     for name in ("compress-pipeline", "transformers", "safetensors", "compressed-tensors"):
         try:
             known[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             known[name] = "not installed"
-    return known
+    return MappingProxyType(known)

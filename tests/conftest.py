@@ -114,6 +114,8 @@ NURSERY = pytest.StashKey[Nursery]()
 
 def pytest_configure(config: pytest.Config) -> None:
     """Before tests are collected, so that no child of the nursery has anything of `compress`."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return  # deals tests out to others, and runs none
     import transformers.quantizers.auto  # noqa: F401
     from transformers import LlamaForCausalLM  # noqa: F401  a second of imports, which pytest needs itself
 
@@ -128,7 +130,8 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    config.stash[NURSERY].close()
+    if NURSERY in config.stash:
+        config.stash[NURSERY].close()
 
 
 @pytest.fixture(scope="session")
@@ -259,6 +262,17 @@ def _texts_are_tokenized_once() -> Iterator[None]:
     Prepared._tokens = remembered  # type: ignore[method-assign]
     yield
     Prepared._tokens = read  # type: ignore[method-assign]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _graphs_are_traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    from tests.tracing import shared
+
+    place = tmp_path_factory.getbasetemp()
+    folder = (place.parent if "PYTEST_XDIST_WORKER" in os.environ else place) / "graphs"  # of all processes of a run
+    folder.mkdir(exist_ok=True)
+    with shared(folder):
+        yield
 
 
 # --- the command line on a folder of its own --------------------------------------------------------------------------

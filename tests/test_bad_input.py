@@ -400,14 +400,15 @@ def answered(project: Project, *command: str | Path) -> int:
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_noise_never_gives_a_traceback(project: Project, name: str):
-    """50 spoilt copies of each file, planned; a plan reads all of both."""
+@pytest.mark.parametrize("copies", [20, pytest.param(100, marks=pytest.mark.slow)])
+def test_noise_never_gives_a_traceback(project: Project, name: str, copies: int):
+    """Spoilt copies of each file, planned; a plan reads all of both."""
     rng = random.Random(name)
     path = project.model / name
     whole = path.read_bytes()
     end = len(whole) if name == "config.json" else 8 + int.from_bytes(whole[:8], "little")
     codes = []
-    for _ in range(50):
+    for _ in range(copies):
         path.write_bytes(noisy(whole, rng, end))
         codes.append(answered(project, "plan", project.recipe))
     assert 2 in codes

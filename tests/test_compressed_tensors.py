@@ -32,14 +32,15 @@ from compress.state import State
 from compress.state.checkpoint import INDEX
 from compress.state.graph import Graph
 from tests import stock
-from tests.conftest import FAMILIES, GROUPED, IDS, SMALL, make_model
+from tests.conftest import FAMILIES, GROUPED, IDS, KINDS_OF_FAMILIES, SMALL, covered, make_model
 from tests.cooking import bake, cook, recipe, steps
 from tests.sharing import SharingConfig
 
 MOE = ("mixtral", "qwen3_moe")
 MIXED = {"layers.0.attn.[qkv]*": "int3:g32", "*.attn.o": "int6:g16", "*.down": "int5:g32", "layers.1.mlp.*": "int8:channel"}
 EXPERTS = {"*.attn.*": "int8:g32"}  # stock transformers reads all experts with one scheme
-LOADABLE = [f for f in FAMILIES if f != "gpt2"]
+ALL = covered(FAMILIES, *KINDS_OF_FAMILIES)
+LOADABLE = covered([f for f in FAMILIES if f != "gpt2"], *(f for f in KINDS_OF_FAMILIES if f != "gpt2"))
 
 
 def pins_of(name: str) -> dict[str, str]:
@@ -245,7 +246,7 @@ def read_back(artifact: Path, state: State) -> None:
         assert torch.equal(again.dense.read(name), state.dense.read(name)), name
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ALL)
 def test_our_reader_gives_everything_back(cooked: Any, name: str) -> None:
     read_back(artifact_of(cooked(name)), cooked(name).state)
 
@@ -284,7 +285,7 @@ def module_names(graph: Graph, site: str) -> set[str]:
     return {path, found.stem}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ALL)
 def test_every_quantized_module_is_named_by_exactly_one_target_and_no_other_is(cooked: Any, name: str) -> None:
     made = cooked(name)
     config = json.loads((artifact_of(made) / "config.json").read_text())["quantization_config"]
@@ -302,7 +303,7 @@ def test_every_quantized_module_is_named_by_exactly_one_target_and_no_other_is(c
     assert not any(hits(t, i) for t in targets for i in config["ignore"])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ALL)
 def test_every_quantized_module_is_named_in_the_model_without_a_head_too(cooked: Any, family: Any, name: str) -> None:
     """And under `model`, which is vLLM's name for the model without a head, whatever its own is."""
     made = cooked(name)
@@ -468,7 +469,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ALL)
 def test_planned_bytes_are_written_bytes(cooked: Any, name: str) -> None:
     made = cooked(name)
     same_bytes(pipeline.plan(made.out.parent / "recipe.yaml"), made)

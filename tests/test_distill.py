@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from compress.training.loop import Training
 from compress.training.options import Checkpoint, Memory
 from compress.training.student import Student
 from compress.training.windows import halves
-from tests.conftest import FAMILIES, Project
+from tests.conftest import FAMILIES, KINDS_OF_FAMILIES, Project, covered
 from tests.pass_laws import TEXT, TOKENS, attempt, killed_often
 from tests.test_kinds_of_models import NAMED, WRAPPERS, made
 
@@ -136,9 +136,17 @@ STEPS: dict[str, list[tuple[Any, Sequence[str], int | None]]] = {
         for f, words in (("int8:channel", ("scales",)), ("nf8:g64", ("norms",)))
     ],
 }
+OFTEN = {"dense": (0, 1, 2, 3), "codes": (0, 4, 8), "factors": (2, 3)}  # each format and each choice of words once
 
 
-@pytest.mark.parametrize(("step", "words", "rank"), [case for cases in STEPS.values() for case in cases])
+def steps() -> Iterator[Any]:
+    """Every case: those of OFTEN in every run, the others in the slow one."""
+    for kind, cases in STEPS.items():
+        for i, case in enumerate(cases):
+            yield pytest.param(*case, marks=() if i in OFTEN[kind] else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("step", "words", "rank"), steps())
 def test_a_student_that_has_learnt_nothing_is_the_model(family: Any, tmp_path: Path, step: Any, words: Any, rank: Any) -> None:
     model = open_model(str(family("llama")))
     state = model.state if step is None else attempt(step, model, tmp_path)
@@ -147,7 +155,7 @@ def test_a_student_that_has_learnt_nothing_is_the_model(family: Any, tmp_path: P
     torch.testing.assert_close(logits_of(student, TOKENS.ids[:2]), streamed(state, TOKENS.ids[:2]), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted(FAMILIES))
+@pytest.mark.parametrize("name", covered(sorted(FAMILIES), *KINDS_OF_FAMILIES))
 def test_gradients_are_those_of_the_architecture(family: Any, name: str) -> None:
     """Of every matrix and every other tensor, against transformers' own model, with blocks kept and run again."""
     folder = family(name, torch.float32)
@@ -306,7 +314,7 @@ def test_factors_that_a_quantized_matrix_is_given(family: Any, tmp_path: Path) -
     assert str(after.formats["layers.0.mlp.down"]) == "int3:g32+r4"
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", covered([torch.bfloat16, torch.float16, torch.float32], torch.bfloat16))
 @pytest.mark.parametrize("words", ["norms", "lm_head", "all"])
 def test_what_is_judged_is_what_is_written(family: Any, tmp_path: Path, dtype: torch.dtype, words: str) -> None:
     """Read back, the model comes to what its best check came to, however little was learnt: what its dtype cannot hold was not
@@ -335,7 +343,7 @@ def test_more_rows_than_a_model_has_positions(family: Any, tmp_path: Path, name:
         assert records[0]["curve"][0][3] < 0.01
 
 
-@pytest.mark.parametrize("rate", [1e2, 1e6])
+@pytest.mark.parametrize("rate", covered([1e2, 1e6], 1e6))
 @pytest.mark.parametrize(
     "options",
     [{"train": "all"}, {"train": "norms"}, {"train": "lora", "rank": 4}, {"memory": {"activations": "wta_crs"}}],
@@ -516,7 +524,7 @@ def test_a_teacher_is_as_large_as_the_source(family: Any) -> None:
     assert memory.teacher(small, setting) == memory.teacher(state, setting) == whole
 
 
-@pytest.mark.parametrize("name", sorted(FAMILIES))
+@pytest.mark.parametrize("name", covered(sorted(FAMILIES), *KINDS_OF_FAMILIES))
 def test_memory_of_every_family_is_foretold(family: Any, name: str) -> None:
     """Mixtures among them, of which torch does not know how a product of groups comes out in fp32."""
     state = state_of(family(name))

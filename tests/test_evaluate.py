@@ -57,7 +57,7 @@ def plain(original: torch.Tensor, ours: torch.Tensor, ids: torch.Tensor) -> tupl
     return math.exp(nll), float(kl), float((p.argmax(-1) == q.argmax(-1)).double().mean())
 
 
-@pytest.mark.parametrize("sizes", [None, (7, 50)])
+@pytest.mark.parametrize("sizes", covered([None, (7, 50)], (7, 50)))
 @pytest.mark.parametrize(
     "name",
     covered(["llama", "gemma2", "gpt2", "opt", "qwen3_moe", "qwen2", "granite"], "llama", "gemma2", "qwen3_moe", "granite"),

@@ -39,7 +39,7 @@ from compress.model.model import open_model
 from compress.state import State
 from compress.state.plan import BitPlan
 from tests import stock
-from tests.conftest import FAMILIES, make_model
+from tests.conftest import FAMILIES, covered, make_model
 from tests.cooking import bake, steps
 from tests.test_native import same_state
 
@@ -366,7 +366,7 @@ def test_what_plan_says(family: Any) -> None:
     assert gguf.Gguf().remarks(foreseen(family("llama"), "bf16", {})) == []
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", covered(["llama", "qwen2", "qwen3"], "qwen3"))
 @pytest.mark.parametrize("more", [{}, {"mscale": 1.0, "mscale_all_dim": 0}, {"attention_factor": 1.0693147}])
 def test_yarn_is_written_as_llama_cpp_computes_it(
     family: Any, text: Path, tmp_path: Path, name: str, more: dict[str, Any]

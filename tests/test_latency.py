@@ -174,6 +174,19 @@ def test_another_machine_is_a_note(project: Project) -> None:
     assert "latency table was" not in project("plan", project.recipe, "--no-measure").out
 
 
+def limited(project: Project, shapes: str) -> Any:
+    """A recipe with a limit of time by a table; the table."""
+    table = tabled(project)
+    write(project, {"structure": SHAPED, "shapes": shapes, "constraints": {"latency": "100 %"}, "latency": "table.json"})
+    return table
+
+
+@pytest.mark.parametrize("shapes", ["uniform", "free"])
+def test_a_table_that_is_not_spoilt_will_do(project: Project, shapes: str) -> None:
+    limited(project, shapes)
+    assert project("plan", project.recipe, "--no-measure").code == 0
+
+
 @pytest.mark.parametrize(("spoil", "line"), [
     (lambda t: "", "is no JSON"),
     (lambda t: "[]", "holds a list where a mapping is needed"),
@@ -193,9 +206,7 @@ def test_another_machine_is_a_note(project: Project) -> None:
 ])  # fmt: skip
 @pytest.mark.parametrize("shapes", covered(["uniform", "free"], "free"))
 def test_a_table_that_will_not_do_is_one_line(project: Project, spoil: Any, line: str, shapes: str) -> None:
-    table = tabled(project)
-    write(project, {"structure": SHAPED, "shapes": shapes, "constraints": {"latency": "100 %"}, "latency": "table.json"})
-    assert project("plan", project.recipe, "--no-measure").code == 0
+    table = limited(project, shapes)
     (project.folder / "table.json").write_text(spoil(table))
     told = project("plan", project.recipe, "--no-measure").line
     assert line in told

@@ -60,7 +60,8 @@ def error(source: State, state: State, windows: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize(("name", "text"), [
-    ("llama", "int2:g32"), ("mixtral", "int2:g32:asym"), ("gpt2", "nf2:g32"), ("llama", "lut2:g64"), ("gemma2", "int3:channel"),
+    ("llama", "int2:g32"), ("gpt2", "nf2:g32"), ("llama", "lut2:g64"),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (("mixtral", "int2:g32:asym"), ("gemma2", "int3:channel"))),
 ])  # fmt: skip
 def test_a_block_is_better_than_gptq_leaves_it_on_windows_that_were_held_out(
     family: Any, much: Tokens, tmp_path: Path, name: str, text: str

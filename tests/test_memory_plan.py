@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -105,6 +106,7 @@ def test_the_peak_of_a_training_is_foretold(wide: State, number: int) -> None:
     p, choice = Distill(batch=4, memory=PRICED[number]), choose(wide, ("all",), None)
     ids = torch.randint(0, 2048, (4, 64))
     setting_, split = settings.settled(wide, choice, p.setting(64))
+    gc.collect()  # what earlier tests left and goes meanwhile would be taken off
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
         student = Student(wide, choice, 0, keeps=setting_.memory.keeps)
         one = Training(student, Numbers(), Tokens(ids, "numbers"), range(4), [0], {"kl": 1.0}, Schedule(2, 4, 1.0, 0, 1),

@@ -137,7 +137,7 @@ def test_rows_of_an_embedding(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", [
-    pytest.param("int4:g16", marks=pytest.mark.slow), "int3:g16:asym+r2", pytest.param("nf3:g40:dq8x16", marks=pytest.mark.slow),
+    *(pytest.param(form, marks=pytest.mark.slow) for form in ("int4:g16", "int3:g16:asym+r2", "nf3:g40:dq8x16")),
     "lut3:g40+r3:int8:channel", pytest.param("int3:g16:asym:r16", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_torch_finds_nothing_to_object_to(text: str) -> None:
@@ -199,7 +199,8 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("text", ["int4:g64", "int3:g64:asym", "nf3:g64+r8", "int6:g64", "lut3:g64:r128"])
+@pytest.mark.parametrize("text", ["int4:g64", pytest.param("int3:g64:asym", marks=pytest.mark.slow), "nf3:g64+r8",
+                                  pytest.param("int6:g64", marks=pytest.mark.slow), "lut3:g64:r128"])  # fmt: skip
 def test_the_weight_is_never_whole(text: str) -> None:
     n, k = 4096, 1024
     spec = parse(text).tensors((n, k))

@@ -125,7 +125,7 @@ def test_every_pass_is_tried() -> None:
 
 
 # Of the first options of a pass, and of those that go ways of their own, in every run; of the others in the slow one.
-OWN_WAYS = {"quantize": (3, 4, 5), "depth": (2,), "prune": (1,), "lqlora": (1,), "allocate": (1, 4)}
+OWN_WAYS = {"quantize": (3,), "depth": (2,), "allocate": (4,)}
 
 
 def cases() -> Iterator[Any]:

@@ -84,7 +84,8 @@ def wanted(source: Path, state: State, dtype: torch.dtype, **options: Any) -> Te
     ("llama", STEP["lqlora"]),
     pytest.param("qwen3", {"format": "int4:g32", "rank": 4}, marks=pytest.mark.slow),
     ("opt", {"format": "int4:g32", "rank": 4, "factors": "fp32"}),
-    ("gpt_neox", {"format": "int8:channel", "rank": 3, "factors": "fp16", "pins": {"lm_head": "int4:g32+r2"}}),
+    pytest.param("gpt_neox", {"format": "int8:channel", "rank": 3, "factors": "fp16", "pins": {"lm_head": "int4:g32+r2"}},
+                 marks=pytest.mark.slow),
     pytest.param("phi3", {"format": "int4:g32", "rank": 4}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_peft_computes_what_our_matrices_give(

@@ -105,7 +105,7 @@ def cannot_win(stock: Any, block: int, gone: list[int]) -> None:
 
 
 @pytest.mark.parametrize("layout", ["apart", "joined"])
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("name", covered(MIXTURES, "mixtral", "deepseek_v3"))
 def test_what_stays_is_the_sources_bit_for_bit(tmp_path: Path, name: str, layout: str) -> None:
     model = made(tmp_path / "model", name)
     if layout == "joined":
@@ -216,13 +216,20 @@ def test_scores_are_those_of_the_paper(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"experts": 0.5}, {"experts": 0.5, "kv_groups": 0.5}, {"experts": 0.75, "method": "magnitude"}]
+    "options",
+    [
+        {"experts": 0.5},
+        *(
+            pytest.param(o, marks=pytest.mark.slow)
+            for o in ({"experts": 0.5, "kv_groups": 0.5}, {"experts": 0.75, "method": "magnitude"})
+        ),
+    ],
 )
 def test_the_laws_of_passes_hold(family: Any, tmp_path: Path, options: dict[str, Any]) -> None:
     check_pass(Prune.model_validate(options), family("mixtral"), tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["compressed_tensors", "native"])
+@pytest.mark.parametrize("kind", covered(["compressed_tensors", "native"], "native"))
 def test_heads_and_experts_go_in_one_pass_and_formats_follow(tmp_path: Path, text: Path, kind: str) -> None:
     model = made(tmp_path / "model", "qwen3_moe")
     done = bake(tmp_path, model.folder, text, kind, {"prune": {"experts": 0.5, "kv_groups": 0.5}},
