@@ -24,6 +24,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
+from compress.cache.merging import MERGED
 from compress.cache.policy import SERVED, Layer, Policy, Unit
 from compress.cache.rules import DTYPES, MARKS, STEP
 from compress.errors import FormatError, RecipeError
@@ -88,7 +89,7 @@ class KvPolicy(Pass):
             raise RecipeError(f"'kv_policy' decides for the model as it stands here, and '{later.name}' behind it changes that; "
                               f"move it behind '{later.name}', or leave one out")  # fmt: skip
 
-    def check_windows(self, length: int) -> None:
+    def check_windows(self, length: int, state: State) -> None:
         if self.method == "ilp" and length < 2 * self.continuation:
             raise RecipeError(f"'kv_policy' reads the last {self.continuation} tokens of each window through the cache, and "
                               f"windows have {length}; ask for {2 * self.continuation} or more, or lower 'continuation'",
@@ -98,6 +99,9 @@ class KvPolicy(Pass):
         if CACHE in state.serving:
             raise RecipeError("'kv_policy' stores entries by its own 'dtype', and an earlier 'kv_cache' rounds them for another "
                               "engine; leave one of them out")  # fmt: skip
+        if MERGED in state.serving:
+            raise RecipeError("'kv_policy' decides on a cache, and an earlier 'context_merge' leaves one of its own; leave one "
+                              "of them out")  # fmt: skip
         found = heads(state)
         budget = self._bytes(state, found)
         least = int(self._bytes_of(found, core.options_of(self.rules, self._dtypes(state))).min(1).sum())

@@ -90,6 +90,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # at least one set for every pass,
         {"budget": "50 %", "context": 64, "method": "uniform", "rules": ["snap"]},
     ],
     "kv_cache": [{}, {"format": "fp8:head"}],
+    "context_merge": [{"window": 64, "warmup": 0, "prefix": 2, "suffix": 4}],
     "sparsify": [
         {"windows": 2},
         {"kind": "teal", "allocate": False, "keep": "60 %"},
