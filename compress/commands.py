@@ -22,6 +22,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from compress import bench, cached, evaluate, pipeline, timing
+from compress.cache import merging
+from compress.cache.merging import MERGED
 from compress.documents import json_mapping
 from compress.errors import CompressError, MatchError, ModelError, RecipeError, RunError, did_you_mean
 from compress.export.artifact.engines import Engine, EngineError, dense
@@ -320,6 +322,9 @@ def inspect_command(options: argparse.Namespace) -> None:
         hangs = f", by the prompt, which at T {policy.ladder.recovery:g} had this in the mean" if policy.ladder else ""
         print(f"cache: a policy of {len(policy.layers)} layers; at {policy.context:,} tokens {size(policy.bytes)} of "
               f"{size(policy.full)}{hangs}")  # fmt: skip
+    if MERGED in state.serving:
+        merged = merging.told(state.serving[MERGED])
+        print(f"context: merged beyond {merged.window:,} tokens, chunks of {merged.chunk:,}, {merged.warmup} layers before")
     for how, count in Counter(map(str, state.sparsity.values())).items():
         print(f"sparsity: {how}, of {count} {'matrix' if count == 1 else 'matrices'}")
     for remark in [*model.remarks, *map("for vLLM: {}".format, said_by_lint(state))]:

@@ -170,8 +170,8 @@ class Pass(BaseModel, ABC):
     def check(self, calibrated: bool, following: Sequence[Pass] = ()) -> None:
         """Raise RecipeError where the recipe lacks something that this pass reads: calibration data, a later pass."""
 
-    def check_windows(self, length: int) -> None:
-        """RecipeError where calibration windows of so many tokens are too short for it."""
+    def check_windows(self, length: int, state: State) -> None:
+        """RecipeError where calibration windows of so many tokens are too short for it, on the state that it will be given."""
 
     def beside_files(self, nbytes: Callable[[], int], grown: Callable[[Format], float]) -> Pass:
         """The pass as it is where the largest artifact asked for takes so many bytes beyond a checkpoint in our own form, and for

@@ -8,6 +8,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from compress import manager
+from compress.cache.merging import MERGED
 from compress.cache.policy import SERVED
 from compress.cached import prompt_of
 from compress.errors import CompressError, DataError, ExportError, MatchError, RecipeError
@@ -139,7 +140,7 @@ def prepare(path: Path, overrides: Sequence[str] = (), say: Say = silent) -> Pre
                 bool(recipe.document.data.calibration or (p.trains and recipe.document.data.training)), recipe.passes[i + 1 :]
             )
             if windows := recipe.document.data.calibration:
-                p.check_windows(windows.length)
+                p.check_windows(windows.length, foreseen)
         except CompressError as e:
             raise recipe.located(e, "passes", i) from None
         if p.decides and recipe.exports:
@@ -229,6 +230,10 @@ def check_exports(recipe: Recipe, state: State) -> None:
 # What `State.serving` may say under a name of its own: why other exporters cannot hold it, and what to do. Other names are sites.
 TOLD = {
     SERVED: ("a policy of the KV cache, and no engine of its layout follows one", "export native, or leave 'kv_policy' out"),
+    MERGED: (
+        "the biases by which a context is merged, and no engine of its layout does that",
+        "export native, or leave 'context_merge' out",
+    ),
     CACHE: (
         "the scales of a cache, and no engine of its layout takes them",
         "export compressed_tensors, or leave 'kv_cache' out",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from compress.manager import Pass
 from compress.passes.allocate import Allocate
+from compress.passes.context_merge import ContextMerge
 from compress.passes.depth import Depth
 from compress.passes.distill import Distill
 from compress.passes.edit import Edit
@@ -20,4 +21,5 @@ from compress.passes.sparsify import Sparsify
 
 PASSES: dict[str, type[Pass]] = {p.name: p for p in (
     Edit, Depth, Prune, Rotate, Smooth, Allocate, Factorize, Quantize, LqLora, Distill, Sparsify, Importance, KvCache, KvPolicy,
+    ContextMerge,
 )}  # fmt: skip

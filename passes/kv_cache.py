@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
+from compress.cache.merging import MERGED
 from compress.cache.policy import SERVED
 from compress.errors import ModelError, RecipeError
 from compress.formats.caches import CACHE, CacheName, scales
@@ -67,6 +68,9 @@ class KvCache(Pass):
         if SERVED in state.serving:
             raise RecipeError("an earlier 'kv_policy' decides what entries are stored in, for our runtime, and 'kv_cache' rounds "
                               "them for another engine; leave one of them out")  # fmt: skip
+        if MERGED in state.serving:
+            raise RecipeError("an earlier 'context_merge' is for our runtime, which rounds no cache, and 'kv_cache' rounds one "
+                              "for another engine; leave one of them out")  # fmt: skip
         heads = heads_of(state)
         if self.layers == "full" and all(slides(state, path) for path in heads):
             raise RecipeError("every layer has a sliding window, so this would round nothing; use layers: all", ("layers",))

@@ -29,6 +29,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from compress.cache.ladder import RECOVERY, SHARE, Ladder
+from compress.cache.merging import MERGED
 from compress.cache.policy import SERVED, Layer, Policy, Unit
 from compress.cache.rules import DTYPES, FASTGEN, MARKS, STEP
 from compress.errors import FormatError, RecipeError
@@ -116,7 +117,7 @@ class KvPolicy(Pass):
             raise RecipeError(f"'kv_policy' decides for the model as it stands here, and '{later.name}' behind it changes that; "
                               f"move it behind '{later.name}', or leave one out")  # fmt: skip
 
-    def check_windows(self, length: int) -> None:
+    def check_windows(self, length: int, state: State) -> None:
         if self.method == "ilp" and length < 2 * self.continuation:
             raise RecipeError(f"'kv_policy' reads the last {self.continuation} tokens of each window through the cache, and "
                               f"windows have {length}; ask for {2 * self.continuation} or more, or lower 'continuation'",
@@ -126,6 +127,9 @@ class KvPolicy(Pass):
         if CACHE in state.serving:
             raise RecipeError("'kv_policy' stores entries by its own 'dtype', and an earlier 'kv_cache' rounds them for another "
                               "engine; leave one of them out")  # fmt: skip
+        if MERGED in state.serving:
+            raise RecipeError("'kv_policy' decides on a cache, and an earlier 'context_merge' leaves one of its own; leave one "
+                              "of them out")  # fmt: skip
         found = heads(state)
         if self.method == "fastgen":
             return replace(state, serving={**state.serving, SERVED: {}})

@@ -54,7 +54,7 @@ VERBS = ("plan", "run", "eval", "bench", "inspect", "passes")
         (["run", "none.yaml"], "none.yaml: No such file or directory"),
         (["passes", "quantise"], "no pass 'quantise'; did you mean 'quantize'?   known: edit, depth, prune, "
          "rotate, smooth, allocate, factorize, quantize, lqlora, distill, sparsify, importance, kv_cache, kv_policy, "
-         "compressed_tensors, gptq, gguf, native, onnx"),
+         "context_merge, compressed_tensors, gptq, gguf, native, onnx"),
         (["inspect", "none"], "none: no such folder"),
     ],
 )  # fmt: skip

@@ -92,6 +92,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # at least one set for every pass,
         {"method": "fastgen", "budget": "80 %", "dtype": ["int8"]},
     ],
     "kv_cache": [{}, {"format": "fp8:head"}],
+    "context_merge": [{"window": 64, "warmup": 0, "prefix": 2, "suffix": 4}],
     "sparsify": [
         {"windows": 2},
         {"kind": "teal", "allocate": False, "keep": "60 %"},

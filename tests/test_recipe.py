@@ -70,7 +70,8 @@ EDITS = [
     ("calibration: {text: words.txt, sequences: 8, length: 32}", "calibration: words.txt", ":5:3  'calibration' needs a mapping, "
      "not 'words.txt'"),
     ("  - quantize:\n", "  - quantise:\n", ":8:5  no pass 'quantise'; did you mean 'quantize'?   known: edit, depth, prune, "
-     "rotate, smooth, allocate, factorize, quantize, lqlora, distill, sparsify, importance, kv_cache, kv_policy"),
+     "rotate, smooth, allocate, factorize, quantize, lqlora, distill, sparsify, importance, kv_cache, kv_policy, "
+     "context_merge"),
     ("  - quantize:\n", "    quantize:\n", ":7:1  'passes' needs a list, not a mapping"),
     ("  - quantize:\n", "  - quantize\n  - quantize:\n", ":8:5  item 1 of 'passes' is written 'NAME: {OPTION: VALUE}', here "
      "'quantize: {}'"),

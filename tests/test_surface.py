@@ -55,6 +55,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "kv_policy": {"budget": None, "context": 2048, "rules": ["stream", "snap", "h2o", "heavy", "punct", "frequent", "full"],
                   "dtype": [], "method": "ilp", "continuation": 64, "recovery": None},
     "kv_cache": {"format": "fp8", "layers": "all"},
+    "context_merge": {"window": None, "warmup": None, "prefix": 4, "suffix": 32},
     "sparsify": {"keep": 0.5, "kind": "cats", "allocate": True, "rank": None, "windows": 8},
     "rotate": {"kind": "hadamard", "stream": True, "heads": True},
     "smooth": {"strength": "search", "pairs": "all"},

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compress.cache import policy
+from compress.cache import merging, policy
 from compress.errors import FormatError, ModelError, one_line
 from compress.export.artifact.files import document, json_of
 from compress.export.artifact.patterns import matches, parsed
@@ -58,6 +58,17 @@ def policy_of(folder: Path) -> policy.Policy | None:
         why = "is not asked for by" if path.is_file() else "is missing, and asked for by"
         raise ModelError(f"{path}: {why} config.json; they do not belong together, copy or export the folder again")
     return policy.read(document(path), str(path)) if path.is_file() else None
+
+
+def merging_of(folder: Path) -> merging.Merging | None:
+    """How an artifact has long prompts merged; None where its config says of none. ModelError as `policy_of` has it."""
+    path, bias = folder / merging.FILE, folder / merging.BIAS
+    said = declared(folder).get(merging.MERGED) is True
+    for each in (path, bias):
+        if said != each.is_file():
+            why = "is missing, and asked for by" if said else "is not asked for by"
+            raise ModelError(f"{each}: {why} config.json; they do not belong together, copy or export the folder again")
+    return merging.read(document(path), merging.load_bias(bias), str(path)) if said else None
 
 
 def check_patterns(config: Mapping[str, Any], path: Path = Path("config.json")) -> None:

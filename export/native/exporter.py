@@ -32,6 +32,8 @@ from typing import Any, ClassVar, cast
 import torch
 from pydantic import Field
 
+from compress.cache import merging
+from compress.cache.merging import MERGED
 from compress.cache.policy import DECLARED, FILE, SERVED
 from compress.errors import ExportError
 from compress.export.artifact.config import METHOD, VERSION
@@ -68,7 +70,7 @@ class Native(Exporter):
     """Every format, as safetensors files that our runtime loads in transformers and vLLM."""
 
     name: ClassVar[str] = "native"
-    tells: ClassVar[frozenset[str]] = frozenset({SERVED})
+    tells: ClassVar[frozenset[str]] = frozenset({SERVED, MERGED})
 
     shard_bytes: int = Field(5_000_000_000, ge=1_000_000, description="largest size of one safetensors file")
 
@@ -89,6 +91,10 @@ class Native(Exporter):
         carry_over(job.model.folder, folder, job.state.vocabulary)
         if SERVED in job.state.serving:
             (folder / FILE).write_text(json.dumps(job.state.serving[SERVED]) + "\n", encoding="utf-8")
+        if MERGED in job.state.serving:
+            held = merging.told(job.state.serving[MERGED])
+            (folder / merging.FILE).write_text(json.dumps(held.json()) + "\n", encoding="utf-8")
+            held.save(folder)
         use = USE.format(auto=auto_class(job.state.config))
         facts = {"library": "transformers", "tag": METHOD, "loads in": "transformers with compress-pipeline", "use": use}
         if for_vllm(job.state):
@@ -100,17 +106,18 @@ class Native(Exporter):
         written = read(folder)
         same_tensors(job.state, written)
         if dict(written.serving) != dict(job.state.serving):
-            raise ExportError(f"{FILE} on disk is not what was decided; please report this")
+            raise ExportError(f"{FILE} or {merging.FILE} on disk is not what was decided; please report this")
         if dict(written.sparsity) != dict(job.state.sparsity):
             raise ExportError("config.json says of other matrices what tokens leave out, than the run does; please report this")
         return proven(job, written, lambda: in_runtime(job, folder), 0.0 if job.device == "cpu" else TOLERANCE)
 
 
 def for_vllm(state: State) -> bool:
-    """Whether our plug-in serves it in vLLM: not masked models, not experts, not a packed embedding, not a policy of the cache,
-    not models of which tokens leave out a part; nor small floats and rounded inputs, for which vLLM has kernels of its own."""
+    """Whether our plug-in serves it in vLLM: not masked models, not experts, not a packed embedding, not a policy of the cache
+    nor merged contexts, not models of which tokens leave out a part; nor small floats and rounded inputs, for which vLLM has
+    kernels of its own."""
     formats = state.formats
-    if SERVED in state.serving or state.sparsity:
+    if SERVED in state.serving or MERGED in state.serving or state.sparsity:
         return False
     if any(isinstance(fmt, Served) or isinstance(numbers_of(fmt), Float) for fmt in formats.values()):
         return False
@@ -171,6 +178,7 @@ def quantization_config(state: State) -> dict[str, Any]:
     known = belonging(state.graph) | beside(state.graph, state.sparsity)
     others = [spec.name for spec, site, _ in state.entries() if site is None and spec.name not in known]
     config |= {DECLARED: True} if SERVED in state.serving else {}
+    config |= {MERGED: True} if MERGED in state.serving else {}
     skipped = {state.graph[name].stem: said.text() for name, said in left_out(state).items()}
     return config | ({"others": others} if others else {}) | ({"sparsity": skipped} if skipped else {})
 

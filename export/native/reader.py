@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from compress.cache import merging
 from compress.cache.policy import FILE, SERVED, check_belongs
 from compress.errors import FormatError, ModelError
 from compress.export.artifact import checks, files, skipped
-from compress.export.artifact.config import METHOD, declared, formats, policy_of
+from compress.export.artifact.config import METHOD, declared, formats, merging_of, policy_of
 from compress.export.artifact.tensors import Placed, state_of
 from compress.formats import Format
 from compress.formats.sparsity import IN_CONFIGS, Sparsity, activation_of
@@ -62,11 +63,19 @@ def read(folder: Path) -> State:
         stored[by_stem[module].name] = placed(by_stem[module], fmt, model, folder)
     sparsity = sparsity_of(folder, model, by_stem)
     check_names(folder, model, stored, sparsity)
-    found, policy = replace(state_of(model, stored), sparsity=sparsity), policy_of(folder)
-    if policy is None:
-        return found
-    check_belongs(policy, {each.layer: (each.sliding, each.units, each.width) for each in heads(found)}, str(folder / FILE))
-    return replace(found, serving={SERVED: policy.json()})
+    return with_serving(replace(state_of(model, stored), sparsity=sparsity), folder)
+
+
+def with_serving(found: State, folder: Path) -> State:
+    """With what the runtime is told besides; ModelError where that is of another model."""
+    if policy := policy_of(folder):
+        check_belongs(policy, {each.layer: (each.sliding, each.units, each.width) for each in heads(found)}, str(folder / FILE))
+        found = replace(found, serving={SERVED: policy.json()})
+    if merged := merging_of(folder):
+        positions = getattr(found.config.get_text_config(), "max_position_embeddings", None)
+        merging.check_belongs(merged, len(found.graph.blocks), positions, str(folder / merging.FILE))
+        found = replace(found, serving={**found.serving, merging.MERGED: merged.told()})
+    return found
 
 
 def sparsity_of(folder: Path, model: Model, by_stem: Mapping[str, Site]) -> dict[str, Sparsity]:

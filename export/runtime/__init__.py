@@ -11,5 +11,6 @@ compress only formats: no pass, no recipe.
 from __future__ import annotations
 
 from compress.export.runtime.loading import keep_packed, load, prepare
+from compress.export.runtime.merging import Merged, merge_context
 
-__all__ = ["keep_packed", "load", "prepare"]
+__all__ = ["Merged", "keep_packed", "load", "merge_context", "prepare"]

@@ -23,14 +23,16 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import hub
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from compress.cache.merging import Merging
 from compress.cache.policy import Policy
 from compress.errors import ModelError, one_line
 from compress.export.artifact import files as artifact_files
-from compress.export.artifact.config import policy_of
+from compress.export.artifact.config import merging_of, policy_of
 from compress.export.runtime import reading, sparse
 from compress.export.runtime.cache import follow
 from compress.export.runtime.experts import ROLES, PackedExperts
 from compress.export.runtime.linear import PackedEmbedding, PackedHead, PackedLinear, leaf_of, prepare
+from compress.export.runtime.merging import merge_long
 from compress.export.runtime.reading import Artifact, Matrix
 from compress.formats import Rotated
 from compress.state.checkpoint import OWN, OWN_INDEX
@@ -65,6 +67,7 @@ class PackedQuantizer(HfQuantizer):
     requires_calibration = True
     artifact: Artifact
     policy: Policy | None = None  # of the cache, which goes with the folder, and with no model that is saved from it
+    merging: Merging | None = None  # of long prompts; the same
 
     def validate_environment(self, *_: Any, device_map: Any = None, **options: Any) -> None:
         """Called with the map that was asked for, and again with the one that was found for it."""
@@ -98,7 +101,7 @@ class PackedQuantizer(HfQuantizer):
         return None if kept else super().get_new_dtype(converter, param, dtype)
 
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
-        plain = not (self.artifact.matrices or self.artifact.skipped or self.policy)
+        plain = not (self.artifact.matrices or self.artifact.skipped or self.policy or self.merging)
         if plain:  # a model like any other from here on, to be trained
             self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
         prepare(model)
@@ -112,7 +115,8 @@ class PackedQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
         if not getattr(model, "_hf_peft_config_loaded", False):
             raise ModelError(
-                "a packed model, or one with a policy of its cache, is not saved again: copy the folder that it was loaded from"
+                "a packed model, or one with a policy of its cache or merged contexts, is not saved again: copy the folder that "
+                "it was loaded from"
             )
         return None, {}
 
@@ -135,13 +139,15 @@ class NativeQuantizer(PackedQuantizer):
         if several and not (self.artifact.folder / OWN_INDEX).exists():
             raise ModelError(f"{self.artifact.folder}: has several weight files and no {OWN_INDEX}; export it again")
         config.transformers_weights = OWN_INDEX if several else self.artifact.paths[0].name
-        self.policy = policy_of(self.artifact.folder)
+        self.policy, self.merging = policy_of(self.artifact.folder), merging_of(self.artifact.folder)
         return config
 
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
         model = super()._process_model_after_weight_loading(model, **options)
         if self.policy:
             follow(model, self.policy)
+        if self.merging:
+            merge_long(model, self.merging)
         return model
 
 

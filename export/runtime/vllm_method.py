@@ -19,6 +19,7 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
+from compress.cache.merging import MERGED
 from compress.cache.policy import DECLARED
 from compress.errors import ModelError, one_line
 from compress.export.artifact import config as artifact_config
@@ -58,6 +59,8 @@ class NativeConfig(QuantizationConfig):  # type: ignore[misc]
             raise ModelError(
                 "this artifact has a policy of the KV cache by head, which vLLM's paged cache cannot follow; use transformers"
             )
+        if config.get(MERGED):
+            raise ModelError("long prompts of this artifact are merged, which the vLLM plug-in does not do; use transformers")
         if sparse := sparsities_in(config):
             raise ModelError(f"tokens leave out a part of '{one_line(next(iter(sparse)))}', which the vLLM plug-in does not do; "
                              "use transformers")  # fmt: skip
