@@ -252,10 +252,12 @@ def oracle(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **
     k, v, place, sliding = _HELD[module.layer_idx]
     new = torch.arange(_HELD[0][2][-1] + 1, _HELD[0][2][-1] + 1 + key.shape[2])
     places, total = torch.cat([place, new]), len(place) + len(new)
-    order = torch.arange(total)
-    seen = order <= order[-len(new) :, None]
-    if sliding:
-        seen &= (places > new[:, None] - sliding) & (order > order[-len(new) :, None] - sliding)
+    seen, kept = torch.zeros(len(new), total, dtype=torch.bool), list(range(len(place)))
+    for row, position in enumerate(new.tolist()):
+        if sliding:  # what is near enough, the latest of it; what has gone stays away
+            kept = [j for j in kept if places[j] > position - sliding][1 - sliding :]
+        kept.append(len(place) + row)
+        seen[row, kept] = True
     group = query.shape[1] // key.shape[1]
     keys, values = (torch.cat([a, b], 2).repeat_interleave(group, 1) for a, b in ((k, key), (v, value)))
     logits = query @ keys.mT * options["scaling"]
