@@ -146,9 +146,12 @@ def rows(options: argparse.Namespace) -> list[str]:
         perplexity = float(torch.tensor(loss / count).exp())
         lines.append(line([name, f"{loss / count:.4f}", f"{perplexity:.2f}", f"{right / digits:.2f}"]))
     total = options.times * options.window
-    return [*lines, "", f"{options.judged} texts and {options.facts} prompts with a fact, of {total:,} tokens, {options.times} "
-            f"windows of {options.window}; chunks of {merging.chunk}, warm-up {merging.warmup} of {merging.layers} layers. At most "
-            f"{reader.peak:,} bytes between layers, {reader.peak / reader.whole:.1%} of a plain cache of the text."]  # fmt: skip
+    said = (
+        f"{options.judged} texts and {options.facts} prompts with a fact, of {total:,} tokens, {options.times} windows of "
+        f"{options.window}; chunks of {merging.chunk}, warm-up {merging.warmup} of {merging.layers} layers. At most "
+        f"{reader.peak:,} bytes between layers, {reader.peak / reader.whole:.1%} of a plain cache of the text."
+    )
+    return [*lines, "", said]
 
 
 def main() -> None:

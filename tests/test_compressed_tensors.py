@@ -226,7 +226,8 @@ def test_conv1d_runs_in_our_runtime_and_the_plan_warns_of_stock(cooked: Any, fam
 def test_asymmetric_formats_run_in_our_runtime_and_the_plan_warns_of_stock(family: Any, text: Path, tmp_path: Path) -> None:
     made = cook(tmp_path, family("llama"), text, format="int4:g32:asym", pins={"*.down": "int3:g64:asym", "*.o": "int8:g32"})
     artifact, proof = made.artifacts["compressed_tensors"]
-    assert (proof.engine, proof.difference, proof.greedy) == ("compress runtime", 0.0, 16)
+    assert (proof.engine, proof.difference) == ("compress runtime", 0.0)
+    assert proof.greedy
     assert "runtime.load(" in (artifact / "README.md").read_text()
     planned = pipeline.plan(tmp_path / "recipe.yaml")
     for said in (proof.remark, *planned.remarks):
@@ -632,4 +633,5 @@ def test_a_weight_that_is_no_number_is_named(family: Any, text: Path, tmp_path: 
     with pytest.raises(CompressError) as caught:
         cook(tmp_path / "run", source, text, method="rtn", format="int4:g32")
     assert isinstance(caught.value, ModelError)
-    assert str(caught.value) == (f"{source / 'model.safetensors'}: '{name}' holds NaN or infinite values; the model is damaged")
+    where = f"{source / 'model.safetensors'}: '{name}'"
+    assert str(caught.value) == f"{where} holds NaN or infinite values, or such of 1e19 and more; the model is damaged"

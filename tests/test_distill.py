@@ -206,7 +206,7 @@ def test_no_made_matrix_is_kept_for_the_way_back(family: Any, tmp_path: Path, mo
 def test_scales_alone_leave_every_code(family: Any, tmp_path: Path) -> None:
     source = open_model(str(family("llama")))
     state = attempt(Quantize(format=parse("int3:g32"), pins={"lm_head": "int8:channel"}), source, tmp_path / "q")
-    p = Distill(train="scales", batch=4)
+    p = Distill(train="scales", batch=4, rate=1e-2)
     after = trained(p, source, state, tmp_path / "d")
     assert after.formats == state.formats
     moved = 0
@@ -601,7 +601,7 @@ def test_quantized_factors_stay_as_they_are(family: Any, tmp_path: Path) -> None
     source = open_model(str(family("llama")))
     step = LqLora(format=parse("int3:g32"), rank=4, rounds=0, factors=parse("int8:channel"))
     state = attempt(step, source, tmp_path / "q")
-    after = trained(Distill(train="scales", batch=4), source, state, tmp_path / "d")
+    after = trained(Distill(train="scales", batch=4, rate=1e-2), source, state, tmp_path / "d")
     one, two = (s.codes["layers.0.mlp.down"].load().tensors for s in (state, after))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[n], two[n]) for n in one if n.startswith("lora_"))

@@ -143,7 +143,9 @@ class Checkpoint:
 
     def _finite(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         parts = tensor.flatten().split(SUMMED) if tensor.is_floating_point() else ()
-        if not all(bool(torch.linalg.vector_norm(part, dtype=torch.float32).isfinite()) for part in parts):
+        direct = tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)  # others are no input of a norm in fp32
+        squares = (torch.linalg.vector_norm(part if direct else part.float(), dtype=torch.float32) for part in parts)
+        if not all(bool(square.isfinite()) for square in squares):
             raise ModelError(f"{self.files[name]}: '{name}' holds NaN or infinite values, or such of 1e19 and more; the model is "
                              "damaged")  # fmt: skip
         return tensor

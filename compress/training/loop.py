@@ -172,7 +172,8 @@ class Training:
         held = self.judge()
         if math.isfinite(held):
             self.curve.append(Point(step, step * self.per_step, loss, held))
-            if step and not self.best.step and not self.finished and step < self.schedule.steps:
+            worse = not self.best.step and held > self.best.held  # one that is the same has hardly moved, and may yet
+            if worse and not self.finished and step < self.schedule.steps:
                 self._start_over(kept)
             kept.keep(self._notes(), self._tensors())
         return math.isfinite(held)
