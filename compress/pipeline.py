@@ -37,7 +37,7 @@ from compress.state import State
 from compress.state.checkpoint import Layout
 from compress.state.plan import size
 
-OPTION = 200  # characters of an option in a table of steps
+OPTION = 100  # characters of an option in a table of steps
 
 # --- plan ------------------------------------------------------------------------------------------------------------
 

@@ -278,7 +278,8 @@ def descend(target: Any, parts: list[str], loc: Loc, text: str, places: dict[Loc
         target, loc = target[part], (*loc, part)
         places.setdefault(loc, f"--set {text.partition('=')[0]}")
         if not isinstance(target, dict):
-            raise RecipeError(f"--set {text}  '{part}' holds no options")
+            name = "; name one of its entries: NAME.OPTION=VALUE" if isinstance(target, list) else ""
+            raise RecipeError(f"--set {text}  '{part}' holds no options{name}")
     return target, (*loc, parts[-1])
 
 

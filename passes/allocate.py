@@ -89,7 +89,11 @@ class Allocate(Options):
         if not counts or self.beside or self.grown:
             return self
         more = {str(fmt): bits for fmt in self.formats if (bits := grown(fmt)) > 0}
-        return self.model_copy(update={"beside": nbytes(), "grown": more})
+        found = self.model_copy(update={"beside": nbytes(), "grown": more})
+        found.model_fields_set.difference_update(
+            {"beside", "grown"} - self.model_fields_set
+        )  # nobody wrote them: no table shows them
+        return found
 
     def chain(self, following: Sequence[Pass]) -> Chain:
         """The later passes that quantize. RecipeError where there is none, or none that can use a rank."""

@@ -352,7 +352,7 @@ def slowed(training: Training, rate: float) -> list[str]:
     if not training.slowed:
         return []
     now = f"{rate * SLOWER**training.slowed:.2g}"
-    return [f"rate {rate:g} was too high, nothing was better than the start; gone on from there at {now}"]
+    return [f"rate {rate:g} was too high: no check was better than the start, from which training went on at {now}"]
 
 
 def ended(training: Training) -> list[str]:
@@ -367,7 +367,7 @@ def told(curve: Sequence[Point], by: str, lost: int | None = None) -> list[str]:
     """What came of it, in words; `lost`: the step after which the loss was no number."""
     best = best_of(curve)
     text = f"held-out {by} {curve[0].held:.5f} -> {best.held:.5f} after {best.tokens:,} tokens"
-    won = f", {1 - best.held / curve[0].held:.0%} of what was lost" if by == "kl" and curve[0].held > 0 else ""
+    won = f", {1 - best.held / curve[0].held:.0%} of it won back" if by == "kl" and curve[0].held > 0 else ""
     found = [text + won]
     if lost is not None:
         found.append(f"after step {lost:,} the loss was no number any more, and training ended; a lower rate may help")

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -84,9 +84,11 @@ class KvPolicy(Pass):
         None, gt=0, le=1, description="of fastgen: the share of attention that a rule has to recover; .85 unless budget is given"
     )
 
-    @field_validator("budget", mode="after")
+    @field_validator("budget", mode="before")
     @classmethod
-    def _budget(cls, text: str | None) -> str | None:
+    def _budget(cls, text: Any) -> Any:
+        if text is not None and not isinstance(text, str):
+            raise ValueError(f"{text} is no budget; write '50 %' or '40 MiB'")
         try:
             if text and Budget.parse(text).average:
                 raise ValueError(f"'{text}' counts bits a weight, and a cache has none; write '50 %' or '40 MiB'")
