@@ -18,6 +18,7 @@ from compress.export.artifact.place import held, mark
 from compress.export.table import EXPORTERS, KINDS
 from compress.formats import parse
 from compress.model.model import open_model
+from compress.passes.allocate import Allocate
 from compress.passes.quantize import Quantize
 from compress.state.checkpoint import Layout
 from tests.cooking import several
@@ -169,3 +170,11 @@ def test_what_a_matrix_takes_beyond_its_format_is_told_by_format(family: Any, na
         beside[text] = exporter.layout(model, state).tensor_bytes - own - more
     assert len(beside) > 1
     assert max(beside.values()) - min(beside.values()) < 0.005 * own, beside
+
+
+def test_what_a_budget_of_the_file_finds_by_itself_counts_and_is_not_told_as_an_option() -> None:
+    asked = Allocate(budget="1 MiB")
+    found = asked.beside_files(lambda: 5, lambda _: 0.5)
+    assert found.beside == 5 and set(found.grown.values()) == {0.5}
+    assert found.model_dump(exclude_unset=True) == asked.model_dump(exclude_unset=True) == {"budget": "1 MiB"}
+    assert found.model_dump() != asked.model_dump()  # so it is a part of the step's key

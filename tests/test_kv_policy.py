@@ -322,6 +322,7 @@ def test_policies_are_for_native_alone_and_for_models_with_heads(family: Any, te
         ("llama", [{"kv_cache": {}}, steps("int8:g32")], "'kv_cache' measures .* and 'quantize' behind it changes that"),
         ("llama", [{"sparsify": {}}, steps("int8:g32")], "Move 'quantize' before 'sparsify'"),
         ("llama", [{"kv_policy": {**STEP["kv_policy"], "budget": "2 %"}}], "no choice of these rules fits"),
+        ("llama", [{"kv_policy": {**STEP["kv_policy"], "budget": 0.5}}], "0.5 is no budget; write '50 %' or '40 MiB'"),
         ("gemma2", [STEP], "chunked or soft-capped"),
         ("roberta", [STEP], "has no cache"),
         ("llama", [{"kv_cache": {}}, STEP], "an earlier 'kv_cache' rounds them"),

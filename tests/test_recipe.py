@@ -212,6 +212,7 @@ def test_a_spoilt_recipe_is_a_recipe_or_a_recipe_error(tmp_path_factory: Any, at
         ("seed=x", "seed  'seed' needs a whole number, not 'x'"),
         ("seed.x=3", "seed.x=3  'seed' holds no options"),
         ("seed", "seed  is not NAME.OPTION=VALUE"),
+        ("export.gguf.x=3", "export.gguf.x=3  'export' holds no options; name one of its entries: NAME.OPTION=VALUE"),
         ("=3", "=3  is not NAME.OPTION=VALUE"),
         ("quantize.=3", "quantize.=3  is not NAME.OPTION=VALUE"),
         ("passes=3", "passes  'passes' needs a list, not '3'"),
