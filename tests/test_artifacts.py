@@ -175,6 +175,7 @@ def test_what_a_matrix_takes_beyond_its_format_is_told_by_format(family: Any, na
 def test_what_a_budget_of_the_file_finds_by_itself_counts_and_is_not_told_as_an_option() -> None:
     asked = Allocate(budget="1 MiB")
     found = asked.beside_files(lambda: 5, lambda _: 0.5)
-    assert found.beside == 5 and set(found.grown.values()) == {0.5}
+    assert found.beside == 5
+    assert set(found.grown.values()) == {0.5}
     assert found.model_dump(exclude_unset=True) == asked.model_dump(exclude_unset=True) == {"budget": "1 MiB"}
     assert found.model_dump() != asked.model_dump()  # so it is a part of the step's key
