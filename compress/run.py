@@ -358,7 +358,7 @@ def step_inputs(
     """Everything that a step's result depends on, as JSON; `computes`: what blocks compute in, and the products of fp32."""
     made_of = {"parent": parent, "name": p.name, "version": p.version, "options": p.model_dump(mode="json"),
                "data": data, "seed": seed, "computes": computes}  # fmt: skip
-    return made_of | {"following": [q.text() for q in following]} if p.looks_ahead else made_of
+    return made_of | {"following": [(q.version, q.text()) for q in following]} if p.looks_ahead else made_of
 
 
 @functools.cache

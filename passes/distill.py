@@ -49,6 +49,7 @@ class Distill(Pass):
     """Let the model learn from the one that the run began with."""
 
     name: ClassVar[str] = "distill"
+    version: ClassVar[int] = 2
     writes: ClassVar[Aspect] = Aspect.WEIGHTS | Aspect.ENCODING | Aspect.PLAN
     trains: ClassVar[bool] = True
 

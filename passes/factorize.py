@@ -54,6 +54,7 @@ class Factorize(Pass):
     """Put the product of two smaller matrices in place of each: fewer multiplications a token."""
 
     name: ClassVar[str] = "factorize"
+    version: ClassVar[int] = 2
     needs: ClassVar[Fact] = Fact.DENSE
     gives: ClassVar[Fact] = Fact.FACTORED
     breaks: ClassVar[Fact] = Fact.DENSE

@@ -124,6 +124,9 @@ class KvPolicy(Pass):
             raise RecipeError(f"'kv_policy' reads the last {self.continuation} tokens of each window through the cache, and "
                               f"windows have {length}; ask for {2 * self.continuation} or more, or lower 'continuation'",
                               ("continuation",))  # fmt: skip
+        if self.method == "fastgen" and length < STEP:
+            raise RecipeError(f"'kv_policy': FastGen keeps everything of prompts of fewer than {STEP} tokens, and windows have "
+                              f"{length}; ask for longer ones")  # fmt: skip
 
     def foresee(self, state: State) -> State:
         if CACHE in state.serving:

@@ -44,6 +44,7 @@ class Prune(Pass):
     """Take neurons of MLPs, groups of heads and experts away, and make up for them in what is left."""
 
     name: ClassVar[str] = "prune"
+    version: ClassVar[int] = 2
     needs: ClassVar[Fact] = Fact.DENSE
     gives: ClassVar[Fact] = Fact.PRUNED
     writes: ClassVar[Aspect] = Aspect.STRUCTURE | Aspect.WEIGHTS

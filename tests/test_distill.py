@@ -297,6 +297,26 @@ def test_a_rate_that_is_too_high_is_lowered(family: Any, tmp_path: Path) -> None
     assert all(torch.equal(whole.dense.read(s.name), again.dense.read(s.name)) for s in whole.specs)
 
 
+def test_blocks_that_were_chosen_learn_on_from_the_start(family: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lowered rate takes the start's numbers, not its choice of blocks: nobody had chosen any then."""
+    source, state = pruned(family, tmp_path / "p")
+    block = {"block": {"active": 1, "interval": 8, "select": "cyclic"}}
+    p, notes = Distill(rate=1.0, batch=2, checks=16, tokens=1024, memory={"optimizer": block}), list[Any]()  # type: ignore
+    seen, real = list[set[int]](), Training.step
+
+    def step(self: Training, number: int) -> float | None:
+        loss = real(self, number)
+        assert self.optimizer.selection is not None
+        seen.append({b for name in self.optimizer.state if (b := self.optimizer.known[name].block) is not None})
+        assert seen[-1] == self.optimizer.selection.chosen
+        return loss
+
+    monkeypatch.setattr(Training, "step", step)
+    trained(p, source, state, tmp_path / "d", notes)
+    assert any("was too high" in note for note in notes[-1]["notes"])
+    assert seen == [{(-1 - number // 8) % 2} for number in range(len(seen))], "in turn, from the last block to the first"
+
+
 def test_a_cached_teacher_is_asked_once(family: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, state = pruned(family, tmp_path / "p")
     trained(Distill(tokens=64, batch=1), source, state, tmp_path / "run" / "steps")

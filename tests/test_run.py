@@ -19,8 +19,9 @@ from compress.errors import RunError
 from compress.export.artifact.place import UNFINISHED
 from compress.export.compressed_tensors.exporter import CompressedTensors
 from compress.passes import PASSES
+from compress.passes.allocate import Allocate
 from compress.passes.quantize import Quantize
-from compress.run import RunFolder, Step, digest, first_difference, read_part, shorten, write_atomic
+from compress.run import RunFolder, Step, digest, first_difference, read_part, shorten, step_inputs, write_atomic
 from compress.state import Fact
 from tests.conftest import Project, contents, covered
 
@@ -163,6 +164,15 @@ def test_first_difference():
     assert first_difference(old, {"a": 1, "b": old["b"]}) == "gone 0 → None"
     assert first_difference(old, {**old, "new": 1}) == "new None → 1"
     assert shorten("x" * 30) == "x" * 12 + "…"
+
+
+def test_a_step_is_another_where_code_gives_other_results(monkeypatch: pytest.MonkeyPatch):
+    """Its own, and that of the passes behind it where it asks them: `allocate` measures with the very quantizer."""
+    steps = Allocate(budget="3 bits"), Quantize()
+    before = [digest(step_inputs(p, "root", None, 0, steps[i + 1 :])) for i, p in enumerate(steps)]
+    monkeypatch.setattr(Quantize, "version", Quantize.version + 1)
+    after = [digest(step_inputs(p, "root", None, 0, steps[i + 1 :])) for i, p in enumerate(steps)]
+    assert not set(before) & set(after)
 
 
 def test_digest_does_not_depend_on_the_order_of_keys():

@@ -17,10 +17,12 @@ N that are there,
 and a head takes the first rung that recovers T or more. While a model decodes, heads keep their rung: the latest move on, the
 frequent compete with new tokens by attention per query, what is special or punctuation stays.
 
-What the paper leaves open. Query heads that share a KV head share its entries: their attention is added up. In a layer with a
-sliding window, attention to entries that have left it is in neither sum, and n is what the window holds; otherwise every such
-head would have to take `full`, which could not give back what is gone either. That a head keeps the latest is no law here: on the
-first rungs a new token goes as soon as it is ranked, unless it is special.
+What the paper leaves open. A prompt of a few tokens tells nothing: its first 4 recover all of it, and a head that keeps no
+others would drop whatever comes. So heads take `full` of a text of fewer than `STEP` tokens. Query heads that share a KV head
+share its entries: their attention is added up. In a layer with a sliding window, attention to entries that have left it is in
+neither sum, and n is what the window holds; otherwise every such head would have to take `full`, which could not give back what
+is gone either. That a head keeps the latest is no law here: on the first rungs a new token goes as soon as it is ranked, unless
+it is special.
 
 Alternative not taken: eviction at every token; rules.py says why, and all rules are served alike.
 
@@ -37,7 +39,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress.cache.rules import PUNCTUATION, RUNGS, SINKS, SPECIAL
+from compress.cache.rules import PUNCTUATION, RUNGS, SINKS, SPECIAL, STEP
 
 RECOVERY = 0.85  # T where none is asked for: that of cold-compress' hybrid cache; the paper has tables up to .99
 SHARE = 300  # r_f and r_l, in thousandths
@@ -64,6 +66,8 @@ class Ladder:
 
         told: the rung that another computation of the same attention took; it stands where only rounding speaks against it.
         """
+        if seen - first < STEP:
+            return RUNGS[-1], torch.arange(len(place_n), device=place_n.device)
         for rung, kept_k, recovered in self.climbed(place_n, seen, first, there, score_n, kind_n):
             slack = 0 if told is None else -ROUNDING if rung == told else ROUNDING
             if recovered >= min(self.recovery + slack, 1.0):

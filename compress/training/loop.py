@@ -29,7 +29,7 @@ from compress.model.lockstep import Batch
 from compress.model.seeds import seeded
 from compress.training.gradients import Slopes
 from compress.training.loss import DIVERGENCES, Known, Rows, behind
-from compress.training.moving import Optimizer
+from compress.training.moving import WHOLE, Optimizer
 from compress.training.student import Student
 from compress.training.teacher import Look
 from compress.training.windows import MICRO
@@ -179,10 +179,11 @@ class Training:
         return math.isfinite(held)
 
     def _start_over(self, kept: Kept) -> None:
-        """Go on from the start, which is the best so far, at a lower rate."""
+        """Go on from the start, which is the best so far, at a lower rate. Which blocks learn is no matter of a rate, and the
+        start had not chosen any."""
         self.slowed += 1
         self.optimizer.forget()
-        self._take(kept.best(), remembered=True)
+        self._take(((name, t) for name, t in kept.best() if not name.endswith(f"/{WHOLE}")), remembered=True)
 
     @property
     def per_step(self) -> int:
