@@ -43,9 +43,11 @@ class Drift:
 
     def see(self, X_tk: Tensor, clean: Clean) -> None:
         """Add the same tokens in both models."""
-        off = clean.inputs[None] - X_tk
+        wide = torch.float32 if X_tk.dtype == torch.float16 else X_tk.dtype  # a sum over tokens may exceed what fp16 holds
+        X_tk = X_tk.to(wide)
+        off = clean.inputs[None].to(wide) - X_tk
         if self._W_nk is not None:
-            off = off @ self._W_nk.T.to(off.dtype)
+            off = off @ self._W_nk.T.to(wide)
         if clean.ahead is not None:
             off = off + clean.ahead
         part = (off.T @ X_tk).float()

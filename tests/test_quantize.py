@@ -55,6 +55,19 @@ def test_drift_is_the_same_summed_at_inputs_and_at_outputs(family: Any) -> None:
         torch.testing.assert_close(narrow.of(some, W), wide.of(some, W), rtol=1e-3, atol=1e-2)
 
 
+@pytest.mark.parametrize("size", [1.0, 300.0])
+def test_a_sum_over_tokens_may_exceed_what_fp16_holds(family: Any, size: float) -> None:
+    """A residual stream of some hundreds is usual, and so many tokens times it are more than 65504."""
+    state = open_model(str(family("llama", torch.float16))).state
+    site, draw = state.graph["layers.0.attn.o"], torch.Generator().manual_seed(0)
+    X, R = ((torch.randn(2, 1024, 64, generator=draw) + 1).half() for _ in range(2))
+    drift = Drift([site], state, 64, "cpu", added=True)
+    drift.see(X[1], Clean({None: X[0]}, size * (R[0] - R[1] + X[1])))
+    W = state.reference(site).double()
+    wanted = ((X[0].double() - X[1].double()) @ W.T + size * (R[0] - R[1] + X[1]).double()).T @ X[1].double()
+    assert float((drift.of([site], W.float()) - wanted).norm()) < 2e-3 * float(wanted.norm())
+
+
 def test_weights_moved_for_drift_bring_the_sum_of_the_residual_stream_nearest_to_what_it_was(family: Any) -> None:
     """The least squares of R̃ + X̃Wᵀ against R + XWᵀ, found by torch."""
     state = open_model(str(family("llama"))).state
