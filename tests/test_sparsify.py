@@ -174,7 +174,7 @@ def test_the_runtime_computes_what_the_stream_does_and_reads_what_was_foretold(
     name, first, options = WAYS[way]
     made = bake(tmp_path, family(name), text, "native", *first, {"sparsify": {"allocate": False, **options}})
     folder, proof = made.artifacts["native"]
-    assert proof.engine == "compress runtime"
+    assert (proof.engine, proof.remark) == ("compress runtime", "compared in fp32"), "in 16 bits neurons change sides"
     state = reader.read(folder)
     assert state.sparsity
     whole = replace(state, sparsity={})

@@ -101,9 +101,10 @@ def logits(state: State, batches: list[Tensor], device: str, see: See | None = N
 
 
 def where(engine: Engine, state: State, tokens: Tensor) -> str:
-    """Which matrix is the first to compute something else, for a message; empty where the engine does not show or none does."""
+    """Which matrix is the first to compute something else, for a message; empty where the engine does not show or none does, or
+    where matrices leave out a part of what they compute."""
     model = getattr(engine, "model", None)
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, nn.Module) or state.sparsity:
         return ""
     modules = dict(model.named_modules())
     for site in state.graph:

@@ -132,12 +132,13 @@ def wants(state: State) -> str:
 
 def in_runtime(job: Job, folder: Path) -> Proof:
     """The proof by the runtime. Where there are factors it multiplies by them, where there are rotations it turns activations; we
-    multiply by the matrix that these make, and in 16 bits the two round differently: a CPU compares in fp32, for which the
-    kernels of a GPU have no code."""
+    multiply by the matrix that these make, and in 16 bits the two round differently. Where tokens leave out neurons, rounding in
+    16 bits may put one on the other side of its threshold. A CPU compares these in fp32, for which the kernels of a GPU have no
+    code."""
     state = job.state
     if SERVED in state.serving:
         return through_cache(job, engine(folder, replace(state, dtype=torch.float32), job.device))
-    if not any(isinstance(f, LowRank | Factored | Rotated) for f in state.formats.values()):
+    if not state.sparsity and not any(isinstance(f, LowRank | Factored | Rotated) for f in state.formats.values()):
         return prove(job, engine(folder, state, job.device))
     if job.device != "cpu":
         return prove(job, engine(folder, state, job.device), FACTORS_TOLERANCE)
