@@ -90,9 +90,7 @@ class Allocate(Options):
             return self
         more = {str(fmt): bits for fmt in self.formats if (bits := grown(fmt)) > 0}
         found = self.model_copy(update={"beside": nbytes(), "grown": more})
-        found.model_fields_set.difference_update(
-            {"beside", "grown"} - self.model_fields_set
-        )  # nobody wrote them: no table shows them
+        found.model_fields_set.difference_update({"beside", "grown"} - self.model_fields_set)  # no table shows what nobody wrote
         return found
 
     def chain(self, following: Sequence[Pass]) -> Chain:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field, model_validator
@@ -25,9 +25,10 @@ from compress.cache.policy import SERVED
 from compress.errors import ModelError, RecipeError
 from compress.formats.caches import CACHE
 from compress.manager import Context, Cost, Pass, Record
-from compress.model.attention import Attended, Heads, attention_by, heads
+from compress.model.attention import Attended, Heads, heads
 from compress.model.speed import precision
 from compress.model.work import block_bytes, per_token, waiting_bytes
+from compress.passes.attended import seen_by_layer
 from compress.passes.context_merge_core import BLOCK, sums
 from compress.passes.importance import changes
 from compress.state import Aspect, State
@@ -126,30 +127,13 @@ class ContextMerge(Pass):
     def run(self, state: State, ctx: Context) -> State:
         found, window = mergeable(state), self._window(state)
         store = ctx.store.analysis("merging", {"version": 1, "distances": chunk_of(window)})
-        parts = {each.layer: f"block-{each.layer:04}" for each in found}
-        if any(store.committed(part) is None for part in parts.values()):
-            self._measure(state, ctx, store, chunk_of(window))
-        by_layer = {record["layer"]: tuple(record["bias"]) for record in store.records}
-        bias = tuple(by_layer[each.layer] for each in found)
+        by_layer = seen_by_layer(state, ctx, store, found, lambda *_: _Meter(chunk_of(window)))
+        bias = tuple(tuple(by_layer[each.layer]["bias"]) for each in found)
         told = [_told(each, row) for each, row in zip(found, bias, strict=True)]
         for record in told:
             ctx.say(record)
         merging = Merging(window, self._warmup(state), self.prefix, self.suffix, bias)
         return state.with_part(ctx.store.commit("merging", serving={MERGED: merging.told()}, records=told))
-
-    def _measure(self, state: State, ctx: Context, store: Any, distances: int) -> None:
-        with precision("bf16"):
-            stream, batches = ctx.stream(state)
-            for block in state.graph.blocks:
-                ctx.progress(block.index, len(state.graph.blocks), block.module)
-                part = f"block-{block.index:04}"
-                if store.committed(part) is not None:
-                    stream.advance(state, block.index, batches)
-                    continue
-                meter = _Meter(distances)
-                with attention_by(stream, meter):
-                    stream.advance(state, block.index, batches)
-                store.commit(part, records=[{"site": block.sites[0], "layer": block.index, "bias": meter.mean()}])
 
     def _window(self, state: State) -> int:
         return self.window or min(USUAL, _positions(state) or USUAL)
@@ -171,10 +155,9 @@ class _Meter:
         self.found, self.pairs = self.found + found, self.pairs + pairs
         return out
 
-    def mean(self) -> list[float]:
-        """In fp32, as it is stored."""
-        rows: list[float] = (self.found / self.pairs).float().tolist()
-        return rows
+    def record(self) -> Record:
+        """Means, in fp32, as they are stored."""
+        return {"bias": (self.found / self.pairs).float().tolist()}
 
 
 def mergeable(state: State) -> list[Heads]:

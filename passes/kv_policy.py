@@ -19,9 +19,9 @@ which heads retrieve shows only where there is something to retrieve.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -34,13 +34,14 @@ from compress.cache.policy import SERVED, Layer, Policy, Unit
 from compress.cache.rules import DTYPES, FASTGEN, MARKS, STEP
 from compress.errors import FormatError, RecipeError
 from compress.formats.caches import CACHE
-from compress.manager import Context, Cost, Pass, Record, Store
-from compress.model.attention import Attended, Heads, attention_by, heads, plain
+from compress.manager import Context, Cost, Pass, Record
+from compress.model.attention import Attended, Heads, heads, plain
 from compress.model.marks import Marks, marked
 from compress.model.speed import precision
 from compress.model.work import block_bytes, per_token, waiting_bytes
 from compress.passes import kv_policy_core as core
 from compress.passes.allocate_core import Infeasible
+from compress.passes.attended import seen_by_layer
 from compress.passes.kv_policy_fastgen import STEPS, Climb, Climbed
 from compress.state import Aspect, State
 from compress.state.plan import Budget, size
@@ -238,7 +239,7 @@ class KvPolicy(Pass):
         texts = [[o.rule, o.share, o.dtype] for o in options]
         store = ctx.store.analysis("cache", {"version": 1, "continuation": self.continuation, "options": texts})
         every = torch.tensor(marks.every, dtype=torch.int64)
-        by_layer = _walk(state, ctx, store, found, lambda layer, tokens: _Meter(
+        by_layer = seen_by_layer(state, ctx, store, found, lambda layer, tokens: _Meter(
             layer, state.weight(layer.reader), options, self.continuation, every, tokens))  # fmt: skip
         return [np.array(by_layer[each.layer]["damage"]) for each in found]
 
@@ -253,7 +254,7 @@ class KvPolicy(Pass):
         ladder, whole = Ladder(1.0, marks.special, (0, 0, 0)), plain(list(found), length, state.dtype.itemsize)
         policy = Policy(tuple(self._by_prompt(found, dtype)), marks.every, length, whole, ladder)
         store = ctx.store.analysis("ladder", {"version": 1, "frequent": SHARE, "local": SHARE})
-        by_layer = _walk(state, ctx, store, found, lambda layer, tokens: Climb(layer, policy, ladder, tokens))
+        by_layer = seen_by_layer(state, ctx, store, found, lambda layer, tokens: Climb(layer, policy, ladder, tokens))
         climbed = Climbed.of(found, by_layer, dtype)
         recovery = self.recovery or (
             RECOVERY if self.budget is None else climbed.within(Budget.parse(self.budget).bytes(1, whole))
@@ -288,34 +289,6 @@ class KvPolicy(Pass):
             records.append({"site": f"layers.{each.layer}.attn", "damage": cost, "notes": [f"{_told(units)}; damage {cost:.2g}"]})
             at += each.units
         return layers, records
-
-
-class _Sees(Protocol):
-    """Is asked at the attention of one block, and tells then what it has seen."""
-
-    def __call__(self, a: Attended, out: Tensor) -> Tensor: ...
-    def record(self) -> Record: ...
-
-
-def _walk(
-    state: State, ctx: Context, store: Store, found: Sequence[Heads], sees: Callable[[Heads, list[Tensor]], _Sees]
-) -> Mapping[int, Record]:
-    """Layer -> what was seen of its attention on the calibration windows, found in the run's analyses or measured now."""
-    by_layer, parts = {each.layer: each for each in found}, {each.layer: f"block-{each.layer:04}" for each in found}
-    if any(store.committed(part) is None for part in parts.values()):
-        with precision("bf16"):
-            stream, batches = ctx.stream(state)
-            for block in state.graph.blocks:
-                ctx.progress(block.index, len(state.graph.blocks), block.module)
-                layer = by_layer.get(block.index)
-                if layer is None or store.committed(parts[layer.layer]) is not None:
-                    stream.advance(state, block.index, batches)
-                    continue
-                see = sees(layer, [b.tokens for b in batches])
-                with attention_by(stream, see):
-                    stream.advance(state, block.index, batches)
-                store.commit(parts[layer.layer], records=[{"site": layer.reader.name, "layer": layer.layer, **see.record()}])
-    return {record["layer"]: record for record in store.records}
 
 
 class _Meter:

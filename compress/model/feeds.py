@@ -10,8 +10,7 @@ folds something into a feed is to compare what the block computes, since a gate 
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -22,9 +21,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compress.errors import ModelError, first_line
-from compress.model.known import key_of
+from compress.model.known import hash_of
 from compress.model.names import places
-from compress.model.skeleton import glance, is_experts, is_matrix, skeleton
+from compress.model.skeleton import glance, is_experts, is_matrix, model_class, skeleton
 from compress.shapes import of_layer
 from compress.state import State
 from compress.state.graph import Feed, Norm, Site
@@ -34,6 +33,7 @@ VIEWS = ("view", "_unsafe_view", "reshape", "t", "transpose", "permute", "unsque
 STACKED = ("phi3", "gpt2")  # families whose joined matrix holds all of q, then k, then v
 BY_HEAD = ("gpt_neox", "bloom")  # and those that hold q, k and v of one head, then of the next
 Key = tuple[int | None, str]  # block and input_key
+_RESIDUALS: dict[bytes, dict[str, str]] = {}  # by the hash of a config
 
 
 def norms(state: State) -> dict[str, Norm]:
@@ -170,15 +170,14 @@ def norms_behind(state: State) -> dict[str, Norm]:
     """Site -> the norm that is given just what the site puts out, where there is one, as in Gemma behind o and down."""
     model = skeleton(state.config).to("meta")
     held = _norms(state, model, places(model, (spec.name for spec in state.specs)))
-    made: dict[int, tuple[Tensor, str]] = {}  # the tensor is kept, lest another gets its number
-    found: dict[str, Norm] = {}
+    made, found = _Marks(), dict[str, Norm]()
     sites = {site.module: site.name for site in state.graph if site.expert is None}
 
     def note(path: str) -> Callable[..., None]:
-        return lambda _, args, out: made.update({id(out): (out, sites[path])})
+        return lambda _, args, out: made.put(out, sites[path])
 
     def match(path: str) -> Callable[..., None]:
-        return lambda _, args: found.update({made[id(args[0])][1]: held[path]} if args and id(args[0]) in made else {})
+        return lambda _, args: found.update({site: held[path] for site in made.of(args[:1])})
 
     for path, module in model.named_modules():
         if path in sites:
@@ -197,7 +196,7 @@ def norms_behind(state: State) -> dict[str, Norm]:
 def residuals(state: State) -> dict[str, str]:
     """Site -> the module whose first input is just what the site's output is added to, where there is one: of o and down, in a
     model of norms in front, what has come so far. Sublayers side by side, and norms or factors in between, have none."""
-    key = hashlib.sha256(key_of(type(glance(state.config)), state.config)).digest()
+    key = hash_of(model_class(state.config), state.config)
     if key not in _RESIDUALS:
         model = skeleton(state.config).to("meta")
         sums = _Sums()
@@ -215,16 +214,33 @@ def residuals(state: State) -> dict[str, str]:
     return _RESIDUALS[key]
 
 
-_RESIDUALS: dict[bytes, dict[str, str]] = {}  # by the hash of a config
+@dataclass(eq=False)
+class _Marks:
+    """Names of tensors, by which tensor it is. Tensors are kept, lest others get their numbers."""
+
+    held: dict[int, tuple[Tensor, str]] = field(default_factory=dict)
+
+    def put(self, tensor: Any, name: str) -> None:
+        self.held[id(tensor)] = tensor, name
+
+    def drop(self, tensor: Any) -> None:
+        self.held.pop(id(tensor), None)
+
+    def of(self, tensors: Iterable[Any]) -> list[str]:
+        """The names of those that have one, in order."""
+        return [self.held[id(t)][1] for t in tensors if id(t) in self.held]
+
+    def clear(self) -> None:
+        self.held.clear()
 
 
 @dataclass(eq=False)
 class _Sums(TorchDispatchMode):
-    """Notes where what a site puts out is added to what a module was given. Tensors are kept, lest others get their numbers."""
+    """Notes where what a site puts out is added to what a module was given."""
 
     found: dict[str, str] = field(default_factory=dict)
-    outputs: dict[int, tuple[Tensor, str]] = field(default_factory=dict)
-    inputs: dict[int, tuple[Tensor, str]] = field(default_factory=dict)
+    outputs: _Marks = field(default_factory=_Marks)
+    inputs: _Marks = field(default_factory=_Marks)
 
     def __post_init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -235,12 +251,13 @@ class _Sums(TorchDispatchMode):
         self.inputs.clear()
 
     def made(self, site: str) -> Callable[..., None]:
-        return lambda _, args, out: self.outputs.update({id(out): (out, site)})
+        return lambda _, args, out: self.outputs.put(out, site)
 
     def given(self, path: str) -> Callable[..., None]:
         def note(_: nn.Module, args: tuple[Any, ...]) -> None:
-            if args and id(args[0]) not in self.outputs:  # what a matrix put out may pass a module on its way to the sum
-                self.inputs.setdefault(id(args[0]), (args[0], path))
+            known = self.outputs.of(args[:1]) or self.inputs.of(args[:1])
+            if args and not known:  # what a matrix put out may pass a module on its way to the sum
+                self.inputs.put(args[0], path)
 
         return note
 
@@ -248,14 +265,13 @@ class _Sums(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         out, name = func(*args, **(kwargs or {})), func.__name__.partition(".")[0]
-        there = [id(a) for a in args if isinstance(a, Tensor)]
-        sites = [self.outputs[i][1] for i in there if i in self.outputs]
+        sites = self.outputs.of(args)
         if sites and name in VIEWS and isinstance(out, Tensor):
-            self.outputs[id(out)] = out, sites[0]
+            self.outputs.put(out, sites[0])
         if name.endswith("_"):
-            self.outputs.pop(id(out), None)  # it is something else now
+            self.outputs.drop(out)  # it is something else now
         if len(sites) == 1 and name in ("add", "add_") and not kwargs:
-            self.found.update((sites[0], self.inputs[i][1]) for i in there if i in self.inputs)
+            self.found.update((sites[0], path) for path in self.inputs.of(args))
         return out
 
 
@@ -265,7 +281,7 @@ class _Watch(TorchDispatchMode):
 
     readers: dict[str, list[str]] = field(default_factory=dict)
     inside: list[str] = field(default_factory=list)
-    marked: dict[int, tuple[Tensor, str]] = field(default_factory=dict)  # the tensor is kept, lest another gets its number
+    marked: _Marks = field(default_factory=_Marks)
 
     def __post_init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -283,7 +299,7 @@ class _Watch(TorchDispatchMode):
             self.inside.pop()
             if norm and isinstance(out, Tensor):
                 self.readers.setdefault(path, [])
-                self.marked[id(out)] = out, path
+                self.marked.put(out, path)
 
         return leave
 
@@ -291,10 +307,10 @@ class _Watch(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        sources = {self.marked[id(a)][1] for a in _tensors((args, kwargs)) if id(a) in self.marked}
+        sources = set(self.marked.of(_tensors((args, kwargs))))
         place = self.inside[-1] if self.inside else ""
         if sources and func.__name__.partition(".")[0] in VIEWS and isinstance(out, Tensor):
-            self.marked[id(out)] = out, next(iter(sources))
+            self.marked.put(out, next(iter(sources)))
         else:
             for source in sources:
                 if place not in self.readers[source]:

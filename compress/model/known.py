@@ -6,6 +6,7 @@ copy is made in a third of the time in which transformers builds the model. Modu
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import threading
 from collections import OrderedDict
@@ -27,6 +28,11 @@ _KEPT: OrderedDict[bytes, Kept] = OrderedDict()
 def key_of(kind: type, config: Any) -> bytes:
     """All that a config says, settings that are not saved included, and the class that is made of it."""
     return pickle.dumps((kind, config))
+
+
+def hash_of(kind: type, config: Any) -> bytes:
+    """The same in 32 bytes, for what is kept by a config as long as the process lasts."""
+    return hashlib.sha256(key_of(kind, config)).digest()
 
 
 def known(key: bytes, build: Callable[[], nn.Module]) -> nn.Module:

@@ -15,7 +15,6 @@ same order for every batch, which holds for every family that we know.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from compress.model.binding import Binding, get_matrix, put_matrix, within
 from compress.model.caching import rounding
 from compress.model.experts import run_experts_one_by_one
 from compress.model.feeds import residuals
-from compress.model.known import key_of
+from compress.model.known import hash_of
 from compress.model.lockstep import Batch, Clean, Inputs, Lockstep
 from compress.model.probe import Probe, Stop
 from compress.model.rounding import Rounds
@@ -172,7 +171,7 @@ class Stream:
     def _learn_output_kind(self, state: State, ids: Tensor) -> None:
         """Whether blocks return a tensor or a tuple: asked of the first one, since the model's forward relies on it. It is the
         same for all models of a config, so the first of them is asked."""
-        key = hashlib.sha256(key_of(type(self.model), state.config)).digest()
+        key = hash_of(type(self.model), state.config)
         if key not in _TUPLES:
             with self.outer(state):
                 self._until(0, ids)
