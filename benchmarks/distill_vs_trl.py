@@ -19,13 +19,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from meter import Meter
+from meter import Meter, asked
 
 HERE = Path(__file__).resolve().parent
 DAMAGE = {"prune": {"mlp": 0.5, "method": "magnitude", "compensate": False}}
@@ -84,12 +83,7 @@ def our_child(job: dict[str, Any]) -> None:
 
 def measured(python: str, kind: str, job: dict[str, Any]) -> dict[str, float]:
     """What a child says of itself."""
-    threads = {**os.environ, "TRL_EXPERIMENTAL_SILENCE": "1"}
-    done = subprocess.run([python, __file__, "--child", kind], input=json.dumps(job), capture_output=True, text=True, env=threads)
-    if done.returncode:
-        raise SystemExit(f"{kind}: {done.stderr[-2000:]}")
-    found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+    return asked([python, __file__, "--child", kind], job, {**os.environ, "TRL_EXPERIMENTAL_SILENCE": "1"})
 
 
 class Side:

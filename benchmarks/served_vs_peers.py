@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from meter import asked
 
 HERE = Path(__file__).resolve().parent
 
@@ -63,15 +63,10 @@ CASES = {
 
 
 def child(python: str, kind: str, job: dict[str, Any]) -> dict[str, Any]:
-    """What a child says; its last line of errors ends this run."""
+    """What a child says."""
     from quantize_vs_peers import environment
 
-    command, path = [python, str(HERE / "served_child.py"), kind], {**os.environ, **environment(1)}
-    done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, env=path)
-    if done.returncode:
-        raise SystemExit(f"{kind}: {done.stderr[-3000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+    return asked([python, str(HERE / "served_child.py"), kind], job, environment(1))
 
 
 class Bench:

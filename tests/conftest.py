@@ -275,6 +275,14 @@ def _graphs_are_traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield
 
 
+@pytest.fixture
+def cpu(compiled: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Launches of kernels run here, on tensors of the CPU; `compiled` is a fixture of the file, see `emulator.once`."""
+    found = compiled(request.node.get_closest_marker("slow") is not None)
+    yield found.install(monkeypatch)
+    found.seed = 0
+
+
 # --- the command line on a folder of its own --------------------------------------------------------------------------
 
 RECIPE = """\

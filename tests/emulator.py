@@ -6,7 +6,7 @@ import ctypes
 import functools
 import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -46,6 +46,18 @@ def missing() -> str | None:
     source = "#include <ucontext.h>\n_Float16 half;\n"
     probe = subprocess.run(["g++", "-std=c++20", "-fsyntax-only", "-x", "c++", "-"], input=source, text=True, capture_output=True)
     return None if probe.returncode == 0 else "g++ lacks C++20, _Float16 or ucontext"
+
+
+def once(
+    folders: pytest.TempPathFactory, needs: Callable[[bool], list[Need]], tokens: Sequence[int]
+) -> Callable[[bool], Emulator]:
+    """get(slow) -> the kernels of what is needed then, compiled when it is first asked for."""
+
+    @functools.cache
+    def get(slow: bool) -> Emulator:
+        return Emulator(folders.mktemp("kernels"), variants(needs(slow), tokens))
+
+    return get
 
 
 class Emulator:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,12 @@ import transformers
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from compress import cached, pipeline
 from compress.cache.policy import Policy
+from compress.export.artifact.engines import Transformers
 from compress.export.runtime import cache as runtime
+from compress.export.runtime import load
+from compress.model.data import Tokens
 
 PROMPT, NEW = 60, 40  # tokens; enough for one eviction while a model decodes
 
@@ -27,6 +32,13 @@ def model_of(folder: Path, policy: Policy | None = None) -> Any:
 
 def text_of(rows: int, length: int, seed: int = 0) -> Tensor:
     return torch.randint(0, 256, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def both_caches(made: pipeline.Outcome) -> list[cached.CacheScores]:
+    """What comes of an artifact's cache by our stream, and by our runtime."""
+    state, tokens = replace(made.state, dtype=torch.float32), Tokens(text_of(3, 64), "drawn")
+    engine = Transformers(load(made.artifacts["native"][0], dtype=torch.float32), "runtime")
+    return [cached.through_cache(state, tokens, 1, "cpu", e) for e in (None, engine)]
 
 
 def places(cache: runtime.PolicyCache) -> dict[tuple[int, int], list[int]]:

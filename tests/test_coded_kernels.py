@@ -7,8 +7,7 @@ and with blocks in any order; nothing outside of the arguments is touched, and e
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -106,20 +105,10 @@ def random_tensors(fmt: Format, shape: tuple[int, int], random: torch.Generator)
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Emulator]:
     """compiled(slow) -> the kernels of all cases, or of the quick ones; compiled once."""
 
-    @functools.cache
-    def get(slow: bool) -> Emulator:
-        needs = [(parse(text), (n, k), dtype) for text, n, k, dtype in [*QUICK, *(MORE if slow else [])]]
-        return Emulator(tmp_path_factory.mktemp("kernels"), emulator.variants(needs, TOKENS))
+    def needs(slow: bool) -> list[emulator.Need]:
+        return [(parse(text), (n, k), dtype) for text, n, k, dtype in [*QUICK, *(MORE if slow else [])]]
 
-    return get
-
-
-@pytest.fixture
-def cpu(compiled: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
-    """Launches run here, on tensors of the CPU."""
-    found = compiled(request.node.get_closest_marker("slow") is not None)
-    yield found.install(monkeypatch)
-    found.seed = 0
+    return emulator.once(tmp_path_factory, needs, TOKENS)
 
 
 @needs_compiler

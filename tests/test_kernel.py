@@ -7,10 +7,8 @@ result is written.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import product
-from typing import Any
 
 import pytest
 import torch
@@ -94,20 +92,10 @@ class Matrix:
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Emulator]:
     """compiled(slow) -> the kernels of all cases, or of the quick ones; compiled once."""
 
-    @functools.cache
-    def get(slow: bool) -> Emulator:
-        needs = [(parse(text), (16, 256), dtype) for text, dtype in [*(CASES if slow else QUICK), *FACTORED, *ROTATED]]
-        return Emulator(tmp_path_factory.mktemp("kernels"), emulator.variants(needs, TOKENS))
+    def needs(slow: bool) -> list[emulator.Need]:
+        return [(parse(text), (16, 256), dtype) for text, dtype in [*(CASES if slow else QUICK), *FACTORED, *ROTATED]]
 
-    return get
-
-
-@pytest.fixture
-def cpu(compiled: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
-    """Launches run here, on tensors of the CPU."""
-    found = compiled(request.node.get_closest_marker("slow") is not None)
-    yield found.install(monkeypatch)
-    found.seed = 0
+    return emulator.once(tmp_path_factory, needs, TOKENS)
 
 
 def inputs(text: str, least: int, tail: int) -> int:

@@ -18,24 +18,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compress import cached, pipeline
+from compress import pipeline
 from compress.cache import rules
 from compress.cache.policy import FILE, SERVED, Layer, Policy, Unit, read
 from compress.cli import main
 from compress.errors import CompressError, ModelError
-from compress.export.artifact.engines import Transformers
 from compress.export.artifact.place import MARK
 from compress.export.native import reader
 from compress.export.runtime import cache as runtime
 from compress.export.runtime import load
 from compress.model import attention
-from compress.model.data import Tokens
 from compress.model.marks import Marks, marked, punctuation
 from compress.model.model import open_model
 from compress.passes import kv_policy_core as core
 from tests.conftest import covered
 from tests.cooking import bake, recipe, refused, steps
-from tests.masked import NEW, PROMPT, by_hand, causal, looking, model_of, text_of
+from tests.masked import NEW, PROMPT, both_caches, by_hand, causal, looking, model_of, text_of
 
 MARKED = (256, 257, 258, *map(ord, ".,;:!?\n"))
 RULES = [("stream", 250), ("snap", 300), ("h2o", 400), ("heavy", 300), ("punct", 350), ("frequent", 500), ("full", 1000)]
@@ -294,9 +292,7 @@ def test_inspect_tells_of_the_cache(made: pipeline.Outcome, capsys: Any) -> None
 
 
 def test_our_engine_and_our_stream_agree_on_the_cache(made: pipeline.Outcome) -> None:
-    state, tokens = replace(made.state, dtype=torch.float32), Tokens(text_of(3, 64), "drawn")
-    engine = Transformers(load(made.artifacts["native"][0], dtype=torch.float32), "runtime")
-    ours, theirs = (cached.through_cache(state, tokens, 1, "cpu", e) for e in (None, engine))
+    ours, theirs = both_caches(made)
     assert ours.kl == pytest.approx(theirs.kl, rel=1e-3)
     assert (ours.tokens, ours.prompt, ours.bytes) == (theirs.tokens, theirs.prompt, theirs.bytes)
 

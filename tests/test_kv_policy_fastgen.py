@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,24 +16,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compress import cached, pipeline
+from compress import pipeline
 from compress.cache import rules
 from compress.cache.ladder import Ladder
 from compress.cache.policy import FILE, SERVED, Layer, Policy, Unit, read
 from compress.cache.rules import RUNGS
 from compress.cli import main
 from compress.errors import ModelError, RecipeError
-from compress.export.artifact.engines import Transformers
 from compress.export.native import reader
 from compress.export.runtime import cache as runtime
 from compress.export.runtime import load
 from compress.model import attention, data
-from compress.model.data import Tokens
 from compress.model.marks import marked
 from compress.model.model import open_model
 from compress.passes.kv_policy_fastgen import Climb
 from tests.cooking import recipe, refused
-from tests.masked import NEW, PROMPT, by_hand, causal, looking, model_of, places, text_of
+from tests.masked import NEW, PROMPT, both_caches, by_hand, causal, looking, model_of, places, text_of
 
 SPECIAL, PUNCTUATION = (256, 257, 258), tuple(range(40))  # so that a text has enough of them
 EVERY = tuple(sorted({*SPECIAL, *PUNCTUATION}))
@@ -236,9 +233,7 @@ def test_evaluation_tells_how_far_sizes_lie_apart(made: pipeline.Outcome) -> Non
 
 
 def test_our_engine_and_our_stream_agree_on_the_cache(made: pipeline.Outcome) -> None:
-    state, tokens = replace(made.state, dtype=torch.float32), Tokens(text_of(3, 64), "drawn")
-    engine = Transformers(load(made.artifacts["native"][0], dtype=torch.float32), "runtime")
-    ours, theirs = (cached.through_cache(state, tokens, 1, "cpu", e) for e in (None, engine))
+    ours, theirs = both_caches(made)
     assert ours.kl == pytest.approx(theirs.kl, rel=1e-3)
     assert (ours.bytes, ours.least, ours.most) == (theirs.bytes, theirs.least, theirs.most)
 
