@@ -1,6 +1,6 @@
 """Two to four bits by every kind of code, uniform and allocated, over several draws of calibration text: KL, bits, CPU seconds.
 
-python benchmarks/low_bits.py --model MODEL --calibration TEXT --evaluation TEXT [--bos] [--draws 3] [--only NAME ...] [--save DIR]
+python benchmarks/low_bits.py --model MODEL --calibration TEXT --evaluation TEXT [--draws 3] [--only NAME ...] [--save DIR]
 
 A draw is the windows of one of `--draws` equal parts of the text to calibrate on; all are judged on the same windows. Bits count
 everything but embeddings, head and norms; those of a file, and those that a loaded model holds. CPU seconds are of the whole

@@ -95,6 +95,9 @@ class Factorize(Pass):
     def corrects(self) -> bool:
         return self.by_inputs and self.drift > 0
 
+    def sees_inputs(self, state: State) -> bool:
+        return True  # losses of factors are those of outputs, whatever they were fitted to
+
     @property
     def decides(self) -> bool:  # type: ignore[override]  # of its options, not of the class
         """Whether it finds ranks by measuring."""

@@ -63,6 +63,9 @@ class LqLora(Quantize):
     def corrects(self) -> bool:
         return super().corrects and self.init == "closed_form"
 
+    def sees_inputs(self, state: State) -> bool:
+        return True  # losses of a correction are those of outputs, whatever it was fitted to
+
     @property
     def default(self) -> Format:
         return LowRank(self.format, self.rank, self.factors)  # type: ignore[arg-type]  # LowRank itself refuses others

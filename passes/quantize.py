@@ -184,6 +184,15 @@ class Quantize(Pass):
         encode: Encoder = ENCODERS.get(type(fmt), on_grid)
         return encode(self, W_nk, factor, fmt, case)
 
+    def sees_inputs(self, state: State) -> bool:
+        """Whether inputs are looked at: to round to a grid nothing is asked of them, and no text streams for the report alone."""
+        formats = [self.target(f) for f in state.plan.formats.values()] if state.plan else []
+        return (
+            self.by_inputs
+            or self.clip == "hessian"
+            or any(type(weight_of(f)) in ENCODERS or (isinstance(f, Served) and f.input.measured) for f in formats)
+        )
+
     def asks_all(self, fmt: Format) -> bool:
         """Whether more of a Hessian is asked than its diagonal, to make a format of a matrix by this pass's method."""
         return self.by_inputs or type(weight_of(fmt)) in ENCODERS
@@ -206,6 +215,7 @@ class Quantize(Pass):
         sites = state.plan.quantized(state.graph) if state.plan else []
         if not sites:
             return Cost()
+        tokens *= self.sees_inputs(state)
         matrices, tables = ([s for s in sites if (s.block is None) == outside] for outside in (False, True))
         watched = [s for s in tables if tokens and self._watches(state, s)]
         work, factored = per_token(state), {(s.block, s.input_key): s.shape[1] for s in [*matrices, *watched] if tokens}

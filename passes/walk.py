@@ -27,12 +27,13 @@ UNSEEN = "no inputs: rounded, and the error is that of the weights"
 
 class Walks(Solves, Protocol):
     """A pass, seen from the walk. by_inputs: whether matrices are solved under what they are given. corrects: whether a twin runs
-    beside, to correct the drift of inputs."""
+    beside, to correct the drift of inputs. sees_inputs: whether they are looked at at all."""
 
     @property
     def by_inputs(self) -> bool: ...
     @property
     def corrects(self) -> bool: ...
+    def sees_inputs(self, state: State) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Walk:
 
     def run(self, state: State) -> State:
         """The state with every site in its format, each block committed."""
-        if self.ctx.calibration is None:
+        if self.ctx.calibration is None or not self.options.sees_inputs(state):
             return self._without_data(state)
         with precision("bf16"):
             return self._calibrated(state)
@@ -116,7 +117,7 @@ class Walk:
         return state.with_part(done)
 
     def _without_data(self, state: State) -> State:
-        """Where the recipe has no calibration data: nothing streams, errors are those of the weights."""
+        """Where there is no calibration data, or nothing asks for it: nothing streams, errors are those of the weights."""
         ctx, state = self.ctx, self._embedding(state)
         parts = {f"block-{b.index:04}": b.sites for b in state.graph.blocks}
         parts[HEAD] = tuple(s.name for s in state.graph if s.role == "head")

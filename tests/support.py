@@ -30,7 +30,7 @@ from tests.cooking import bake, factored
 FORMATS = (*(f"int{b}:g32" for b in range(2, 9)), "int4:g64", "int4:channel", "int4:g32:asym", "int2:g32:asym", "nf4:g64",
            "nf3:g64", "nf4:g64:dq8x256", "nf8:g64", "lut4:g64", "lut3:g64:shared", "lut2:g64", "int4:g32+r4",
            "nf4:g64+r4", "int4:g32:r64", "lut3:g64:r32", "int8:channel/int8:token", "fp8:channel/fp8:token",
-           "int4:g32/int8:token", "nvfp4/nvfp4", "mxfp4/mxfp8", "nvfp4",
+           "int4:g32/int8:token", "nvfp4/nvfp4", "mxfp4/mxfp8", "nvfp4", "ecq4", "ecq4:r32", "tcq3", "tcq3:r64", "iq4_nl", "q4_1",
            "lr16", "lr32:int8:channel", "lr32:int4:g32", "lr16:nf4:g64")  # fmt: skip
 COMMON = "int4:g32"  # what families are tried with
 FREE = {"mlp": {"layers.0.*": 0.5}}  # as `prune` leaves layers that differ in shape

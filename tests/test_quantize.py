@@ -156,7 +156,8 @@ def test_every_changed_site_has_one_record_in_the_order_of_the_blocks(
     family: Any, text: Path, tmp_path: Path, name: str, method: str
 ) -> None:
     head = {} if name == "gpt2" else {"lm_head": "int8:g32"}
-    made = cook(tmp_path, family(name), text, exports=False, method=method, format="int4:g32", pins=head)
+    clip = "hessian" if method == "rtn" else "mse"  # rounding that goes by inputs, and so sees them
+    made = cook(tmp_path, family(name), text, exports=False, method=method, clip=clip, format="int4:g32", pins=head)
     listed = load_records(next((made.out / "steps").iterdir()))
     names = [r["site"] for r in listed]
     assert sorted(names) == sorted(made.state.codes)
@@ -173,6 +174,16 @@ def test_every_changed_site_has_one_record_in_the_order_of_the_blocks(
             assert record["error"] == record["rounding"]
     dense = [r for r in listed if made.state.graph[r["site"]].expert is None]
     assert all(r["tokens"] == 6 * 32 for r in dense)
+
+
+def test_rounding_that_asks_nothing_of_inputs_streams_no_text(family: Any, text: Path, tmp_path: Path) -> None:
+    made = [
+        cook(tmp_path / str(bool(t)), family("llama", blocks=1), t, exports=False, method="rtn", format="int4:g32")
+        for t in (text, None)
+    ]
+    with_text, without = ({n: s.load().tensors for n, s in m.state.codes.items()} for m in made)
+    assert all(torch.equal(t, without[n][k]) for n, held in with_text.items() for k, t in held.items())
+    assert all(r["tokens"] is None for r in load_records(next((made[0].out / "steps").iterdir())))
 
 
 def test_a_rank_that_no_step_fits_is_refused(family: Any, text: Path, tmp_path: Path) -> None:
@@ -255,7 +266,7 @@ def test_experts_that_saw_too_little_are_a_warning(solved: pipeline.Outcome, idl
     shown = [solved.report.summary(), *((solved.out / f"report.{kind}").read_text() for kind in ("md", "html"))]
     assert [text.count(said) for text in shown] == [1, 1, 1]
     assert f"\nwarning: {said}" in shown[0]
-    enough = recipe(tmp_path, idle, text, exports=False, method="rtn", format="int4:g32")
+    enough = recipe(tmp_path, idle, text, exports=False, method="rtn", clip="hessian", format="int4:g32")
     outcome = pipeline.run(enough, ["data.calibration.sequences=40"])
     (line,) = outcome.report.warnings
     assert line.startswith(
