@@ -20,6 +20,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,7 +45,7 @@ from compress.state.plan import BitPlan
 from compress.state.state import Part
 
 SCHEMA = 2
-LOCK, RECORD = ".lock", "run.json"
+LOCK, RECORD, ANALYSES = ".lock", "run.json", "analyses"
 MARK = "made by compress"  # in the head of both: by that a folder is a run's, and by nothing else
 _LOCKED = f"{MARK}: held while a run uses this folder\n".encode()
 
@@ -112,6 +113,13 @@ def begun(path: Path) -> bool:
     return path.name == LOCK and path.is_file() and _LOCKED.startswith(head(path))
 
 
+def brought(path: Path) -> bool:
+    """Whether a folder is what another run measured, copied to where a run is to begin."""
+    if path.name != ANALYSES or path.is_symlink() or not path.is_dir():
+        return False
+    return all(p.is_dir() and re.fullmatch(r"[a-z-]+-[0-9a-f]{12}", p.name) for p in path.iterdir())
+
+
 class RunFolder:
     """One run's folder, held by a lock that the system releases however the process ends."""
 
@@ -145,7 +153,11 @@ class RunFolder:
         """Refuse a folder that holds something else than a run."""
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path}: is a file, not a folder; choose another with --out")
-        if self.path.is_dir() and not is_run(self.path) and any(not begun(path) for path in self.path.iterdir()):
+        if (
+            self.path.is_dir()
+            and not is_run(self.path)
+            and any(not begun(path) and not brought(path) for path in self.path.iterdir())
+        ):
             raise RunError(f"{self.path}: holds files that no run made; choose another folder with --out")
 
 
@@ -238,11 +250,11 @@ class Step(Parts):
     def analysis(self, name: str, of: object) -> Parts:
         """The parts of an analysis of the state that this step starts from, shared by all steps that ask for the same."""
         source = [self.made_of[n] for n in ("parent", "data", "seed", "computes")]
-        return Parts(self.root.with_name("analyses"), name, digest(SCHEMA, source, of))
+        return Parts(self.root.with_name(ANALYSES), name, digest(SCHEMA, source, of))
 
     def of_source(self, name: str, of: object) -> Parts:
         """The parts of an analysis of the model before any step."""
-        return Parts(self.root.with_name("analyses"), name, digest(SCHEMA, self.source, self.made_of["computes"], of))
+        return Parts(self.root.with_name(ANALYSES), name, digest(SCHEMA, self.source, self.made_of["computes"], of))
 
     def restore(self, known: Callable[[Sequence[Record]], State]) -> State | None:
         """The state after this step from its finished folder, or None; its records and its plan come back too. `known` makes of

@@ -334,6 +334,19 @@ def test_a_folder_of_somebody_elses_steps_is_refused(project: Project):
     assert contents(project.out) == {"report.md": b"years of work"}
 
 
+def test_what_another_run_measured_may_be_brought(project: Project):
+    """Copied to where a run is to begin; anything else beside or inside of it is somebody's."""
+    part = project.out / "analyses" / "errors-0123456789ab"
+    part.mkdir(parents=True)
+    (part / "table.json").write_text("{}")
+    notes = project.out / "analyses" / "notes"
+    notes.mkdir()
+    assert project.run().line == f"{project.out}: holds files that no run made; choose another folder with --out"
+    notes.rmdir()
+    assert project.run().code == 0
+    assert (part / "table.json").exists()
+
+
 THEIRS = ["plan.yaml", "run.json", "report.html", "report.md", "recipe.resolved.yaml", "evaluation.json", "steps/a", "thesis.tex"]
 
 
