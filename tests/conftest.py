@@ -64,6 +64,11 @@ def covered(values: Iterable[Any], *chosen: Any) -> list[Any]:
     return [value if value in chosen else pytest.param(value, marks=pytest.mark.slow) for value in known]
 
 
+def rare(*values: Any) -> Any:
+    """The values of one case of a test, for the slow run alone."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def make_model(folder: Path, config: Any, dtype: torch.dtype = torch.bfloat16, seed: int = 0, **save: Any) -> Path:
     """A random model of a config, with wide enough weights that its logits differ from token to token, and a tokenizer."""
     torch.manual_seed(seed)

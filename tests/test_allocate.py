@@ -32,7 +32,7 @@ from compress.run import Parts
 from compress.state import Fact
 from compress.state.plan import BitPlan
 from tests import stock
-from tests.conftest import Project, Result, contents
+from tests.conftest import Project, Result, contents, covered
 from tests.cooking import stories
 
 ALLOCATE = """\
@@ -100,6 +100,7 @@ def planned_bytes(planned: Result) -> int:
     return int(found[1].replace(",", ""))
 
 
+@pytest.mark.slow
 def test_plan_measures_and_run_goes_on_from_there(allocated: Project) -> None:
     """With a trial. The files have the bytes that the plan said, keep the budget and spend it."""
     allocated.edit("trials: 0", "trials: 1")
@@ -134,6 +135,7 @@ def test_a_budget_of_the_whole_file_is_kept_by_the_file_header_included(measured
         assert allowed - 2500 < planned_bytes(measured.plan(f"allocate.budget={budget}")) <= allowed
 
 
+@pytest.mark.slow
 def test_several_budgets_and_limits_hold_at_once(measured: Project) -> None:
     limits = '{"layers.0.*": 3.0 bits, "*.down": 2.6 bits}'
     assert measured.run('allocate.budget=["4.5 bits", "140 KiB"]', f"allocate.limits={limits}").code == 0
@@ -193,6 +195,7 @@ def test_allocate_without_a_quantizer_behind_it_is_refused(allocated: Project) -
 # --- pins -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_pins_are_read_back_from_the_files(measured: Project) -> None:
     pins = '{"lm_head": "int8:g32", "layers.0.*": {min: "int4:g64"}, "*.o": int3:g32, "layers.1.mlp.down": "int6:g64"}'
     assert measured.run(f"allocate.pins={pins}", "allocate.budget=4.4 bits").code == 0
@@ -214,6 +217,7 @@ def test_pins_are_read_back_from_the_files(measured: Project) -> None:
 # --- the plan as a file -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_saved_plan_can_be_edited_and_is_taken_as_it_is(measured: Project, tmp_path: Path) -> None:
     assert measured.run().code == 0
     saved = yaml.safe_load((measured.out / "plan.yaml").read_text())
@@ -277,7 +281,7 @@ def some_tokens(n: int = 8, length: int = 32) -> Tokens:
     return Tokens(torch.randint(0, 256, (n, length), generator=torch.Generator().manual_seed(3)), "random bytes")
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
+@pytest.mark.parametrize("name", covered(["llama", "mixtral"], "llama"))
 def test_gradients_are_those_of_the_stock_model(family: Any, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the head is asked for few tokens at a time, and one by one for experts."""
     model = open_model(str(family(name, torch.float32)))
@@ -339,6 +343,7 @@ def test_the_head_never_makes_the_logits_of_all_tokens_at_once(family: Any, tmp_
     assert sum(seen) == tokens.ids.numel() * model.graph["embed"].shape[0]
 
 
+@pytest.mark.slow
 def test_drawn_outputs_stand_for_all(family: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a matrix with many outputs some are solved; the errors of all are near, and low ranks are fitted to all."""
     model = open_model(str(family("llama", torch.float32)))
@@ -388,6 +393,7 @@ def test_a_trial_is_calibrated_on_other_windows_than_it_is_measured_on() -> None
     assert split(None, 64) == (None, None)
 
 
+@pytest.mark.slow
 def test_every_expert_has_its_damage(family: Any, tmp_path: Path, text: Path) -> None:
     """Experts are as other matrices; one that the sample never reached still does harm."""
     recipe = allocating(tmp_path, family("mixtral"), text)
@@ -397,6 +403,7 @@ def test_every_expert_has_its_damage(family: Any, tmp_path: Path, text: Path) ->
     assert all(f.damage[n] > 0 for n in f.damage if ".experts." in n)
 
 
+@pytest.mark.slow
 def test_measuring_tells_what_is_left_on_one_scale(family: Any, tmp_path: Path) -> None:
     """From gradients to the last trial progress rises, and ends near the whole."""
     model = open_model(str(family("llama")))
@@ -428,6 +435,7 @@ def test_what_measuring_costs_grows_with_the_layers_not_with_their_square(family
 WIDTHS = ["int2:g64", "int2:channel", "int3:g64", "int3:channel", "int4:channel", "int8:channel"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_mixed_widths_beat_one_width_of_the_same_bytes(assets: Path, tmp_path: Path, full: bool) -> None:
     """At 3 bits the KL is at most 0.7 of that of one format for all; measured: 0.42 in full, 0.47 in small."""
@@ -483,6 +491,7 @@ def test_what_an_exporter_cannot_hold_is_told_before_anything_is_measured(alloca
     assert not (allocated.out / "analyses").exists()
 
 
+@pytest.mark.slow
 def test_the_error_table_can_be_looked_at(measured: Project) -> None:
     shown = measured("inspect", measured.out, "layers.0.attn.o", "--errors")
     assert [line.split()[1] for line in shown.out.splitlines()[2:]] == ["int2:g32", "int3:g32", "int4:g64", "int8:g64"]

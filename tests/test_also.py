@@ -15,7 +15,7 @@ from compress.errors import CompressError
 from compress.model.model import open_model
 from compress.passes.allocate import Allocate
 from compress.passes.quantize import Quantize
-from tests.conftest import IDS, make_model
+from tests.conftest import IDS, make_model, rare
 from tests.cooking import bake, recipe
 from tests.pass_laws import check_pass
 
@@ -26,7 +26,9 @@ def size_of(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.glob("*.safetensors"))
 
 
-@pytest.mark.parametrize(("name", "also"), [("qwen2", ["embed"]), ("gemma3", ["lm_head"]), ("llama", ["embed", "lm_head"])])
+@pytest.mark.parametrize(
+    ("name", "also"), [rare("qwen2", ["embed"]), rare("gemma3", ["lm_head"]), ("llama", ["embed", "lm_head"])]
+)
 def test_a_budget_of_the_file_is_kept_with_the_table_in_it(
     family: Any, text: Path, tmp_path: Path, name: str, also: list[str]
 ) -> None:
@@ -43,6 +45,7 @@ def test_a_budget_of_the_file_is_kept_with_the_table_in_it(
     assert "native" in done.artifacts
 
 
+@pytest.mark.slow
 def test_more_bits_of_a_table_are_less_damage(family: Any, text: Path, tmp_path: Path) -> None:
     damages = []
     path = recipe(tmp_path, family("qwen2", torch.float32), text)
@@ -67,6 +70,7 @@ def test_what_lies_inside_is_not_named(family: Any) -> None:
         Allocate(also=("lm_haed",)).foresee(state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_the_laws_of_passes(family: Any, tmp_path: Path, name: str) -> None:
     allocate = Allocate.model_validate({"budget": "4 bits", "formats": SOME[:3], "also": ["embed", "lm_head"], "trials": 0})
@@ -96,6 +100,7 @@ def projected(folder: Path) -> Path:
         num_attention_heads=4, vocab_size=272, max_position_embeddings=256, **IDS))  # fmt: skip
 
 
+@pytest.mark.slow
 def test_rows_that_are_projected(text: Path, tmp_path: Path) -> None:
     source = projected(tmp_path / "model")
     done = bake(tmp_path / "run", source, text, "native", {"allocate": {"budget": "4 bits", "formats": SOME}}, {"quantize": {}})

@@ -21,6 +21,7 @@ from compress.model.model import open_model
 from compress.passes.allocate import Allocate
 from compress.passes.quantize import Quantize
 from compress.state.checkpoint import Layout
+from tests.conftest import covered
 from tests.cooking import several
 
 WEIGHTS = {"compressed_tensors": "model.safetensors", "gptq": "model.safetensors", "gguf": "model.gguf",
@@ -108,7 +109,7 @@ def spoilt(note: dict[str, Any]) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("name", covered(WEIGHTS, "native"))
 def test_a_damaged_mark_is_named_by_whoever_asks_it(copy: Any, capsys: Any, text: Path, name: str) -> None:
     """The hashes in it are what damage is found by: without them nothing would be compared."""
     folder = copy(name)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from compress import pipeline
 from compress.cli import main
-from tests.conftest import Project, contents
+from tests.conftest import Project, contents, covered, rare
 
 LAYERS = 2  # of a project
 
@@ -248,7 +248,7 @@ def test_damage_that_hides_deeper(project: Project, change: Change, expected: st
     refuse(project, expected)
 
 
-@pytest.mark.parametrize("damaged", [b"[]", b'{"cache_implementation": "zz"}'])
+@pytest.mark.parametrize("damaged", [rare(b"[]"), b'{"cache_implementation": "zz"}'])
 def test_what_only_the_engine_dislikes_is_told_and_the_artifact_is_proven_otherwise(project: Project, damaged: bytes):
     (project.model / "generation_config.json").write_bytes(damaged)
     result = project.run()
@@ -282,6 +282,7 @@ def files_at_most(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_anywhere_stops_the_run_cleanly(project: Project):
     """The limit on a file's size is raised step by step: it meets records, blocks, then the artifact; the last run ends."""
     before = contents(project.folder)
@@ -317,6 +318,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_says_so_and_a_larger_one_goes_on(project: Project, small_disk: Path):
     """As the disk grows, each run goes on where the one before it had no more room."""
     out = small_disk / "run"
@@ -399,7 +401,7 @@ def answered(project: Project, *command: str | Path) -> int:
     return result.code
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("name", covered(["config.json", "model.safetensors"], "model.safetensors"))
 @pytest.mark.parametrize("copies", [20, pytest.param(100, marks=pytest.mark.slow)])
 def test_noise_never_gives_a_traceback(project: Project, name: str, copies: int):
     """Spoilt copies of each file, planned; a plan reads all of both."""
@@ -414,6 +416,7 @@ def test_noise_never_gives_a_traceback(project: Project, name: str, copies: int)
     assert 2 in codes
 
 
+@pytest.mark.slow
 def test_noise_in_the_weights_never_gives_a_traceback(project: Project):
     rng = random.Random(2)
     whole = weights(project).read_bytes()

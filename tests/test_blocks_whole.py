@@ -53,6 +53,7 @@ def test_every_kind_is_written_and_read_back_and_multiplied_with(model: Path, te
     multiplies_as_its_matrices_do(done.artifacts["native"][0], 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", covered(["0.5 MiB", "28 %"], "0.5 MiB"))
 def test_a_budget_of_the_file_is_that_of_the_artifact_asked_for(model: Path, text: Path, tmp_path: Path, budget: str) -> None:
     """A GGUF file has keys and a vocabulary that a checkpoint has not; the budget covers them, and is used."""
@@ -64,6 +65,7 @@ def test_a_budget_of_the_file_is_that_of_the_artifact_asked_for(model: Path, tex
     assert 0.97 * most < size <= most
 
 
+@pytest.mark.slow
 def test_formats_that_grow_in_blocks_cost_the_others_nothing(model: Path, text: Path, tmp_path: Path) -> None:
     """int3:g32 takes 4.5 bits in a GGUF file; a budget that q2_k alone keeps is neither refused nor passed for it."""
     path = recipe(tmp_path, model, text)
@@ -100,6 +102,7 @@ def test_narrow_matrices_are_named_with_what_fits(text: Path, tmp_path: Path, fa
             "blocks of 256 do not divide 64 inputs; those of 32 do: iq4_nl, q4_1, q5_1")  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_gradient_goes_through_them(model: Path, text: Path, tmp_path: Path) -> None:
     """An adapter on a packed matrix learns: its input's gradient is the product with the matrix."""
     from compress.export.runtime import load

@@ -21,7 +21,7 @@ from compress.model.model import open_model
 from compress.prepare import Prepared, prepare
 from compress.report.console import Console
 from compress.run import Parts, RunFolder
-from tests.conftest import Project
+from tests.conftest import Project, covered, rare
 
 SELECT = ("data.calibration.select=activations", "data.calibration.pool=4")
 SAMPLE = "data.calibration={generate: {}, sequences: 20, length: 16}"
@@ -166,7 +166,7 @@ def test_only_tokens_that_are_left_are_drawn(sampled: Callable[..., Tensor]):
     assert set(got[:, 1:].flatten().tolist()) == {3, 5, 256}
 
 
-@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("bos", covered([False, True], True))
 def test_sampled_windows_have_their_length_and_begin_as_windows_of_a_text_do(project: Project, bos: bool):
     got = windows(settled(project, SAMPLE, f"data.calibration.bos={str(bos).lower()}"))
     assert got.shape == (20, 16)
@@ -182,6 +182,7 @@ def test_prompts_are_pieces_of_the_text(project: Project, family: Any):
     assert (got[:, 0] == 256).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sets", [SELECT, (SAMPLE,)], ids=["select", "generate"])
 def test_windows_of_a_cut_vocabulary_are_made_of_its_tokens(project: Project, sets: tuple[str, ...]):
     kept = sorted({*project.text.read_bytes(), *range(100)})
@@ -194,7 +195,7 @@ def test_windows_of_a_cut_vocabulary_are_made_of_its_tokens(project: Project, se
     assert project.run(*sets, steps).code == 0
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "gemma3", "mixtral"])
+@pytest.mark.parametrize("name", covered(["gpt2", "opt", "gemma3", "mixtral"], "opt"))
 def test_every_family_can_be_sampled_from(project: Project, family: Any, name: str):
     shutil.rmtree(project.model)
     shutil.copytree(family(name), project.model)
@@ -214,6 +215,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sets", [SELECT, (SAMPLE,)], ids=["select", "generate"])
 def test_a_second_run_and_another_budget_ask_the_model_nothing(project: Project, asked: list[str], sets: tuple[str, ...]):
     assert project.run(*sets).code == 0
@@ -228,7 +230,7 @@ def test_a_second_run_and_another_budget_ask_the_model_nothing(project: Project,
     assert json.loads((project.out / "run.json").read_text())["data"] == hashes
 
 
-@pytest.mark.parametrize("sets", [SELECT, (SAMPLE,)], ids=["select", "generate"])
+@pytest.mark.parametrize("sets", [SELECT, rare((SAMPLE,))], ids=["select", "generate"])
 def test_a_run_that_was_stopped_goes_on_where_it_was(
     project: Project, asked: list[str], sets: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ):
@@ -258,6 +260,7 @@ def key(project: Project, *sets: str) -> str:
     return step.key
 
 
+@pytest.mark.slow
 def test_the_key_of_a_step_tells_how_its_windows_were_found(project: Project):
     keys = [key(project), key(project, *SELECT), key(project, SELECT[0], "data.calibration.pool=5"), key(project, SAMPLE),
             key(project, SAMPLE, "seed=1"), key(project, SAMPLE, "data.calibration.generate={temperature: [2, 1]}")]  # fmt: skip
@@ -273,6 +276,7 @@ def test_windows_that_belong_to_other_weights_are_not_taken(project: Project, fa
     assert asked
 
 
+@pytest.mark.slow
 def test_a_damaged_part_is_one_line(project: Project):
     assert project.run(*SELECT).code == 0
     (file,) = project.out.glob("analyses/windows-*/chosen.safetensors")
@@ -314,6 +318,7 @@ def test_plan_of_a_config_alone(project: Project, sets: tuple[str, ...]):
     assert "holds no weights" in plan.out
 
 
+@pytest.mark.slow
 def test_plan_finds_the_windows_that_an_allocation_measures_on(project: Project, asked: list[str]):
     sets = [*SELECT, "passes=[{allocate: {budget: 4.0 bits, formats: ['int3:g32', 'int8:g32']}}, {quantize: {}}]"]
     assert "to do" in project("plan", project.recipe, "--no-measure", *(x for s in sets for x in ("--set", s))).out
@@ -358,6 +363,7 @@ def test_a_model_that_predicts_no_next_token_is_not_sampled_from(project: Projec
     assert "generate: the model does not predict the next token" in project.plan(SAMPLE, "export=[]").line
 
 
+@pytest.mark.slow
 def test_a_tokenizer_without_a_beginning_needs_prompts(project: Project):
     file = project.model / "tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "bos_token": None}))

@@ -11,6 +11,7 @@ from compress.formats import Packed, parse
 from compress.formats.codebooks import NF, DoubleQuant, Lut, lut_table, nf_table, paper_grid
 from compress.formats.grid import Quantized
 from compress.passes import clip_core
+from tests.conftest import covered
 from tests.laws import check_format, decode, encode
 
 DOUBLES = st.builds(
@@ -21,6 +22,7 @@ CODEBOOKS = st.one_of(
     st.builds(NF, st.sampled_from(NF.WIDTHS), GROUPS, st.one_of(st.none(), DOUBLES)),
     st.builds(Lut, st.sampled_from(Lut.WIDTHS), GROUPS, st.booleans()),
 )
+
 TABLE = [
     *(f"nf{b}:{g}{d}" for b in NF.WIDTHS for g in ("g64", "g96") for d in ("", ":dq8x256", ":dq3x16:fp32", ":dq2x64:fp16")),
     *(f"lut{b}:{g}{s}" for b in Lut.WIDTHS for g in ("g64", "g96") for s in ("", ":shared")),
@@ -173,7 +175,7 @@ def test_products_of_level_and_scale_are_exact(text: str, dtype: torch.dtype) ->
     assert torch.equal(decode(fmt, codes, grid).double(), exact)
 
 
-@pytest.mark.parametrize("bits", Lut.WIDTHS)
+@pytest.mark.parametrize("bits", covered(Lut.WIDTHS, 2))
 def test_the_shared_levels_are_lloyds(bits: int) -> None:
     """Lloyd's iteration on normal data in groups of 64, each divided by its extreme with the sign and weighed by its square."""
     X = torch.randn(1 << 12, 64, generator=torch.Generator().manual_seed(3), dtype=torch.float64)

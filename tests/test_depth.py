@@ -53,9 +53,7 @@ def kl(state: State, changed: State, folder: Path) -> float:
 # --- what goes --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name", covered(["llama", "gemma3", "gpt2", "opt", "phi3", "mixtral", "gpt_neox"], "llama", "gpt2", "mixtral")
-)
+@pytest.mark.parametrize("name", covered(["llama", "gemma3", "gpt2", "opt", "phi3", "mixtral", "gpt_neox"], "llama"))
 def test_every_candidate_costs_what_whole_passes_say_and_the_cheapest_goes(tmp_path: Path, name: str) -> None:
     folder = deep(tmp_path / "model", name)
     state = open_model(str(folder)).state
@@ -91,6 +89,7 @@ def test_the_second_round_is_measured_without_what_went_in_the_first(tmp_path: P
     assert second["cost"] == pytest.approx(kl(state, made, folder), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_how_many_are_on_their_way_at_once_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = deep(tmp_path / "model", "llama")
     for number, options in enumerate(({"drop": 2, "windows": 100}, {"drop": 3, **ZEROS})):
@@ -145,6 +144,7 @@ def test_angles_are_those_of_the_hidden_states_of_transformers(tmp_path: Path) -
     assert [t["site"] for t in told] == sorted(wanted, key=lambda n: wanted[n])[:2]
 
 
+@pytest.mark.slow
 def test_lists_with_an_entry_for_each_layer_are_cut_with_it(tmp_path: Path, text: Path) -> None:
     folder = deep(tmp_path / "model", "gemma3")
     done = bake(tmp_path, folder, text, "compressed_tensors", {"depth": {"drop": 1}})
@@ -190,7 +190,7 @@ def zeroed(state: State, unit: Any) -> State:
 
 @pytest.mark.parametrize(
     "name",
-    covered(["llama", "gemma3", "gpt2", "opt", "mixtral", "gpt_neox", "phi3", "qwen3_moe"], "gemma3", "opt", "phi3", "qwen3_moe"),
+    covered(["llama", "gemma3", "gpt2", "opt", "mixtral", "gpt_neox", "phi3", "qwen3_moe"], "phi3"),
 )
 def test_zeros_stand_in_the_matrices_of_what_costs_least_and_nowhere_else(family: Any, tmp_path: Path, name: str) -> None:
     folder = family(name, torch.float32)
@@ -211,6 +211,7 @@ def test_zeros_stand_in_the_matrices_of_what_costs_least_and_nowhere_else(family
     assert made.graph == state.graph
 
 
+@pytest.mark.slow
 def test_a_sublayer_that_is_gone_already_is_not_taken_again(tmp_path: Path) -> None:
     folder = silenced(deep(tmp_path / "model", "llama"), tmp_path / "idle", 1, "self_attn.o_proj")
     _, told, _ = ran(Depth.model_validate({"drop": 2, **ZEROS}), folder, tmp_path)
@@ -228,6 +229,7 @@ def test_models_with_norms_over_the_sum_are_refused(family: Any, tmp_path: Path)
         assert len(Depth().foresee(open_model(str(folder)).state).graph.blocks) == 1, number
 
 
+@pytest.mark.slow
 def test_an_attention_can_go_where_nobody_knows_the_experts(tmp_path: Path) -> None:
     """Those of gpt-oss are no sites, and add a bias of their own."""
     config = transformers.GptOssConfig(
@@ -264,6 +266,7 @@ def test_attentions_of_several_kinds_can_go(tmp_path: Path) -> None:
 GONE = {"unit": "sublayer", "windows": 100}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", covered(["llama", "gemma3", "phi3", "qwen3"], "gemma3"))
 def test_sublayers_that_go_are_those_whose_zeros_cost_least(tmp_path: Path, name: str) -> None:
     """In three rounds, of a model whose tensors and config are without them afterwards."""
@@ -278,6 +281,7 @@ def test_sublayers_that_go_are_those_whose_zeros_cost_least(tmp_path: Path, name
     assert {u.name for u in sublayers(made)} == {u.name for u in sublayers(state)} - {u.name for u in gone}
 
 
+@pytest.mark.slow
 def test_one_attention_and_one_mlp_stay(tmp_path: Path) -> None:
     folder = deep(tmp_path / "model", "llama")
     made, told, _ = ran(Depth.model_validate({"drop": 6, **GONE}), folder, tmp_path)
@@ -285,6 +289,7 @@ def test_one_attention_and_one_mlp_stay(tmp_path: Path) -> None:
     assert len(told) == 6
 
 
+@pytest.mark.slow
 def test_what_cannot_go_whole_is_no_candidate(tmp_path: Path, family: Any) -> None:
     """The MLP of OPT is no module; GPT-2 says nothing of groups of heads; an MLP that is a mixture is not taken away."""
     mixture = Depth.model_validate(GONE).foresee(open_model(str(family("mixtral"))).state)
@@ -293,6 +298,7 @@ def test_what_cannot_go_whole_is_no_candidate(tmp_path: Path, family: Any) -> No
         Depth.model_validate(GONE).foresee(open_model(str(family("opt"))).state)
 
 
+@pytest.mark.slow
 def test_a_run_without_sublayers_is_smaller_as_planned(project: Project, tmp_path: Path) -> None:
     passes(project, "depth: {drop: 1, unit: sublayer, windows: 2}")
     project.edit("compressed_tensors", "native")
@@ -310,6 +316,7 @@ def test_a_run_without_sublayers_is_smaller_as_planned(project: Project, tmp_pat
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_more_layers_measure_only_the_rounds_that_are_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, rounds, kls = deep(tmp_path / "model", "llama"), [], module.Perturbed.kl
     monkeypatch.setattr(module.Perturbed, "kl", lambda self, gone, *rest: rounds.append(len(gone)) or kls(self, gone, *rest))
@@ -323,6 +330,7 @@ def test_more_layers_measure_only_the_rounds_that_are_new(tmp_path: Path, monkey
     assert rounds == [0, 1, 2, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [
     {"drop": 2}, *(pytest.param({"drop": 2, **kind}, marks=pytest.mark.slow) for kind in (ZEROS, GONE)),
 ], ids=["layers", "zeros", "gone"])  # fmt: skip
@@ -368,6 +376,7 @@ def deeper(project: Project, tmp_path: Path) -> None:
     silenced(deep(tmp_path / "four", "llama"), project.model, 0, "self_attn.o_proj", "mlp.down_proj")
 
 
+@pytest.mark.slow
 def test_plan_measures_and_says_what_goes_and_the_run_takes_it(project: Project, tmp_path: Path) -> None:
     deeper(project, tmp_path)
     passes(project, "depth: {drop: 1, windows: 2}")
@@ -390,6 +399,7 @@ def test_plan_measures_and_says_what_goes_and_the_run_takes_it(project: Project,
     assert project.run().code == 0
 
 
+@pytest.mark.slow
 def test_what_follows_is_planned_on_the_layers_that_are_left(project: Project, tmp_path: Path) -> None:
     """An allocation behind it is measured too, on the smaller model."""
     deeper(project, tmp_path)
@@ -412,6 +422,7 @@ def test_a_bare_config_is_planned_by_a_guess(project: Project, tmp_path: Path) -
     assert "peak memory" in planned.out
 
 
+@pytest.mark.slow
 def test_zeros_say_that_nothing_becomes_smaller(project: Project) -> None:
     passes(project, "depth: {drop: 1, unit: sublayer, keep_zeros: true, windows: 2}")
     planned = project.plan()

@@ -165,6 +165,7 @@ def test_lists_that_are_as_long_as_the_model_is_deep_by_chance_stay(tmp_path: Pa
     assert (config.eos_token_id, config.my_list, config.num_hidden_layers) == ([1, 2, 3, 4], [1, 2, 3, 4], 3)
 
 
+@pytest.mark.slow
 def test_an_equal_head_in_the_file_of_a_tied_model_can_be_untied(tmp_path: Path, text: Path) -> None:
     folder = deep(tmp_path / "model", "qwen2", 2)
     tensors = load_file(folder / "model.safetensors")

@@ -39,7 +39,7 @@ from compress.run import Parts
 from compress.state import State
 from compress.state.plan import BitPlan
 from tests import stock
-from tests.conftest import FAMILIES, contents, make_model
+from tests.conftest import FAMILIES, contents, covered, make_model, rare
 from tests.cooking import bake, several
 from tests.test_native import same_state
 from tests.test_runtime import with_packed
@@ -95,6 +95,7 @@ def test_it_is_rounded_first_and_told_of(made: pipeline.Outcome, family: Any) ->
     assert UNSEEN in report
 
 
+@pytest.mark.slow
 def test_every_block_is_calibrated_on_what_it_gives(family: Any, text: Path, tmp_path: Path) -> None:
     """The first matrix of the first block sees other inputs; the twin, which is what it aims at, does not."""
     done = [several(tmp_path / str(i), family("llama", blocks=1), text, format="int3:g32", drift=drift, pins=pins)
@@ -104,6 +105,7 @@ def test_every_block_is_calibrated_on_what_it_gives(family: Any, text: Path, tmp
     assert not torch.equal(codes[1], codes[2])
 
 
+@pytest.mark.slow
 def test_eight_bits_cost_little(family: Any, text: Path, tmp_path: Path) -> None:
     kl = [several(tmp_path / str(i), family("llama", blocks=1), text, format="int4:g32", pins=pins).scores["compressed"]["kl"]
           for i, pins in enumerate([{}, {"embed": "int8:g32"}, {"embed": "int2:g32"}])]  # fmt: skip
@@ -114,7 +116,7 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {name: data for name, data in contents(folder).items() if name.endswith(".safetensors")}
 
 
-@pytest.mark.parametrize("stop", ["embedding", "block-0000"])
+@pytest.mark.parametrize("stop", covered(["embedding", "block-0000"], "embedding"))
 def test_a_run_that_stops_goes_on(
     family: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: str, made: pipeline.Outcome
 ) -> None:
@@ -142,6 +144,7 @@ def test_a_run_that_stops_goes_on(
     assert weights(folder_of(done, "native")) == weights(folder_of(made, "native"))
 
 
+@pytest.mark.slow
 def test_without_text_and_behind_other_passes(family: Any, text: Path, tmp_path: Path) -> None:
     done = bake(tmp_path / "rtn", family("gpt_neox"), None, "native", steps("lut4:g32"))
     assert str(done.state.format(done.state.graph["embed"])) == "lut4:g32"
@@ -172,7 +175,7 @@ def test_cost(family: Any) -> None:
 # --- artifacts --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("name", covered(READ, "native"))
 def test_artifacts_hold_it(made: pipeline.Outcome, text: Path, capsys: Any, name: str) -> None:
     folder, proof = made.artifacts[name]
     again = READ[name](folder)
@@ -220,7 +223,7 @@ def test_onnxruntime_looks_rows_up(made: pipeline.Outcome, family: Any) -> None:
     assert exact < 1e-3
 
 
-@pytest.mark.parametrize("form", ["int8:g32", "int3:channel", "int4:g64:asym"])
+@pytest.mark.parametrize("form", covered(["int8:g32", "int3:channel", "int4:g64:asym"], "int3:channel"))
 def test_llamacpp_has_it_in_its_blocks(family: Any, text: Path, tmp_path: Path, form: str) -> None:
     oracle = pytest.importorskip("gguf")
     done = bake(tmp_path, family("llama", blocks=1), text, "gguf", steps(form))
@@ -244,6 +247,7 @@ def test_other_formats_and_families_in_onnx(family: Any, text: Path, tmp_path: P
     assert f"onnxruntime >= {least}" in (folder_of(done, "onnx") / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_scaled_embedding_is_looked_up_too(text: Path, tmp_path: Path) -> None:
     """By a root that no 16-bit number is."""
     config = FAMILIES["gemma3"]()
@@ -257,8 +261,8 @@ def test_a_scaled_embedding_is_looked_up_too(text: Path, tmp_path: Path) -> None
 # --- a matrix that embedding and head share ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "kind"), [("qwen2", "native"), ("gemma3", "native"), ("gpt2", "native"),
-                                            pytest.param("qwen2", "onnx", marks=pytest.mark.slow), ("qwen2", "gguf"),
+@pytest.mark.parametrize(("name", "kind"), [("qwen2", "native"), rare("gemma3", "native"), rare("gpt2", "native"),
+                                            pytest.param("qwen2", "onnx", marks=pytest.mark.slow), rare("qwen2", "gguf"),
                                             pytest.param("gemma3", "onnx", marks=pytest.mark.slow)])  # fmt: skip
 def test_a_tied_table_is_held_once_and_serves_both(family: Any, text: Path, tmp_path: Path, name: str, kind: str) -> None:
     options = {"pins": {"lm_head": "int4:g32"}, "format": "int4:g32"}
@@ -284,7 +288,7 @@ def test_a_tied_table_is_held_once_and_serves_both(family: Any, text: Path, tmp_
         assert [p.data_ptr() for p in head.parts] == [p.data_ptr() for p in table.parts]
 
 
-@pytest.mark.parametrize("data", [True, False])
+@pytest.mark.parametrize("data", covered([True, False], False))
 def test_a_bias_that_the_head_shares_too(text: Path, tmp_path: Path, data: bool) -> None:
     """RoBERTa's, which a checkpoint holds under one of its names."""
     source = make_model(tmp_path / "model", FAMILIES["roberta"](), torch.float32)
@@ -370,6 +374,7 @@ def test_remarks(family: Any, form: str, says: str) -> None:
     assert ("vLLM" in vllm) == (form == "fp16")
 
 
+@pytest.mark.slow
 def test_a_packed_matrix_that_two_modules_share_is_read_as_one(family: Any, text: Path, tmp_path: Path) -> None:
     """No run makes such an artifact; what reads it takes the head's matrix from the embedding."""
     folder = folder_of(bake(tmp_path, family("qwen2"), text, "native", {"quantize": {"method": "rtn", "format": FORM}}), "native")

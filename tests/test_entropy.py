@@ -26,6 +26,7 @@ from compress.model.model import open_model
 from compress.passes import entropy_core, gptq_core, rates, rows
 from compress.passes.quantize import Quantize
 from compress.passes.solver import Case
+from tests.conftest import covered
 from tests.cooking import bake, multiplies_as_its_matrices_do, recipe, refused, table_is_served
 from tests.support import refusal
 
@@ -242,13 +243,14 @@ def test_an_artifact_proves_itself_and_multiplies_as_its_matrices_do(made: pipel
     assert "ecq3.5:r64" in (made.out / "report.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixtral", "gpt2"])
 def test_experts_and_transposed_matrices_are_coded(family: Any, text: Path, tmp_path: Path, name: str) -> None:
     done = bake(tmp_path, family(name), text, "native", {"quantize": {"format": "ecq4", "pins": {}}})
     assert done.artifacts["native"][1].greedy > 0
 
 
-@pytest.mark.parametrize("form", ["ecq4", "ecq4:ri32"])
+@pytest.mark.parametrize("form", covered(["ecq4", "ecq4:ri32"], "ecq4"))
 def test_a_tied_table_is_decoded_once_for_both(family: Any, text: Path, tmp_path: Path, form: str) -> None:
     done = bake(tmp_path, family("qwen2"), text, "native", {"quantize": {"format": "int4:g32", "pins": {"embed": form}}})
     folder = done.artifacts["native"][0]
@@ -282,6 +284,7 @@ def test_other_exporters_name_native(family: Any, exporter: str, form: str) -> N
 # --- allocation -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "formats", [["ecq2.5", "ecq3:r64", "int4:g32"], pytest.param(["ecq", "ecq:r64"], marks=pytest.mark.slow)]
 )
@@ -297,6 +300,7 @@ def test_an_allocation_chooses_among_rates(family: Any, text: Path, tmp_path: Pa
     assert sum(done.state.formats[s.name].nbytes(s.shape) for s in sites) * 8 <= 3.25 * sum(s.numel for s in sites)
 
 
+@pytest.mark.slow
 def test_an_allocation_takes_tables_too(family: Any, text: Path, tmp_path: Path) -> None:
     path = recipe(tmp_path, family("qwen2"), text, exports=False)
     formats = ["tcq4:l8", "ecq:ri32", "ecq4:r32"]

@@ -17,7 +17,7 @@ from compress import evaluate
 from compress.model import head
 from compress.model.data import Tokens
 from compress.model.model import open_model
-from tests.conftest import IDS, SMALL, Project, covered, make_model
+from tests.conftest import IDS, SMALL, Project, covered, make_model, rare
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def plain(original: torch.Tensor, ours: torch.Tensor, ids: torch.Tensor) -> tupl
 @pytest.mark.parametrize("sizes", covered([None, (7, 50)], (7, 50)))
 @pytest.mark.parametrize(
     "name",
-    covered(["llama", "gemma2", "gpt2", "opt", "qwen3_moe", "qwen2", "granite"], "llama", "gemma2", "qwen3_moe", "granite"),
+    covered(["llama", "gemma2", "gpt2", "opt", "qwen3_moe", "qwen2", "granite"], "llama", "granite"),
 )
 def test_figures_are_those_of_a_plain_forward(
     family: Any, tokens: Tokens, tmp_path: Path, name: str, sizes: Any, monkeypatch: Any
@@ -163,6 +163,7 @@ def test_eval_of_a_run_an_artifact_and_a_model(project: Project):
     assert run["linear_bits"] < 5 < run["file_bits"] < 16 == model["linear_bits"]
 
 
+@pytest.mark.slow
 def test_eval_says_what_it_measured_on(project: Project):
     result = project("eval", project.model, "--text", project.text, "--sequences", "2", "--length", "16")
     assert f"30 tokens of {project.text}, context 16; through transformers' modules, streamed" in result.out
@@ -201,7 +202,7 @@ def test_eval_against_a_model_of_another_vocabulary(project: Project, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "config", ['{"quantization_config": 3}', '{"quantization_config": {"quant_method": "compressed-tensors"}}']
+    "config", [rare('{"quantization_config": 3}'), '{"quantization_config": {"quant_method": "compressed-tensors"}}']
 )
 def test_eval_of_an_artifact_whose_config_is_damaged(project: Project, config: str):
     assert project.run("quantize.method=rtn").code == 0
@@ -209,6 +210,7 @@ def test_eval_of_an_artifact_whose_config_is_damaged(project: Project, config: s
     assert "config.json" in project("eval", project.out).line
 
 
+@pytest.mark.slow
 def test_eval_of_an_artifact_whose_config_tells_another_group(project: Project):
     assert project.run("quantize.method=rtn").code == 0
     path = project.artifact / "config.json"
@@ -220,6 +222,7 @@ def test_eval_of_an_artifact_whose_config_tells_another_group(project: Project):
     )
 
 
+@pytest.mark.slow
 def test_eval_of_an_artifact_whose_scales_are_no_numbers(project: Project):
     assert project.run("quantize.method=rtn").code == 0
     path = project.artifact / "model.safetensors"
@@ -257,6 +260,7 @@ def test_tasks_are_handed_to_lm_eval(project: Project, monkeypatch: pytest.Monke
 # --- what is measured is what the run made -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_eval_of_a_run_measures_what_it_exported_last(project: Project) -> None:
     assert project.run("quantize.format=int2:g32").code == 0
     project.edit("  - compressed_tensors: {}", "  - native: {}")
@@ -268,6 +272,7 @@ def test_eval_of_a_run_measures_what_it_exported_last(project: Project) -> None:
     assert "this run has no artifact yet" in project("eval", project.out).line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["weights", "config"])
 def test_another_model_in_the_place_of_the_original_is_noticed(project: Project, what: str) -> None:
     assert project.run().code == 0
@@ -282,6 +287,7 @@ def test_another_model_in_the_place_of_the_original_is_noticed(project: Project,
     assert project("eval", project.artifact, "--against", project.model).code == 0
 
 
+@pytest.mark.slow
 def test_what_goes_along_is_renewed(project: Project) -> None:
     assert project.run().code == 0
     (project.model / "chat_template.jinja").write_text("{{ messages }}")

@@ -22,7 +22,7 @@ from compress.errors import FormatError, ModelError, RecipeError
 from compress.nodes import MOST_NODES, load_yaml
 from compress.run import read_part
 from compress.state.plan import Budget
-from tests.conftest import ROOT, Project
+from tests.conftest import ROOT, Project, rare
 from tests.nursery import COMMAND, Nursery
 from tests.test_surface import SOURCES
 
@@ -203,6 +203,7 @@ EVALUATION = [*DAMAGES[:-1], lambda d: {k: v for k, v in d.items() if k != "orig
               lambda d: d | {"original": 3}, lambda d: d | {"text": None}]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_damaged_figures_are_measured_again(finished: Project):
     path = finished.out / "evaluation.json"
     good = json.loads(path.read_text())
@@ -227,7 +228,7 @@ def test_a_damaged_record_names_the_folder_to_delete(finished: Project):
         assert line == f"{path.parent}: its files are damaged or missing; delete this folder and run again"
 
 
-@pytest.mark.parametrize("data", ["{", "[]", "3", "model: [", "a: &a [*a]", "[" * 9000, "\0"])
+@pytest.mark.parametrize("data", ["{", "[]", "3", "model: [", "a: &a [*a]", rare("[" * 9000), "\0"])
 def test_a_damaged_resolved_recipe_names_itself(finished: Project, data: str):
     path = finished.out / "recipe.resolved.yaml"
     path.write_text(data)
@@ -242,7 +243,7 @@ def test_a_table_is_a_name_and_no_pattern(finished: Project, table: str):
     assert finished("inspect", finished.out, "--errors").line.startswith(f"{finished.out}: holds no error table")
 
 
-@pytest.mark.parametrize("data", ["table: [", "- a", "\xff", "[" * 9000])
+@pytest.mark.parametrize("data", ["table: [", "- a", "\xff", rare("[" * 9000)])
 def test_a_damaged_plan_is_one_line(finished: Project, data: str):
     (finished.out / "plan.yaml").write_text(data)
     assert str(finished.out) in finished("inspect", finished.out, "--errors").line
@@ -342,6 +343,7 @@ def encodings(path: Path) -> Iterator[str]:
             yield f"{path.name}:{node.lineno}"
 
 
+@pytest.mark.slow
 def test_every_text_file_is_utf_8_whatever_the_locale_is():
     assert [place for path in SOURCES for place in encodings(path)] == []
 
@@ -378,6 +380,7 @@ def test_a_locale_that_is_not_utf_8_from_the_start_of_the_process(undone: Path, 
     assert done.stderr == b""
 
 
+@pytest.mark.slow
 def test_a_locale_that_is_not_utf_8_and_a_reader_that_goes_away(undone: Path, latin: dict[str, str], nursery: Nursery):
     """A run to its end, whose standard output knows no other characters; and nobody listens from its first line on."""
     as_there = "import locale, sys\nlocale.setlocale(locale.LC_ALL, '')\nsys.stdout.reconfigure(encoding='iso-8859-1')\n"
@@ -391,6 +394,7 @@ def test_a_locale_that_is_not_utf_8_and_a_reader_that_goes_away(undone: Path, la
     assert nursery.wait(pid)[0] == 0
 
 
+@pytest.mark.slow
 def test_closed_streams_are_no_mistake(nursery: Nursery):
     for closing, words in ((">&-", ["--help"]), ("2>&-", ["run", "--help"])):
         done = compress(closing, *words)

@@ -114,7 +114,7 @@ def wanted_tensor(name: str, state: State, config: Any) -> Tensor:
     return held
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", covered(NAMES, "llama", "qwen3"))
 def test_the_gguf_package_reads_the_runs_weights(made: Any, family: Any, name: str) -> None:
     done, config = made(name), open_model(str(family(name))).config
     reader = oracle.GGUFReader(artifact_of(done) / FILE)
@@ -167,6 +167,7 @@ def test_transformers_computes_what_our_weights_give(made: Any, family: Any, nam
     assert torch.equal(said, wanted)
 
 
+@pytest.mark.slow
 def test_mistral_is_a_llama_without_a_window(text: Path, tmp_path: Path) -> None:
     config = FAMILIES["mistral"]()
     config.sliding_window = None
@@ -178,6 +179,7 @@ def test_mistral_is_a_llama_without_a_window(text: Path, tmp_path: Path) -> None
     assert "does not know 'mistral'" in done.artifacts["gguf"][1].remark
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rope", [
     {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
     {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -231,6 +233,7 @@ def test_what_is_written_is_read_back(made: Any, name: str) -> None:
     assert again.dense.base.nbytes == layout.tensor_bytes < layout.nbytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_other_source_precisions(family: Any, text: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     done = bake(tmp_path, family("llama", dtype), text, "gguf", rounded("int4:g32"))
@@ -248,6 +251,7 @@ def test_vectors_of_another_precision_than_the_model(family: Any, text: Path, tm
     same_state(done.state, gguf.read(artifact_of(done)))
 
 
+@pytest.mark.slow
 def test_asymmetric_weights_are_kept_though_zero_points_are_not(family: Any, text: Path, tmp_path: Path) -> None:
     done = bake(tmp_path, family("llama"), text, "gguf", rounded("int4:g64:asym", ASYMMETRIC))
     assert done.artifacts["gguf"][1].difference == 0

@@ -27,6 +27,7 @@ from compress.export.gguf.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSE
 from compress.formats import parse
 from compress.model.model import open_model
 from compress.state.plan import BitPlan
+from tests.conftest import covered, rare
 from tests.cooking import bake, steps
 from tests.gemma import LINES, LOCAL, MODELS, OTHER, SIZE, SPACES, TEXTS, WIDE, gemma, gemma_tokenizer
 from tests.test_gguf_tokenizer import as_transformers_reads, joined_by_score
@@ -67,10 +68,8 @@ OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
 
 
 def tables(*forms: str) -> list[Any]:
-    """Every model with a dense table; other formats of it where it serves the head too, and where it does not."""
-    quick = ("gemma3", "a head of its own")
-    return [pytest.param(name, form, marks=() if form == "bf16" or name in quick else pytest.mark.slow)
-            for name in MODELS for form in forms]  # fmt: skip
+    """Every model with every format of its table: of Gemma 3 in every run."""
+    return [(name, form) if name == "gemma3" else rare(name, form) for name in MODELS for form in forms]
 
 
 @pytest.mark.parametrize(("name", "table"), tables("bf16", "int8:g32", "int3:channel"))
@@ -140,7 +139,7 @@ def test_it_is_proven_in_transformers_and_read_back(made: Any, name: str, table:
         assert torch.equal(vector(ours, "norm.weight", family), vector(theirs, "norm.weight", family))
 
 
-@pytest.mark.parametrize(("form", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)])
+@pytest.mark.parametrize(("form", "dtype"), [("bf16", torch.bfloat16), rare("fp16", torch.float16), rare("fp32", torch.float32)])
 def test_a_dense_model(tmp_path: Path, text: Path, form: str, dtype: torch.dtype) -> None:
     done = bake(tmp_path / "run", gemma(tmp_path / "model", dtype=dtype), text, "gguf", steps(form))
     assert done.artifacts["gguf"][1].difference == 0
@@ -149,13 +148,14 @@ def test_a_dense_model(tmp_path: Path, text: Path, form: str, dtype: torch.dtype
     assert all(torch.equal(again.reference(again.graph[s.name]), done.state.weight(s)) for s in done.state.graph if not s.tied)
 
 
+@pytest.mark.slow
 def test_eval_reads_it(made: Any, text: Path, capsys: Any) -> None:
     folder = str(artifact_of(made("gemma3", "int8:g32")))
     assert main(["eval", folder, "--text", str(text), "--length", "32", "--sequences", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["kl"] > 0
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", covered(MODELS, "gemma3"))
 def test_as_a_source_it_is_the_same_model(made: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where its sizes are not those that transformers takes for granted, such as what queries are divided by."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -76,6 +76,7 @@ def test_the_dense_model_is_the_file_s(artifact: Path, tiny: Path) -> None:
         assert torch.equal(got.weight(site), known.weight(known.graph[site.name]).to(torch.bfloat16)), site.name
 
 
+@pytest.mark.slow
 def test_it_is_made_once_and_said(of_file: Project, cache: Path, tiny: Path) -> None:
     first = of_file.plan()
     assert re.search(rf"^tiny.gguf: made dense in bfloat16 in \d+ s, once, and kept in {cache}", first.err)
@@ -96,6 +97,7 @@ def test_it_is_made_once_and_said(of_file: Project, cache: Path, tiny: Path) -> 
     assert sum(p.is_dir() for p in cache.iterdir()) == 1
 
 
+@pytest.mark.slow
 def test_what_a_kill_left_is_made_anew_and_what_was_damaged_is_said(tiny: Path, cache: Path, project: Project) -> None:
     digest = gguf_source.place_of(tiny).name
     (cache / f"{digest}.partial" / "tiny").mkdir(parents=True)
@@ -110,6 +112,7 @@ def test_what_a_kill_left_is_made_anew_and_what_was_damaged_is_said(tiny: Path, 
     assert project("inspect", tiny).code == 0
 
 
+@pytest.mark.slow
 def test_what_lies_beside_the_file_is_none_of_its_business(tiny: Path, project: Project, family: Any) -> None:
     """Folders of such files hold configs and tokenizers of all kinds."""
     alone = contents(open_model(str(tiny)).folder)
@@ -121,6 +124,7 @@ def test_what_lies_beside_the_file_is_none_of_its_business(tiny: Path, project: 
     assert contents(open_model(str(tiny)).folder) == alone
 
 
+@pytest.mark.slow
 def test_made_again_it_is_the_same_model(of_file: Project, cache: Path) -> None:
     """Also to a key that holds times, as those of large files do."""
     assert of_file.run().code == 0
@@ -234,6 +238,7 @@ ROPES: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rope", ROPES)
 def test_scaled_rotary_embeddings(family: Any, tmp_path: Path, rope: dict[str, Any], project: Project) -> None:
     model = Path(shutil.copytree(family("llama"), tmp_path / "scaled"))
@@ -279,6 +284,7 @@ def test_the_largest_gemmas_divide_queries_otherwise(name: str, blocks: int, wid
     assert config.query_pre_attn_scalar == scalar
 
 
+@pytest.mark.slow
 def test_what_an_earlier_version_made_is_made_again(tiny: Path, cache: Path, project: Project) -> None:
     folder = open_model(str(tiny)).folder
     said = folder.parent / "source.json"

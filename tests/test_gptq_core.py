@@ -12,6 +12,7 @@ from compress.errors import FormatError
 from compress.formats import Int, parse
 from compress.formats.grid import Quantized
 from compress.passes import clip_core, gptq_core
+from tests.conftest import covered
 from tests.laws import decode
 
 F64 = torch.float64
@@ -71,7 +72,7 @@ def test_accumulate_over_several_tiles() -> None:
     assert torch.equal(H[:128, 128:], H[128:, :128].T)
 
 
-@pytest.mark.parametrize("inputs", [50, 2 * gptq_core._STRIP + 7])
+@pytest.mark.parametrize("inputs", covered([50, 2 * gptq_core._STRIP + 7], 50))
 @pytest.mark.parametrize("order", gptq_core.ORDERS)
 def test_factor_reproduces_the_damped_hessian(order: str, inputs: int) -> None:
     _, H = problem(1, inputs, dtype=F64)

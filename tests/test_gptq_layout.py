@@ -115,7 +115,7 @@ def test_the_definition_gives_the_weights(made: Any, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["gpt2", "phi3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "qwen2", "opt"))]
+    "name", ["phi3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "llama", "qwen2", "opt"))]
 )
 def test_what_is_written_is_read_back(family: Any, text: Path, tmp_path: Path, name: str) -> None:
     pins = {"layers.1.*.o": "bf16", "layers.0.mlp.*": "int8:channel"}
@@ -132,12 +132,14 @@ def test_what_is_written_is_read_back(family: Any, text: Path, tmp_path: Path, n
     assert again.dense.base.nbytes == layout.tensor_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_other_source_precisions(family: Any, text: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     done = bake(tmp_path, family("llama", dtype), text, "gptq", rounded("int4:g32"))
     same_state(done.state, gptq_reader.read(artifact_of(done)))
 
 
+@pytest.mark.slow
 def test_small_files(text: Path, tmp_path: Path) -> None:
     source = make_model(tmp_path / "model", transformers.LlamaConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=8000, bos_token_id=1,

@@ -159,6 +159,7 @@ def choices(family: Any) -> Every:
     return Every.of(open_model(str(family("llama"))).state, allocating())
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 1000), bits=st.sampled_from([1.2, 1.6, 2.0, 2.6, 3.3]), parameters=st.sampled_from([100, 85, 75]),
        cache=st.sampled_from([100, 75, 50]), latency=st.sampled_from(["<= 150 %", "70 %", "<= 55%", "40 %", "<= 11.5 ms", "9"]),
@@ -213,6 +214,7 @@ def test_the_frontier_is_that_of_shape_and_bits(choices: Every, free: bool) -> N
 # --- the model that comes of it ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_does_nothing_goes_and_its_bits_are_spent_on_the_rest(tmp_path: Path, text: Path) -> None:
     folder = redundant(tmp_path / "model")
     found = {}
@@ -232,6 +234,7 @@ def test_what_does_nothing_goes_and_its_bits_are_spent_on_the_rest(tmp_path: Pat
     assert "bits of a budget are per weight of the model as it was" in forecast.notes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "shapes"), [("qwen2", "free"), pytest.param("gemma3", "uniform", marks=pytest.mark.slow)])
 def test_a_budget_of_the_file_holds_for_the_smaller_model(tmp_path: Path, text: Path, name: str, shapes: str) -> None:
     folder = make_model(tmp_path / "model", FAMILIES[name](), torch.float32)
@@ -264,6 +267,7 @@ def write(project: Project, allocate: dict[str, Any], *exports: str) -> None:
     project.recipe.write_text(yaml.safe_dump(held, sort_keys=False))
 
 
+@pytest.mark.slow
 def test_plan_and_report_say_what_is_left(project: Project) -> None:
     allocate = {"budget": "2.6 bits", "formats": FORMATS, "structure": SHAPES, "probe": 64}
     write(project, allocate)
@@ -277,6 +281,7 @@ def test_plan_and_report_say_what_is_left(project: Project) -> None:
     assert again.replace("cached", "to do").split() == told.replace("cached", "to do").split(), "nothing is decided anew"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "constraint"), [
     pytest.param({"structure": {"mlp": [0.25]}}, {"parameters": "70 %"}, marks=pytest.mark.slow),  # a quarter: all
     pytest.param({"structure": {"kv_groups": [0.5]}}, {"kv_cache": "50 %"}, marks=pytest.mark.slow),
@@ -297,6 +302,7 @@ def test_plan_estimates_from_the_model_that_was_decided_on(
     assert size in project("plan", project.recipe).out
 
 
+@pytest.mark.slow
 def test_layers_that_lack_a_sublayer_may_be_the_first(project: Project) -> None:
     allocate = {"budget": "3 bits", "formats": FORMATS, "probe": 64, "structure": SHAPES, "shapes": "free"}
     write(project, allocate, "native")
@@ -375,6 +381,7 @@ def test_shape_and_bits_together_beat_bits_alone(assets: Path, tmp_path: Path, b
     assert kl["free"] <= 1.02 * kl["uniform"]
 
 
+@pytest.mark.slow
 def test_a_layer_may_be_left_without_attention(tmp_path: Path, text: Path) -> None:
     """Where the output matrix of an attention is zero it goes, at no cost, and its cache with it."""
     folder = make_model(tmp_path / "model", FAMILIES["llama"](), torch.float32)

@@ -131,6 +131,7 @@ def test_three_kills_and_the_same_bytes(warden: Warden, tiny: Path, clean: tuple
     assert contents(tmp_path / "out" / "compressed_tensors") == whole
 
 
+@pytest.mark.slow
 def test_kills_around_a_quantized_embedding(warden: Warden, tiny: Path, tmp_path: Path):
     """The walk goes on from the embedding that was finished; compressed_tensors would refuse it."""
     recipe = tiny.with_name("embedding.yaml")

@@ -105,9 +105,7 @@ def test_punctuation_is_told_as_vocabularies_write_it(family: Any) -> None:
 # --- the cache, against masks -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name", covered(["llama", "gemma3", "gpt2", "phi3", "opt", "mistral", "qwen3", "mixtral"], "llama", "gemma3")
-)
+@pytest.mark.parametrize("name", covered(["llama", "gemma3", "gpt2", "phi3", "opt", "mistral", "qwen3", "mixtral"], "gemma3"))
 def test_the_cache_computes_what_masks_would(family: Any, name: str) -> None:
     """Logits through the cache, token by token and in longer passes, are those of the whole text with a mask for each head; and
     `generate` writes this text."""
@@ -126,7 +124,7 @@ def test_the_cache_computes_what_masks_would(family: Any, name: str) -> None:
             assert any(not torch.equal(mask, causal(len(mask), None)) for mask in looked.values())
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+@pytest.mark.parametrize("dtype", covered(["fp32", "int8"], "int8"))
 def test_the_cache_takes_the_bytes_that_were_foretold(family: Any, dtype: str) -> None:
     policy = policy_for(family("llama"), dtype)
     model, ids = model_of(family("llama"), policy), text_of(2, PROMPT)
@@ -140,7 +138,7 @@ def test_the_cache_takes_the_bytes_that_were_foretold(family: Any, dtype: str) -
     assert cache.get_seq_length() == PROMPT + 2 * rules.STEP + 1
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("name", covered(["llama", "gemma3"], "llama"))
 def test_a_row_that_is_padded_reads_as_it_does_alone(family: Any, name: str) -> None:
     model, ids = model_of(family(name), policy_for(family(name))), text_of(2, PROMPT)
     mask = torch.ones_like(ids)
@@ -275,11 +273,13 @@ def test_the_artifact_brings_its_policy(made: pipeline.Outcome) -> None:
     assert "KL of the cache (nats)" in made.report.summary()
 
 
+@pytest.mark.slow
 def test_eval_tells_of_the_cache(made: pipeline.Outcome, text: Path, capsys: Any) -> None:
     main(["eval", str(made.artifacts["native"][0]), "--text", str(text), "--sequences", "4", "--length", "64", "--json"])
     assert json.loads(capsys.readouterr().out)["cache"]["tokens"] == made.scores["cache"]["tokens"]
 
 
+@pytest.mark.slow
 def test_a_model_with_a_policy_is_not_saved_without_it(family: Any, text: Path, tmp_path: Path) -> None:
     model = load(bake(tmp_path, family("llama"), text, "native", STEP).artifacts["native"][0])
     with pytest.raises(ModelError, match="is not saved again: copy the folder"):
@@ -297,6 +297,7 @@ def test_our_engine_and_our_stream_agree_on_the_cache(made: pipeline.Outcome) ->
     assert (ours.tokens, ours.prompt, ours.bytes) == (theirs.tokens, theirs.prompt, theirs.bytes)
 
 
+@pytest.mark.slow
 def test_another_budget_measures_nothing(made: pipeline.Outcome, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(core, "damages", lambda *_: pytest.fail("is measured again"))
     path = made.out.parent / "recipe.yaml"
@@ -305,6 +306,7 @@ def test_another_budget_measures_nothing(made: pipeline.Outcome, monkeypatch: py
     assert pipeline.run(other, until="kv_policy").state.serving[SERVED]["bytes"] <= 0.4 * made.state.serving[SERVED]["full"]
 
 
+@pytest.mark.slow
 def test_policies_are_for_native_alone_and_for_models_with_heads(family: Any, text: Path, tmp_path: Path) -> None:
     for exporter in ("compressed_tensors", "gguf", "gptq", "onnx"):
         with pytest.raises(CompressError, match=rf"{exporter} has no place for a policy of the KV cache.* export native"):
@@ -334,6 +336,7 @@ def test_policies_are_for_native_alone_and_for_models_with_heads(family: Any, te
         refused(tmp_path / str(i), family(name), text, passes, says)
 
 
+@pytest.mark.slow
 def test_windows_with_nothing_to_foretell_behind_a_prompt_are_refused_by_plan(family: Any, text: Path, tmp_path: Path) -> None:
     path = recipe(tmp_path, family("llama"), text)
     content = yaml.safe_load(path.read_text()) | {"passes": [STEP], "export": []}

@@ -30,6 +30,7 @@ from compress.model import attention, data
 from compress.model.marks import marked
 from compress.model.model import open_model
 from compress.passes.kv_policy_fastgen import Climb
+from tests.conftest import rare
 from tests.cooking import recipe, refused
 from tests.masked import NEW, PROMPT, both_caches, by_hand, causal, looking, model_of, places, text_of
 
@@ -109,7 +110,7 @@ def test_a_rung_that_another_took_stands_where_only_rounding_speaks_against_it()
 # --- the cache ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "recovery"), [("llama", 0.02), ("llama", 0.3), ("llama", 0.55), ("gemma3", 0.6)])
+@pytest.mark.parametrize(("name", "recovery"), [rare("llama", 0.02), rare("llama", 0.3), ("llama", 0.55), rare("gemma3", 0.6)])
 def test_the_cache_computes_what_masks_would(family: Any, name: str, recovery: float) -> None:
     """And `generate` writes this text; after the eviction on its way each head has what its rung is made of."""
     model, ids = model_of(family(name), policy_of(family(name), recovery)), text_of(1, PROMPT)
@@ -134,6 +135,7 @@ def test_the_cache_computes_what_masks_would(family: Any, name: str, recovery: f
         assert len(left - certain) <= (part if rung in (2, 3) else 0)
 
 
+@pytest.mark.slow
 def test_every_rung_is_taken_by_some_row_and_each_row_takes_its_own(family: Any) -> None:
     """Rows of one batch: of punctuation alone, of none, and padded."""
     model, ids = model_of(family("llama"), policy_of(family("llama"), 0.75)), text_of(3, PROMPT)
@@ -238,6 +240,7 @@ def test_our_engine_and_our_stream_agree_on_the_cache(made: pipeline.Outcome) ->
     assert (ours.bytes, ours.least, ours.most) == (theirs.bytes, theirs.least, theirs.most)
 
 
+@pytest.mark.slow
 def test_a_budget_is_met_in_the_mean_and_measures_nothing_anew(
     made: pipeline.Outcome, family: Any, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

@@ -109,7 +109,7 @@ def test_an_expert_counts_by_how_often_it_is_seen(family: Any) -> None:
     assert often[1]["lm_head"] == 1
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3", "gpt2", "mixtral", "phi3"])
+@pytest.mark.parametrize("name", covered(["llama", "qwen2", "gemma3", "gpt2", "mixtral", "phi3"], "qwen2", "mixtral"))
 @pytest.mark.parametrize("shapes", ["uniform", "free"])
 def test_a_table_has_all_that_may_be_chosen(family: Any, name: str, shapes: str) -> None:
     """Every shape, of pins and with ranks too; with less an allocation would stop at what it lacks."""
@@ -127,6 +127,7 @@ def test_a_table_has_all_that_may_be_chosen(family: Any, name: str, shapes: str)
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bench_measures_what_the_recipe_may_choose(project: Project) -> None:
     """From the recipe that names the file which is not there yet, to a run that keeps to it."""
     write(project, {"structure": SHAPED, "constraints": {"latency": "<= 1000 %"}, "latency": "table.json"})
@@ -150,6 +151,7 @@ def test_bench_measures_what_the_recipe_may_choose(project: Project) -> None:
     assert project("bench", project.recipe, "--table", file, "--repeats", "1", "--json").out == file.read_text()
 
 
+@pytest.mark.slow
 def test_the_table_decides_the_step_and_its_name_does_not(project: Project) -> None:
     table = tabled(project)
     write(project, {"structure": SHAPED, "constraints": {"latency": "<= 90 %"}, "latency": "table.json"})
@@ -163,6 +165,7 @@ def test_the_table_decides_the_step_and_its_name_does_not(project: Project) -> N
     assert project("bench", project.out, "--prompt", "4", "--new", "2", "--repeats", "1").code == 0, "without the file"
 
 
+@pytest.mark.slow
 def test_another_machine_is_a_note(project: Project) -> None:
     tabled(project, cpu="another processor")
     write(project, {"latency": "table.json"})
@@ -181,7 +184,7 @@ def limited(project: Project, shapes: str) -> Any:
     return table
 
 
-@pytest.mark.parametrize("shapes", ["uniform", "free"])
+@pytest.mark.parametrize("shapes", covered(["uniform", "free"], "uniform"))
 def test_a_table_that_is_not_spoilt_will_do(project: Project, shapes: str) -> None:
     limited(project, shapes)
     assert project("plan", project.recipe, "--no-measure").code == 0

@@ -21,7 +21,7 @@ from compress.passes import learned_core as core
 from compress.passes.quantize import Quantize
 from compress.state import State
 from tests import pass_laws
-from tests.conftest import contents, covered
+from tests.conftest import contents, covered, rare
 from tests.cooking import bake, cook, recipe, several
 from tests.pass_laws import attempt, check_pass, tensors_of
 from tests.test_quantize import records
@@ -60,7 +60,7 @@ def error(source: State, state: State, windows: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize(("name", "text"), [
-    ("llama", "int2:g32"), ("gpt2", "nf2:g32"), ("llama", "lut2:g64"),
+    ("llama", "int2:g32"), rare("gpt2", "nf2:g32"), rare("llama", "lut2:g64"),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in (("mixtral", "int2:g32:asym"), ("gemma2", "int3:channel"))),
 ])  # fmt: skip
 def test_a_block_is_better_than_gptq_leaves_it_on_windows_that_were_held_out(
@@ -74,6 +74,7 @@ def test_a_block_is_better_than_gptq_leaves_it_on_windows_that_were_held_out(
     assert after < before
 
 
+@pytest.mark.slow
 def test_where_no_step_is_better_the_start_stays(
     family: Any, much: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,6 +86,7 @@ def test_where_no_step_is_better_the_start_stays(
     assert [n for n in theirs if not torch.equal(ours[n], theirs[n])] == []
 
 
+@pytest.mark.slow
 def test_no_steps_are_gptq_to_the_byte(family: Any, text: Path, tmp_path: Path) -> None:
     made = [cook(tmp_path / str(i), family("llama"), text, format="int3:g32", pins={"lm_head": "int8:g32"}, **options)
             for i, options in enumerate(({}, {"method": "learned", "steps": 0}))]  # fmt: skip
@@ -92,6 +94,7 @@ def test_no_steps_are_gptq_to_the_byte(family: Any, text: Path, tmp_path: Path) 
     assert [n for n in theirs if not torch.equal(ours[n], theirs[n])] == []
 
 
+@pytest.mark.slow
 def test_one_window_leaves_none_to_judge_by(family: Any, text: Path, tmp_path: Path) -> None:
     paths = [recipe(tmp_path / str(i), family("llama", blocks=1), text, exports=False, format="int3:g32", **options)
              for i, options in enumerate(({}, QUICK))]  # fmt: skip
@@ -101,6 +104,7 @@ def test_one_window_leaves_none_to_judge_by(family: Any, text: Path, tmp_path: P
     assert all(r["notes"][-1] == learned.NOTHING_HELD for r in records(same).values())
 
 
+@pytest.mark.slow
 def test_records_tell_what_became_of_the_block_and_of_each_matrix(family: Any, text: Path, tmp_path: Path) -> None:
     options = {"format": "int3:g32", "pins": {"layers.1.*": "bf16", "*.v": "bf16", "lm_head": "int8:g32"}}
     paths = [recipe(tmp_path / str(i), family("llama"), text, exports=False, **options, **o) for i, o in enumerate(({}, QUICK))]
@@ -117,12 +121,14 @@ def test_records_tell_what_became_of_the_block_and_of_each_matrix(family: Any, t
         assert made[name]["rounding"] == gptq[name]["rounding"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", covered(["mixtral", "gpt2", "qwen2", "gemma2"], "gpt2"))
 def test_the_laws_of_passes_hold(family: Any, much: Tokens, tmp_path: Path, name: str) -> None:
     """Stopped and started again among them."""
     check_pass(Quantize(format=parse("int3:g32:asym"), **QUICK), family(name), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drift", covered([0.0, 1.0], 1.0))
 def test_two_runs_give_the_same_bytes_and_another_seed_others(family: Any, text: Path, tmp_path: Path, drift: float) -> None:
     made = []
@@ -137,6 +143,7 @@ def test_two_runs_give_the_same_bytes_and_another_seed_others(family: Any, text:
     assert weights[0] == weights[1] != weights[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "exporters"), [
     ("int4:g32", ("native", "compressed_tensors", "gptq", "gguf")), ("nf3:g32:dq8x16", ("native",)),
     pytest.param("int4:g32", ("onnx",), marks=pytest.mark.slow),
@@ -166,6 +173,7 @@ def test_of_factors_nothing_is_learned(family: Any, text: Path, tmp_path: Path) 
         bake(tmp_path, family("llama"), text, "native", *passes)
 
 
+@pytest.mark.slow
 def test_it_realises_what_is_allocated_and_corrected(family: Any, text: Path, tmp_path: Path) -> None:
     allocate = {"budget": "4 bits", "formats": ["int2:g32", "int4:g32", "int8:g32"], "ranks": [0, 4], "probe": 64}
     done = bake(tmp_path, family("llama"), text, "native", {"allocate": allocate}, {"quantize": QUICK}, {"lqlora": QUICK})

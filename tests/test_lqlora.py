@@ -35,6 +35,7 @@ def error(before: State, after: State) -> float:
     return sum(float((before.reference(s).float() - after.weight(s).float()).square().sum()) for s in before.graph.linear)
 
 
+@pytest.mark.slow
 def test_every_combination_of_formats_is_stored_as_it_was_solved(family: Any, tmp_path: Path) -> None:
     model = open_model(str(family("llama")))
     after = attempt(
@@ -52,6 +53,7 @@ def test_every_combination_of_formats_is_stored_as_it_was_solved(family: Any, tm
         assert packed.nbytes == fmt.nbytes(site.shape)
 
 
+@pytest.mark.slow
 def test_a_correction_lowers_the_error_that_is_reported(family: Any, tmp_path: Path) -> None:
     """The recorded error of every matrix falls with the rank, and is that of the stored weights."""
     model = open_model(str(family("llama")))
@@ -65,6 +67,7 @@ def test_a_correction_lowers_the_error_that_is_reported(family: Any, tmp_path: P
     assert errors[24] < errors[8] < error(model.state, plain)
 
 
+@pytest.mark.slow
 def test_init_paper_is_seeded_and_needs_no_data(project: Project) -> None:
     text = project.recipe.read_text()
     start, end = text.index("  - quantize:"), text.index("export:")
@@ -86,6 +89,7 @@ def test_init_paper_is_seeded_and_needs_no_data(project: Project) -> None:
     assert end > start
 
 
+@pytest.mark.slow
 def test_zero_blocks_and_pruned_rows_are_handled(family: Any, tmp_path: Path) -> None:
     """A matrix with pruned rows and blocks of zeros goes through both ways, and zero rows stay near zero."""
     source = tmp_path / "model"
@@ -128,6 +132,7 @@ def bought(project: Project, behind: str) -> dict[str, str]:
     return {n: str(f) for n, f in made.state.plan.formats.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("behind", ["  - lqlora: {}\n", "  - quantize: {}\n  - lqlora: {rounds: 1}\n"])
 def test_ranks_are_bought_from_the_same_budget_and_used(project: Project, behind: str) -> None:
     formats = bought(project, behind)

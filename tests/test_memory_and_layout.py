@@ -89,6 +89,7 @@ def deep_model(folder: Path, blocks: int) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not LINUX, reason="reads Linux's account of memory")
 def test_memory_does_not_grow_with_depth(tmp_path: Path, nursery: Nursery) -> None:
     """Quantizing, writing and checking 14 blocks takes the memory of a few, and so does a forward pass; not of the model."""

@@ -35,7 +35,7 @@ from tests.test_memory_ways import CASES, state_of, training
 LAYERS = 2
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", covered(CASES, "weights"))
 def test_what_learns_is_known_before(family: Any, tmp_path: Path, case: str) -> None:
     """Names, shapes and blocks, and so the bytes that optimizers hold of it."""
     step, words, rank = CASES[case]
@@ -100,7 +100,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> State:
     return open_model(str(folder)).state
 
 
-@pytest.mark.parametrize("number", covered(range(len(PRICED)), *range(0, 7, 2)), ids=lambda n: str(PRICED[n]))
+@pytest.mark.parametrize("number", covered(range(len(PRICED)), 0), ids=lambda n: str(PRICED[n]))
 def test_the_peak_of_a_training_is_foretold(wide: State, number: int) -> None:
     """Within a tenth of what torch's allocator counts."""
     p, choice = Distill(batch=4, memory=PRICED[number]), choose(wide, ("all",), None)
@@ -116,6 +116,7 @@ def test_the_peak_of_a_training_is_foretold(wide: State, number: int) -> None:
     assert split.parameters + most(seen) == pytest.approx(split.total - split.checkpoint, rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_teacher_that_is_asked_before_is_foretold(wide: State) -> None:
     """It does not keep what each block put out; where the student is small, it is the peak, and within the limit. What a
     block takes inside is taken for more than it is here."""
@@ -144,6 +145,7 @@ def setting(memory_: Memory) -> memory.Setting:
     return Distill(memory=memory_, batch=2).setting(8)
 
 
+@pytest.mark.slow
 def test_the_best_that_fits_is_taken(family: Any) -> None:
     """By the order of optimizers, then by time; what a recipe says stays as it says."""
     state = state_of(family)
@@ -171,6 +173,7 @@ def test_the_best_that_fits_is_taken(family: Any) -> None:
         taken(limit=str(round(0.6 * before)), optimizer="adamw", gradients="kept", activations="kept")
 
 
+@pytest.mark.slow
 def test_what_would_fit_is_found(family: Any) -> None:
     """Fewer windows at once, and matrices that are read, where no optimizer is small enough; no teacher that the loss cannot do
     with. What is named fits indeed."""
@@ -187,6 +190,7 @@ def test_what_would_fit_is_found(family: Any) -> None:
             settings.settled(state, choice, replace(start, memory=limit))
 
 
+@pytest.mark.slow
 def test_streamed_matrices_are_not_held(family: Any, tmp_path: Path) -> None:
     source = open_model(str(family("llama")))
     state = attempt(Quantize(format=parse("int4:g32"), method="rtn"), source, tmp_path / "q")
@@ -202,6 +206,7 @@ def test_streamed_matrices_are_not_held(family: Any, tmp_path: Path) -> None:
         settings.settled(state, choose(state, ("all",), None), setting(Memory(weights="streamed")))
 
 
+@pytest.mark.slow
 def test_the_plan_prices_every_setting(project: Project) -> None:
     project.edit("passes:\n", "passes:\n  - distill: {memory: {limit: 1 GiB}}\n")
     out = project.plan().out

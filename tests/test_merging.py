@@ -19,7 +19,7 @@ from compress.cache.merging import Merging, tree
 from compress.errors import ModelError
 from compress.export.runtime import merge_context
 from compress.export.runtime.merging import Chunk, MergedCache, merge_long
-from tests.conftest import GROUPED, IDS, SLIDING, SMALL
+from tests.conftest import GROUPED, IDS, SLIDING, SMALL, covered
 
 LAYERS, WINDOW, CHUNK = 6, 32, 16
 CONFIGS: dict[str, Callable[[], Any]] = {
@@ -192,7 +192,7 @@ def test_the_walk_is_the_papers_layer_by_layer(length: int, prefix: int, suffix:
     assert merged.tokens == model.context_merge.tree(length, prefix, suffix).live
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", covered(CONFIGS, "llama"))
 @torch.no_grad()
 def test_a_prompt_of_one_chunk_is_read_as_ever(name: str) -> None:
     model, ids, more = model_of(name), text_of(CHUNK), text_of(20, 1)
@@ -298,7 +298,7 @@ def greedy(model: Any, merged: Any, count: int) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", covered(CONFIGS, "llama"))
 def test_generate_goes_on_as_a_loop_by_hand_does(name: str) -> None:
     model, ids, options = model_of(name), text_of(90), {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     with torch.no_grad():

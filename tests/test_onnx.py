@@ -38,14 +38,13 @@ from compress.formats import parse
 from compress.model.model import Model, open_model
 from compress.state import State
 from tests import stock
-from tests.conftest import FAMILIES, contents, make_model
+from tests.conftest import FAMILIES, contents, make_model, rare
 from tests.cooking import bake, steps
 
 FAMILY = "mistral"
 DECODERS = [f for f in FAMILIES if f not in ("mixtral", "qwen3_moe", "roberta")]
-PINS = {"*.v": "nf4:g32:dq8x16", "*.o": "int3:g64:asym", "layers.0.*.up": "fp16", "layers.1.*.down": "lut3:g32:shared",
-        "layers.0.*.down": "bf16", "lm_head": "int8:channel"}  # fmt: skip
-Q = "model.layers.1.self_attn.q_proj"
+PINS = {"*.v": "nf4:g32:dq8x16", "*.o": "int3:g64:asym", "*.k": "fp16", "*.down": "lut3:g32:shared", "lm_head": "int8:channel"}
+Q = "model.layers.0.self_attn.q_proj"
 
 
 def artifact_of(outcome: pipeline.Outcome) -> Path:
@@ -66,10 +65,10 @@ def small(family: Any, text: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def mixed(baked: Any) -> pipeline.Outcome:
-    """A mistral, which is a llama with a sliding window, with a matrix of every kind."""
-    done: pipeline.Outcome = baked(FAMILY, "onnx", steps("int4:g32+r4", pins=PINS))
-    return done
+def mixed(family: Any, text: Path, tmp_path_factory: pytest.TempPathFactory) -> pipeline.Outcome:
+    """A mistral, which is a llama with a sliding window, of one block with a matrix of every kind."""
+    source = family(FAMILY, blocks=1)
+    return bake(tmp_path_factory.mktemp("mixed"), source, text, "onnx", steps("int4:g32+r4", pins=PINS))
 
 
 @pytest.fixture
@@ -152,7 +151,7 @@ def test_every_family_computes_what_transformers_does(baked: Any, family: Any, n
 
 
 def test_a_matrix_of_every_kind(mixed: pipeline.Outcome, family: Any) -> None:
-    as_transformers(mixed, family(FAMILY))
+    as_transformers(mixed, family(FAMILY, blocks=1))
     proof = mixed.artifacts["onnx"][1]
     assert re.fullmatch(r"onnxruntime \S+ on CPU", proof.engine)
     assert proof.greedy > 8
@@ -160,6 +159,7 @@ def test_a_matrix_of_every_kind(mixed: pipeline.Outcome, family: Any) -> None:
     assert float(proof.remark.split("the difference is ")[1].split()[0]) < 1e-3
 
 
+@pytest.mark.slow
 def test_an_encoder(small: Any, family: Any) -> None:
     done = small("roberta", "int8:g32")
     model, session = dequantized(family("roberta", blocks=1), done.state), Session(artifact_of(done), done.state, level=1)
@@ -206,7 +206,7 @@ def test_inputs_outputs_and_their_axes(mixed: pipeline.Outcome) -> None:
     def axes(values: Any) -> dict[str, list[Any]]:
         return {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
 
-    sides = [f"{i}.{side}" for i in range(2) for side in ("key", "value")]
+    sides = [f"0.{side}" for side in ("key", "value")]
     assert axes(made.input) == {
         "input_ids": ["batch", "sequence"], "attention_mask": ["batch", "total"], "position_ids": ["batch", "sequence"],
         **{f"past_key_values.{s}": ["batch", 2, "past", 16] for s in sides}}  # fmt: skip
@@ -219,8 +219,8 @@ def test_the_graph_has_high_level_nodes_and_every_tensor_is_used(mixed: pipeline
     assert {o.domain: o.version for o in made.opset_import} == {"": 23, "com.microsoft": 1}
     kinds = [n.op_type for n in made.graph.node]
     assert {k: kinds.count(k) for k in ("RMSNormalization", "RotaryEmbedding", "Attention")} == {
-        "RMSNormalization": 5, "RotaryEmbedding": 4, "Attention": 2}  # fmt: skip
-    assert kinds.count("MatMulNBits") == 10  # of 15 matrices 5 are dense or tables
+        "RMSNormalization": 3, "RotaryEmbedding": 2, "Attention": 1}  # fmt: skip
+    assert kinds.count("MatMulNBits") == 5  # of 8 matrices 3 are dense or tables
     used = {name for node in made.graph.node for name in node.input}
     assert {t.name for t in made.graph.initializer} <= used
     external = [t for t in made.graph.initializer if t.data_location == TensorProto.EXTERNAL]
@@ -263,7 +263,7 @@ def test_another_process_gives_the_same_bytes(mixed: pipeline.Outcome, tmp_path:
 
 def test_the_folder_says_what_it_is(mixed: pipeline.Outcome, family: Any) -> None:
     artifact = artifact_of(mixed)
-    config, was = (json.loads((f / "config.json").read_text()) for f in (artifact, family(FAMILY)))
+    config, was = (json.loads((f / "config.json").read_text()) for f in (artifact, family(FAMILY, blocks=1)))
     said = config.pop("quantization_config")
     assert config == was
     assert (said["quant_method"], said["format_version"]) == ("compress-onnx", 1)
@@ -274,7 +274,7 @@ def test_the_folder_says_what_it_is(mixed: pipeline.Outcome, family: Any) -> Non
         "generation_config.json"}  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "form"), [(FAMILY, ""), ("roberta", "int8:g32")])
+@pytest.mark.parametrize(("name", "form"), [(FAMILY, ""), rare("roberta", "int8:g32")])
 def test_the_card_runs(mixed: Any, small: Any, name: str, form: str, capsys: Any) -> None:
     artifact = artifact_of(small(name, form) if form else mixed)
     code = re.search(r"```python\n(.*?)```", (artifact / "README.md").read_text(), re.DOTALL)
@@ -299,6 +299,7 @@ def same_state(ours: State, theirs: State) -> None:
         assert torch.equal(theirs.dense.read(name), ours.dense.read(name)), name
 
 
+@pytest.mark.slow
 def test_what_is_written_is_read_back(mixed: pipeline.Outcome, small: Any) -> None:
     for done in (mixed, small("gpt2"), small("roberta", "int8:g32")):
         same_state(done.state, reader.read(artifact_of(done)))
@@ -316,6 +317,7 @@ def test_eval_and_inspect(mixed: pipeline.Outcome, text: Path, capsys: Any) -> N
     assert scores["tensor_bytes"] == shown["tensor_bytes"]
 
 
+@pytest.mark.slow
 def test_bytes_that_one_pass_reads(small: Any) -> None:
     state = reader.read(artifact_of(small("gpt2")))
     session = Session(artifact_of(small("gpt2")), state)
@@ -476,25 +478,26 @@ def test_another_version(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [f"{Q}.weight_codes", f"{Q}.lora_B.weight", "model.layers.0.self_attn.v_proj.weight_scale_top",
-                                  "model.norm.weight", "model.layers.0.mlp.up_proj.weight"])  # fmt: skip
+                                  "model.norm.weight", "model.layers.0.self_attn.k_proj.weight"])  # fmt: skip
 def test_a_flipped_bit_is_caught(mixed: pipeline.Outcome, family: Any, copy: Path, name: str) -> None:
     slots = {slot.name: start for slot, start in datafile.places(datafile.layout(mixed.state).file.slots)}
     (copy / MARK).unlink()
     damage_data(copy, lambda raw: raw.__setitem__(slots[name], raw[slots[name]] ^ 1))
-    job = Job(open_model(str(family(FAMILY))), mixed.state, None, "key", lambda facts: "")
+    job = Job(open_model(str(family(FAMILY, blocks=1))), mixed.state, None, "key", lambda facts: "")
     with pytest.raises(ExportError, match="on disk differs from the"):
         Onnx().prove(job, copy)
 
 
 def test_a_node_that_computes_otherwise_is_caught(mixed: pipeline.Outcome, family: Any, copy: Path) -> None:
-    """The tensors are right; a node reads them as another width."""
+    """The tensors are right; two nodes read each other's."""
 
     def swap(made: ModelProto) -> None:
-        a, b = [n for n in made.graph.node if n.op_type == "MatMulNBits" and n.input[1].endswith("k_proj.weight_codes")][:2]
+        nodes = {n.input[1]: n for n in made.graph.node if n.op_type == "MatMulNBits"}
+        a, b = (nodes[f"model.layers.0.mlp.{name}_proj.weight_codes"] for name in ("gate", "up"))
         a.input[1], b.input[1] = b.input[1], a.input[1]
 
     rewrite(copy, swap)
-    job = Job(open_model(str(family(FAMILY))), mixed.state, ids(1, 32), "key", lambda facts: "")
+    job = Job(open_model(str(family(FAMILY, blocks=1))), mixed.state, ids(1, 32), "key", lambda facts: "")
     with pytest.raises(ExportError, match="loads the artifact, but its logits differ"):
         Onnx().prove(job, copy)
 

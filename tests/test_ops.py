@@ -18,6 +18,7 @@ from compress.export.runtime.cuda import launch as cuda
 from compress.export.runtime.decode import blocks, named, part_names
 from compress.formats import Dense, Factored, LowRank, Rotated, base_of, numbers_of, parse
 from compress.formats.grid import plain
+from tests.conftest import covered
 
 INTEGERS = [f"int{b}:{group}{asym}" for b in range(2, 9) for group in ("g16", "channel") for asym in ("", ":asym")]
 TABLES = [f"nf{b}:g40{double}" for b in (2, 3, 4, 8) for double in ("", ":dq8x16", ":dq3x24:fp32")]
@@ -117,7 +118,11 @@ def test_gradients_are_those_of_the_dense_matrix(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["int4:g16", "int3:g16:asym+r2", "int5:channel:asym", "nf3:g40:dq8x16", "lut3:g40+r3:int8:channel", "lr6:int8:channel"],
+    covered(
+        ["int4:g16", "int3:g16:asym+r2", "int5:channel:asym", "nf3:g40:dq8x16", "lut3:g40+r3:int8:channel", "lr6:int8:channel"],
+        "int4:g16",
+        "lut3:g40+r3:int8:channel",
+    ),
 )
 def test_rows_of_an_embedding(text: str) -> None:
     n, k = 30, 80
@@ -136,6 +141,7 @@ def test_rows_of_an_embedding(text: str) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [
     *(pytest.param(form, marks=pytest.mark.slow) for form in ("int4:g16", "int3:g16:asym+r2", "nf3:g40:dq8x16")),
     "lut3:g40+r3:int8:channel", pytest.param("int3:g16:asym:r16", marks=pytest.mark.slow),

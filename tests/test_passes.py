@@ -125,27 +125,28 @@ def test_every_pass_is_tried() -> None:
     assert OPTIONS.keys() == PASSES.keys()
 
 
-# Of the first options of a pass, and of those that go ways of their own, in every run; of the others in the slow one.
-OWN_WAYS = {"quantize": (3,), "depth": (2,), "allocate": (4,)}
-
-
 def cases() -> Iterator[Any]:
+    """Of the first options of a pass in every run, stopped once; in the slow one of the others too, and the first are stopped
+    everywhere: where a pass is stopped is no matter of its options."""
     for i, (name, options) in enumerate(CASES):
-        often = OPTIONS[name].index(options) in (0, *OWN_WAYS.get(name, ()))
-        yield pytest.param(name, options, id=f"{name}{i}", marks=() if often else pytest.mark.slow)
+        first = options is OPTIONS[name][0]
+        yield pytest.param(name, options, False, id=f"{name}{i}", marks=() if first else pytest.mark.slow)
+        if first:
+            yield pytest.param(name, options, True, id=f"{name}{i}-everywhere", marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("name", "options"), cases())
-def test_the_laws_of_passes(family: Any, tmp_path: Path, name: str, options: dict[str, Any]) -> None:
-    first = options is OPTIONS[name][0]  # where a pass is stopped is no matter of its options
-    check_pass(PASSES[name].model_validate(options), family("llama"), tmp_path, FOLLOWING.get(name, ()), everywhere=first)
+@pytest.mark.parametrize(("name", "options", "everywhere"), cases())
+def test_the_laws_of_passes(family: Any, tmp_path: Path, name: str, options: dict[str, Any], everywhere: bool) -> None:
+    check_pass(PASSES[name].model_validate(options), family("llama"), tmp_path, FOLLOWING.get(name, ()), everywhere)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", covered(["mixtral", "gpt2", "roberta"], "mixtral"))
 def test_the_laws_hold_for_other_architectures(family: Any, tmp_path: Path, name: str) -> None:
     check_pass(Quantize(format=parse("int4:g32")), family(name), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixtral", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "gemma2"))])
 def test_allocation_holds_for_other_architectures(family: Any, tmp_path: Path, name: str) -> None:
     allocate = Allocate.model_validate({"budget": "3.5 bits", "formats": SOME, "trials": 1})

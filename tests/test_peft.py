@@ -29,7 +29,7 @@ from compress.formats import LowRank
 from compress.model.model import open_model
 from compress.state import State
 from tests import stock
-from tests.conftest import contents
+from tests.conftest import contents, rare
 from tests.cooking import bake
 
 PINS = {"layers.0.attn.q": "int3:g64+r8", "*.down": "int4:g32+r4", "*.o": "int4:g32", "layers.1.mlp.*": "bf16"}
@@ -83,7 +83,7 @@ def wanted(source: Path, state: State, dtype: torch.dtype, **options: Any) -> Te
 @pytest.mark.parametrize(("name", "options"), [
     ("llama", STEP["lqlora"]),
     pytest.param("qwen3", {"format": "int4:g32", "rank": 4}, marks=pytest.mark.slow),
-    ("opt", {"format": "int4:g32", "rank": 4, "factors": "fp32"}),
+    rare("opt", {"format": "int4:g32", "rank": 4, "factors": "fp32"}),
     pytest.param("gpt_neox", {"format": "int8:channel", "rank": 3, "factors": "fp16", "pins": {"lm_head": "int4:g32+r2"}},
                  marks=pytest.mark.slow),
     pytest.param("phi3", {"format": "int4:g32", "rank": 4}, marks=pytest.mark.slow),
@@ -105,6 +105,7 @@ def test_peft_computes_what_our_matrices_give(
     assert float((ours - without).abs().max()) > 1e-2 * float(ours.abs().max())
 
 
+@pytest.mark.slow
 def test_in_the_models_own_precision(peft: Any, made: pipeline.Outcome, family: Any) -> None:
     with torch.no_grad():
         theirs = loaded(peft, artifact_of(made))(input_ids=ids()).logits.float()
@@ -112,6 +113,7 @@ def test_in_the_models_own_precision(peft: Any, made: pipeline.Outcome, family: 
     assert float((ours - theirs).abs().mean()) < 1e-2 * float(ours.abs().max())
 
 
+@pytest.mark.slow
 def test_beside_quantized_experts(peft: Any, family: Any, text: Path, tmp_path: Path) -> None:
     """transformers unpacks experts in 16 bits, whatever dtype is asked for, so the run compares in our runtime, and says so.
 
@@ -209,6 +211,7 @@ def test_the_cards_code_runs(peft: Any, made: pipeline.Outcome) -> None:
     assert isinstance(scope["model"], peft.PeftModel)
 
 
+@pytest.mark.slow
 def test_a_run_repeated_gives_the_same_bytes(made: pipeline.Outcome, tmp_path: Path) -> None:
     text = (made.out.parent / "recipe.yaml").read_text().replace(str(made.out), str(tmp_path / "out"))
     (tmp_path / "recipe.yaml").write_text(text)
@@ -228,6 +231,7 @@ def test_our_reader_gives_everything_back(made: pipeline.Outcome) -> None:
     same_state(made.state, reader.read(artifact_of(made)))
 
 
+@pytest.mark.slow
 def test_conv1d_runs_in_our_runtime(family: Any, text: Path, tmp_path: Path) -> None:
     done = bake(tmp_path, family("gpt2"), text, "compressed_tensors", {"lqlora": {"format": "int4:g32", "rank": 4, "rounds": 0}})
     artifact, proof = done.artifacts["compressed_tensors"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Project
+from tests.conftest import Project, covered
 
 
 def table(out: str) -> dict[str, list[str]]:
@@ -29,7 +29,7 @@ def bare(family: Any, tmp_path: Path) -> Any:
     return get
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "mixtral", "roberta"])
+@pytest.mark.parametrize("name", covered(["llama", "qwen2", "gpt2", "mixtral", "roberta"], "qwen2", "roberta"))
 def test_the_table_is_what_plan_says_of_a_recipe(project: Project, bare: Any, name: str):
     """Also of a bare config; and a folder may be named by its config."""
     folder = bare(name)

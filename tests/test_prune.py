@@ -43,7 +43,7 @@ def redundant(folder: Path, name: str = "llama") -> Path:
     return folder
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", covered(METHODS, "obs", "flap"))
 def test_what_does_nothing_goes_first_and_nothing_changes(tmp_path: Path, method: str) -> None:
     folder = redundant(tmp_path / "model")
     options = {"mlp": 0.5, "kv_groups": 0.5, "method": method}
@@ -82,7 +82,7 @@ def test_smaller_shapes_go_through_every_exporter_and_back(smaller: Any, kind: s
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", covered(["gemma3", "phi3", "gpt2", "opt"], "gemma3", "gpt2"))
+@pytest.mark.parametrize("name", covered(["gemma3", "phi3", "gpt2", "opt"], "gpt2"))
 def test_alone_it_gives_a_plain_model_that_transformers_loads(tmp_path: Path, text: Path, name: str) -> None:
     folder = make_model(tmp_path / "model", FAMILIES[name](), torch.float32)
     options = {"mlp": 0.5, **({} if name in ("gpt2", "opt") else {"kv_groups": 0.5})}
@@ -100,6 +100,7 @@ def test_alone_it_gives_a_plain_model_that_transformers_loads(tmp_path: Path, te
     assert torch.equal(cached, plain)
 
 
+@pytest.mark.slow
 def test_what_is_left_makes_up_for_what_goes(tmp_path: Path) -> None:
     """Whoever goes, the error in the outputs is less with compensation."""
     model = open_model(str(make_model(tmp_path / "model", FAMILIES["llama"](), torch.float32)))

@@ -23,7 +23,7 @@ from compress.passes import gptq_core as core
 from compress.passes.drift import Drift
 from compress.passes.quantize import Quantize
 from tests import stock
-from tests.conftest import GROUPED, IDS, SMALL, contents, make_model
+from tests.conftest import GROUPED, IDS, SMALL, contents, make_model, rare
 from tests.cooking import bake, cook, recipe
 
 
@@ -111,6 +111,7 @@ def divergence(
     return kl
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [*(pytest.param(bits, marks=pytest.mark.slow) for bits in (4, 3)), 2])
 def test_error_feedback_beats_rounding_on_held_out_text(assets: Path, tmp_path: Path, bits: int) -> None:
     texts = assets / "texts" / "stories-split"
@@ -149,7 +150,7 @@ def test_error_feedback_loses_on_the_weights_and_wins_on_the_outputs(family: Any
 
 
 @pytest.mark.parametrize(("name", "method"), [
-    ("llama", "rtn"), ("gpt2", "gptq"), ("mixtral", "gptq"), pytest.param("llama", "gptq", marks=pytest.mark.slow),
+    ("llama", "rtn"), ("gpt2", "gptq"), rare("mixtral", "gptq"), pytest.param("llama", "gptq", marks=pytest.mark.slow),
     pytest.param("gpt2", "rtn", marks=pytest.mark.slow), pytest.param("mixtral", "rtn", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_every_changed_site_has_one_record_in_the_order_of_the_blocks(
@@ -186,6 +187,7 @@ def test_rounding_that_asks_nothing_of_inputs_streams_no_text(family: Any, text:
     assert all(r["tokens"] is None for r in load_records(next((made[0].out / "steps").iterdir())))
 
 
+@pytest.mark.slow
 def test_a_rank_that_no_step_fits_is_refused(family: Any, text: Path, tmp_path: Path) -> None:
     ranked = {"pins": {"*.q": "int3:g32+r4"}}
     with pytest.raises(RecipeError, match=r":\d+:\d+  'int3:g32\+r4' has a low-rank correction, which 'quantize' leaves"):
@@ -225,6 +227,7 @@ def solved(idle: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return cook(tmp_path_factory.mktemp("solved"), idle, text, format="int4:g32")
 
 
+@pytest.mark.slow
 def test_tokens_are_counted_for_each_expert(solved: pipeline.Outcome) -> None:
     """Each token goes to two experts; what an expert lacks is taken from the others, and said."""
     made = solved
@@ -256,6 +259,7 @@ def test_an_expert_without_tokens_is_quantized_no_worse_than_by_rounding_alone(
     assert made["gptq"].artifacts["compressed_tensors"][1].engine == "transformers"  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_experts_that_saw_too_little_are_a_warning(solved: pipeline.Outcome, idle: Path, text: Path, tmp_path: Path) -> None:
     """On the last screen and in both reports; of all experts of all blocks, by the inputs of the widest of their matrices."""
     found = records(solved)
@@ -284,6 +288,7 @@ def test_no_warning_of_experts_without_experts_or_data(family: Any, idle: Path, 
 # --- one result -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.slow), "mixtral"])
 def test_two_runs_give_the_same_bytes(family: Any, text: Path, tmp_path: Path, name: str) -> None:
     a, b = (cook(tmp_path / run, family(name, blocks=1), text, format="int4:g32") for run in ("a", "b"))
@@ -345,6 +350,7 @@ def test_cost_grows_with_the_model_the_tokens_and_the_twin(family: Any) -> None:
     assert cost(1000, pins={"layers.*": "bf16"}) == Cost()
 
 
+@pytest.mark.slow
 def test_the_source_may_lie_in_a_read_only_folder(family: Any, text: Path, tmp_path: Path) -> None:
     source = shutil.copytree(family("llama"), tmp_path / "model")
     for path in source.iterdir():

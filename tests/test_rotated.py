@@ -229,6 +229,7 @@ def test_matrices_solved_as_one_are_those_solved_one_by_one(case: Case, text: st
         row += len(W)
 
 
+@pytest.mark.slow
 def test_every_site_of_a_model_is_solved_as_it_is_alone(family: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, p = open_model(str(family("llama"))), Quantize(format=parse("int3:g32:r64"), drift=0.5)
     joined = attempt(p, model, tmp_path / "joined")
@@ -273,6 +274,7 @@ def entries(family: Any, text: Path, folder: Path, **more: Any) -> dict[tuple[st
         return {(r["site"], r["format"]): r for r in json.loads(file.metadata()["records"])}
 
 
+@pytest.mark.slow
 def test_the_table_of_errors_is_of_the_whole_matrix(
     family: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,6 +309,7 @@ def test_a_plan_and_a_report_show_the_text(made: pipeline.Outcome) -> None:
     assert {str(f) for f in made.state.formats.values()} >= {"int3:g32:r64", "lut3:g64:r128", "nf3:g64:dq8x16:r32"}
 
 
+@pytest.mark.slow
 def test_an_artifact_that_gives_an_embedding_one_is_refused(family: Any, text: Path, tmp_path: Path) -> None:
     step = {"quantize": {"format": "int4:g32", "method": "rtn", "pins": {"embed": "int4:g32"}}}
     folder = bake(tmp_path, family("llama"), text, "native", step).artifacts["native"][0]
@@ -354,11 +357,13 @@ def test_what_does_not_go_with_a_rotation_is_said_in_a_line(
     refused(tmp_path, family("llama"), text, passes, says)
 
 
+@pytest.mark.slow
 def test_scales_are_searched_for_a_rotated_quantizer(family: Any, text: Path, tmp_path: Path) -> None:
     done = bake(tmp_path, family("llama"), text, "native", {"smooth": {}}, {"quantize": {"format": "int3:g32:r64"}})
     assert "native" in done.artifacts
 
 
+@pytest.mark.slow
 def test_norms_learn_beside_rotated_matrices(family: Any, text: Path, tmp_path: Path) -> None:
     distill = {"distill": {"train": "norms", "loss": {"ce": 1.0}, "rate": 0.05, "batch": 2}}
     done = bake(tmp_path, family("llama"), text, "native", FIRST, distill)

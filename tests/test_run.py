@@ -23,7 +23,7 @@ from compress.passes.allocate import Allocate
 from compress.passes.quantize import Quantize
 from compress.run import RunFolder, Step, digest, first_difference, read_part, shorten, step_inputs, write_atomic
 from compress.state import Fact
-from tests.conftest import Project, contents, covered
+from tests.conftest import Project, contents, covered, rare
 
 BLOCKS = 2  # commits of a run of the test recipe: a block and the head
 
@@ -99,7 +99,7 @@ CHANGES: dict[str, tuple[Callable[[Project], Any], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", covered(CHANGES, "text", "format", "seed", "pin"))
 def test_a_change_is_named_and_made_anew_and_the_old_is_kept(finished: Project, change: str):
     old_steps, old = names(finished.out / "steps"), contents(finished.artifact)
     before = contents(finished.out / "steps")
@@ -131,6 +131,7 @@ def test_a_change_taken_back_finds_the_old_step(finished: Project, monkeypatch: 
     assert contents(finished.artifact) == old
 
 
+@pytest.mark.slow
 def test_changes_to_and_fro_move_artifacts_aside_and_never_onto_another(finished: Project):
     old = contents(finished.artifact)
     for _ in range(2):
@@ -144,6 +145,7 @@ def test_a_project_that_was_moved_keeps_its_steps(finished: Project, capsys: pyt
     assert "(finished before)" in Project(tmp_path / "moved", capsys).run().out
 
 
+@pytest.mark.slow
 def test_the_evaluation_text_is_no_part_of_a_step(finished: Project):
     finished.edit("sequences: 4", "sequences: 3")
     result = finished.run()
@@ -152,6 +154,7 @@ def test_the_evaluation_text_is_no_part_of_a_step(finished: Project):
     assert json.loads((finished.out / "evaluation.json").read_text())["compressed"]["tokens"] == 3 * 31
 
 
+@pytest.mark.slow
 def test_the_difference_is_to_the_last_finished_step(finished: Project):
     assert finished.run("quantize.damp=0.5").code == 0
     assert "options.damp 0.5 → 0.25" in finished.run("quantize.damp=0.25").out
@@ -220,7 +223,7 @@ def clean(ran: Path) -> dict[str, bytes]:
     return contents(ran.with_name("kept") / "out" / "compressed_tensors")
 
 
-@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("after", covered([False, True], True))
 def test_a_run_stopped_at_any_block_goes_on_from_the_last_finished_one(
     fresh: Project, clean: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, after: bool
 ):
@@ -244,7 +247,7 @@ def test_a_run_stopped_at_any_block_goes_on_from_the_last_finished_one(
 
 
 @pytest.mark.parametrize(("owner", "name", "after"), [
-    (Step, "finish", False), (CompressedTensors, "write", False), (CompressedTensors, "prove", True),
+    (Step, "finish", False), rare(CompressedTensors, "write", False), rare(CompressedTensors, "prove", True),
     pytest.param(Step, "finish", True, marks=pytest.mark.slow),
     pytest.param(CompressedTensors, "write", True, marks=pytest.mark.slow),
     pytest.param(CompressedTensors, "prove", False, marks=pytest.mark.slow),
@@ -263,6 +266,7 @@ def test_a_run_stopped_behind_the_blocks_repeats_none(
     assert contents(fresh.artifact) == clean
 
 
+@pytest.mark.slow
 def test_a_run_in_part_is_no_hit_for_other_settings(project: Project, monkeypatch: pytest.MonkeyPatch):
     with monkeypatch.context() as patch:
         stop_at(patch, Step, "commit", 2)
@@ -278,7 +282,7 @@ def test_a_run_in_part_is_no_hit_for_other_settings(project: Project, monkeypatc
 # --- until ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("until", ["1", "quantize"])
+@pytest.mark.parametrize("until", covered(["1", "quantize"], "1"))
 def test_until_stops_after_a_step(project: Project, until: str):
     assert project("run", project.recipe, "--until", until).code == 0
     assert len(names(project.out / "steps")) == 1
@@ -286,6 +290,7 @@ def test_until_stops_after_a_step(project: Project, until: str):
     assert project.artifact.exists()
 
 
+@pytest.mark.slow
 def test_until_before_the_last_step_exports_nothing(project: Project, monkeypatch: pytest.MonkeyPatch):
     """With a second pass, that may follow quantization, behind the first."""
 
@@ -379,7 +384,7 @@ def test_the_folder_of_the_model_or_the_one_around_it_is_refused(project: Projec
     assert contents(project.folder) == before
 
 
-@pytest.mark.parametrize("size", [0, 5])
+@pytest.mark.parametrize("size", covered([0, 5], 5))
 def test_a_run_that_was_stopped_while_it_marked_its_folder_goes_on(project: Project, size: int):
     with RunFolder(project.out).held():
         pass
@@ -391,6 +396,7 @@ def test_a_run_that_was_stopped_while_it_marked_its_folder_goes_on(project: Proj
     assert (project.out / ".lock").read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_a_link_to_a_folder_is_that_folder_and_one_to_nowhere_is_refused(project: Project):
     (project.folder / "disk").mkdir()
     project.out.symlink_to("disk")
@@ -417,6 +423,7 @@ def test_a_run_folder_that_lost_its_lock_file_is_still_one(finished: Project):
     assert "(finished before)" in finished.run().out
 
 
+@pytest.mark.slow
 def test_an_empty_folder_is_taken(project: Project):
     project.out.mkdir()
     assert project.run("quantize.method=rtn").code == 0
@@ -429,7 +436,7 @@ def test_a_file_in_the_place_of_the_run_folder_is_refused(project: Project):
     assert project.out.read_text() == "years of work"
 
 
-@pytest.mark.parametrize("make", [lambda p: p.mkdir(), lambda p: p.write_text("years of work")])
+@pytest.mark.parametrize("make", [rare(lambda p: p.mkdir()), lambda p: p.write_text("years of work")])
 def test_something_else_in_the_place_of_the_artifact_is_refused(project: Project, make: Any):
     assert project("run", project.recipe, "--set", "export=[]").code == 0
     make(project.artifact)
@@ -440,7 +447,7 @@ def test_something_else_in_the_place_of_the_artifact_is_refused(project: Project
 
 
 @pytest.mark.parametrize("make", [
-    lambda p: p.write_text("years of work"), lambda p: (p.mkdir(), (p / "thesis.txt").write_text("years of work")),
+    rare(lambda p: p.write_text("years of work")), rare(lambda p: (p.mkdir(), (p / "thesis.txt").write_text("years of work"))),
     lambda p: (p.mkdir(), (p / "compress.json").write_text("{}")), lambda p: p.symlink_to("steps"),
 ])  # fmt: skip
 def test_something_else_where_the_artifact_is_written_first_is_refused_and_stays(project: Project, make: Any):
@@ -454,6 +461,7 @@ def test_something_else_where_the_artifact_is_written_first_is_refused_and_stays
     assert (stamps(project.out / "steps"), stamps(place)) == before
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_left_of_an_artifact_is_written_anew(finished: Project, clean: dict[str, bytes]):
     place = finished.artifact.with_name("compressed_tensors.partial")
     for stage in ("", UNFINISHED):
@@ -512,6 +520,7 @@ def the_step(project: Project) -> Path:
     return next((project.out / "steps").iterdir())
 
 
+@pytest.mark.slow
 def test_a_damaged_block_is_named_and_can_be_mended(finished: Project, clean: dict[str, bytes]):
     shutil.rmtree(finished.artifact)
     block = the_step(finished) / "block-0000.safetensors"
@@ -528,6 +537,7 @@ def test_a_damaged_block_is_named_and_can_be_mended(finished: Project, clean: di
     assert contents(finished.artifact) == clean
 
 
+@pytest.mark.slow
 def test_a_damaged_record_is_named(finished: Project):
     step = the_step(finished)
     for data in (b"", b"{", b"[]", b"{}", b"\xff", b'{"made_of": 1}', b'{"made_of": {}, "sites": [3]}'):
@@ -546,7 +556,7 @@ FLIPPED = ["README.md", "config.json", "generation_config.json", "model.safetens
            "tokenizer_config.json"]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", covered(FLIPPED, "config.json", "model.safetensors", "README.md"))
+@pytest.mark.parametrize("name", covered(FLIPPED, "model.safetensors"))
 def test_a_bit_that_flipped_in_an_artifact_is_noticed_by_the_next_run(finished: Project, clean: dict[str, bytes], name: str):
     assert {*FLIPPED, "compress.json"} == clean.keys()
     path = finished.artifact / name
@@ -562,6 +572,7 @@ def test_a_bit_that_flipped_in_an_artifact_is_noticed_by_the_next_run(finished: 
     assert "moved aside" not in finished.run().out
 
 
+@pytest.mark.slow
 def test_an_artifact_that_was_damaged_where_it_lies_aside_does_not_come_back(finished: Project, clean: dict[str, bytes]):
     assert finished.run("quantize.damp=0.5").code == 0
     aside = finished.out / f"compressed_tensors-{json.loads(clean['compress.json'])['key'][:6]}"
@@ -570,7 +581,7 @@ def test_an_artifact_that_was_damaged_where_it_lies_aside_does_not_come_back(fin
     assert contents(finished.artifact) == clean
 
 
-@pytest.mark.parametrize("name", GAPS)
+@pytest.mark.parametrize("name", covered(GAPS, "an artifact's weights", "an artifact's mark"))
 def test_a_damaged_artifact_is_no_hit(finished: Project, clean: dict[str, bytes], name: str):
     """It is named, or written anew."""
     file, data, named = GAPS[name]

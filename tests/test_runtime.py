@@ -38,7 +38,7 @@ from compress.formats import Dense, parse
 from compress.formats.grid import plain
 from compress.state import State
 from compress.state.checkpoint import OWN_INDEX
-from tests.conftest import FAMILIES, KINDS_OF_FAMILIES, ROOT, covered, make_model
+from tests.conftest import FAMILIES, ROOT, covered, make_model, rare
 from tests.cooking import KINDS, bake, steps
 from tests.nursery import Nursery
 from tests.test_native import told
@@ -97,7 +97,7 @@ def off(folder: Path, state: State, dtype: torch.dtype, model: Any = None) -> fl
 # --- what it computes -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", covered(FAMILIES, *KINDS_OF_FAMILIES))
+@pytest.mark.parametrize("name", covered(FAMILIES, "llama", "gpt2", "mixtral"))
 def test_every_family(mixed: Any, name: str) -> None:
     """With formats of every kind among its matrices."""
     folder = artifact_of(mixed(name))
@@ -112,7 +112,7 @@ def test_every_family(mixed: Any, name: str) -> None:
         assert torch.equal(path[0, 19:-1].argmax(-1), text[0, 20:])
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3_moe"])
+@pytest.mark.parametrize("name", covered(["llama", "gpt2", "qwen3_moe"], "llama", "gpt2"))
 def test_in_16_bits(mixed: Any, tmp_path: Path, name: str) -> None:
     """Experts are all asked: else a router rounded otherwise on another machine chooses another one, and all is different."""
     folder = shutil.copytree(artifact_of(mixed(name)), tmp_path / "artifact")
@@ -151,6 +151,7 @@ def test_low_rank(folder_of: Any, name: str) -> None:
     assert off(folder, reader.read(folder), torch.float32) < TIGHT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_models_of_other_dtypes(family: Any, text: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     """Scales are in 16 bits of the model's kind, and stay so whatever dtype is asked for."""
@@ -162,6 +163,7 @@ def test_models_of_other_dtypes(family: Any, text: Path, tmp_path: Path, dtype: 
         assert off(artifact_of(done), done.state, asked, model) < LOOSE
 
 
+@pytest.mark.slow
 def test_several_files(text: Path, tmp_path: Path) -> None:
     config = FAMILIES["llama"]()
     config.vocab_size = 8000
@@ -180,6 +182,7 @@ def test_several_files(text: Path, tmp_path: Path) -> None:
         runtime.load(folder)
 
 
+@pytest.mark.slow
 def test_experts_that_stay_dense_beside_packed_ones(folder_of: Any) -> None:
     for name in ("mixtral", "qwen3_moe"):
         folder = folder_of(
@@ -192,6 +195,7 @@ def test_experts_that_stay_dense_beside_packed_ones(folder_of: Any) -> None:
         assert off(folder, reader.read(folder), torch.float32) < TIGHT
 
 
+@pytest.mark.slow
 def test_tensors_that_belong_to_no_module(family: Any, text: Path, tmp_path: Path) -> None:
     source = shutil.copytree(family("qwen2"), tmp_path / "model")
     tensors = load_file(source / "model.safetensors")
@@ -237,6 +241,7 @@ def test_nothing_is_made_dense(folder_of: Any) -> None:
     assert not any("proj" in name for name, _ in model.named_parameters())
 
 
+@pytest.mark.slow
 def test_the_dtypes_of_a_format_survive_moves(folder_of: Any) -> None:
     """transformers refuses `.half()` on a quantized model, but modules are moved by other ways too."""
     layer = runtime.load(folder_of("llama", "int4:g32+r4", RANKED)).model.layers[0].mlp
@@ -250,6 +255,7 @@ def test_the_dtypes_of_a_format_survive_moves(folder_of: Any) -> None:
         assert layer(torch.randn(2, 64, dtype=dtype)).dtype == dtype
 
 
+@pytest.mark.slow
 def test_it_compiles_in_full_graphs(folder_of: Any) -> None:
     model = runtime.load(folder_of("llama", "int4:g32+r4", RANKED), dtype=torch.float32)
     graph = torch.compile(model, fullgraph=True, backend="eager")
@@ -268,6 +274,7 @@ def test_it_compiles_further(folder_of: Any, backend: str) -> None:
         assert torch.allclose(torch.compile(model, fullgraph=True, backend=backend)(input_ids=ids()).logits, wanted, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_saving_is_refused_and_an_adapter_is_saved(folder_of: Any, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = runtime.load(folder_of("llama"))
@@ -285,7 +292,7 @@ def test_saving_is_refused_and_an_adapter_is_saved(folder_of: Any, tmp_path: Pat
 
 
 @pytest.mark.filterwarnings("ignore:.*fan_in_fan_out.*", "ignore:.*gradient_checkpointing.*")
-@pytest.mark.parametrize(("name", "targets"), [("llama", ["q_proj", "down_proj"]), ("gpt2", ["c_attn"])])
+@pytest.mark.parametrize(("name", "targets"), [("llama", ["q_proj", "down_proj"]), rare("gpt2", ["c_attn"])])
 def test_an_adapter_learns_upon_it(folder_of: Any, name: str, targets: list[str]) -> None:
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
@@ -353,9 +360,9 @@ def test_it_needs_nothing_of_the_compressor(folder_of: Any, nursery: Nursery, tm
 @pytest.mark.parametrize(("name", "form", "pins"), [
     ("llama", "int3:g64:asym", {"*.down": "int4:g32", "lm_head": "int8:g32", "*.o": "int5:channel:asym"}),
     pytest.param("gpt2", "int4:g32:asym", {}, marks=pytest.mark.slow),
-    ("mixtral", "int4:g32", {"*.o": "int2:g16:asym"}), pytest.param("roberta", "int4:g32", {}, marks=pytest.mark.slow),
-    ("llama", "int3:g64+r4", {"*.o": "int4:g32", "*.up": "int3:g64+r2:fp32", "*.gate": "int3:g64+r2:fp32"}),
-    ("gpt2", "int4:g32+r3", {}),
+    rare("mixtral", "int4:g32", {"*.o": "int2:g16:asym"}), pytest.param("roberta", "int4:g32", {}, marks=pytest.mark.slow),
+    rare("llama", "int3:g64+r4", {"*.o": "int4:g32", "*.up": "int3:g64+r2:fp32", "*.gate": "int3:g64+r2:fp32"}),
+    rare("gpt2", "int4:g32+r3", {}),
 ])  # fmt: skip
 def test_integers_of_compressed_tensors_stay_packed(folder_of: Any, name: str, form: str, pins: dict[str, str]) -> None:
     folder = folder_of(name, form, pins, "compressed_tensors")
@@ -365,6 +372,7 @@ def test_integers_of_compressed_tensors_stay_packed(folder_of: Any, name: str, f
     assert {m.format for m in packed(model).values()} == {str(state.format(s)) for s in state.graph if s.name in state.codes}
 
 
+@pytest.mark.slow
 def test_keep_packed_can_be_undone(folder_of: Any) -> None:
     folder = folder_of("llama", "int4:g32", {}, "compressed_tensors")
     stock = dict(auto.AUTO_QUANTIZER_MAPPING), dict(auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
@@ -443,6 +451,7 @@ def test_an_adapter_that_is_not_ours(folder_of: Any, tmp_path: Path, change: dic
 # --- tiles ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_repacked_for_a_kernel(folder_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on CUDA, with a dense product in the kernel's place."""
@@ -465,6 +474,7 @@ def test_repacked_for_a_kernel(folder_of: Any, monkeypatch: pytest.MonkeyPatch) 
         model.model.layers[0].mlp.half()
 
 
+@pytest.mark.slow
 def test_what_the_kernel_does_not_take_is_said(folder_of: Any) -> None:
     model = runtime.load(folder_of("llama", "int5:g32", {}))
     module = next(iter(packed(model).values()))
@@ -604,6 +614,7 @@ def damaged(data: bytes, at: int, how: int) -> bytes:
     return data[:at] + bytes([data[at] ^ how]) + data[at + 1 :] if how else data[:at]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(name=st.sampled_from([FILE, FILE, "config.json", artifact_files.MARK]), at=st.integers(0, 1 << 20),
        how=st.just(0) | st.integers(1, 255), marked=st.booleans())  # fmt: skip

@@ -105,6 +105,7 @@ def test_a_pattern_that_never_ends_is_refused_by_whoever_reads_the_folder(change
         transformers.AutoModelForCausalLM.from_pretrained(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [
     {"rank_pattern": {EVIL: 8}}, {"alpha_pattern": {"^model": 8, EVIL: 8}}, {"exclude_modules": EVIL}, {"target_modules": EVIL},
 ])  # fmt: skip

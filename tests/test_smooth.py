@@ -21,7 +21,7 @@ from compress.passes import gptq_core, smooth_core
 from compress.passes.quantize import Quantize
 from compress.passes.smooth import Pair, Smooth
 from compress.state import State
-from tests.conftest import FAMILIES, KINDS_OF_FAMILIES, Project, covered, make_model
+from tests.conftest import FAMILIES, Project, covered, make_model
 from tests.cooking import bake
 from tests.pass_laws import TOKENS, step_of
 
@@ -63,7 +63,7 @@ def smoothed(folder: Path, work: Path, p: Smooth) -> tuple[State, State, list[di
     return source.state, p.run(source.state, step.context()), step.records
 
 
-@pytest.mark.parametrize("name", covered(FAMILIES, *KINDS_OF_FAMILIES))
+@pytest.mark.parametrize("name", covered(FAMILIES, "llama", "gpt2", "phi3", "opt"))
 def test_the_function_of_the_model_does_not_change(model: Any, tmp_path: Path, name: str) -> None:
     before, after, records = smoothed(model(name), tmp_path, Smooth(strength=0.75))
     touched = {r["site"] for r in records if r["strength"]}
@@ -111,6 +111,7 @@ def test_the_error_of_scaled_weights_under_the_scaled_hessian_is_that_of_the_out
     assert smooth_core.error(made, W * s, smooth_core.scaled(X.T @ X, s)) == pytest.approx(float(outputs), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_search_leaves_no_more_error_than_not_smoothing(model: Any, tmp_path: Path) -> None:
     """Of every pair: the strength that was chosen, on the rows that were tried, against none."""
     before, after, records = smoothed(model("llama"), tmp_path, Smooth())
@@ -184,6 +185,7 @@ def test_what_it_needs_is_one_line(project: Project) -> None:
     assert "'smooth' needs data.calibration" in project.run().line
 
 
+@pytest.mark.slow
 def test_smoothed_and_quantized_artifacts_prove_themselves(model: Any, tmp_path: Path, text: Path) -> None:
     """In every kind: the norms that changed are in the artifact."""
     source, norm = open_model(str(model("llama"))), "model.layers.0.input_layernorm.weight"

@@ -63,6 +63,7 @@ def test_a_tokenizer_that_asks_for_code_is_refused(project: Project, evil: Any, 
     assert not evil()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exporters", [[n for n in EXPORTERS if n != "onnx"], pytest.param(["onnx"], marks=pytest.mark.slow)])
 def test_code_beside_classes_that_transformers_has_is_not_run_and_does_not_go_along(
     project: Project, evil: Any, exporters: list[str]
@@ -116,6 +117,7 @@ def test_a_link_out_of_a_module_of_it_is_refused(project: Project, kind: str) ->
     assert "is a link out of the model's folder; copy the file itself" in project.run().line
 
 
+@pytest.mark.slow
 def test_links_within_the_folder_and_into_its_hub_cache_are_followed(project: Project) -> None:
     snapshot, blobs = project.folder / "cache" / "snapshots" / "abc", project.folder / "cache" / "blobs"
     blobs.mkdir(parents=True)

@@ -12,7 +12,7 @@ from compress import evaluate
 from compress.model import head
 from compress.model.data import Tokens, Windows, read
 from compress.model.model import open_model
-from tests.conftest import Project
+from tests.conftest import Project, covered
 
 TWO = "data.evaluation={sources: [{text: words.txt, weight: 3}, {text: other.txt}], sequences: 4, length: 32}"
 
@@ -24,7 +24,7 @@ def two(project: Project) -> Project:
     return project
 
 
-@pytest.mark.parametrize("piece", [7, 256])
+@pytest.mark.parametrize("piece", covered([7, 256], 256))
 def test_the_figures_of_a_source_are_those_of_its_windows_alone(family: Any, monkeypatch: pytest.MonkeyPatch, piece: int):
     monkeypatch.setattr(head, "PIECE", piece)
     model, other = (open_model(str(family(name, torch.float32))) for name in ("llama", "qwen3"))
@@ -47,6 +47,7 @@ def test_the_figures_of_a_source_are_those_of_its_windows_alone(family: Any, mon
     assert after.tokens == sum(s.tokens for s in after.sources)
 
 
+@pytest.mark.slow
 def test_one_source_has_no_rows_of_its_own(two: Project):
     sources: Any = ({"text": "words.txt", "weight": 1e9}, {"text": "other.txt", "weight": 1e-3})
     got = read(Windows(sources=sources, sequences=4, length=32), two.model, two.folder, 272)
@@ -75,6 +76,7 @@ def test_a_run_names_the_figures_of_each_source(two: Project):
     assert (two.out / "evaluation.json").stat().st_mtime_ns == before, "measured once"
 
 
+@pytest.mark.slow
 def test_the_same_windows_of_other_sources_are_measured_anew(two: Project):
     (two.folder / "other.txt").write_text(two.text.read_text()[96:])
     one = "data.evaluation={text: words.txt, sequences: 4, length: 32}"
@@ -83,6 +85,7 @@ def test_the_same_windows_of_other_sources_are_measured_anew(two: Project):
     assert len(json.loads((two.out / "evaluation.json").read_text())["compressed"]["sources"]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [lambda s: s["compressed"].pop("sources"), lambda s: s["original"]["sources"].reverse(),
                                     lambda s: s["compressed"]["sources"][0].pop("kl")])  # fmt: skip
 def test_damaged_figures_of_a_source_are_measured_again(two: Project, damage: Any):
@@ -96,6 +99,7 @@ def test_damaged_figures_of_a_source_are_measured_again(two: Project, damage: An
     assert json.loads(file.read_text()) == noted
 
 
+@pytest.mark.slow
 def test_eval_names_them_too(two: Project):
     assert two.run(TWO).code == 0
     noted = json.loads((two.out / "evaluation.json").read_text())["compressed"]["sources"]

@@ -20,6 +20,7 @@ from compress.formats.sparsity import THRESHOLD
 from tests.cooking import bake
 
 
+@pytest.mark.slow
 def test_a_damaged_sparsity_is_told_in_a_line(family: Any, text: Path, tmp_path: Path) -> None:
     made = bake(tmp_path, family("llama"), text, "native", {"sparsify": {"allocate": False}})
     folder = made.artifacts["native"][0]

@@ -167,7 +167,7 @@ WAYS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("way", covered(WAYS, "llama, cats, int4", "opt, predictor, int8", "phi3, cats, joined"))
+@pytest.mark.parametrize("way", covered(WAYS, "llama, cats, int4"))
 def test_the_runtime_computes_what_the_stream_does_and_reads_what_was_foretold(
     family: Any, text: Path, tmp_path: Path, way: str
 ) -> None:
@@ -213,6 +213,7 @@ def test_a_window_of_two_tokens_holds_one_out(family: Any, text: Path, tmp_path:
     assert all(math.isfinite(site["kept"]) for site in json.loads(record)["sites"])
 
 
+@pytest.mark.slow
 def test_bench_counts_what_is_read_of_sparse_matrices(family: Any, text: Path, tmp_path: Path, capsys: Any) -> None:
     made = bake(tmp_path, family("llama"), text, "native", {"sparsify": {"allocate": False, "keep": 0.3}})
     folder = made.artifacts["native"][0]

@@ -28,7 +28,7 @@ from compress.run import Parts
 from compress.state import Aspect, Fact, State
 from compress.state.checkpoint import Spec
 from compress.state.overlay import Overlay
-from tests.conftest import FAMILIES, Project, covered, make_model
+from tests.conftest import FAMILIES, Project, covered, make_model, rare
 from tests.cooking import bake
 from tests.pass_laws import TOKENS, attempt, check_pass, step_of
 
@@ -91,15 +91,18 @@ class Narrow(Scale):
 # --- laws, on passes that are no part of the table ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", covered(["llama", "mixtral", "gpt2"], "mixtral"))
 def test_a_pass_that_changes_norms_and_matrices_keeps_the_laws(family: Any, tmp_path: Path, name: str) -> None:
     check_pass(Scale(), family(name), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_pass_that_changes_shapes_and_config_keeps_the_laws(family: Any, tmp_path: Path) -> None:
     check_pass(Narrow(), family("llama"), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kinds", ["compressed_tensors native gguf", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_a_changed_norm_and_shape_are_in_the_artifact(
     family: Any, tmp_path: Path, text: Path, kinds: str, monkeypatch: pytest.MonkeyPatch
@@ -272,6 +275,7 @@ def test_a_head_of_its_own_is_read_though_the_config_ties(own_head: Path) -> Non
     torch.testing.assert_close(logits(state, [TOKENS.ids[:1]], "cpu")[0], theirs.float(), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kinds", ["compressed_tensors gptq gguf native", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_an_own_head_goes_into_every_artifact(own_head: Path, tmp_path: Path, text: Path, kinds: str) -> None:
     done = bake(tmp_path, own_head, text, kinds, {"quantize": {"format": "int8:g32"}})
@@ -295,7 +299,7 @@ def test_equal_bytes_stay_tied(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "steps"), [
-    ("gpt2", {"quantize": {"format": "int4:g32"}}), ("llama", {"quantize": {"format": "int3:g32:asym"}}),
+    rare("gpt2", {"quantize": {"format": "int4:g32"}}), ("llama", {"quantize": {"format": "int3:g32:asym"}}),
     pytest.param("llama", {"lqlora": {"format": "int2:g32", "rank": 8}}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_eval_and_bench_measure_the_artifact_itself(
@@ -314,6 +318,7 @@ def test_eval_and_bench_measure_the_artifact_itself(
     assert ours.isfinite().all()
 
 
+@pytest.mark.slow
 def test_the_quantizer_sees_what_the_pass_before_it_left(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     """A dense change before `quantize` is what is quantized: the very model of the pages on passes."""
     from compress.passes import PASSES

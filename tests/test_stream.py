@@ -181,7 +181,7 @@ def test_each_stage_sees_what_the_stock_model_with_all_earlier_replacements_sees
     assert same(list(stream.logits(state, batches)), stock.logits(model, tokens()))
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("name", covered(["llama", "gpt2", "mixtral"], "gpt2"))
 def test_a_twin_shows_at_each_stage_what_the_untouched_model_sees(family: Any, name: str) -> None:
     _, state, stream, batches = start(family(name))
     beside = Stream(state)

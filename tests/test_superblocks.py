@@ -16,6 +16,7 @@ from compress.formats.lattice import Lattice
 from compress.formats.superblocks import Blocks
 from compress.passes import gptq_core as core
 from compress.passes import lattice_core
+from tests.conftest import covered
 
 gguf = pytest.importorskip("gguf", reason="the package gguf, which decodes blocks, is not installed")
 EVERY = [*KINDS]
@@ -131,7 +132,7 @@ def test_any_vector_codes_are_read_as_gguf_reads_them(kind: str) -> None:
     assert torch.equal(fmt.pack(fmt.unpack(blocks))["weight_blocks"], blocks)
 
 
-@pytest.mark.parametrize("kind", LATTICES)
+@pytest.mark.parametrize("kind", covered(LATTICES, "iq2_s", "iq3_s"))
 def test_gptq_solves_into_vector_codes(kind: str) -> None:
     g = torch.Generator().manual_seed(5)
     X = torch.randn(1024, 512, generator=g) @ torch.randn(512, 512, generator=g) / 22

@@ -72,6 +72,7 @@ def test_whatever_foreign_code_does_is_an_answer(capfd: pytest.CaptureFixture[st
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_a_search_without_end_is_ended():
     assert refused(spin, 0.5).startswith("did not end within")
 
@@ -170,7 +171,7 @@ def made(kind: str, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", covered(["bytes", "llama", "unigram", "words", "lines"], "bytes", "unigram"))
+@pytest.mark.parametrize("kind", covered(["bytes", "llama", "unigram", "words", "lines"], "bytes"))
 def test_windows_are_those_of_the_whole_text(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch):
     """For tokenizers of every make, wherever the text that was looked at ends."""
     folder, path = made(kind, tmp_path / "model"), tmp_path / "a.txt"

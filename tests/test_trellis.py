@@ -24,6 +24,7 @@ from compress.model.model import open_model
 from compress.passes import gptq_core, rates, trellis_core
 from compress.passes.quantize import Quantize
 from compress.passes.solver import Case
+from tests.conftest import covered
 from tests.cooking import bake, multiplies_as_its_matrices_do, recipe, refused, table_is_served
 from tests.support import refusal
 
@@ -245,13 +246,14 @@ def test_an_artifact_proves_itself_and_multiplies_as_its_matrices_do(made: pipel
     assert "tcq2.5:l8:r64" in (made.out / "report.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param("mixtral", marks=pytest.mark.slow), "gpt2"])
 def test_experts_and_transposed_matrices_are_coded(family: Any, text: Path, tmp_path: Path, name: str) -> None:
     done = bake(tmp_path, family(name), text, "native", {"quantize": {"format": "tcq4:l8", "pins": {}}})
     assert done.artifacts["native"][1].greedy > 0
 
 
-@pytest.mark.parametrize("form", ["tcq4:l8", "tcq4:l8:ri32"])
+@pytest.mark.parametrize("form", covered(["tcq4:l8", "tcq4:l8:ri32"], "tcq4:l8:ri32"))
 def test_rows_of_a_tied_table_are_looked_up_one_by_one(family: Any, text: Path, tmp_path: Path, form: str) -> None:
     done = bake(tmp_path, family("qwen2"), text, "native", {"quantize": {"format": "int4:g32", "pins": {"embed": form}}})
     table_is_served(done.artifacts["native"][0], done)
@@ -286,6 +288,7 @@ def test_what_does_not_go_with_it_is_said_in_a_line(
 # --- allocation -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_allocation_chooses_among_rates(family: Any, text: Path, tmp_path: Path) -> None:
     formats = ["tcq:l8", "int4:g32"]
     path = recipe(tmp_path, family("llama"), text, exports=False)

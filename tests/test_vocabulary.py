@@ -23,7 +23,7 @@ from compress.model.model import open_model
 from compress.model.tokenizer import open_tokenizer
 from compress.model.vocabulary import closed, keep_list, rewritten
 from compress.passes.edit import Edit
-from tests.conftest import FAMILIES, Project, make_model
+from tests.conftest import FAMILIES, Project, covered, make_model, rare
 from tests.cooking import bake, recipe
 from tests.pass_laws import check_pass
 from tests.test_tokenizer import made, prose
@@ -183,7 +183,7 @@ def test_a_smaller_vocabulary_goes_through_every_exporter_and_back(cut: Any, mod
     ("name", "kind"),
     [
         ("gemma3", "llama"),
-        ("roberta", "words"),
+        rare("roberta", "words"),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in (("qwen2", "bytes"), ("gpt2", "bytes"), ("phi3", "unigram"))),
     ],
 )
@@ -218,7 +218,7 @@ def twice(file: dict[str, Any]) -> None:
         ("single_word", "lstrip", "rstrip", "normalized"), False)})  # fmt: skip
 
 
-@pytest.mark.parametrize("change", [holes, twice])
+@pytest.mark.parametrize("change", covered([holes, twice], holes))
 def test_ids_are_those_that_transformers_gives_and_not_those_of_the_file(tmp_path: Path, change: Any) -> None:
     source = spoken(tmp_path / "model")
     file = json.loads((source / "tokenizer.json").read_text())
@@ -255,7 +255,7 @@ def test_a_list_that_changes_while_it_is_used_changes_nothing(tmp_path: Path, mo
     assert edit.foresee(state).vocabulary == first
 
 
-@pytest.mark.parametrize("quantize", [[], [{"quantize": {"format": "int3:g32"}}]])
+@pytest.mark.parametrize("quantize", [rare([]), [{"quantize": {"format": "int3:g32"}}]])
 def test_figures_are_of_the_tokens_that_are_left(
     tmp_path: Path, model: Any, capsys: pytest.CaptureFixture[str], quantize: list[dict[str, Any]]
 ) -> None:
@@ -281,6 +281,7 @@ def test_figures_are_of_the_tokens_that_are_left(
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_laws_of_passes(family: Any, tmp_path: Path) -> None:
     keep = tmp_path / "keep.txt"
     keep.write_text("\n".join(map(str, range(256))))
@@ -321,6 +322,7 @@ def test_a_tokenizer_that_cannot_be_cut_is_one_line(project: Project, change: An
     assert says in project.plan().line
 
 
+@pytest.mark.slow
 def test_another_list_is_another_run(tmp_path: Path, model: Any) -> None:
     """Also for a step in front of the cut, whose text it makes others tokens of."""
     source, keep, text = model
