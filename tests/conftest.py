@@ -185,19 +185,6 @@ def baked(family: Any, text: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="session")
-def embedded(family: Any, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The outcome of GPTQ of a llama of one block, its embedding in 4 bits, in the kinds of artifact that hold one. Only to read.
-
-    One for all tests, as an export to ONNX takes seconds.
-    """
-    from tests.cooking import several
-
-    pins = {"embed": "int4:g32", "lm_head": "int8:g32"}
-    model = family("llama", blocks=1)
-    return several(tmp_path_factory.mktemp("embedded"), model, text, "native", "onnx", "gguf", format="int4:g64", pins=pins)
-
-
-@pytest.fixture(scope="session")
 def mixed(family: Any, baked: Any) -> Any:
     """mixed(family) -> native, with formats of every kind among its matrices: others for each family, and from `more` on."""
 

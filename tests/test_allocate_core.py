@@ -13,7 +13,7 @@ from compress.passes import allocate_search_core
 from compress.passes.allocate_core import Choice, Infeasible, Item, Limit, Problem, frontier, neighbours, solve
 from compress.passes.allocate_menu_core import hulls, menu_of
 
-quick = settings(deadline=None, max_examples=60)
+quick = settings(deadline=None, max_examples=25)
 DAMAGES = st.one_of(st.sampled_from([0.0, 0.5, 1.0, 1.0, 3.0]), st.floats(1e-6, 10))
 
 

@@ -24,7 +24,7 @@ def bits_of(row: list[int], bits: int) -> list[int]:
 
 
 @given(lead=LEADS, n=st.integers(1, 140), bits=WIDTHS, seed=st.integers(0, 9))
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=50)
 def test_unpack_undoes_pack(lead: list[int], n: int, bits: int, seed: int) -> None:
     codes = codes_of(lead, n, bits, seed)
     packed = bitpack.pack(codes, bits)
@@ -34,14 +34,14 @@ def test_unpack_undoes_pack(lead: list[int], n: int, bits: int, seed: int) -> No
 
 
 @given(n=st.integers(1, 100), bits=WIDTHS, seed=st.integers(0, 9))
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 def test_layout_is_one_bit_stream(n: int, bits: int, seed: int) -> None:
     codes = codes_of([], n, bits, seed)
     assert [x & 0xFFFFFFFF for x in bitpack.pack(codes, bits).tolist()] == bits_of(codes.tolist(), bits)
 
 
 @given(rows=st.integers(1, 4), n=st.integers(1, 100), bits=WIDTHS)
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 def test_same_bits_as_compressed_tensors(rows: int, n: int, bits: int) -> None:
     peer = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
     codes = codes_of([rows], n, bits)

@@ -244,7 +244,7 @@ def test_gradients_pass_to_what_is_trained_in_front_of_a_packed_matrix(text: str
     assert float((x.grad.double() - expected).norm(dim=1).max()) < 4 * torch.finfo(dtype).eps * float(matrix.whole().norm())
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(st.sampled_from(RATES), st.integers(1, 20), st.integers(1, 70), st.integers(0, 99))
 def test_what_goes_into_the_layout_of_rings_comes_out(fmt: Tcq, n: int, k: int, seed: int) -> None:
     shape, random = (n * fmt.whole, k), torch.Generator().manual_seed(seed)

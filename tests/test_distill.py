@@ -37,7 +37,7 @@ from compress.training.loop import Training
 from compress.training.options import Checkpoint, Memory
 from compress.training.student import Student
 from compress.training.windows import halves
-from tests.conftest import FAMILIES, KINDS_OF_FAMILIES, Project, covered, rare
+from tests.conftest import FAMILIES, Project, covered, rare
 from tests.pass_laws import TEXT, TOKENS, attempt, killed_often
 from tests.test_kinds_of_models import NAMED, WRAPPERS, made
 
@@ -82,7 +82,7 @@ def test_divergences_are_those_of_the_formulas() -> None:
         assert float(loss.losses(z, loss.Known(log_p), None, {name: 1.0})[name]) == pytest.approx(float(value), rel=1e-4)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, V), st.sampled_from(sorted(loss.DIVERGENCES)))
 def test_a_few_known_tokens_give_a_lower_bound(seed: int, k: int, name: str) -> None:
     """In fp64: fp32 does not know a rest of 1e-6 to three digits."""
@@ -155,7 +155,7 @@ def test_a_student_that_has_learnt_nothing_is_the_model(family: Any, tmp_path: P
     torch.testing.assert_close(logits_of(student, TOKENS.ids[:2]), streamed(state, TOKENS.ids[:2]), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", covered(sorted(FAMILIES), *KINDS_OF_FAMILIES))
+@pytest.mark.parametrize("name", covered(sorted(FAMILIES), "llama", "gpt2", "phi3", "gemma3"))
 def test_gradients_are_those_of_the_architecture(family: Any, name: str) -> None:
     """Of every matrix and every other tensor, against transformers' own model, with blocks kept and run again."""
     folder = family(name, torch.float32)
@@ -453,7 +453,7 @@ def test_what_is_written_is_not_learnt_again(family: Any, tmp_path: Path, monkey
     assert not list(tmp_path.rglob("training-*"))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=5), st.integers(2, 4096))
 def test_windows_are_held_out_of_every_source(counts: list[int], length: int) -> None:
     total = sum(counts)
@@ -563,7 +563,7 @@ def test_a_teacher_is_as_large_as_the_source(family: Any) -> None:
     assert memory.teacher(small, setting) == memory.teacher(state, setting) == whole
 
 
-@pytest.mark.parametrize("name", covered(sorted(FAMILIES), "llama", "gpt2", "mixtral"))
+@pytest.mark.parametrize("name", covered(sorted(FAMILIES), "gpt2", "mixtral"))
 def test_memory_of_every_family_is_foretold(family: Any, name: str) -> None:
     """Mixtures among them, of which torch does not know how a product of groups comes out in fp32."""
     state = state_of(family(name))

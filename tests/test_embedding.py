@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,26 @@ def ids(count: int, length: int) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def made(embedded: pipeline.Outcome) -> pipeline.Outcome:
-    return embedded
+def baked_in(family: Any, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., pipeline.Outcome]:
+    """baked_in(exporters) -> the outcome of GPTQ of a llama of one block, its embedding in 4 bits, made once. Only to read."""
+
+    @cache
+    def get(*exporters: str) -> pipeline.Outcome:
+        folder, pins = tmp_path_factory.mktemp("embedded"), {"embed": FORM, "lm_head": "int8:g32"}
+        return several(folder, family("llama", blocks=1), text, *exporters, format="int4:g64", pins=pins)
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def made(baked_in: Callable[..., pipeline.Outcome]) -> pipeline.Outcome:
+    return baked_in("native", "gguf")
+
+
+@pytest.fixture(scope="module")
+def in_onnx(baked_in: Callable[..., pipeline.Outcome]) -> pipeline.Outcome:
+    """Apart, as an export to ONNX takes seconds."""
+    return baked_in("onnx")
 
 
 def folder_of(outcome: pipeline.Outcome, name: str) -> Path:
@@ -176,7 +195,8 @@ def test_cost(family: Any) -> None:
 
 
 @pytest.mark.parametrize("name", covered(READ, "native"))
-def test_artifacts_hold_it(made: pipeline.Outcome, text: Path, capsys: Any, name: str) -> None:
+def test_artifacts_hold_it(baked_in: Callable[..., pipeline.Outcome], text: Path, capsys: Any, name: str) -> None:
+    made = baked_in("onnx") if name == "onnx" else baked_in("native", "gguf")
     folder, proof = made.artifacts[name]
     again = READ[name](folder)
     same_state(made.state, again)
@@ -208,18 +228,19 @@ def test_the_runtime_keeps_it_packed(made: pipeline.Outcome, family: Any) -> Non
     assert packed.weight_bytes() == held
 
 
-def test_onnxruntime_looks_rows_up(made: pipeline.Outcome, family: Any) -> None:
-    folder, peer = folder_of(made, "onnx"), dequantized(made, family("llama", blocks=1))
+@pytest.mark.slow
+def test_onnxruntime_looks_rows_up(in_onnx: pipeline.Outcome, family: Any) -> None:
+    folder, peer = folder_of(in_onnx, "onnx"), dequantized(in_onnx, family("llama", blocks=1))
     graph = reader.parsed(folder / "model.onnx").graph
     (node,) = (n for n in graph.node if n.op_type.startswith("Gather") and "input_ids" in n.input)
     said = {a.name: a.i for a in node.attribute}
     assert (node.op_type, said["bits"], said["block_size"]) == ("GatherBlockQuantized", 4, 32)
-    session = Session(folder, made.state, level=1)
+    session = Session(folder, in_onnx.state, level=1)
     wanted = stock.logits(peer, [ids(2, 24)])[0]
     assert float((session.prefill(ids(2, 24))[0] - wanted).abs().max()) <= 1e-4 * float(wanted.abs().max())
     generated = peer.generate(ids(1, 8), max_new_tokens=12, do_sample=False, eos_token_id=None)[:, 8:]
     assert torch.equal(greedy(session, ids(1, 8), 12), generated)
-    exact = float(made.artifacts["onnx"][1].remark.split("the difference is ")[1].split()[0])
+    exact = float(in_onnx.artifacts["onnx"][1].remark.split("the difference is ")[1].split()[0])
     assert exact < 1e-3
 
 

@@ -30,7 +30,7 @@ def loss(D_nk: Tensor, H_kk: Tensor | None) -> float:
     return float((D_nk * (D_nk if H_kk is None else D_nk @ H_kk)).sum())
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(SIDES, SIDES, st.integers(0, 1000))
 def test_full_rank_gives_the_matrix_back(n: int, k: int, seed: int) -> None:
     W, H = problem(n, k, 40, seed)
@@ -38,7 +38,7 @@ def test_full_rank_gives_the_matrix_back(n: int, k: int, seed: int) -> None:
     assert float((B @ A - W).abs().max()) < 1e-9 * float(W.abs().max())
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(SIDES, SIDES, st.data(), st.integers(0, 1000))
 def test_no_other_product_of_the_rank_comes_nearer(n: int, k: int, data: st.DataObject, seed: int) -> None:
     """Neither random ones, each with the best second factor for its first, nor those near by."""
@@ -53,7 +53,7 @@ def test_no_other_product_of_the_rank_comes_nearer(n: int, k: int, data: st.Data
         assert loss(W - near[1] @ near[0], H) >= best * (1 - 1e-9) - 1e-12
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(SIDES, SIDES, st.data(), st.booleans(), st.integers(0, 1000))
 def test_what_is_lost_is_the_tail_of_the_spectrum(n: int, k: int, data: st.DataObject, plain: bool, seed: int) -> None:
     """Eckart-Young: the squared singular values behind the rank, of W C with H = C Cᵀ, or of W where every input counts alike."""
@@ -151,7 +151,7 @@ def curves(draw: st.DrawFn) -> Curves:
     return found
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=60)
 @example([[(1, 1.0), (2, 0.0), (2, 0.0)], [(1, 1.5), (2, 0.5), (2, 0.0)]], 0.25)  # the matrix as it is has as many weights
 @given(curves(), st.floats(0, 1))
 def test_no_ranks_of_as_many_weights_lose_less(given_curves: Curves, share: float) -> None:
@@ -168,7 +168,7 @@ def test_no_ranks_of_as_many_weights_lose_less(given_curves: Curves, share: floa
     assert lost <= min(loss for cost, loss in every if cost <= most) + 1e-6
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=40)
 @given(curves(), st.integers(0, 60))
 def test_what_is_allowed_is_kept_and_more_of_it_loses_no_more(given_curves: Curves, more: int) -> None:
     least = sum(c[0][0] for c in given_curves)
@@ -184,7 +184,7 @@ def total(given_curves: Curves, chosen: list[int]) -> tuple[int, float]:
     return sum(p[0] for p in points), sum(p[1] for p in points)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=40)
 @given(st.lists(st.lists(st.floats(0.0, 1.0), min_size=1, max_size=6), min_size=1, max_size=4), st.integers(0, 20))
 def test_where_ranks_cost_alike_the_greedy_choice_is_the_best(gains: list[list[float]], more: int) -> None:
     found = []

@@ -46,7 +46,7 @@ def test_text_round_trips(fmt: Int) -> None:
 
 
 @given(FORMATS, st.integers(1, 9), st.integers(1, 3))
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 def test_odd_shapes(fmt: Int, rows: int, groups: int) -> None:
     W = torch.randn(rows, groups * (fmt.group or 40))
     codes, grid = encode(fmt, W)
@@ -91,7 +91,7 @@ def test_extreme_lies_on_the_longer_side() -> None:
 
 
 @given(FORMATS, st.sampled_from([torch.bfloat16, torch.float16]), st.sampled_from([1e-3, 1.0, 50.0]))
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 def test_compressed_tensors_decodes_the_same_bits(fmt: Int, dtype: torch.dtype, size: float) -> None:
     peer = pytest.importorskip("compressed_tensors.compressors.pack_quantized.base")
     quantization = pytest.importorskip("compressed_tensors.quantization")

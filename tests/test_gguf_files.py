@@ -135,7 +135,7 @@ def test_something_behind_it(copy: Path) -> None:
     refused(copy, "its header says")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_flipped_bytes_in_the_header_never_crash(made: Any, tmp_path: Path, data: st.DataObject) -> None:
     source = made.artifacts["gguf"][0] / FILE
@@ -154,7 +154,7 @@ def test_flipped_bytes_in_the_header_never_crash(made: Any, tmp_path: Path, data
             raise
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.binary(max_size=400))
 def test_any_bytes_behind_the_magic(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     path = tmp_path_factory.mktemp("any") / FILE
@@ -166,7 +166,7 @@ def test_any_bytes_behind_the_magic(tmp_path_factory: pytest.TempPathFactory, da
 VALUES = st.one_of(st.text(max_size=9), st.booleans(), st.integers(0, 2**32 - 1), st.floats(width=32, allow_nan=False))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(metadata=st.dictionaries(st.text(max_size=9), VALUES, max_size=5), kind=st.sampled_from(list(KINDS)),
        shapes=st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=3), max_size=4))  # fmt: skip
 def test_what_is_written_is_found(tmp_path_factory: pytest.TempPathFactory, metadata: Any, shapes: Any, kind: str) -> None:

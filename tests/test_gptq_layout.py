@@ -185,7 +185,7 @@ def engine_says(config: dict[str, Any], name: str) -> tuple[int, int, bool] | No
 CHOICES = ["int4:g32", "int8:g32", "int2:channel:asym", "bf16"]
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(picks=st.lists(st.sampled_from(CHOICES), min_size=14, max_size=14), head=st.sampled_from(CHOICES))
 def test_patterns_name_exactly_the_matrices_that_they_mean(family: Any, picks: list[str], head: str) -> None:
     state = open_model(str(family("llama"))).state
@@ -415,7 +415,7 @@ LEAF = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | 
 JSON = st.recursive(LEAF, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=8), x, max_size=3), max_leaves=6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(said=st.fixed_dictionaries({}, optional={k: JSON for k in ("bits", "group_size", "sym", "dynamic", "checkpoint_format")}))
 def test_any_config_ends_in_a_scheme_or_one_line(said: dict[str, Any]) -> None:
     try:

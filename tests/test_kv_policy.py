@@ -53,7 +53,7 @@ def policy_for(folder: Path, dtype: str = "fp32") -> Policy:
 
 
 @given(st.sampled_from(rules.RULES), st.integers(1, 1000), st.integers(1, 200), st.integers(0, 3))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_a_rule_keeps_so_many_entries_the_first_and_the_latest_among_them(rule: str, share: int, tokens: int, seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     many, place = rules.count(share, tokens), torch.arange(tokens)

@@ -78,7 +78,7 @@ def least_squares(E: Tensor, H: Tensor, rank: int, starts: int = 3) -> float:
 
 
 @given(st.sampled_from(SHAPES), st.integers(0, 99), st.sampled_from([0, 5]), st.sampled_from([0, 1]), st.booleans())
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 def test_the_loss_of_every_rank_is_the_tail_of_the_eigenvalues(
     shape: tuple[int, int], seed: int, tokens: int, dead: int, weighted: bool
 ) -> None:
@@ -120,7 +120,7 @@ def test_a_singular_hessian_is_no_special_case() -> None:
 
 
 @given(st.sampled_from(SHAPES), st.integers(0, 99), st.integers(0, 60))
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 def test_never_loses_to_the_plain_svd_or_to_nothing(shape: tuple[int, int], seed: int, rank: int) -> None:
     """At any rank, those beyond the shape included."""
     E, H = problem(*shape, seed)
@@ -296,7 +296,7 @@ def test_zero_weights_stay_zero(rank: int) -> None:
 
 
 @given(st.sampled_from([(24, 64), (64, 32), (1, 32)]), st.sampled_from(FORMATS), st.integers(0, 40), st.integers(0, 9))
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 def test_errors_fall_and_the_best_iterate_is_kept(shape: tuple[int, int], text: str, rank: int, seed: int) -> None:
     fmt = fmt_of(text)
     W = torch.randn(shape, generator=gen(seed))

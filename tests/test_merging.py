@@ -56,7 +56,7 @@ def model_of(name: str = "llama", warmup: int = 2, prefix: int = 2, suffix: int 
 
 
 @given(st.integers(1, 3000), st.integers(8, 64), st.integers(4, 40), st.integers(0, 6), st.integers(1, 4))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_a_tree_holds_the_whole_text_in_equal_chunks(text: int, chunk: int, layers: int, warmup: int, affix: int) -> None:
     prefix, suffix, holds = affix - 1, affix, chunk - 2 * affix + 1
     if chunk < 4 * affix:
@@ -218,7 +218,7 @@ def test_no_more_tokens_are_held_than_the_tree_says(length: int, prefix: int, su
 
 
 @given(st.integers(0, 3), st.integers(1, 4), st.integers(1, 20), st.integers(0, 9))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_the_tokens_that_are_looked_at_stay_and_affixes_do(prefix: int, suffix: int, text: int, seed: int) -> None:
     n = prefix + text + suffix
     planted, many = seed % text, 1 + seed % text

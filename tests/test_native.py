@@ -108,7 +108,7 @@ def read_back(done: pipeline.Outcome) -> None:
     assert layout.index is None
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("name", covered(["llama", "gpt2", "opt"], "llama"))
 def test_transformers_computes_what_the_matrices_give(mixed: Any, family: Any, name: str) -> None:
     """The original in transformers with the matrices read from the artifact put in: our streaming has no part in that."""
     artifact = artifact_of(mixed(name))
@@ -202,6 +202,7 @@ def test_the_folder_says_what_it_is(made: pipeline.Outcome, family: Any) -> None
     assert {p.name for p in artifact.iterdir()} >= {"tokenizer.json", "generation_config.json"}
 
 
+@pytest.mark.slow
 def test_the_card_of_experts(mixed: Any) -> None:
     done = mixed("mixtral")
     assert "vllm" not in (artifact_of(done) / "README.md").read_text().lower()

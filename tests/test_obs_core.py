@@ -76,7 +76,7 @@ def energy(p: Problem) -> float:
 
 
 @given(st.integers(1, 6), st.integers(2, 8), st.integers(1, 3), seeds)
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 def test_one_removal_is_what_least_squares_says(n: int, units: int, w: int, seed: int) -> None:
     p = problem(n, units, w, seed=seed)
     score = obs_core.obs(p)
@@ -88,7 +88,7 @@ def test_one_removal_is_what_least_squares_says(n: int, units: int, w: int, seed
 
 
 @given(st.integers(1, 5), st.integers(1, 9), st.integers(1, 3), st.integers(0, 5), st.integers(1, 5), seeds)
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 def test_a_sweep_is_the_greedy_choice(n: int, units: int, w: int, dead: int, batch: int, seed: int) -> None:
     """Whatever the batch, also where units or parts of them are dead: the order and the losses of the definition."""
     p = problem(n, units, w, seed=seed, dead=dead)
@@ -123,7 +123,7 @@ def scores(p: Problem, left: Tensor) -> Tensor:
 
 
 @given(st.integers(1, 5), st.integers(2, 40), st.integers(0, 3), seeds)
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 def test_single_columns_and_units_of_several_are_one_algorithm(n: int, units: int, dead: int, seed: int) -> None:
     """A column that never sees anything, joined to each unit, takes it from the scalar path to that of blocks."""
     p = problem(n, units, seed=seed, dead=dead)
@@ -147,7 +147,7 @@ def test_levels_of_one_sweep_are_those_of_separate_ones(w: int) -> None:
 
 
 @given(st.integers(1, 5), st.integers(2, 12), st.integers(1, 3), st.integers(0, 4), seeds)
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 def test_the_loss_of_a_level_is_that_of_its_compensated_weights(n: int, units: int, w: int, dead: int, seed: int) -> None:
     p = problem(n, units, w, seed=seed, dead=dead)
     found = obs_core.sweep(p)
@@ -160,7 +160,7 @@ def test_the_loss_of_a_level_is_that_of_its_compensated_weights(n: int, units: i
 
 
 @given(st.integers(1, 5), st.integers(1, 20), st.integers(1, 2), st.integers(0, 4), seeds)
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 def test_any_order_can_be_followed(n: int, units: int, w: int, dead: int, seed: int) -> None:
     p = problem(n, units, w, seed=seed, dead=dead)
     order = torch.randperm(units, generator=torch.Generator().manual_seed(seed))[: max(1, units - 1)]
@@ -186,7 +186,7 @@ def test_greedy_is_the_best_set_where_units_are_uncorrelated(n: int, units: int,
 
 
 @given(st.integers(1, 5), st.integers(2, 12), st.integers(1, 3), st.integers(1, 60), st.integers(0, 4), st.data())
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 def test_compensation_is_never_worse_than_deletion(
     n: int, units: int, w: int, tokens: int, dead: int, data: st.DataObject
 ) -> None:

@@ -64,7 +64,7 @@ def test_every_format_comes_back(form: str) -> None:
     same_after(parse(form), 96, inputs_of(parse(form)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(n=st.integers(1, 40), groups=st.integers(1, 5), short=st.integers(0, 15), form=st.sampled_from([
     "int2:g16", "int3:g48:asym", "int4:channel", "int5:g32:asym", "int6:channel:asym", "int7:g16", "int8:g64", "nf3:g16:dq3x16",
     "nf8:g24", "lut2:g16", "lut4:g40:shared"]))  # fmt: skip

@@ -83,7 +83,7 @@ def test_every_format(text: str, dtype: torch.dtype) -> None:
         check(text, 24, 208 if "g40" not in text else 112 if ":r" in text else 100, dtype, scale)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.sampled_from([*TABLES, "int3:channel", "int5:channel:asym", "nf3:g16+r1"]), st.integers(1, 40), st.integers(1, 300),
        st.sampled_from(FLOATS))  # fmt: skip
 def test_any_shape(text: str, n: int, k: int, dtype: torch.dtype) -> None:

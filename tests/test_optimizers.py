@@ -239,7 +239,7 @@ def test_blocks_in_turn_and_drawn() -> None:
     assert set.union(*drawn[0]) == set(range(6))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.lists(st.floats(0.1, 10), min_size=2, max_size=6))
 def test_visits_are_in_proportion_to_damage(damage: list[float]) -> None:
     """By highest averages: no block is more than one visit below its share."""

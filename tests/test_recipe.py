@@ -176,7 +176,7 @@ def test_a_file_that_is_not_there(tmp_path: Path):
 
 
 @given(st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_no_bytes_give_anything_but_a_recipe_error(tmp_path_factory: pytest.TempPathFactory, data: bytes):
     path = tmp_path_factory.getbasetemp() / "noise.yaml"
     path.write_bytes(data)
@@ -184,7 +184,7 @@ def test_no_bytes_give_anything_but_a_recipe_error(tmp_path_factory: pytest.Temp
 
 
 @given(at=st.integers(0, len(RECIPE) - 1), byte=st.sampled_from("\t\0:-[]{}#&*!|>'\"%@,\n 3x"), drop=st.integers(0, 3))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_a_spoilt_recipe_is_a_recipe_or_a_recipe_error(tmp_path_factory: Any, at: int, byte: str, drop: int):
     path = tmp_path_factory.getbasetemp() / "spoilt.yaml"
     path.write_text(RECIPE[:at] + byte + RECIPE[at + drop :])
@@ -296,7 +296,7 @@ documents = st.fixed_dictionaries(
 
 
 @given(documents)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_the_resolved_recipe_is_the_same_recipe(tmp_path_factory: pytest.TempPathFactory, document: dict[str, Any]):
     base = tmp_path_factory.getbasetemp()
     first, second = base / "first.yaml", base / "elsewhere" / "recipe.resolved.yaml"

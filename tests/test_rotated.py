@@ -94,7 +94,7 @@ def test_text_round_trips(fmt: Rotated) -> None:
 
 
 @given(FORMATS, st.integers(1, 300), st.integers(1, 3))
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 def test_weights_are_turned_as_written_and_come_back(fmt: Rotated, n: int, blocks: int) -> None:
     W, side = torch.randn(n, blocks * fmt.block), fmt.outputs(n)
     if fmt.inputs_only:

@@ -615,7 +615,7 @@ def damaged(data: bytes, at: int, how: int) -> bytes:
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(name=st.sampled_from([FILE, FILE, "config.json", artifact_files.MARK]), at=st.integers(0, 1 << 20),
        how=st.just(0) | st.integers(1, 255), marked=st.booleans())  # fmt: skip
 def test_any_damage_is_an_error_or_does_not_matter(copy: Path, name: str, at: int, how: int, marked: bool) -> None:

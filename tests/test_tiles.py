@@ -18,7 +18,7 @@ FORMATS = [
 ]  # fmt: skip
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(
     st.sampled_from(FORMATS),
     st.integers(1, 40),

@@ -99,7 +99,7 @@ def test_every_state_is_an_exact_number(size: int) -> None:
     assert trellis.values(size).tolist() == wanted
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.sampled_from(FEW), st.integers(1, 5), st.integers(1, 3), st.integers(0, 99))
 def test_states_come_back(text: str, blocks: int, k: int, seed: int) -> None:
     """Of any ring: the states that any words say, packed again, are the same words."""
