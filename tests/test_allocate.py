@@ -127,6 +127,7 @@ def test_a_budget_of_bits_is_kept_and_spent(measured: Project) -> None:
     assert 4.75 < held / sum(s.numel for s in ample.graph.linear) <= 5.0
 
 
+@pytest.mark.slow
 def test_a_budget_of_the_whole_file_is_kept_by_the_file_header_included(measured: Project) -> None:
     original = (measured.model / "model.safetensors").stat().st_size
     assert measured.run("allocate.budget=50 %").code == 0

@@ -248,6 +248,7 @@ def test_damage_that_hides_deeper(project: Project, change: Change, expected: st
     refuse(project, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damaged", [rare(b"[]"), b'{"cache_implementation": "zz"}'])
 def test_what_only_the_engine_dislikes_is_told_and_the_artifact_is_proven_otherwise(project: Project, damaged: bytes):
     (project.model / "generation_config.json").write_bytes(damaged)

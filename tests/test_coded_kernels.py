@@ -31,11 +31,12 @@ from tests.emulator import Emulator
 
 BF16, FP16 = torch.bfloat16, torch.float16
 RATES = [Tcq(h, size) for h in HALVES for size in SIZES if size >= h]
-QUICK = [  # text, outputs, inputs, dtype: an even and an odd rate, a ring that is not whole, no, one and both rotations
-    ("tcq2", 272, 70, BF16), ("tcq2.5:r16", 320, 176, FP16), ("tcq4:l8:ri32", 8, 96, BF16), ("tcq3:l10:r256", 544, 256, BF16),
-    ("ecq3", 37, 96, FP16), ("ecq4:r32", 70, 160, FP16), ("int4:g32:r64", 51, 192, BF16), ("lut3:g64:ri64", 34, 128, FP16),
+QUICK = [  # text, outputs, inputs, dtype: a rate as it is, one rotated, on both sides, and codes that are decoded first
+    ("tcq2", 272, 70, BF16), ("tcq4:l8:ri32", 8, 96, BF16), ("tcq3:l10:r256", 544, 256, BF16), ("ecq3", 37, 96, FP16),
+    ("ecq4:r32", 70, 160, FP16),
 ]  # fmt: skip
 MORE = [
+    ("tcq2.5:r16", 320, 176, FP16), ("int4:g32:r64", 51, 192, BF16), ("lut3:g64:ri64", 34, 128, FP16),
     *((f"{fmt}{turn}", n, k, dtype) for fmt in RATES for turn, n, k, dtype in (("", 832, 33, FP16), (":r128", 320, 384, BF16))),
     *((f"{text}:r{i}{b}", 3 * n, 3 * b, dtype) for text in ("int8:channel", "lut4:g32", "nf3:g32", "ecq2.5", "tcq1")
       for i, b, n, dtype in (("", 32, 32, BF16), ("i", 64, 64, FP16), ("", 256, 64, FP16))),
@@ -291,7 +292,7 @@ def test_entropy_coded_words_are_decoded_where_they_are_repacked(cpu: Emulator) 
 
 
 @needs_compiler
-@pytest.mark.parametrize(("text", "n", "k", "dtype"), [QUICK[3], QUICK[5]])
+@pytest.mark.parametrize(("text", "n", "k", "dtype"), [QUICK[2], QUICK[4]])
 def test_a_module_holds_tiles_in_place_of_what_was_loaded(text: str, n: int, k: int, dtype: torch.dtype, cpu: Emulator) -> None:
     """On a GPU the module does by itself what is asked of it here; entropy codes are decoded first, as on a CPU."""
     matrix = Matrix(text, (n, k), dtype)

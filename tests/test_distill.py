@@ -136,7 +136,7 @@ STEPS: dict[str, list[tuple[Any, Sequence[str], int | None]]] = {
         for f, words in (("int8:channel", ("scales",)), ("nf8:g64", ("norms",)))
     ],
 }
-OFTEN = {"dense": (0, 1, 2, 3), "codes": (0, 4, 8), "factors": (2,)}  # each format and each choice of words once
+OFTEN = {"dense": (0, 1, 2, 3), "codes": (0, 8), "factors": (2,)}  # each kind of choice once
 
 
 def steps() -> Iterator[Any]:
@@ -341,6 +341,7 @@ def test_factors_that_a_quantized_matrix_is_given(family: Any, tmp_path: Path) -
     assert str(after.formats["layers.0.mlp.down"]) == "int3:g32+r4"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", covered([torch.bfloat16, torch.float16, torch.float32], torch.bfloat16))
 @pytest.mark.parametrize("words", covered(["norms", "lm_head", "all"], "lm_head"))
 def test_what_is_judged_is_what_is_written(family: Any, tmp_path: Path, dtype: torch.dtype, words: str) -> None:
@@ -505,6 +506,7 @@ def test_towers_and_buffers_do_not_learn(tmp_path: Path) -> None:
 # --- memory ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("remembered", "gradients", "total"),
     [rare(12, "kept", 102.20), (4, "kept", 51.99), (0, "fused", 14.58)],

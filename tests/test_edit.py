@@ -51,7 +51,7 @@ def without(folder: Path, kept: list[int]) -> torch.nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("name", DEEP)
+@pytest.mark.parametrize("name", covered(DEEP, "llama", "gpt2", "mixtral"))
 def test_a_model_without_two_layers_is_transformers_without_them(tmp_path: Path, name: str) -> None:
     folder = deep(tmp_path / "model", name)
     state = Edit(drop_layers=(1, 2) if name != "gemma3" else (0, 1)).foresee(open_model(str(folder)).state)

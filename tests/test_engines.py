@@ -22,7 +22,7 @@ from compress.export.compressed_tensors import engines as compressed_tensors
 from compress.export.table import KINDS
 from compress.model.model import open_model
 from tests import stock
-from tests.conftest import FAMILIES
+from tests.conftest import FAMILIES, covered
 from tests.cooking import cook
 
 DECODERS = [name for name in FAMILIES if name != "roberta"]
@@ -52,7 +52,7 @@ def engine_of(made: pipeline.Outcome) -> Transformers:
     return found
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", covered(DECODERS, "llama", "gpt2", "mixtral"))
 def test_greedy_is_what_transformers_generates(family: Any, name: str) -> None:
     source = family(name, torch.float32)  # in 16 bits there are ties
     model = stock.load(source)

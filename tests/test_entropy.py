@@ -250,6 +250,7 @@ def test_experts_and_transposed_matrices_are_coded(family: Any, text: Path, tmp_
     assert done.artifacts["native"][1].greedy > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", covered(["ecq4", "ecq4:ri32"], "ecq4"))
 def test_a_tied_table_is_decoded_once_for_both(family: Any, text: Path, tmp_path: Path, form: str) -> None:
     done = bake(tmp_path, family("qwen2"), text, "native", {"quantize": {"format": "int4:g32", "pins": {"embed": form}}})

@@ -246,6 +246,7 @@ def test_whitened_comes_nearer_than_svd(family: Any, tmp_path: Path) -> None:
     assert found["more"] < found["whitened"] < found["svd"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", covered(["gpt2", "opt", "mixtral", "gemma3", "roberta"], "gpt2"))
 def test_every_kind_of_family(family: Any, text: Path, tmp_path: Path, name: str) -> None:
     """Matrices that lie turned, biases, experts, shared tables, masked models."""

@@ -219,6 +219,7 @@ RECORD = [*DAMAGES[:-1], lambda d: d | {"seconds": "x"}, lambda d: d | {"peak_by
           lambda d: d | {"sites": [s | {"error": "x"} for s in d["sites"]]}, lambda d: d | {"made_of": 3}]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_damaged_record_names_the_folder_to_delete(finished: Project):
     (path,) = finished.out.glob("steps/01-*/record.json")
     good = json.loads(path.read_text())
@@ -279,6 +280,7 @@ BEYOND: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_whatever_a_config_says_is_one_line_that_names_it(project: Project):
     path = project.model / "config.json"
     good = json.loads(path.read_text())

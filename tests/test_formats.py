@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from compress.errors import FormatError
 from compress.formats import Dense, Factored, Int, LowRank, Packed, parse
 from compress.formats.codebooks import NF, DoubleQuant
+from tests.conftest import covered
 from tests.laws import check_format, check_refuses, decode, encode, packed_tensors
 
 TABLE = [
@@ -34,7 +35,7 @@ TABLE = [
 FORMATS = st.builds(Int, st.integers(2, 8), st.one_of(st.none(), st.integers(2, 32).map(lambda i: 8 * i)), st.booleans())
 
 
-@pytest.mark.parametrize("text", TABLE)
+@pytest.mark.parametrize("text", covered(TABLE, *TABLE[::2]))
 def test_laws(text: str) -> None:
     assert str(parse(text)) == text
     check_format(parse(text), 768 if "96" in text else 256)

@@ -241,6 +241,7 @@ def test_other_source_precisions(family: Any, text: Path, tmp_path: Path, dtype:
     assert done.artifacts["gguf"][1].difference == 0
 
 
+@pytest.mark.slow
 def test_vectors_of_another_precision_than_the_model(family: Any, text: Path, tmp_path: Path) -> None:
     source = shutil.copytree(family("llama"), tmp_path / "model")
     tensors = load_file(source / "model.safetensors")

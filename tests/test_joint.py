@@ -199,6 +199,7 @@ def test_no_choice_within_the_limits_does_less_damage(
     assert sum(f.nbytes(best.shape.state.graph[n].shape) for n, f in plan.formats.items()) <= room["bytes"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("free", [False, True])
 def test_the_frontier_is_that_of_shape_and_bits(choices: Every, free: bool) -> None:
     allocate = allocating(budget="2.6 bits", shapes="free" if free else "uniform")

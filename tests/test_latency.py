@@ -184,6 +184,7 @@ def limited(project: Project, shapes: str) -> Any:
     return table
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shapes", covered(["uniform", "free"], "uniform"))
 def test_a_table_that_is_not_spoilt_will_do(project: Project, shapes: str) -> None:
     limited(project, shapes)

@@ -100,6 +100,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> State:
     return open_model(str(folder)).state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", covered(range(len(PRICED)), 0), ids=lambda n: str(PRICED[n]))
 def test_the_peak_of_a_training_is_foretold(wide: State, number: int) -> None:
     """Within a tenth of what torch's allocator counts."""

@@ -303,6 +303,7 @@ def test_fewer_tokens_than_inputs(w: int) -> None:
     assert obs_core.loss(p, half, obs_core.compensate(p, half)) < 0.01 * energy(p)
 
 
+@pytest.mark.slow
 def test_the_same_every_time_and_with_any_number_of_threads() -> None:
     p = problem(8, 300, seed=5)
     first = obs_core.sweep(p)

@@ -76,7 +76,7 @@ def check(text: str, n: int, k: int, dtype: torch.dtype, scale: torch.dtype = to
         assert float((found - wanted).abs().max()) <= ROUNDING[dtype] * float(wanted.abs().max())
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", covered(FLOATS, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("text", [*INTEGERS, *TABLES, *RANKED, *FACTORED, *ROTATED])
 def test_every_format(text: str, dtype: torch.dtype) -> None:
     for scale in (torch.bfloat16, torch.float16):

@@ -82,6 +82,7 @@ def test_smaller_shapes_go_through_every_exporter_and_back(smaller: Any, kind: s
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", covered(["gemma3", "phi3", "gpt2", "opt"], "gpt2"))
 def test_alone_it_gives_a_plain_model_that_transformers_loads(tmp_path: Path, text: Path, name: str) -> None:
     folder = make_model(tmp_path / "model", FAMILIES[name](), torch.float32)

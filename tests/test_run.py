@@ -246,6 +246,7 @@ def test_a_run_stopped_at_any_block_goes_on_from_the_last_finished_one(
         assert list((fresh.out / "steps").glob("*.partial")) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("owner", "name", "after"), [
     (Step, "finish", False), rare(CompressedTensors, "write", False), rare(CompressedTensors, "prove", True),
     pytest.param(Step, "finish", True, marks=pytest.mark.slow),
@@ -498,6 +499,7 @@ def test_a_folder_in_use_is_refused(finished: Project):
     assert finished.run().code == 0
 
 
+@pytest.mark.slow
 def test_the_lock_goes_when_a_run_fails(project: Project, monkeypatch: pytest.MonkeyPatch):
     with monkeypatch.context() as patch:
         stop_at(patch, Step, "commit", 1)

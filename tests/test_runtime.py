@@ -291,6 +291,7 @@ def test_saving_is_refused_and_an_adapter_is_saved(folder_of: Any, tmp_path: Pat
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fan_in_fan_out.*", "ignore:.*gradient_checkpointing.*")
 @pytest.mark.parametrize(("name", "targets"), [("llama", ["q_proj", "down_proj"]), rare("gpt2", ["c_attn"])])
 def test_an_adapter_learns_upon_it(folder_of: Any, name: str, targets: list[str]) -> None:

@@ -330,6 +330,7 @@ def deeper(name: str) -> Any:
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", covered(WHOLE, "llama"))
 def test_sublayers_that_put_out_zeros_go_whole_and_no_bit_changes(tmp_path: Path, name: str) -> None:
     """The first layer has no attention, the second no MLP."""
@@ -426,6 +427,7 @@ ODD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", covered(ODD, "norm within"))
 def test_what_goes_with_a_sublayer_is_seen_of_each_architecture(tmp_path: Path, case: str) -> None:
     """The pass itself compares what the layer computes without it."""

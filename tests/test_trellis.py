@@ -253,6 +253,7 @@ def test_experts_and_transposed_matrices_are_coded(family: Any, text: Path, tmp_
     assert done.artifacts["native"][1].greedy > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", covered(["tcq4:l8", "tcq4:l8:ri32"], "tcq4:l8:ri32"))
 def test_rows_of_a_tied_table_are_looked_up_one_by_one(family: Any, text: Path, tmp_path: Path, form: str) -> None:
     done = bake(tmp_path, family("qwen2"), text, "native", {"quantize": {"format": "int4:g32", "pins": {"embed": form}}})

@@ -255,6 +255,7 @@ def test_a_list_that_changes_while_it_is_used_changes_nothing(tmp_path: Path, mo
     assert edit.foresee(state).vocabulary == first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", [rare([]), [{"quantize": {"format": "int3:g32"}}]])
 def test_figures_are_of_the_tokens_that_are_left(
     tmp_path: Path, model: Any, capsys: pytest.CaptureFixture[str], quantize: list[dict[str, Any]]
