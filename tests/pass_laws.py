@@ -45,8 +45,9 @@ TEXT = Tokens(
 def check_pass(p: Pass, source: Path, folder: Path, following: tuple[Pass, ...] = (), everywhere: bool = False) -> None:
     """Every law of a pass, on one small model. Fails by assertion; writes into `folder`.
 
-    It is stopped `everywhere`, or once where a part is finished and others are not: whatever was not finished is made a second
-    time then, and what was by the run that was stopped, so that this is the law of determinism too.
+    It is stopped `everywhere`, and exported by two exporters, or by one and once where a part is finished and others are not:
+    whatever was not finished is made a second time then, and what was by the run that was stopped, so that this is the law of
+    determinism too.
     """
     _check_options(p)
     source = lively(source, folder / "model")
@@ -68,7 +69,7 @@ def check_pass(p: Pass, source: Path, folder: Path, following: tuple[Pass, ...] 
         again = resumed(p, model, folder / f"stopped{commits}" / "steps", commits, following)
         _check_equal(after, again, f"resumed after {commits} commits")
     if p.writes & ~Aspect.PLAN:
-        _check_artifacts(model, after, folder)
+        _check_artifacts(model, after, folder, ("native", "compressed_tensors") if everywhere else ("native",))
     if p.writes & ~Aspect.PLAN and Fact.DENSE in after.facts:
         _check_composition(after, folder)
 
@@ -215,10 +216,10 @@ def _check_view(state: State) -> None:
     assert logits(state, [TOKENS.ids[:1]], "cpu")[0].isfinite().all()
 
 
-def _check_artifacts(model: Model, state: State, folder: Path) -> None:
+def _check_artifacts(model: Model, state: State, folder: Path, kinds: tuple[str, ...]) -> None:
     """What the pass alone leaves is written and proves itself, in every kind that can hold it."""
     made = []
-    for name in ("native", "compressed_tensors"):
+    for name in kinds:
         exporter = EXPORTERS[name]()
         with suppress(ExportError):
             for said in state.serving:

@@ -249,6 +249,7 @@ def parts(project: Project) -> dict[str, bytes]:
     return {n: b for n, b in contents(project.out / "analyses").items() if not n.startswith("trial")}
 
 
+@pytest.mark.slow
 def test_another_budget_measures_nothing_and_another_format_only_itself(measured: Project) -> None:
     before = parts(measured)
     assert before
@@ -517,6 +518,7 @@ def test_a_trial_must_be_better_by_more_than_chance() -> None:
     assert trials.surely_less([1.0], [1.1])
 
 
+@pytest.mark.slow
 def test_more_or_fewer_windows_to_measure_on_are_another_measurement(measured: Project) -> None:
     assert measured.plan("allocate.probe=32", "allocate.budget=4 bits", 'allocate.formats=["int3:g32"]').code == 0
     for name in ("errors", "gradients"):

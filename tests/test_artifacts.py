@@ -116,6 +116,7 @@ def spoilt(note: dict[str, Any]) -> list[Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", covered(WEIGHTS, "native"))
 def test_a_damaged_mark_is_named_by_whoever_asks_it(copy: Any, capsys: Any, text: Path, name: str) -> None:
     """The hashes in it are what damage is found by: without them nothing would be compared."""

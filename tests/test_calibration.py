@@ -174,6 +174,7 @@ def test_sampled_windows_have_their_length_and_begin_as_windows_of_a_text_do(pro
     assert len(set(rows(got))) > 15
 
 
+@pytest.mark.slow
 def test_prompts_are_pieces_of_the_text(project: Project, family: Any):
     sets = [SAMPLE, "data.calibration.generate={prompts: {text: words.txt, tokens: 5}}", "data.calibration.bos=true"]
     got = windows(settled(project, *sets))

@@ -274,6 +274,7 @@ def test_slices_of_a_trellis_code_depend_on_the_shape_alone_and_leave_no_block_i
     assert rings.slices((4096, 4096)) == 8
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_entropy_coded_words_are_decoded_where_they_are_repacked(cpu: Emulator) -> None:
     """From the tensors of a file, to the same parts as from codes that were decoded before."""

@@ -40,7 +40,7 @@ MOE = ("mixtral", "qwen3_moe")
 MIXED = {"layers.0.attn.[qkv]*": "int3:g32", "*.attn.o": "int6:g16", "*.down": "int5:g32", "layers.1.mlp.*": "int8:channel"}
 EXPERTS = {"*.attn.*": "int8:g32"}  # stock transformers reads all experts with one scheme
 ALL = covered(FAMILIES, *KINDS_OF_FAMILIES)
-LOADABLE = covered([f for f in FAMILIES if f != "gpt2"], *(f for f in KINDS_OF_FAMILIES if f != "gpt2"))
+LOADABLE = [f for f in FAMILIES if f != "gpt2"]
 
 
 def pins_of(name: str) -> dict[str, str]:

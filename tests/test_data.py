@@ -59,6 +59,7 @@ def test_the_hash_tells_windows_apart(tokens: Any, tmp_path: Path, change: dict[
     assert tokens(**base).hash != tokens(**{**base, **change}).hash
 
 
+@pytest.mark.slow
 def test_the_hash_tells_texts_apart_only_where_they_are_read(tokens: Any, tmp_path: Path):
     texts = ("a" * 16, "a" * 15 + "b", "a" * 16 + "b")
     hashes = [tokens(text=put(tmp_path, "a.txt", text), sequences=2, length=8).hash for text in texts]

@@ -25,7 +25,7 @@ from compress.passes.prune import Prune
 from compress.passes.trials import divergence
 from compress.run import Parts, Step
 from compress.state import State
-from tests.conftest import FAMILIES, Project, contents, covered, make_model, saved
+from tests.conftest import FAMILIES, Project, contents, covered, make_model, rare, saved
 from tests.cooking import bake
 from tests.pass_laws import TOKENS, step_of, tensors_of
 from tests.test_edit import deep, without
@@ -77,6 +77,7 @@ def test_an_encoder_loses_layers_as_well(family: Any, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_second_round_is_measured_without_what_went_in_the_first(tmp_path: Path) -> None:
     folder = deep(tmp_path / "model", "llama")
     state = open_model(str(folder)).state
@@ -188,6 +189,7 @@ def zeroed(state: State, unit: Any) -> State:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     covered(["llama", "gemma3", "gpt2", "opt", "mixtral", "gpt_neox", "phi3", "qwen3_moe"], "phi3"),
@@ -431,7 +433,7 @@ def test_zeros_say_that_nothing_becomes_smaller(project: Project) -> None:
 
 
 @pytest.mark.parametrize(("options", "says"), [
-    ("drop: 3, unit: sublayer", "with 2 sublayers gone there is one attention and one MLP left, and these stay"),
+    rare("drop: 3, unit: sublayer", "with 2 sublayers gone there is one attention and one MLP left, and these stay"),
     ("keep_zeros: true", "a layer is taken away whole; leave keep_zeros out"),
     ("unit: sublayer, keep_zeros: true, metric: angle", "an angle is that of a whole layer"),
     ("drop: 2", "there are 2 layers to choose from, and 2 are to go; keep one"),

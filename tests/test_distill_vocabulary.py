@@ -86,6 +86,7 @@ def test_no_more_logits_of_the_teacher_are_held_than_of_the_student(cut: Any, mo
     assert max(sizes) == 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [{"kl": 1.0}, rare({"js": 1.0, "reverse_kl": 1.0}), rare({"ce": 1.0})])
 def test_a_few_cached_tokens_bound_it_from_below(cut: Any, tmp_path: Path, loss: dict[str, float]) -> None:
     """The cached tokens are the student's, and the rest of those that it knows is one outcome more."""

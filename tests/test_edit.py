@@ -76,7 +76,8 @@ def edited(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return lambda kind: run(kind if kind == "onnx" else " ".join(LIGHT))
 
 
-@pytest.mark.parametrize("kind", covered(EXPORTERS, *LIGHT))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", EXPORTERS)
 def test_fewer_layers_and_an_own_head_go_through_every_exporter_and_back(edited: Any, kind: str) -> None:
     done = edited(kind)
     place, proof = done.artifacts[kind]

@@ -135,6 +135,7 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {name: data for name, data in contents(folder).items() if name.endswith(".safetensors")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", covered(["embedding", "block-0000"], "embedding"))
 def test_a_run_that_stops_goes_on(
     family: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: str, made: pipeline.Outcome
@@ -244,6 +245,7 @@ def test_onnxruntime_looks_rows_up(in_onnx: pipeline.Outcome, family: Any) -> No
     assert exact < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", covered(["int8:g32", "int3:channel", "int4:g64:asym"], "int3:channel"))
 def test_llamacpp_has_it_in_its_blocks(family: Any, text: Path, tmp_path: Path, form: str) -> None:
     oracle = pytest.importorskip("gguf")
@@ -309,6 +311,7 @@ def test_a_tied_table_is_held_once_and_serves_both(family: Any, text: Path, tmp_
         assert [p.data_ptr() for p in head.parts] == [p.data_ptr() for p in table.parts]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", covered([True, False], False))
 def test_a_bias_that_the_head_shares_too(text: Path, tmp_path: Path, data: bool) -> None:
     """RoBERTa's, which a checkpoint holds under one of its names."""
@@ -324,6 +327,7 @@ def test_a_bias_that_the_head_shares_too(text: Path, tmp_path: Path, data: bool)
              {"quantize": {"method": "rtn", "format": FORM, "pins": {"lm_head": FORM}}})  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_table_in_pieces_is_the_same(family: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are independent, zero points too, though their codes share words."""
     made = []

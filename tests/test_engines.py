@@ -97,6 +97,7 @@ def test_a_wrong_matrix_is_named(made: pipeline.Outcome, family: Any, site: str)
         prove(job_of(made, family("llama")), engine)
 
 
+@pytest.mark.slow
 def test_a_fault_outside_the_matrices_blames_none_of_them(made: pipeline.Outcome, family: Any) -> None:
     engine = engine_of(made)
     with torch.no_grad():

@@ -116,7 +116,7 @@ def test_a_machine_that_computes_other_tables_is_told(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("text", ["ecq2", "ecq2.05", "ecq2.5", "ecq3", "ecq4.25", "ecq2.5:r64"])
-@pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale_dtype", covered([torch.bfloat16, torch.float16], torch.bfloat16))
 def test_bytes_are_exactly_the_rate_and_weights_those_of_the_formula(text: str, scale_dtype: torch.dtype) -> None:
     fmt, (W, f) = fmt_of(text.removesuffix(":r64")), problem()
     assert str(parse(text)) == text
@@ -313,6 +313,7 @@ def test_an_allocation_takes_tables_too(family: Any, text: Path, tmp_path: Path)
     assert sum(done.state.formats[s.name].nbytes(s.shape) for s in sites) * 8 <= 4.2 * sum(s.numel for s in sites)
 
 
+@pytest.mark.slow
 def test_rates_between_two_are_on_their_line(family: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within a tenth of what is measured, at the rates that are."""
     formats = [parse(f"ecq{r:g}{t}") for t in ("", ":r64") for r in (2.5, 2.9, 3.4, 4)]

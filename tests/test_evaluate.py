@@ -201,6 +201,7 @@ def test_eval_against_a_model_of_another_vocabulary(project: Project, tmp_path: 
     assert line == f"{other}: has another vocabulary than {project.model}; KL needs the model it was made from"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config", [rare('{"quantization_config": 3}'), '{"quantization_config": {"quant_method": "compressed-tensors"}}']
 )

@@ -238,6 +238,7 @@ class Started:
         self.folder, self.state = model.folder, state
 
 
+@pytest.mark.slow
 def test_whitened_comes_nearer_than_svd(family: Any, tmp_path: Path) -> None:
     model = open_model(str(family("llama")))
     ways: dict[str, Any] = {"svd": {"method": "svd"}, "whitened": {"drift": 0}, "more": {"drift": 0, "rank": 28}}

@@ -140,6 +140,7 @@ def test_it_is_proven_in_transformers_and_read_back(made: Any, name: str, table:
         assert torch.equal(vector(ours, "norm.weight", family), vector(theirs, "norm.weight", family))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "dtype"), [("bf16", torch.bfloat16), rare("fp16", torch.float16), rare("fp32", torch.float32)])
 def test_a_dense_model(tmp_path: Path, text: Path, form: str, dtype: torch.dtype) -> None:
     done = bake(tmp_path / "run", gemma(tmp_path / "model", dtype=dtype), text, "gguf", steps(form))

@@ -202,6 +202,7 @@ def test_an_absent_file_and_a_folder_of_files(project: Project, tmp_path: Path, 
     assert f"no config.json; name the GGUF file, {tmp_path / 'only' / 'tiny.gguf'}" in project("inspect", tmp_path / "only").line
 
 
+@pytest.mark.slow
 def test_a_relative_path_and_capitals(tiny: Path, project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.rename(tiny.with_name("TINY.GGUF"))
     monkeypatch.chdir(tiny.parent)

@@ -220,6 +220,7 @@ def test_tables_are_solved_like_integers(text: str, clip: str, monkeypatch: pyte
     assert (stored[5] == 0).all()
 
 
+@pytest.mark.slow
 def test_refinement_moves_the_scales_of_tables_and_leaves_quantized_ones() -> None:
     W, H = problem(64, 256)
     f = gptq_core.factor(H)
@@ -234,6 +235,7 @@ def test_refinement_moves_the_scales_of_tables_and_leaves_quantized_ones() -> No
         assert torch.equal(one.grid.table, none.grid.table)
 
 
+@pytest.mark.slow
 @given(st.permutations(range(24)))
 @settings(deadline=None, max_examples=15)
 def test_invariant_to_the_order_of_inputs(perm: list[int]) -> None:

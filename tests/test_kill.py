@@ -144,6 +144,7 @@ def test_kills_around_a_quantized_embedding(warden: Warden, tiny: Path, tmp_path
     assert contents(tmp_path / "out" / "native") == contents(tmp_path / "clean" / "native")
 
 
+@pytest.mark.slow
 def test_a_kill_releases_the_lock(warden: Warden, tiny: Path, clean: tuple[dict[str, bytes], int], tmp_path: Path):
     """Two kills at the last moment before the artifact is there: the second run could start, so the lock was free."""
     for _ in range(2):

@@ -124,6 +124,7 @@ def test_the_cache_computes_what_masks_would(family: Any, name: str) -> None:
             assert any(not torch.equal(mask, causal(len(mask), None)) for mask in looked.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", covered(["fp32", "int8"], "int8"))
 def test_the_cache_takes_the_bytes_that_were_foretold(family: Any, dtype: str) -> None:
     policy = policy_for(family("llama"), dtype)
@@ -138,6 +139,7 @@ def test_the_cache_takes_the_bytes_that_were_foretold(family: Any, dtype: str) -
     assert cache.get_seq_length() == PROMPT + 2 * rules.STEP + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", covered(["llama", "gemma3"], "llama"))
 def test_a_row_that_is_padded_reads_as_it_does_alone(family: Any, name: str) -> None:
     model, ids = model_of(family(name), policy_for(family(name))), text_of(2, PROMPT)

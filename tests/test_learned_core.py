@@ -80,6 +80,7 @@ def test_nothing_to_learn_changes_nothing() -> None:
     assert torch.equal(latent.rounded(), restore(start.codes, start.grid, fmt))
 
 
+@pytest.mark.slow
 def test_most_of_what_the_best_of_all_roundings_gains_is_found() -> None:
     """One output of six inputs, two bits: all 4096 roundings are tried on the grid that it starts on."""
     fmt = parse("int2:channel")

@@ -390,6 +390,7 @@ def test_refusals() -> None:
 # --- against each other -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [rare((192, 192)), rare((128, 256)), (256, 128)])
 def test_the_order_of_the_methods_at_three_bits(shape: tuple[int, int]) -> None:
     """Measured at 192 x 192, of the energy: rounding .040, as published .021, GPTQ .0097, closed form .0040, in turn .0036."""

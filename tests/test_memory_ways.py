@@ -252,6 +252,7 @@ STOPPED: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", covered(range(len(STOPPED)), 8), ids=lambda n: str(STOPPED[n]))
 def test_a_training_that_was_stopped_comes_to_the_same_bytes(family: Any, tmp_path: Path, number: int) -> None:
     """In the middle of it, with whatever it remembers."""

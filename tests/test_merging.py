@@ -267,7 +267,7 @@ def oracle(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **
 AttentionInterface.register("merging_oracle", oracle)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("name", covered(["llama", "gemma3"], "gemma3"))
 @torch.no_grad()
 def test_what_comes_behind_sees_entries_by_their_positions(name: str) -> None:
     """Token by token, and over more tokens than a sliding window has."""
@@ -298,6 +298,7 @@ def greedy(model: Any, merged: Any, count: int) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", covered(CONFIGS, "llama"))
 def test_generate_goes_on_as_a_loop_by_hand_does(name: str) -> None:
     model, ids, options = model_of(name), text_of(90), {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}

@@ -260,7 +260,7 @@ def bit(name: str) -> Callable[[dict[str, Tensor]], None]:
     return flip
 
 
-@pytest.mark.parametrize("tokens", [True, False])
+@pytest.mark.parametrize("tokens", covered([True, False], True))
 @pytest.mark.parametrize("name", [
     "model.layers.0.self_attn.q_proj.weight_packed", f"{Q}.weight_zero_point", f"{Q}.lora_A.weight", f"{Q}.lora_B.weight",
     "model.layers.1.self_attn.v_proj.weight_scale_top", "model.layers.1.mlp.down_proj.weight_table",

@@ -100,6 +100,7 @@ def test_a_sweep_is_the_greedy_choice(n: int, units: int, w: int, dead: int, bat
     close(found.increase_u, increase, energy(p))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("units", "w"), [(2 * obs_core._BATCH + 5, 1), (7, obs_core._BATCH + 3), (obs_core._STRIP + 9, 2)])
 def test_a_sweep_over_several_batches_and_strips(units: int, w: int) -> None:
     """Matrices are updated and closed up on the way; the losses are still those of the sets, and each choice the least."""
@@ -172,6 +173,7 @@ def test_any_order_can_be_followed(n: int, units: int, w: int, dead: int, seed: 
     assert torch.equal(obs_core.along(p, own.order_u).increase_u, own.increase_u)
 
 
+@pytest.mark.slow
 @given(st.integers(1, 4), st.integers(1, 7), st.integers(1, 2), seeds)
 @settings(deadline=None, max_examples=20)
 def test_greedy_is_the_best_set_where_units_are_uncorrelated(n: int, units: int, w: int, seed: int) -> None:

@@ -242,6 +242,7 @@ def test_conv1d_runs_in_our_runtime(family: Any, text: Path, tmp_path: Path) -> 
     assert "PeftModel" not in (artifact / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_without_peft_ours_proves_it_and_says_so(
     made: pipeline.Outcome, family: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -59,6 +59,7 @@ def test_a_run_writes_the_bytes_that_its_plan_promised(project: Project, sets: l
     assert weight_bytes(project.artifact) == promised(plan.out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", covered(["qwen2", "gpt2", "mixtral", "phi3", "opt"], "gpt2"))
 def test_the_promise_holds_for_every_kind_of_layout(project: Project, family: Any, name: str):
     """Tied heads, transposed matrices, experts in one tensor, joined matrices, biases; and several files."""

@@ -196,6 +196,7 @@ def test_the_norm_behind_a_reader_is_found(family: Any, name: str, expected: dic
     assert behind == expected
 
 
+@pytest.mark.slow
 def test_outputs_count_by_the_norm_behind_them(tmp_path: Path) -> None:
     """Neurons whose outputs the norm takes away go first, however large these are."""
     folder = make_model(tmp_path / "model", FAMILIES["gemma3"](), torch.float32)

@@ -247,6 +247,7 @@ def test_tokens_are_counted_for_each_expert(solved: pipeline.Outcome) -> None:
         assert (note in record["notes"]) == (lacking > 0)
 
 
+@pytest.mark.slow
 def test_an_expert_without_tokens_is_quantized_no_worse_than_by_rounding_alone(
     idle: Path, solved: pipeline.Outcome, text: Path, tmp_path: Path
 ) -> None:

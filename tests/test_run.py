@@ -99,7 +99,7 @@ CHANGES: dict[str, tuple[Callable[[Project], Any], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("change", covered(CHANGES, "text", "format", "seed", "pin"))
+@pytest.mark.parametrize("change", covered(CHANGES, "format", "seed", "pin"))
 def test_a_change_is_named_and_made_anew_and_the_old_is_kept(finished: Project, change: str):
     old_steps, old = names(finished.out / "steps"), contents(finished.artifact)
     before = contents(finished.out / "steps")
@@ -119,6 +119,7 @@ def test_a_change_is_named_and_made_anew_and_the_old_is_kept(finished: Project, 
     assert contents(finished.artifact)["compress.json"] != old["compress.json"]
 
 
+@pytest.mark.slow
 def test_a_change_taken_back_finds_the_old_step(finished: Project, monkeypatch: pytest.MonkeyPatch):
     old = contents(finished.artifact)
     assert finished.run("quantize.format=int3:g32").code == 0
@@ -385,6 +386,7 @@ def test_the_folder_of_the_model_or_the_one_around_it_is_refused(project: Projec
     assert contents(project.folder) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", covered([0, 5], 5))
 def test_a_run_that_was_stopped_while_it_marked_its_folder_goes_on(project: Project, size: int):
     with RunFolder(project.out).held():

@@ -97,7 +97,7 @@ def off(folder: Path, state: State, dtype: torch.dtype, model: Any = None) -> fl
 # --- what it computes -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", covered(FAMILIES, "llama", "gpt2", "mixtral"))
+@pytest.mark.parametrize("name", covered(FAMILIES, "llama"))
 def test_every_family(mixed: Any, name: str) -> None:
     """With formats of every kind among its matrices."""
     folder = artifact_of(mixed(name))
@@ -232,6 +232,7 @@ def test_disk_is_no_place_for_packed_matrices(folder_of: Any, tmp_path: Path) ->
             transformers.AutoModelForCausalLM.from_pretrained(folder_of("llama"), offload_folder=tmp_path, **options)
 
 
+@pytest.mark.slow
 def test_nothing_is_made_dense(folder_of: Any) -> None:
     """What the matrices hold is what their formats count, and a byte more only for a shape."""
     folder = folder_of("llama", "int3:g64", {})
@@ -434,6 +435,7 @@ def test_targets_of_other_tools(folder_of: Any, tmp_path: Path, targets: list[An
         assert len(packed(runtime.load(folder))) == 14
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("change", "says"), [
     ({"lora_alpha": 16}, "by another number than 1"), ({"use_dora": True}, "more than plain LoRA"),
     ({"target_modules": 3}, "no adapter of ours"),

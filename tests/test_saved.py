@@ -288,6 +288,7 @@ def test_a_sibling_that_holds_the_input_leaves_nothing_to_save() -> None:
     assert gradients(model, x, dy)[2] > saved
 
 
+@pytest.mark.slow
 def test_winners_are_right_in_the_mean_and_closer_than_without_them() -> None:
     """Against plain column-row sampling, and the largest alone, which are wrong in the mean."""
     g = torch.Generator().manual_seed(0)

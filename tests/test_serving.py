@@ -78,6 +78,7 @@ def test_allocate_refuses_by_name_what_its_engine_does_not_serve(
 INT8 = {"quantize": {"method": "rtn", "format": "int8:channel/int8:token"}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind", "layers"), [("llama", "fp8", "all"), rare("gemma2", "fp8:head", "full")])
 def test_stock_transformers_keeps_the_cache_that_the_run_measured(
     family: Any, text: Path, tmp_path: Path, name: str, kind: str, layers: str

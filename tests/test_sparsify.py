@@ -227,6 +227,7 @@ def test_bench_counts_what_is_read_of_sparse_matrices(family: Any, text: Path, t
     assert dense - ours == pytest.approx(spared, rel=0.25), "tiny models, few tokens"
 
 
+@pytest.mark.slow
 def test_shares_by_layer_read_no_more_than_one_share(family: Any, text: Path, tmp_path: Path) -> None:
     path = recipe(tmp_path, family("llama"), text, exports=False)
     content = yaml.safe_load(path.read_text()) | {"passes": [{"sparsify": {"keep": 0.5, "windows": 4}}]}

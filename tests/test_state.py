@@ -241,6 +241,7 @@ def test_nan_outside_of_matrices_is_named_without_data(family: Any, tmp_path: Pa
         bake(tmp_path, folder, None, kind, {"quantize": {"method": "rtn", "format": "int4:g32"}})
 
 
+@pytest.mark.slow
 def test_activations_that_overflow_name_the_block(tmp_path: Path, text: Path) -> None:
     folder = make_model(tmp_path / "model", FAMILIES["llama"](), torch.float16)
     tensors = load_file(folder / "model.safetensors")
@@ -298,6 +299,7 @@ def test_equal_bytes_stay_tied(tmp_path: Path) -> None:
 # --- eval measures what the artifact is --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "steps"), [
     rare("gpt2", {"quantize": {"format": "int4:g32"}}), ("llama", {"quantize": {"format": "int3:g32:asym"}}),
     pytest.param("llama", {"lqlora": {"format": "int2:g32", "rank": 8}}, marks=pytest.mark.slow),

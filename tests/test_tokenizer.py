@@ -171,6 +171,7 @@ def made(kind: str, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", covered(["bytes", "llama", "unigram", "words", "lines"], "bytes"))
 def test_windows_are_those_of_the_whole_text(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch):
     """For tokenizers of every make, wherever the text that was looked at ends."""
@@ -191,6 +192,7 @@ def test_windows_are_those_of_the_whole_text(tmp_path: Path, kind: str, monkeypa
         looked.clear()
 
 
+@pytest.mark.slow
 def test_a_text_is_read_no_further_than_its_windows(project: Project, monkeypatch: pytest.MonkeyPatch):
     """A file of 64 GiB, most of it a hole."""
     read_on: list[int] = []
@@ -303,6 +305,7 @@ def test_a_record_without_end_is_no_record(family: Any, tmp_path: Path, monkeypa
         first_words(family("llama"), tmp_path, {"text": "x" * 1000})
 
 
+@pytest.mark.slow
 def test_a_text_that_is_a_device_or_a_pipe(family: Any, tmp_path: Path):
     os.mkfifo(tmp_path / "pipe")
     for name in ("pipe", "/dev/zero"):

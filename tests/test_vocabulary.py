@@ -218,6 +218,7 @@ def twice(file: dict[str, Any]) -> None:
         ("single_word", "lstrip", "rstrip", "normalized"), False)})  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", covered([holes, twice], holes))
 def test_ids_are_those_that_transformers_gives_and_not_those_of_the_file(tmp_path: Path, change: Any) -> None:
     source = spoken(tmp_path / "model")
