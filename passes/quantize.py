@@ -64,7 +64,7 @@ class Quantize(Pass):
     """Quantize weights to integers: GPTQ (error feedback from calibration data), rounding to nearest, or GPTQ and learning."""
 
     name: ClassVar[str] = "quantize"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     needs: ClassVar[Fact] = Fact.DENSE
     gives: ClassVar[Fact] = Fact.QUANTIZED
     instead: ClassVar[Fact] = Fact.FACTORED

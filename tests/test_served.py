@@ -266,6 +266,19 @@ def test_inputs_behind_a_matrix_carry_the_rounding_in_front_of_it(family: Any, t
     assert plain["layers.1.attn.q"] != rounded["layers.1.attn.q"]
 
 
+@pytest.mark.parametrize("form", ["int8:channel/int8:token", "int8:channel"])
+def test_few_tokens_do_not_move_weights_for_what_rounding_does_to_inputs(
+    family: Any, text: Path, tmp_path: Path, form: str
+) -> None:
+    """192 tokens for 64 inputs and more. Where inputs are taken as they are, drift is that of weights, and is made up for."""
+    made = [bake(tmp_path / str(drift), family("llama"), text, "native", {"quantize": {"format": form, "drift": drift}})
+            for drift in (0.5, 0)]  # fmt: skip
+    moved, still = ({n: s.load().tensors for n, s in m.state.codes.items()} for m in made)
+    same = all(torch.equal(t, still[n][k]) for n, held in moved.items() for k, t in held.items())
+    assert same == ("/" in form)
+    assert ("few for inputs that are rounded: no drift" in (made[0].out / "report.md").read_text()) == same
+
+
 @pytest.mark.parametrize("calibrated", [True, False])
 def test_matrices_that_engines_join_share_their_global_scale(family: Any, text: Path, tmp_path: Path, calibrated: bool) -> None:
     step = {"quantize": {"method": "rtn", "format": "nvfp4"}}
