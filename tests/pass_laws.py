@@ -42,12 +42,12 @@ TEXT = Tokens(
 )
 
 
-def check_pass(p: Pass, source: Path, folder: Path, following: tuple[Pass, ...] = (), everywhere: bool = False) -> None:
+def check_pass(p: Pass, source: Path, folder: Path, following: tuple[Pass, ...] = (), stopped: str = "once") -> None:
     """Every law of a pass, on one small model. Fails by assertion; writes into `folder`.
 
-    It is stopped `everywhere`, and exported by two exporters, or by one and once where a part is finished and others are not:
-    whatever was not finished is made a second time then, and what was by the run that was stopped, so that this is the law of
-    determinism too.
+    It is stopped "everywhere", and exported by two exporters, or by one and "once" where a part is finished and others are not,
+    or "nowhere": whatever was not finished is made a second time, and what was by the run that was stopped, so that this is the
+    law of determinism too.
     """
     _check_options(p)
     source = lively(source, folder / "model")
@@ -65,11 +65,11 @@ def check_pass(p: Pass, source: Path, folder: Path, following: tuple[Pass, ...] 
     parts = parts_of(folder / "whole" / "steps")
     if not parts:
         _check_equal(after, attempt(p, model, folder / "again" / "steps", following), "deterministic")
-    for commits in stops(parts, p.decides, everywhere):
+    for commits in stops(parts, p.decides, stopped):
         again = resumed(p, model, folder / f"stopped{commits}" / "steps", commits, following)
         _check_equal(after, again, f"resumed after {commits} commits")
     if p.writes & ~Aspect.PLAN:
-        _check_artifacts(model, after, folder, ("native", "compressed_tensors") if everywhere else ("native",))
+        _check_artifacts(model, after, folder, ("native", "compressed_tensors") if stopped == "everywhere" else ("native",))
     if p.writes & ~Aspect.PLAN and Fact.DENSE in after.facts:
         _check_composition(after, folder)
 
@@ -255,10 +255,11 @@ def keep_dense(job: Job, folder: Path) -> None:
     carry_over(job.model.folder, folder, job.state.vocabulary)
 
 
-def stops(parts: int, decides: bool, everywhere: bool) -> list[int]:
+def stops(parts: int, decides: bool, stopped: str) -> list[int]:
     """After how many commits a pass is stopped that makes so many parts; analyses have too many to stop after each."""
     every = list(range(min(parts, 2) if decides else parts))
-    return every if everywhere else every[-1:] if decides else every[1:2] or every
+    once = every[-1:] if decides else every[1:2] or every
+    return {"everywhere": every, "once": once, "nowhere": []}[stopped]
 
 
 def parts_of(folder: Path) -> int:

@@ -121,7 +121,7 @@ def silenced(folder: Path, place: Path, layer: int, *parts: str) -> Path:
 
 
 @pytest.mark.parametrize("metric", ["kl", "angle"])
-@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("layer", covered([0, 2], 2))
 def test_a_layer_that_does_nothing_is_found_first(tmp_path: Path, metric: str, layer: int) -> None:
     folder = silenced(deep(tmp_path / "model", "llama"), tmp_path / "idle", layer, "self_attn.o_proj", "mlp.down_proj")
     made, told, _ = ran(Depth.model_validate({"drop": 2, "metric": metric}), folder, tmp_path)

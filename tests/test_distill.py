@@ -155,7 +155,7 @@ def test_a_student_that_has_learnt_nothing_is_the_model(family: Any, tmp_path: P
     torch.testing.assert_close(logits_of(student, TOKENS.ids[:2]), streamed(state, TOKENS.ids[:2]), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", covered(sorted(FAMILIES), "llama", "gpt2", "phi3", "gemma3"))
+@pytest.mark.parametrize("name", covered(sorted(FAMILIES), "llama", "gpt2"))
 def test_gradients_are_those_of_the_architecture(family: Any, name: str) -> None:
     """Of every matrix and every other tensor, against transformers' own model, with blocks kept and run again."""
     folder = family(name, torch.float32)

@@ -87,7 +87,7 @@ def test_batches_of_different_length_stream_together(family: Any) -> None:
     assert torch.equal(two, logits(model.state, [ids(1, 7)], "cpu")[0])
 
 
-@pytest.mark.parametrize("site", ["layers.0.attn.q", "layers.1.mlp.down", "lm_head"])
+@pytest.mark.parametrize("site", covered(["layers.0.attn.q", "layers.1.mlp.down", "lm_head"], "layers.1.mlp.down"))
 def test_a_wrong_matrix_is_named(made: pipeline.Outcome, family: Any, site: str) -> None:
     """The artifact's tensors are right, and the engine reads one of them wrongly: so it is with an engine's bug."""
     engine = engine_of(made)

@@ -165,7 +165,7 @@ QUICK = settings(max_examples=4, derandomize=True, deadline=None, database=None,
 LONG = settings(max_examples=200, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 
-@pytest.mark.parametrize("name", covered(KINDS, "recipe", "config", "tokenizer", "record", "resolved", "plan.yaml"))
+@pytest.mark.parametrize("name", covered(KINDS, "recipe", "config", "record", "plan.yaml"))
 def test_a_few_spoilt_files(place: Path, name: str):
     QUICK(given(st.data())(lambda data: try_one(place, KINDS[name], data.draw)))()
 

@@ -24,6 +24,7 @@ from compress.export.gguf import reader as gguf_reader
 from compress.export.gguf.file import ALIGNMENT, FILE, KINDS, File, Found, Tensor, read_file
 from compress.export.gguf.metadata import NOTE
 from compress.model.model import open_model
+from tests.conftest import covered
 from tests.cooking import bake
 
 PASS = {"quantize": {"method": "rtn", "clip": "minmax", "format": "int4:g32:asym", "pins": {"layers.0.*": "int8:g64"}}}
@@ -243,7 +244,7 @@ def test_weights_beside_it_are_what_the_folder_is(copy: Path, family: Any) -> No
 # --- an artifact proves itself ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["", "token_embd.weight", "blk.1.attn_norm.weight", Q, "blk.0.ffn_down.weight"])
+@pytest.mark.parametrize("name", covered(["", "token_embd.weight", "blk.1.attn_norm.weight", Q, "blk.0.ffn_down.weight"], "", Q))
 def test_a_flipped_bit_is_caught(made: Any, family: Any, tmp_path: Path, name: str) -> None:
     exporter, job = gguf.Gguf(), Job(open_model(str(family("llama"))), made.state, None, "key", lambda facts: "")
     exporter.write(job, tmp_path)

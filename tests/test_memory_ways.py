@@ -62,7 +62,7 @@ def state_of(family: Any, name: str = "llama", **options: Any) -> State:
 # --- gradients that are used up -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("by", covered(OPTIMIZERS, "lomo", "adamw8bit", "galore", "block"))
+@pytest.mark.parametrize("by", covered(OPTIMIZERS, "lomo", "adamw8bit"))
 def test_fused_gradients_come_to_the_same_bits(family: Any, by: str) -> None:
     """LOMO's limit as well, which takes two ways back: but for how its norm is summed."""
     state = state_of(family)

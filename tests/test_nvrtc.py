@@ -73,6 +73,7 @@ def compiles_without_spills(arch: str, variants: set[emulator.Variant]) -> None:
         )
 
 
+@pytest.mark.slow
 @needs_nvcc
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("arch", covered(ARCHS, ARCHS[0]))

@@ -20,6 +20,7 @@ from compress.export.onnx.encode import NBits, Slot, decode, encode, slots
 from compress.export.onnx.nodes import Nodes, code_of, operators
 from compress.formats import Dense, Format, Int, LowRank, numbers_of, parse
 from compress.state.graph import Site
+from tests.conftest import covered
 from tests.laws import packed_tensors
 
 INTEGERS = [f"int{b}:{g}{z}" for b in range(2, 9) for g in ("g16", "g32", "g48", "g96", "g256", "channel") for z in ("", ":asym")]
@@ -30,6 +31,8 @@ RANKED = ["int4:g32+r4", "int3:g32:asym+r3:int8:channel:asym", "int4:g16+r2:fp32
 FACTORED = ["lr16", "lr7:fp32", "lr32:int4:g32", "lr17:int8:channel", "lr48:int3:g16:asym", "lr20:nf3:g40", "lr9:lut4:g16",
             "lr5:nf8:g64:dq8x256"]  # fmt: skip
 DENSE = ["bf16", "fp16", "fp32"]
+FORMS = [*INTEGERS, *TABLES, *RANKED, *FACTORED, *DENSE]
+ROUNDED = [f for f in (*INTEGERS, *RANKED, *FACTORED) if f.startswith("int") or ":int" in f]
 BLOCKS = ("g16", "g32", "g48", "g64", "g96", "g128", "g160", "g256", "channel")
 
 
@@ -59,7 +62,7 @@ def same_after(fmt: Format, n: int, k: int) -> None:
         assert torch.equal(again[suffix], tensor), suffix
 
 
-@pytest.mark.parametrize("form", [*INTEGERS, *TABLES, *RANKED, *FACTORED, *DENSE])
+@pytest.mark.parametrize("form", covered(FORMS, *FORMS[::3]))
 def test_every_format_comes_back(form: str) -> None:
     same_after(parse(form), 96, inputs_of(parse(form)))
 
@@ -152,7 +155,7 @@ def off(y: Tensor, wanted: Tensor) -> float:
     return float((y - wanted).abs().max() / wanted.abs().max())
 
 
-@pytest.mark.parametrize("form", [*INTEGERS, *TABLES, *RANKED, *FACTORED, *DENSE])
+@pytest.mark.parametrize("form", covered(FORMS, *FORMS[::3]))
 def test_products_are_those_of_the_dequantized_matrix(form: str) -> None:
     fmt = parse(form)
     x = weight(3, inputs_of(fmt), 1)
@@ -160,7 +163,7 @@ def test_products_are_those_of_the_dequantized_matrix(form: str) -> None:
     assert off(y, x.double() @ W.T) < 1e-5
 
 
-@pytest.mark.parametrize("form", [f for f in (*INTEGERS, *RANKED, *FACTORED) if f.startswith("int") or ":int" in f])
+@pytest.mark.parametrize("form", covered(ROUNDED, *ROUNDED[::3]))
 def test_products_of_rounded_activations(form: str) -> None:
     fmt = parse(form)
     x = weight(3, inputs_of(fmt), 1)

@@ -47,7 +47,7 @@ def promised(plan: str) -> int:
         ["quantize.format=int3:g64:asym"],
         rare(["quantize.format=int2:channel", "quantize.pins={}"]),
         rare(["quantize.format=bf16", "quantize.pins={}"]),
-        ["quantize.format=fp32"],
+        rare(["quantize.format=fp32"]),
         ["quantize.pins={layers.0.*: bf16, '*.down': 'int5:g16'}"],
     ],
 )

@@ -97,6 +97,7 @@ def off(folder: Path, state: State, dtype: torch.dtype, model: Any = None) -> fl
 # --- what it computes -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", covered(FAMILIES, "llama"))
 def test_every_family(mixed: Any, name: str) -> None:
     """With formats of every kind among its matrices."""

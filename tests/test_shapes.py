@@ -152,7 +152,7 @@ def test_later_patterns_win(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_laws_of_a_pass_hold_where_layers_differ(tmp_path: Path) -> None:
     check_pass(
-        Prune.model_validate(FREE), make_model(tmp_path / "source", FAMILIES["llama"]()), tmp_path / "run", everywhere=True
+        Prune.model_validate(FREE), make_model(tmp_path / "source", FAMILIES["llama"]()), tmp_path / "run", stopped="everywhere"
     )
 
 

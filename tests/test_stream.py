@@ -145,7 +145,7 @@ class Spy:
         return [(inputs, clean) for (name, inputs), clean in zip(self.seen, self.clean, strict=True) if name == stage]
 
 
-@pytest.mark.parametrize("name", covered(FAMILIES, *KINDS_OF_FAMILIES))
+@pytest.mark.parametrize("name", covered(FAMILIES, "llama", "gpt2", "mixtral"))
 def test_a_solver_that_changes_nothing_changes_nothing(family: Any, name: str) -> None:
     _, state, stream, batches = start(family(name))
     twins = stream.start(state, tokens())
@@ -162,7 +162,7 @@ def coarse(matrix: Tensor) -> Tensor:
     return (matrix.float() * 8).round().div(8).to(matrix.dtype)
 
 
-@pytest.mark.parametrize("name", covered([*FAMILIES, *OTHERS], *KINDS_OF_FAMILIES))
+@pytest.mark.parametrize("name", covered([*FAMILIES, *OTHERS], "llama", "gpt2", "mixtral", "roberta"))
 def test_each_stage_sees_what_the_stock_model_with_all_earlier_replacements_sees(family: Any, other: Any, name: str) -> None:
     """The sequential property: the inputs of o carry the replaced q, k, v, those of the MLP also o, and so on, to the bit."""
     folder = family(name) if name in FAMILIES else other(name)

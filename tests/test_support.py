@@ -9,7 +9,7 @@ import pytest
 
 from compress.export.table import EXPORTERS
 from tests import support
-from tests.conftest import FAMILIES, ROOT
+from tests.conftest import FAMILIES, ROOT, covered
 
 PAGE = ROOT / "docs" / "support.md"
 
@@ -20,7 +20,7 @@ def told() -> dict[tuple[str, str], str]:
     return {(row[0].strip("`"), name): c for row in lines for name, c in zip(EXPORTERS, row[1:], strict=True)}
 
 
-@pytest.mark.parametrize("exporter", EXPORTERS)
+@pytest.mark.parametrize("exporter", covered(EXPORTERS, "gguf", "gptq"))
 def test_what_is_refused_is_a_dash_and_one_line(family: Any, exporter: str) -> None:
     rows = [(form, "llama", form, False) for form in support.FORMATS] + [(name, name, support.COMMON, False) for name in FAMILIES]
     rows += [(support.shaped(name), name, support.COMMON, True) for name in support.SHAPED]

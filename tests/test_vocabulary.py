@@ -41,7 +41,7 @@ def smaller(source: Path, folder: Path, named: set[int]) -> tuple[Any, tuple[int
     return open_tokenizer(folder), kept
 
 
-@pytest.fixture(scope="module", params=MAKES)
+@pytest.fixture(scope="module", params=covered(MAKES, "bytes", "words"))
 def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     folder = made(request.param, tmp_path_factory.mktemp("whole"))
     return folder, open_tokenizer(folder)
