@@ -166,7 +166,7 @@ class Report:
         parts = [f"# {self.title}, compressed",
                  pipes(score_rows(self.scores, self.before, self.after), ["", "original", "compressed"]),
                  *(f"**Warning:** {line}." for line in self.warnings),
-                 "Errors are relative and weighted by the Hessian of the inputs: tr(ΔHΔᵀ) / tr(WHWᵀ).",
+                 "Errors are relative: tr(ΔHΔᵀ) / tr(WHWᵀ), H the Hessian of the inputs, or 1 where none were seen.",
                  pipes(rows, head), *self._others(), "## Steps", pipes(self.step_rows, ["step", "time", "peak memory"]),
                  "## Artifacts", *[f"- `{a['path']}`: {a['proof']}" for a in self.artifacts],
                  "## Recipe", f"```yaml\n{self.recipe}```"]  # fmt: skip
