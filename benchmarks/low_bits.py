@@ -2,9 +2,9 @@
 
 python benchmarks/low_bits.py --model MODEL --calibration TEXT --evaluation TEXT [--draws 3] [--only NAME ...] [--save DIR]
 
-A draw is the windows of one of `--draws` equal parts of the text to calibrate on; all are judged on the same windows. Bits count
-everything but embeddings, head and norms; those of a file, and those that a loaded model holds. CPU seconds are of the whole
-run; what the first budget of a list measures for all of them is in its row alone.
+A draw is the windows of one of `--draws` equal parts of the text to calibrate on; all are judged on the same windows. Bits are
+those of the layers' tensors in the file. CPU seconds are of the whole run; what the first budget of a list measures for all of
+them is in its row alone.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from compress.model.speed import computing
 from compress.model.work import advancing_bytes, block_bytes, per_token
 from compress.prepare import Prepared
 from compress.report.console import Console
-from compress.run import Parts, digest
+from compress.run import ANALYSES, Parts, digest
 from compress.state import State
 
 VERSION = 1  # raised when the same options give other windows
@@ -72,7 +72,7 @@ class Work:
         how = [windows.select, windows.sequences] if g is None else [windows.length, windows.bos, g.temperature, g.first]
         computes = str(computing(ready.start.dtype, device))
         key = digest(VERSION, ready.root_key, pool.hash, ready.foreseen.vocabulary, ready.seed, computes, how)
-        return cls(ready, windows, pool, Parts(out / "analyses", "windows", key), device)
+        return cls(ready, windows, pool, Parts(out / ANALYSES, "windows", key), device)
 
     @property
     def parts(self) -> list[str]:

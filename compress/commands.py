@@ -49,7 +49,7 @@ from compress.recipe import Recipe, load, schema
 from compress.report import page
 from compress.report.console import Console
 from compress.report.report import shown, source_rows
-from compress.run import digest, is_run
+from compress.run import ANALYSES, digest, is_run
 from compress.state import State
 from compress.state.plan import size
 
@@ -268,7 +268,7 @@ def table_rows(run: Path) -> list[dict[str, Any]]:
     plan = run / "plan.yaml"
     known = load_yaml(plan, RunError) if plan.exists() else {}
     noted = known.get("table") if isinstance(known, dict) else None
-    found = list(run.glob(f"analyses/tables-*/{glob.escape(noted)}.safetensors")) if isinstance(noted, str) and noted else []
+    found = list(run.glob(f"{ANALYSES}/tables-*/{glob.escape(noted)}.safetensors")) if isinstance(noted, str) and noted else []
     if not found:
         raise RunError(f"{run}: holds no error table; it is measured by 'plan' or 'run' of a recipe with 'allocate'")
     rows = read_part(found[-1])[1]

@@ -46,6 +46,7 @@ from compress.state.state import Part
 
 SCHEMA = 2
 LOCK, RECORD, ANALYSES = ".lock", "run.json", "analyses"
+SHORT = 12  # digits of a key in the name of a folder of parts
 MARK = "made by compress"  # in the head of both: by that a folder is a run's, and by nothing else
 _LOCKED = f"{MARK}: held while a run uses this folder\n".encode()
 
@@ -117,7 +118,7 @@ def brought(path: Path) -> bool:
     """Whether a folder is what another run measured, copied to where a run is to begin."""
     if path.name != ANALYSES or path.is_symlink() or not path.is_dir():
         return False
-    return all(p.is_dir() and re.fullmatch(r"[a-z-]+-[0-9a-f]{12}", p.name) for p in path.iterdir())
+    return all(p.is_dir() and re.fullmatch(rf"[a-z-]+-[0-9a-f]{{{SHORT}}}", p.name) for p in path.iterdir())
 
 
 class RunFolder:
@@ -153,11 +154,7 @@ class RunFolder:
         """Refuse a folder that holds something else than a run."""
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path}: is a file, not a folder; choose another with --out")
-        if (
-            self.path.is_dir()
-            and not is_run(self.path)
-            and any(not begun(path) and not brought(path) for path in self.path.iterdir())
-        ):
+        if self.path.is_dir() and not is_run(self.path) and not all(begun(path) or brought(path) for path in self.path.iterdir()):
             raise RunError(f"{self.path}: holds files that no run made; choose another folder with --out")
 
 
@@ -178,7 +175,7 @@ class Parts:
     @property
     def partial(self) -> Path:
         """Where parts are written."""
-        return self.root / f"{self.name}-{self.key[:12]}"
+        return self.root / f"{self.name}-{self.key[:SHORT]}"
 
     def committed(self, part: str) -> Part | None:
         path = self.partial / f"{part}{SUFFIX}"

@@ -187,11 +187,8 @@ class Quantize(Pass):
     def sees_inputs(self, state: State) -> bool:
         """Whether inputs are looked at: to round to a grid nothing is asked of them, and no text streams for the report alone."""
         formats = [self.target(f) for f in state.plan.formats.values()] if state.plan else []
-        return (
-            self.by_inputs
-            or self.clip == "hessian"
-            or any(type(weight_of(f)) in ENCODERS or (isinstance(f, Served) and f.input.measured) for f in formats)
-        )
+        asked = any(self.asks_all(f) or (isinstance(f, Served) and f.input.measured) for f in formats)
+        return asked or self.by_inputs or self.clip == "hessian"
 
     def asks_all(self, fmt: Format) -> bool:
         """Whether more of a Hessian is asked than its diagonal, to make a format of a matrix by this pass's method."""

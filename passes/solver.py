@@ -268,11 +268,7 @@ class Solver:
                 self._keep(site, Packed(fmt, site.shape, {"weight": weight.to(fmt.dtype)}), {})
             return
         W_nk = torch.cat([w.to(self.ctx.device, torch.float32) for w in weights])
-        unmoved, notes = self._drift is not None and too_few(self._drift.tokens, W_nk.shape[1], fmt), shared.notes
-        if unmoved:
-            notes = (*notes, f"{shared.tokens} tokens are few for inputs that are rounded: no drift")
-        elif self._drift is not None and factor is not None and factor.lam > 0:
-            W_nk = core.retarget(W_nk, self._drift.of(sites, W_nk), factor, self.options.drift / self._drift.tokens)
+        W_nk, notes = self._moved(sites, W_nk, factor, fmt)
         outputs = tuple(s.shape[0] for s in sites)
         case = Case(sites[0], self.state, self.ctx, outputs, shared.largest)
         with naming(case.site.name):
@@ -287,10 +283,21 @@ class Solver:
                 "error": float(answer.loss_n[rows].sum()) / energy,
                 "rounding": None if rounding_n is None else float(rounding_n[rows].sum()) / energy,
                 "damping": damping(factor), "tokens": shared.tokens, "seconds": seconds,
-                "notes": [*notes, *answer.notes],
+                "notes": [*shared.notes, *notes, *answer.notes],
             })  # fmt: skip
             if self.aims is not None:
                 self.aims[site.name] = Aim(W_nk[rows], factor, self.records[-1])
+
+    def _moved(
+        self, sites: Sequence[Site], W_nk: Tensor, factor: core.Factor | None, fmt: Format
+    ) -> tuple[Tensor, tuple[str, ...]]:
+        """W, or where it makes up for drift; and what is to be noted."""
+        if self._drift is None or factor is None or factor.lam == 0:
+            return W_nk, ()
+        tokens = self._drift.tokens
+        if isinstance(fmt, Served) and fmt.weight.bits >= 8 and tokens < TRUSTED * W_nk.shape[1]:
+            return W_nk, (f"{tokens} tokens are few for inputs that are rounded: no drift",)
+        return core.retarget(W_nk, self._drift.of(sites, W_nk), factor, self.options.drift / tokens), ()
 
     def _solve_table(self, site: Site, fmt: ByRows, shared: Shared) -> None:
         """A matrix with a row for every token, some rows at a time: they are independent, and all of them at once would be the
@@ -345,11 +352,6 @@ class Solver:
         self.records.append(record)
         if self.aims is None:
             self.ctx.say(record)
-
-
-def too_few(tokens: int, inputs: int, fmt: Format) -> bool:
-    """Whether so many tokens do not tell how a matrix in a format is to be moved for drift: see `TRUSTED`."""
-    return isinstance(fmt, Served) and fmt.weight.bits >= 8 and tokens < TRUSTED * inputs
 
 
 def is_table(site: Site) -> bool:
