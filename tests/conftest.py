@@ -61,7 +61,7 @@ def covered(values: Iterable[Any], *chosen: Any) -> list[Any]:
     """Values for a test: the chosen ones in every run, and the others, which tell of the same kind, in the slow one."""
     known = list(values)
     assert set(chosen) <= set(known)
-    return [value if value in chosen else pytest.param(value, marks=pytest.mark.slow) for value in known]
+    return [value if value in chosen else rare(value) for value in known]
 
 
 def rare(*values: Any) -> Any:

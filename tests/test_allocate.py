@@ -32,7 +32,7 @@ from compress.run import Parts
 from compress.state import Fact
 from compress.state.plan import BitPlan
 from tests import stock
-from tests.conftest import Project, Result, contents, covered
+from tests.conftest import Project, Result, contents, covered, rare
 from tests.cooking import stories
 
 ALLOCATE = """\
@@ -438,7 +438,7 @@ WIDTHS = ["int2:g64", "int2:channel", "int3:g64", "int3:channel", "int4:channel"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("full", [False, rare(True)])
 def test_mixed_widths_beat_one_width_of_the_same_bytes(assets: Path, tmp_path: Path, full: bool) -> None:
     """At 3 bits the KL is at most 0.7 of that of one format for all; measured: 0.42 in full, 0.47 in small."""
     windows = (64, 80, 256) if full else (48, 64, 64)

@@ -71,7 +71,7 @@ def test_what_lies_inside_is_not_named(family: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen2", pytest.param("llama", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["qwen2", rare("llama")])
 def test_the_laws_of_passes(family: Any, tmp_path: Path, name: str) -> None:
     allocate = Allocate.model_validate({"budget": "4 bits", "formats": SOME[:3], "also": ["embed", "lm_head"], "trials": 0})
     check_pass(allocate, family(name), tmp_path, (Quantize(),))

@@ -420,7 +420,7 @@ def test_a_step_is_the_plain_loss_over_what_is_learnt(
     "options",
     [
         {},
-        pytest.param({"loss": {"ce": 1.0}}, marks=pytest.mark.slow),
+        rare({"loss": {"ce": 1.0}}),
         {"loss": {"kl": 1.0, "ce": 0.5, "hidden_cosine": 0.5}, "teacher": "live"},
     ],
 )

@@ -403,7 +403,7 @@ def answered(project: Project, *command: str | Path) -> int:
 
 
 @pytest.mark.parametrize("name", covered(["config.json", "model.safetensors"], "model.safetensors"))
-@pytest.mark.parametrize("copies", [20, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("copies", [20, rare(100)])
 def test_noise_never_gives_a_traceback(project: Project, name: str, copies: int):
     """Spoilt copies of each file, planned; a plan reads all of both."""
     rng = random.Random(name)

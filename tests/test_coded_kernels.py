@@ -26,6 +26,7 @@ from compress.formats.grid import plain
 from compress.formats.rotated import BLOCKS, INPUTS, OUTPUTS, rotation, signs
 from compress.formats.trellis import HALVES, SIZES
 from tests import emulator
+from tests.conftest import rare
 from tests.cooking import bake
 from tests.emulator import Emulator
 
@@ -42,7 +43,7 @@ MORE = [
       for i, b, n, dtype in (("", 32, 32, BF16), ("i", 64, 64, FP16), ("", 256, 64, FP16))),
     ("int2:g64:asym:r64", 44, 192, FP16), ("ecq5", 130, 2080, BF16),
 ]  # fmt: skip
-CASES = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)]
+CASES = [*QUICK, *(rare(*case) for case in MORE)]
 TOKENS = (1, 11, 18)
 needs_compiler = pytest.mark.skipif(
     emulator.missing() is not None, reason=f"{emulator.missing()}, to run the kernels' source here"

@@ -334,7 +334,7 @@ def test_more_layers_measure_only_the_rounds_that_are_new(tmp_path: Path, monkey
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [
-    {"drop": 2}, *(pytest.param({"drop": 2, **kind}, marks=pytest.mark.slow) for kind in (ZEROS, GONE)),
+    {"drop": 2}, *(rare({"drop": 2, **kind}) for kind in (ZEROS, GONE)),
 ], ids=["layers", "zeros", "gone"])  # fmt: skip
 def test_a_run_that_was_stopped_at_any_commit_leaves_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]

@@ -285,8 +285,8 @@ def test_a_scaled_embedding_is_looked_up_too(text: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("name", "kind"), [("qwen2", "native"), rare("gemma3", "native"), rare("gpt2", "native"),
-                                            pytest.param("qwen2", "onnx", marks=pytest.mark.slow), rare("qwen2", "gguf"),
-                                            pytest.param("gemma3", "onnx", marks=pytest.mark.slow)])  # fmt: skip
+                                            rare("qwen2", "onnx"), rare("qwen2", "gguf"),
+                                            rare("gemma3", "onnx")])  # fmt: skip
 def test_a_tied_table_is_held_once_and_serves_both(family: Any, text: Path, tmp_path: Path, name: str, kind: str) -> None:
     options = {"pins": {"lm_head": "int4:g32"}, "format": "int4:g32"}
     source = family(name, blocks=1)

@@ -26,7 +26,7 @@ from compress.model.model import open_model
 from compress.passes import entropy_core, gptq_core, rates, rows
 from compress.passes.quantize import Quantize
 from compress.passes.solver import Case
-from tests.conftest import covered
+from tests.conftest import covered, rare
 from tests.cooking import bake, multiplies_as_its_matrices_do, recipe, refused, table_is_served
 from tests.support import refusal
 
@@ -286,9 +286,7 @@ def test_other_exporters_name_native(family: Any, exporter: str, form: str) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "formats", [["ecq2.5", "ecq3:r64", "int4:g32"], pytest.param(["ecq", "ecq:r64"], marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("formats", [["ecq2.5", "ecq3:r64", "int4:g32"], rare(["ecq", "ecq:r64"])])
 def test_an_allocation_chooses_among_rates(family: Any, text: Path, tmp_path: Path, formats: list[str]) -> None:
     path = recipe(tmp_path, family("llama"), text, exports=False)
     passes = [{"allocate": {"budget": "3.25 bits", "formats": formats, "trials": 1}}, {"quantize": {}}]

@@ -33,7 +33,7 @@ from compress.formats import Dense, Int, parse
 from compress.model.model import open_model
 from compress.state import State
 from compress.state.plan import BitPlan
-from tests.conftest import ROOT, SMALL, covered, make_model
+from tests.conftest import ROOT, SMALL, covered, make_model, rare
 from tests.cooking import bake
 from tests.test_native import same_state
 
@@ -114,9 +114,7 @@ def test_the_definition_gives_the_weights(made: Any, kind: str) -> None:
     assert held["model.layers.1.mlp.down_proj.weight"].dtype == torch.float16
 
 
-@pytest.mark.parametrize(
-    "name", ["phi3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "llama", "qwen2", "opt"))]
-)
+@pytest.mark.parametrize("name", ["phi3", *(rare(name) for name in ("gpt2", "llama", "qwen2", "opt"))])
 def test_what_is_written_is_read_back(family: Any, text: Path, tmp_path: Path, name: str) -> None:
     pins = {"layers.1.*.o": "bf16", "layers.0.mlp.*": "int8:channel"}
     done = bake(tmp_path, family(name), text, "gptq", rounded("int3:g32:asym", pins))

@@ -33,7 +33,7 @@ from compress.passes.structure import Level
 from compress.passes.trials import Solved
 from compress.state import State
 from compress.state.graph import Site
-from tests.conftest import FAMILIES, Project, make_model
+from tests.conftest import FAMILIES, Project, make_model, rare
 from tests.cooking import bake, stories
 from tests.test_prune import redundant
 
@@ -236,7 +236,7 @@ def test_what_does_nothing_goes_and_its_bits_are_spent_on_the_rest(tmp_path: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "shapes"), [("qwen2", "free"), pytest.param("gemma3", "uniform", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("name", "shapes"), [("qwen2", "free"), rare("gemma3", "uniform")])
 def test_a_budget_of_the_file_holds_for_the_smaller_model(tmp_path: Path, text: Path, name: str, shapes: str) -> None:
     folder = make_model(tmp_path / "model", FAMILIES[name](), torch.float32)
     whole = (folder / "model.safetensors").stat().st_size
@@ -284,8 +284,8 @@ def test_plan_and_report_say_what_is_left(project: Project) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("options", "constraint"), [
-    pytest.param({"structure": {"mlp": [0.25]}}, {"parameters": "70 %"}, marks=pytest.mark.slow),  # a quarter: all
-    pytest.param({"structure": {"kv_groups": [0.5]}}, {"kv_cache": "50 %"}, marks=pytest.mark.slow),
+    rare({"structure": {"mlp": [0.25]}}, {"parameters": "70 %"}),  # a quarter: all
+    rare({"structure": {"kv_groups": [0.5]}}, {"kv_cache": "50 %"}),
     ({"structure": SHAPES, "shapes": "free"}, {"parameters": "80 %"}),  # layers differ
     pytest.param({"structure": {"mlp": [0.75], "kv_groups": "all"}, "shapes": "free"}, {"kv_cache": "75 %"},
                  marks=pytest.mark.slow),

@@ -22,7 +22,7 @@ from compress.export import runtime
 from compress.model.model import open_model
 from compress.passes.edit import Edit
 from compress.state import State
-from tests.conftest import GROUPED, SMALL, covered, saved
+from tests.conftest import GROUPED, SMALL, covered, rare, saved
 from tests.cooking import recipe
 
 WIDE = {**SMALL, **GROUPED}
@@ -248,8 +248,8 @@ def further(source: Path, folder: Path, where: str, **told: Any) -> dict[str, Te
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "where", "told"), [
     ("deepseek v3", "model.layers.2.", {"num_nextn_predict_layers": 1}),
-    pytest.param("deepseek v3", "model.layers.2.", {}, marks=pytest.mark.slow),
-    pytest.param("qwen3-next", "mtp.layers.0.", {}, marks=pytest.mark.slow),
+    rare("deepseek v3", "model.layers.2.", {}),
+    rare("qwen3-next", "mtp.layers.0.", {}),
 ])  # fmt: skip
 def test_what_transformers_does_not_load_goes_along(
     name: str, where: str, told: Any, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -61,7 +61,7 @@ def error(source: State, state: State, windows: torch.Tensor) -> float:
 
 @pytest.mark.parametrize(("name", "text"), [
     ("llama", "int2:g32"), rare("gpt2", "nf2:g32"), rare("llama", "lut2:g64"),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in (("mixtral", "int2:g32:asym"), ("gemma2", "int3:channel"))),
+    *(rare(*case) for case in (("mixtral", "int2:g32:asym"), ("gemma2", "int3:channel"))),
 ])  # fmt: skip
 def test_a_block_is_better_than_gptq_leaves_it_on_windows_that_were_held_out(
     family: Any, much: Tokens, tmp_path: Path, name: str, text: str
@@ -146,8 +146,8 @@ def test_two_runs_give_the_same_bytes_and_another_seed_others(family: Any, text:
 @pytest.mark.slow
 @pytest.mark.parametrize(("form", "exporters"), [
     ("int4:g32", ("native", "compressed_tensors", "gptq", "gguf")), ("nf3:g32:dq8x16", ("native",)),
-    pytest.param("int4:g32", ("onnx",), marks=pytest.mark.slow),
-    pytest.param("lut3:g32", ("native", "onnx"), marks=pytest.mark.slow),
+    rare("int4:g32", ("onnx",)),
+    rare("lut3:g32", ("native", "onnx")),
 ])  # fmt: skip
 def test_every_exporter_proves_what_was_learned(
     family: Any, text: Path, tmp_path: Path, form: str, exporters: tuple[str, ...]

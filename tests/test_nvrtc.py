@@ -15,7 +15,7 @@ from compress.export.runtime.cuda import launch as cuda
 from compress.export.runtime.cuda import nvrtc
 from compress.formats import LowRank, parse
 from tests import emulator
-from tests.conftest import ROOT, covered
+from tests.conftest import ROOT, covered, rare
 from tests.test_kernel import CASES, GRID
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -75,7 +75,7 @@ def compiles_without_spills(arch: str, variants: set[emulator.Variant]) -> None:
 
 @pytest.mark.slow
 @needs_nvcc
-@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("whole", [False, rare(True)])
 @pytest.mark.parametrize("arch", covered(ARCHS, ARCHS[0]))
 def test_kernels_compile_without_spills(arch: str, whole: bool) -> None:
     """In part: a product of packed weights for each kind of GPU, and one other kernel, so that each kernel has its turn."""
@@ -113,9 +113,7 @@ def test_every_variant_compiles_without_spills(arch: str, text: str) -> None:
 
 
 @pytest.mark.skipif(budget.missing() is not None, reason=str(budget.missing()))
-@pytest.mark.parametrize(
-    "text", [t if t in ("int2:g64:asym", "nf4:g64") else pytest.param(t, marks=pytest.mark.slow) for t in BUDGET]
-)
+@pytest.mark.parametrize("text", [t if t in ("int2:g64:asym", "nf4:g64") else rare(t) for t in BUDGET])
 def test_the_main_loop_keeps_to_its_budget_of_instructions(text: str) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         assert budget.instructions(*budget.variant(text, dtype, 8), "sm_90") <= BUDGET[text]

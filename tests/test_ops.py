@@ -18,7 +18,7 @@ from compress.export.runtime.cuda import launch as cuda
 from compress.export.runtime.decode import blocks, named, part_names
 from compress.formats import Dense, Factored, LowRank, Rotated, base_of, numbers_of, parse
 from compress.formats.grid import plain
-from tests.conftest import covered
+from tests.conftest import covered, rare
 
 INTEGERS = [f"int{b}:{group}{asym}" for b in range(2, 9) for group in ("g16", "channel") for asym in ("", ":asym")]
 TABLES = [f"nf{b}:g40{double}" for b in (2, 3, 4, 8) for double in ("", ":dq8x16", ":dq3x24:fp32")]
@@ -143,8 +143,8 @@ def test_rows_of_an_embedding(text: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text", [
-    *(pytest.param(form, marks=pytest.mark.slow) for form in ("int4:g16", "int3:g16:asym+r2", "nf3:g40:dq8x16")),
-    "lut3:g40+r3:int8:channel", pytest.param("int3:g16:asym:r16", marks=pytest.mark.slow),
+    *(rare(form) for form in ("int4:g16", "int3:g16:asym+r2", "nf3:g40:dq8x16")),
+    "lut3:g40+r3:int8:channel", rare("int3:g16:asym:r16"),
 ])  # fmt: skip
 def test_torch_finds_nothing_to_object_to(text: str) -> None:
     n, k = 16, 80
@@ -205,8 +205,8 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("text", ["int4:g64", pytest.param("int3:g64:asym", marks=pytest.mark.slow), "nf3:g64+r8",
-                                  pytest.param("int6:g64", marks=pytest.mark.slow), "lut3:g64:r128"])  # fmt: skip
+@pytest.mark.parametrize("text", ["int4:g64", rare("int3:g64:asym"), "nf3:g64+r8",
+                                  rare("int6:g64"), "lut3:g64:r128"])  # fmt: skip
 def test_the_weight_is_never_whole(text: str) -> None:
     n, k = 4096, 1024
     spec = parse(text).tensors((n, k))

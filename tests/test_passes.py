@@ -19,7 +19,7 @@ from compress.passes.lqlora import LqLora
 from compress.passes.quantize import Quantize
 from compress.state import Aspect, Fact, State
 from compress.state.graph import Graph
-from tests.conftest import covered
+from tests.conftest import covered, rare
 from tests.pass_laws import attempt, check_pass, step_of
 
 SOME = ["int2:g32", "int3:g32", "int4:g64"]
@@ -151,7 +151,7 @@ def test_the_laws_hold_for_other_architectures(family: Any, tmp_path: Path, name
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mixtral", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "gemma2"))])
+@pytest.mark.parametrize("name", ["mixtral", *(rare(name) for name in ("gpt2", "gemma2"))])
 def test_allocation_holds_for_other_architectures(family: Any, tmp_path: Path, name: str) -> None:
     allocate = Allocate.model_validate({"budget": "3.5 bits", "formats": SOME, "trials": 1})
     check_pass(allocate, family(name, blocks=1), tmp_path, (Quantize(),))

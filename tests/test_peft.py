@@ -82,11 +82,11 @@ def wanted(source: Path, state: State, dtype: torch.dtype, **options: Any) -> Te
 
 @pytest.mark.parametrize(("name", "options"), [
     ("llama", STEP["lqlora"]),
-    pytest.param("qwen3", {"format": "int4:g32", "rank": 4}, marks=pytest.mark.slow),
+    rare("qwen3", {"format": "int4:g32", "rank": 4}),
     rare("opt", {"format": "int4:g32", "rank": 4, "factors": "fp32"}),
     pytest.param("gpt_neox", {"format": "int8:channel", "rank": 3, "factors": "fp16", "pins": {"lm_head": "int4:g32+r2"}},
                  marks=pytest.mark.slow),
-    pytest.param("phi3", {"format": "int4:g32", "rank": 4}, marks=pytest.mark.slow),
+    rare("phi3", {"format": "int4:g32", "rank": 4}),
 ])  # fmt: skip
 def test_peft_computes_what_our_matrices_give(
     peft: Any, family: Any, text: Path, tmp_path: Path, name: str, options: dict[str, Any]

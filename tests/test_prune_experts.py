@@ -21,7 +21,7 @@ from compress.model.model import Model, open_model
 from compress.passes.prune import Prune
 from compress.passes.prune_experts import alike
 from compress.state import State
-from tests.conftest import FAMILIES, GROUPED, IDS, SMALL, Project, covered, make_model
+from tests.conftest import FAMILIES, GROUPED, IDS, SMALL, Project, covered, make_model, rare
 from tests.cooking import bake
 from tests.pass_laws import TOKENS, attempt, check_pass
 from tests.stock import load as load_stock
@@ -220,10 +220,7 @@ def test_scores_are_those_of_the_paper(tmp_path: Path, name: str) -> None:
     "options",
     [
         {"experts": 0.5},
-        *(
-            pytest.param(o, marks=pytest.mark.slow)
-            for o in ({"experts": 0.5, "kv_groups": 0.5}, {"experts": 0.75, "method": "magnitude"})
-        ),
+        *(rare(o) for o in ({"experts": 0.5, "kv_groups": 0.5}, {"experts": 0.75, "method": "magnitude"})),
     ],
 )
 def test_the_laws_of_passes_hold(family: Any, tmp_path: Path, options: dict[str, Any]) -> None:

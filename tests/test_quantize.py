@@ -25,6 +25,7 @@ from compress.passes.quantize import Quantize
 from tests import stock
 from tests.conftest import GROUPED, IDS, SMALL, contents, make_model, rare
 from tests.cooking import bake, cook, recipe
+from tests.pass_laws import tensors_of
 
 
 def records(outcome: pipeline.Outcome) -> dict[str, dict[str, Any]]:
@@ -112,7 +113,7 @@ def divergence(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bits", [*(pytest.param(bits, marks=pytest.mark.slow) for bits in (4, 3)), 2])
+@pytest.mark.parametrize("bits", [*(rare(bits) for bits in (4, 3)), 2])
 def test_error_feedback_beats_rounding_on_held_out_text(assets: Path, tmp_path: Path, bits: int) -> None:
     texts = assets / "texts" / "stories-split"
     model = assets / "models" / "stories260K-mlp192"
@@ -150,8 +151,8 @@ def test_error_feedback_loses_on_the_weights_and_wins_on_the_outputs(family: Any
 
 
 @pytest.mark.parametrize(("name", "method"), [
-    ("llama", "rtn"), ("gpt2", "gptq"), rare("mixtral", "gptq"), pytest.param("llama", "gptq", marks=pytest.mark.slow),
-    pytest.param("gpt2", "rtn", marks=pytest.mark.slow), pytest.param("mixtral", "rtn", marks=pytest.mark.slow),
+    ("llama", "rtn"), ("gpt2", "gptq"), rare("mixtral", "gptq"), rare("llama", "gptq"),
+    rare("gpt2", "rtn"), rare("mixtral", "rtn"),
 ])  # fmt: skip
 def test_every_changed_site_has_one_record_in_the_order_of_the_blocks(
     family: Any, text: Path, tmp_path: Path, name: str, method: str
@@ -182,8 +183,8 @@ def test_rounding_that_asks_nothing_of_inputs_streams_no_text(family: Any, text:
         cook(tmp_path / str(bool(t)), family("llama", blocks=1), t, exports=False, method="rtn", format="int4:g32")
         for t in (text, None)
     ]
-    with_text, without = ({n: s.load().tensors for n, s in m.state.codes.items()} for m in made)
-    assert all(torch.equal(t, without[n][k]) for n, held in with_text.items() for k, t in held.items())
+    with_text, without = (tensors_of(m.state) for m in made)
+    assert all(torch.equal(t, without[name]) for name, t in with_text.items())
     assert all(r["tokens"] is None for r in load_records(next((made[0].out / "steps").iterdir())))
 
 
@@ -290,7 +291,7 @@ def test_no_warning_of_experts_without_experts_or_data(family: Any, idle: Path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.slow), "mixtral"])
+@pytest.mark.parametrize("name", [rare("llama"), "mixtral"])
 def test_two_runs_give_the_same_bytes(family: Any, text: Path, tmp_path: Path, name: str) -> None:
     a, b = (cook(tmp_path / run, family(name, blocks=1), text, format="int4:g32") for run in ("a", "b"))
     assert contents(artifact_of(a)) == contents(artifact_of(b))

@@ -250,9 +250,9 @@ def test_a_run_stopped_at_any_block_goes_on_from_the_last_finished_one(
 @pytest.mark.slow
 @pytest.mark.parametrize(("owner", "name", "after"), [
     (Step, "finish", False), rare(CompressedTensors, "write", False), rare(CompressedTensors, "prove", True),
-    pytest.param(Step, "finish", True, marks=pytest.mark.slow),
-    pytest.param(CompressedTensors, "write", True, marks=pytest.mark.slow),
-    pytest.param(CompressedTensors, "prove", False, marks=pytest.mark.slow),
+    rare(Step, "finish", True),
+    rare(CompressedTensors, "write", True),
+    rare(CompressedTensors, "prove", False),
 ])  # fmt: skip
 def test_a_run_stopped_behind_the_blocks_repeats_none(
     fresh: Project, clean: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, after: bool

@@ -362,8 +362,8 @@ def test_it_needs_nothing_of_the_compressor(folder_of: Any, nursery: Nursery, tm
 
 @pytest.mark.parametrize(("name", "form", "pins"), [
     ("llama", "int3:g64:asym", {"*.down": "int4:g32", "lm_head": "int8:g32", "*.o": "int5:channel:asym"}),
-    pytest.param("gpt2", "int4:g32:asym", {}, marks=pytest.mark.slow),
-    rare("mixtral", "int4:g32", {"*.o": "int2:g16:asym"}), pytest.param("roberta", "int4:g32", {}, marks=pytest.mark.slow),
+    rare("gpt2", "int4:g32:asym", {}),
+    rare("mixtral", "int4:g32", {"*.o": "int2:g16:asym"}), rare("roberta", "int4:g32", {}),
     rare("llama", "int3:g64+r4", {"*.o": "int4:g32", "*.up": "int3:g64+r2:fp32", "*.gate": "int3:g64+r2:fp32"}),
     rare("gpt2", "int4:g32+r3", {}),
 ])  # fmt: skip

@@ -33,7 +33,7 @@ from compress.passes.smooth import Smooth
 from tests.conftest import covered
 from tests.cooking import bake, refused
 from tests.laws import bound, encode, packed_tensors
-from tests.pass_laws import TOKENS, step_of
+from tests.pass_laws import TOKENS, step_of, tensors_of
 from tests.support import refusal
 
 SCHEMES = {
@@ -273,8 +273,8 @@ def test_few_tokens_do_not_move_weights_for_what_rounding_does_to_inputs(
     """192 tokens for 64 inputs and more. Where inputs are taken as they are, drift is that of weights, and is made up for."""
     made = [bake(tmp_path / str(drift), family("llama"), text, "native", {"quantize": {"format": form, "drift": drift}})
             for drift in (0.5, 0)]  # fmt: skip
-    moved, still = ({n: s.load().tensors for n, s in m.state.codes.items()} for m in made)
-    same = all(torch.equal(t, still[n][k]) for n, held in moved.items() for k, t in held.items())
+    moved, still = (tensors_of(m.state) for m in made)
+    same = all(torch.equal(t, still[name]) for name, t in moved.items())
     assert same == ("/" in form)
     assert ("few for inputs that are rounded: no drift" in (made[0].out / "report.md").read_text()) == same
 

@@ -25,7 +25,7 @@ from compress.model.layers import fewer
 from compress.model.model import open_model
 from compress.passes.prune import Prune
 from compress.shapes import of_layer, values_of
-from tests.conftest import FAMILIES, Project, covered, make_model
+from tests.conftest import FAMILIES, Project, covered, make_model, rare
 from tests.cooking import bake
 from tests.nursery import Nursery
 from tests.pass_laws import TOKENS, attempt, check_pass
@@ -163,7 +163,7 @@ def test_layers_that_lose_nothing_keep_every_byte(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("quantized", covered([True, False], False))
-@pytest.mark.parametrize("kind", ["native", pytest.param("onnx", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["native", rare("onnx")])
 def test_free_shapes_go_out_and_come_back(tmp_path: Path, text: Path, kind: str, quantized: bool) -> None:
     folder = make_model(tmp_path / "model", FAMILIES["qwen3"](), torch.float32)
     done = bake(tmp_path, folder, text, kind, {"prune": FREE}, *([INT4] if quantized else []))
@@ -207,7 +207,7 @@ def test_the_runtime_loads_them_and_stock_transformers_stops(
         assert stock_says(tmp_path / "saved") != ""
 
 
-@pytest.mark.parametrize("name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("opt", "gpt2", "phi3"))])
+@pytest.mark.parametrize("name", ["llama", *(rare(n) for n in ("opt", "gpt2", "phi3"))])
 def test_a_plain_folder_stops_stock_transformers_too(tmp_path: Path, name: str, stock_says: Callable[[Path], str]) -> None:
     assert "per-layer attribute" in stock_says(free(tmp_path, name, MLP, {0: 96, 1: 64})[1])
 
@@ -364,7 +364,7 @@ def test_sublayers_that_put_out_zeros_go_whole_and_no_bit_changes(tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "exporters"), [
-    ("llama", "native"), *(pytest.param(name, "native onnx", marks=pytest.mark.slow) for name in ("llama", "gemma3")),
+    ("llama", "native"), *(rare(name, "native onnx") for name in ("llama", "gemma3")),
 ])  # fmt: skip
 def test_models_without_some_sublayers_go_out_and_come_back(
     tmp_path: Path, text: Path, name: str, exporters: str, stock_says: Callable[[Path], str]

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from compress.export.table import EXPORTERS
-from tests.conftest import Project, contents
+from tests.conftest import Project, contents, rare
 
 EVIL = "open({place!r}, 'w').write('x')\nfrom transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast\n" \
        "class Config(LlamaConfig): model_type = 'evil'\nclass Net(LlamaForCausalLM): pass\n" \
@@ -64,7 +64,7 @@ def test_a_tokenizer_that_asks_for_code_is_refused(project: Project, evil: Any, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("exporters", [[n for n in EXPORTERS if n != "onnx"], pytest.param(["onnx"], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("exporters", [[n for n in EXPORTERS if n != "onnx"], rare(["onnx"])])
 def test_code_beside_classes_that_transformers_has_is_not_run_and_does_not_go_along(
     project: Project, evil: Any, exporters: list[str]
 ) -> None:

@@ -14,6 +14,7 @@ from compress.model import speed
 from compress.model.data import Tokens
 from compress.model.model import open_model
 from compress.model.stream import Stream
+from tests.conftest import rare
 from tests.cooking import bake
 
 SLOW = {torch.float32: 6e10, torch.bfloat16: 1e10, torch.float16: 1e10}
@@ -37,9 +38,7 @@ def test_a_measured_speed_is_one() -> None:
     assert whole is None or whole(torch.float32) > 1e8
 
 
-@pytest.mark.parametrize(
-    "name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mixtral", "gemma3", "gpt2", "opt"))]
-)
+@pytest.mark.parametrize("name", ["llama", *(rare(name) for name in ("mixtral", "gemma3", "gpt2", "opt"))])
 def test_blocks_compute_in_fp32_and_the_artifact_is_a_bf16_model(
     family: Any, text: Path, tmp_path: Path, slow: None, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -103,7 +103,7 @@ def test_a_pass_that_changes_shapes_and_config_keeps_the_laws(family: Any, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kinds", ["compressed_tensors native gguf", pytest.param("onnx", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kinds", ["compressed_tensors native gguf", rare("onnx")])
 def test_a_changed_norm_and_shape_are_in_the_artifact(
     family: Any, tmp_path: Path, text: Path, kinds: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,7 +231,7 @@ def test_weights_that_are_replaced_while_a_run_goes_on_end_it(family: Any, tmp_p
 # --- what is not finite ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["native", "compressed_tensors", pytest.param("onnx", marks=pytest.mark.slow), "gguf"])
+@pytest.mark.parametrize("kind", ["native", "compressed_tensors", rare("onnx"), "gguf"])
 def test_nan_outside_of_matrices_is_named_without_data(family: Any, tmp_path: Path, kind: str) -> None:
     folder = Path(shutil.copytree(family("llama"), tmp_path / "model"))
     tensors = load_file(folder / "model.safetensors")
@@ -277,7 +277,7 @@ def test_a_head_of_its_own_is_read_though_the_config_ties(own_head: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kinds", ["compressed_tensors gptq gguf native", pytest.param("onnx", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kinds", ["compressed_tensors gptq gguf native", rare("onnx")])
 def test_an_own_head_goes_into_every_artifact(own_head: Path, tmp_path: Path, text: Path, kinds: str) -> None:
     done = bake(tmp_path, own_head, text, kinds, {"quantize": {"format": "int8:g32"}})
     assert list(done.artifacts) == kinds.split()
@@ -302,7 +302,7 @@ def test_equal_bytes_stay_tied(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "steps"), [
     rare("gpt2", {"quantize": {"format": "int4:g32"}}), ("llama", {"quantize": {"format": "int3:g32:asym"}}),
-    pytest.param("llama", {"lqlora": {"format": "int2:g32", "rank": 8}}, marks=pytest.mark.slow),
+    rare("llama", {"lqlora": {"format": "int2:g32", "rank": 8}}),
 ])  # fmt: skip
 def test_eval_and_bench_measure_the_artifact_itself(
     family: Any, tmp_path: Path, text: Path, capsys: Any, name: str, steps: dict[str, Any]

@@ -100,8 +100,8 @@ def test_logits_in_other_precisions(family: Any, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("name", "dtype"), [
     ("mixtral", torch.bfloat16), ("qwen3_moe", torch.bfloat16), rare("mixtral", torch.float16), rare("qwen3_moe", torch.float32),
-    pytest.param("mixtral", torch.float32, marks=pytest.mark.slow),
-    pytest.param("qwen3_moe", torch.float16, marks=pytest.mark.slow),
+    rare("mixtral", torch.float32),
+    rare("qwen3_moe", torch.float16),
 ])  # fmt: skip
 def test_experts_are_those_of_the_stock_loop_and_near_the_stock_default(family: Any, name: str, dtype: torch.dtype) -> None:
     """The default implementation multiplies all experts in one grouped product, which rounds elsewhere."""

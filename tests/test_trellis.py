@@ -24,7 +24,7 @@ from compress.model.model import open_model
 from compress.passes import gptq_core, rates, trellis_core
 from compress.passes.quantize import Quantize
 from compress.passes.solver import Case
-from tests.conftest import covered
+from tests.conftest import covered, rare
 from tests.cooking import bake, multiplies_as_its_matrices_do, recipe, refused, table_is_served
 from tests.support import refusal
 
@@ -247,7 +247,7 @@ def test_an_artifact_proves_itself_and_multiplies_as_its_matrices_do(made: pipel
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param("mixtral", marks=pytest.mark.slow), "gpt2"])
+@pytest.mark.parametrize("name", [rare("mixtral"), "gpt2"])
 def test_experts_and_transposed_matrices_are_coded(family: Any, text: Path, tmp_path: Path, name: str) -> None:
     done = bake(tmp_path, family(name), text, "native", {"quantize": {"format": "tcq4:l8", "pins": {}}})
     assert done.artifacts["native"][1].greedy > 0

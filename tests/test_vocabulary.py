@@ -152,7 +152,7 @@ def cut(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return lambda kind: run("onnx" if kind == "onnx" else "compressed_tensors native gguf gptq")
 
 
-@pytest.mark.parametrize("kind", ["compressed_tensors", "native", pytest.param("onnx", marks=pytest.mark.slow), "gguf", "gptq"])
+@pytest.mark.parametrize("kind", ["compressed_tensors", "native", rare("onnx"), "gguf", "gptq"])
 def test_a_smaller_vocabulary_goes_through_every_exporter_and_back(cut: Any, model: Any, kind: str) -> None:
     (source, _, text), done = model, cut(kind)
     place, kept = done.artifacts[kind][0], list(done.state.vocabulary or ())
@@ -184,7 +184,7 @@ def test_a_smaller_vocabulary_goes_through_every_exporter_and_back(cut: Any, mod
     [
         ("gemma3", "llama"),
         rare("roberta", "words"),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("qwen2", "bytes"), ("gpt2", "bytes"), ("phi3", "unigram"))),
+        *(rare(*case) for case in (("qwen2", "bytes"), ("gpt2", "bytes"), ("phi3", "unigram"))),
     ],
 )
 def test_rows_are_the_sources_and_logits_those_of_the_tokens_that_are_left(tmp_path: Path, name: str, kind: str) -> None:
