@@ -68,8 +68,8 @@ def remarks(state: State) -> list[str]:
     if in_bf16(state):
         said.append("stock transformers unpacks nvfp4, mxfp4 and mxfp8 to bf16 only: load it with dtype=torch.bfloat16")
     if "int8:channel/int8:token" in texts:
-        said.append("on x86 CPUs without VNNI, vLLM's integer kernel adds pairs of products in 16 bits, which overflow: up to 4 "
-                    "times the error of int8 activations; its kernels for GPUs are exact")  # fmt: skip
+        said.append("on x86 CPUs without VNNI, vLLM's integer kernel adds pairs of products in 16 bits, which overflow: its "
+                    "numbers are not those of this run; its kernels for GPUs are exact")  # fmt: skip
     if any(t.startswith("int4:") and t.endswith("/fp8:token") for t in texts):
         said.append("vLLM serves int4 weights with fp8 inputs on GPUs of capability 9.0 alone, in groups of 128")
     if any("/nvfp4" in t or "/mxfp4" in t for t in texts):
